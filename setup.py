@@ -1,0 +1,95 @@
+"""Drives CMake. Never imports torch: the extension takes DLPack, so no torch version is compiled against.
+
+Environment:
+    DISCEDIT_BUILD   auto (default): build when a C++ compiler is found, else install with the reference backend;
+                     require: fail without a compiler; off: do not build.
+    CMAKE_ARGS       passed on to CMake.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+COMPILERS = ("c++", "g++", "clang++", "cl")
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that CMake would use, or None."""
+    chosen = os.environ.get("CXX")
+    if chosen:
+        return shutil.which(shlex.split(chosen)[0])
+    return next((path for path in map(shutil.which, COMPILERS) if path), None)
+
+
+class CMakeBuild(build_ext):
+    """Configures, builds and installs `_cpu`; leaves a note (`_build.json`) of what was built or why not."""
+
+    def run(self) -> None:
+        mode = os.environ.get("DISCEDIT_BUILD", "auto")
+        if mode not in ("auto", "require", "off"):
+            raise SystemExit(f"DISCEDIT_BUILD must be auto, require or off, got {mode!r}.")
+        compiler = find_compiler()
+        if mode == "off":
+            reason = "not built: DISCEDIT_BUILD=off when discedit was installed"
+        elif compiler is None:
+            looked = os.environ.get("CXX") or ", ".join(COMPILERS)
+            reason = f"not built: no C++ compiler found when discedit was installed (looked for {looked})"
+            if mode == "require":
+                raise SystemExit(f"discedit: DISCEDIT_BUILD=require, but _cpu was {reason}.")
+        else:
+            reason = ""
+        if reason:
+            print(f"discedit: _cpu {reason}. The torch reference backend will be used.", file=sys.stderr)
+        else:
+            self.build_with_cmake()
+        target = Path(self.get_ext_fullpath("discedit._cpu")).parent
+        target.mkdir(parents=True, exist_ok=True)
+        note = {"cpu": {"built": not reason, "reason": reason, "compiler": Path(compiler).name if compiler else None}}
+        (target / "_build.json").write_text(json.dumps(note, indent=1) + "\n")
+
+    def build_with_cmake(self) -> None:
+        import pybind11
+
+        output = Path(self.get_ext_fullpath("discedit._cpu")).resolve().parent
+        # CMake remembers its build tool's path; an isolated pip build has a new one each time, so nothing is reused.
+        build = Path(self.build_temp).resolve() / "cmake"
+        shutil.rmtree(build, ignore_errors=True)
+        build.mkdir(parents=True)
+        configure = [
+            "cmake",
+            str(ROOT),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_INSTALL_PREFIX={output}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        if shutil.which("ninja"):
+            configure.append("-GNinja")
+        subprocess.run(configure, cwd=build, check=True)
+        subprocess.run(["cmake", "--build", ".", "--config", "Release", "--parallel"], cwd=build, check=True)
+        subprocess.run(["cmake", "--install", ".", "--config", "Release"], cwd=build, check=True)
+
+    def get_outputs(self) -> list[str]:
+        target = Path(self.get_ext_fullpath("discedit._cpu"))
+        return [str(path) for path in (target, target.parent / "_build.json") if path.exists()]
+
+
+# Metadata lives in pyproject.toml; what depends on the folder layout and the build lives here.
+setup(
+    packages=["discedit", "discedit.kernels"],
+    package_dir={"discedit": "discedit", "discedit.kernels": "kernels"},
+    package_data={"discedit": ["py.typed", "*.pyi"]},
+    ext_modules=[Extension("discedit._cpu", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
