@@ -1,0 +1,76 @@
+"""Running a model over batches of any usual form without leaving a trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside; mode and random state as they were outside."""
+    modes = {module: module.training for module in model.modules()}
+    device = device_of(model)
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def split(op: str, batch: Any, index: int, device: torch.device, *, labels_needed: bool) -> tuple[Any, Any]:
+    """Inputs on the model's device, and labels (None where there are none and none are needed)."""
+    inputs: Any
+    labels: Any = None
+    if isinstance(batch, Mapping) and "labels" in batch:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        labels = batch["labels"]
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, labels = batch
+    elif not labels_needed and isinstance(batch, (Tensor, Mapping)):
+        inputs = batch
+    else:
+        raise ValueError(f"{op}: loader must give (inputs, labels) pairs, batch {index} is a {type(batch).__name__}.")
+    return moved(inputs, device), labels
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {name: moved(value, device) for name, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(moved(value, device) for value in inputs)
+    return inputs
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """The module itself is called, never its forward, so that wrappers and hooks work."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The tensor of a module's output: itself, its `logits`, or the first of a tuple or mapping."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    return None

@@ -1,0 +1,91 @@
+"""Reading and writing of discedit's own files: safetensors with a JSON header. Pickle is never loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+VERSION = 1
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside the target and rename, so that a crash never leaves half a file under the real name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """One safetensors file whose metadata says what it is."""
+    metadata = {"discedit": json.dumps({"kind": kind, "version": VERSION, **header})}
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(Path(path), save(stored, metadata=metadata))
+
+
+def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file that `save_tensors` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is cut short, is no safetensors file, or is not one of discedit's `kind`.
+    """
+    target = Path(path)
+    if not target.is_file():
+        raise FileNotFoundError(f"{kind} file {str(target)!r} does not exist.")
+    try:
+        with safe_open(target, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"{kind} file {str(target)!r} is damaged, cut short or no safetensors file: {error}"
+        ) from error
+    return check_header(metadata.get("discedit"), kind, target), tensors
+
+
+def check_header(text: str | None, kind: str, path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(text) if text is not None else None
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or header.get("kind") != kind:
+        found = header.get("kind") if isinstance(header, dict) else "a foreign one"
+        raise ValueError(f"{str(path)!r} is not a discedit {kind} file: it is {found!r}.")
+    if header.get("version") != VERSION:
+        raise ValueError(
+            f"{kind} file {str(path)!r} has format version {header.get('version')!r}; this discedit reads {VERSION}."
+        )
+    return header
+
+
+def field(header: dict[str, Any], name: str, kind: type, path: str | os.PathLike[str]) -> Any:
+    """A required header field of the right type."""
+    value = header.get(name)
+    if not isinstance(value, kind):
+        raise ValueError(f"{str(path)!r} is damaged: its header field {name!r} must be {kind.__name__}, got {value!r}.")
+    return value
+
+
+def take(
+    tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype, path: str | os.PathLike[str]
+) -> Tensor:
+    """A required tensor of the right shape and type."""
+    value = tensors.get(name)
+    if value is None or tuple(value.shape) != shape or value.dtype != dtype:
+        found = "nothing" if value is None else f"shape {tuple(value.shape)}, {value.dtype}"
+        raise ValueError(f"{str(path)!r} is damaged: tensor {name!r} must have shape {shape}, {dtype}; found {found}.")
+    return value

@@ -1,0 +1,378 @@
+"""`Recipe`: an edit as data. Saved, inspected, applied to a fresh model, undone bit for bit. No pickle, no code."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as format_tensors
+from torch import Tensor, nn
+
+from discedit import _files
+from discedit._measure import count_parameters
+
+KINDS = ("keep", "fill", "set", "attribute")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One elementary change.
+
+    kind "keep": keep `index` along `dim` of the tensor `target`, drop the rest.
+    kind "fill": write `value` at `index` along `dim` of the tensor `target`.
+    kind "set": replace the tensor `target` by the recipe's own values.
+    kind "attribute": change the attribute `name` of the module `target` from `before` to `value`.
+    """
+
+    kind: str
+    target: str
+    dim: int = 0
+    index: tuple[int, ...] = ()
+    name: str = ""
+    before: Any = None
+    value: Any = None
+
+
+@dataclass
+class Recipe:
+    """An edit of a model, with what it takes to undo it.
+
+    Attributes:
+        edit: "prune" or "unlearn".
+        settings: the arguments that led to it, for the reader.
+        components: layer name -> the channels that were removed or zeroed.
+        architecture: tensor name -> shape, of the model before the edit.
+        operations: what is done, in order.
+        tensors: "set.I" the values that operation I writes, "undo.I" those that it replaced.
+    """
+
+    edit: str
+    settings: dict[str, Any]
+    components: dict[str, list[int]]
+    architecture: dict[str, list[int]]
+    operations: list[Operation]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def apply(self, model: nn.Module, *, inplace: bool = False) -> Edit:
+        """Make this edit to a model of the same architecture.
+
+        Args:
+            model: not changed unless `inplace`.
+
+        Returns:
+            `Edit`; its recipe can undo the edit of *this* model, whose weights may differ from the first one's.
+
+        Raises:
+            ValueError: a parameter or buffer is missing, unknown or of another shape. The model is then unchanged.
+        """
+        _check_architecture(model, self.architecture, "this recipe was made for another architecture")
+        if not inplace:
+            before_parameters = count_parameters(model)
+            model = copy.deepcopy(model)
+        else:
+            before_parameters = count_parameters(model)
+        slots = _Slots(model)
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith("set.")}
+        for i, operation in enumerate(self.operations):
+            undo = _apply(model, slots, operation, tensors.get(f"set.{i}"))
+            if undo is not None:
+                tensors[f"undo.{i}"] = undo.cpu()
+        recipe = Recipe(self.edit, self.settings, self.components, self.architecture, self.operations, tensors)
+        return Edit(model, recipe, before_parameters, count_parameters(model))
+
+    def undo(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
+        """Give an edited model its removed and replaced values back, bit for bit.
+
+        Args:
+            model: a model with this edit applied; not changed unless `inplace`.
+
+        Raises:
+            ValueError: the model's shapes are not those that this edit leaves.
+        """
+        _check_architecture(model, self._edited_architecture(), "this model does not carry this recipe's edit")
+        if not inplace:
+            model = copy.deepcopy(model)
+        slots = _Slots(model)
+        for i, operation in reversed(list(enumerate(self.operations))):
+            _undo(model, slots, operation, self.tensors.get(f"undo.{i}"))
+        return model
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write NAME.json (what is done, readable) and NAME.safetensors (values); returns the JSON file's path."""
+        target = _json_path(path)
+        data = format_tensors({name: tensor.contiguous() for name, tensor in self.tensors.items()})
+        values = target.with_suffix(".safetensors")
+        header = {
+            "kind": "recipe",
+            "version": _files.VERSION,
+            "edit": self.edit,
+            "settings": self.settings,
+            "components": self.components,
+            "architecture": self.architecture,
+            "operations": [_compact(operation) for operation in self.operations],
+            "tensors": {"file": values.name, "sha256": hashlib.sha256(data).hexdigest()},
+        }
+        # Values first: a JSON file never points at values that are not there yet.
+        _files.write_atomically(values, data)
+        _files.write_atomically(target, (json.dumps(header, indent=1) + "\n").encode())
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: one of the two files is missing. ValueError: one is damaged, cut short or foreign.
+        """
+        target = _json_path(path)
+        if not target.is_file():
+            raise FileNotFoundError(f"recipe file {str(target)!r} does not exist.")
+        try:
+            text = target.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"recipe file {str(target)!r} is no text: {error}") from error
+        header = _files.check_header(text, "recipe", target)
+        pointer = _files.field(header, "tensors", dict, target)
+        values = target.with_name(Path(_files.field(pointer, "file", str, target)).name)
+        if not values.is_file():
+            raise FileNotFoundError(f"recipe file {str(target)!r} needs {values.name!r} beside it, which does not exist.")
+        data = values.read_bytes()
+        if hashlib.sha256(data).hexdigest() != pointer.get("sha256"):
+            raise ValueError(f"recipe values {str(values)!r} are damaged or belong to another recipe: checksum differs.")
+        try:
+            tensors = parse_tensors(data)
+        except SafetensorError as error:
+            raise ValueError(f"recipe values {str(values)!r} are no safetensors file: {error}") from error
+        architecture = _files.field(header, "architecture", dict, target)
+        operations = [
+            _operation(entry, architecture, i, target)
+            for i, entry in enumerate(_files.field(header, "operations", list, target))
+        ]
+        return cls(
+            _files.field(header, "edit", str, target),
+            _files.field(header, "settings", dict, target),
+            _files.field(header, "components", dict, target),
+            architecture,
+            operations,
+            tensors,
+        )
+
+    def _edited_architecture(self) -> dict[str, list[int]]:
+        shapes = {name: list(shape) for name, shape in self.architecture.items()}
+        for operation in self.operations:
+            if operation.kind == "keep":
+                shapes[operation.target][operation.dim] = len(operation.index)
+        return shapes
+
+
+@dataclass
+class Edit:
+    """What `prune` and `unlearn` return.
+
+    Attributes:
+        model: the edited model.
+        recipe: the edit as data: save it, apply it elsewhere, undo it.
+        parameters_before, parameters_after: number of parameters.
+        macs_before, macs_after: multiply-accumulates of one forward pass on the example inputs; None if not measured.
+        skipped: layer name -> why it was left alone.
+        widths: layer name -> number of its components before the edit.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    parameters_before: int
+    parameters_after: int
+    macs_before: int | None = None
+    macs_after: int | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """A table of what went from each layer, and what it cost."""
+        verb = "removed" if self.recipe.edit == "prune" else "zeroed"
+        names = [*self.recipe.components, *self.skipped]
+        width = max((len(name) for name in names), default=5)
+        lines = [f"{'layer':{width}}  {verb:>12}"]
+        for layer, channels in self.recipe.components.items():
+            of = f" of {self.widths[layer]}" if layer in self.widths else ""
+            lines.append(f"{layer:{width}}  {f'{len(channels)}{of}':>12}")
+        lines += [f"{layer:{width}}  {'-':>12}  {why}" for layer, why in self.skipped.items()]
+        lines.append(f"parameters: {_change(self.parameters_before, self.parameters_after)}")
+        if self.macs_before is not None and self.macs_after is not None:
+            lines.append(f"multiply-accumulates: {_change(self.macs_before, self.macs_after)}")
+        return "\n".join(lines)
+
+
+def _change(before: int, after: int) -> str:
+    share = f" ({100 * (before - after) / before:.1f} % less)" if after != before and before else ""
+    return f"{before:,} -> {after:,}{share}"
+
+
+def architecture_of(model: nn.Module) -> dict[str, list[int]]:
+    """Shape of every parameter and buffer by name."""
+    return {name: list(tensor.shape) for name, tensor in _named_tensors(model)}
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _check_architecture(model: nn.Module, expected: dict[str, list[int]], what: str) -> None:
+    found = architecture_of(model)
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"Recipe: {what}: tensor {name!r} must have shape {expected.get(name, 'none (absent)')}, the model's "
+                f"has {found.get(name, 'none (absent)')}."
+            )
+
+
+class _Slots:
+    """Where each tensor of a model hangs; a tensor that hangs in several places changes in all of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.places: dict[str, list[tuple[nn.Module, str]]] = {}
+        by_identity: dict[int, list[tuple[nn.Module, str]]] = {}
+        for name, tensor in _named_tensors(model):
+            owner, _, attribute = name.rpartition(".")
+            shared = by_identity.setdefault(id(tensor), [])
+            shared.append((model.get_submodule(owner), attribute))
+            self.places[name] = shared
+
+    def get(self, name: str) -> Tensor:
+        module, attribute = self.places[name][0]
+        value: Tensor = getattr(module, attribute)
+        return value
+
+    def put(self, name: str, value: Tensor) -> None:
+        old = self.get(name)
+        new: Tensor = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+        for module, attribute in self.places[name]:
+            setattr(module, attribute, new)
+
+
+def _index(operation: Operation, tensor: Tensor) -> Tensor:
+    return torch.tensor(operation.index, dtype=torch.int64, device=tensor.device)
+
+
+def _dropped(operation: Operation, size: int) -> list[int]:
+    return sorted(set(range(size)) - set(operation.index))
+
+
+def _attribute_owner(model: nn.Module, operation: Operation, expected: Any) -> nn.Module:
+    module = model.get_submodule(operation.target)
+    found = getattr(module, operation.name, None)
+    if (list(found) if isinstance(found, tuple) else found) != expected:
+        raise ValueError(
+            f"Recipe: attribute {operation.name!r} of module {operation.target!r} must be {expected!r}, it is {found!r}."
+        )
+    return module
+
+
+def _set_attribute(model: nn.Module, operation: Operation, expected: Any, value: Any) -> None:
+    module = _attribute_owner(model, operation, expected)
+    was_tuple = isinstance(getattr(module, operation.name), tuple)
+    setattr(module, operation.name, tuple(value) if was_tuple else value)
+
+
+@torch.no_grad()
+def _apply(model: nn.Module, slots: _Slots, operation: Operation, values: Tensor | None) -> Tensor | None:
+    """Do one operation; returns what it overwrote."""
+    if operation.kind == "attribute":
+        _set_attribute(model, operation, operation.before, operation.value)
+        return None
+    tensor = slots.get(operation.target)
+    if operation.kind == "keep":
+        dropped = torch.tensor(_dropped(operation, tensor.shape[operation.dim]), device=tensor.device)
+        undo = tensor.detach().index_select(operation.dim, dropped.long())
+        slots.put(operation.target, tensor.detach().index_select(operation.dim, _index(operation, tensor)))
+        return undo
+    if operation.kind == "fill":
+        index = _index(operation, tensor)
+        undo = tensor.detach().index_select(operation.dim, index)
+        tensor.index_fill_(operation.dim, index, operation.value)
+        return undo
+    if values is None:
+        raise ValueError(f"Recipe: the values for tensor {operation.target!r} are missing from the recipe.")
+    undo = tensor.detach().clone()
+    tensor.copy_(values)
+    return undo
+
+
+@torch.no_grad()
+def _undo(model: nn.Module, slots: _Slots, operation: Operation, saved: Tensor | None) -> None:
+    if operation.kind == "attribute":
+        _set_attribute(model, operation, operation.value, operation.before)
+        return
+    tensor = slots.get(operation.target)
+    if saved is None or saved.dtype != tensor.dtype:
+        found = "none" if saved is None else f"values of type {saved.dtype}"
+        raise ValueError(f"Recipe: to undo, tensor {operation.target!r} ({tensor.dtype}) needs its values, found {found}.")
+    saved = saved.to(tensor.device)
+    if operation.kind == "keep":
+        size = tensor.shape[operation.dim] + saved.shape[operation.dim]
+        shape = list(tensor.shape)
+        shape[operation.dim] = size
+        whole = tensor.new_empty(shape)
+        whole.index_copy_(operation.dim, _index(operation, tensor), tensor.detach())
+        dropped = torch.tensor(_dropped(operation, size), dtype=torch.int64, device=tensor.device)
+        whole.index_copy_(operation.dim, dropped, saved)
+        slots.put(operation.target, whole)
+    elif operation.kind == "fill":
+        tensor.index_copy_(operation.dim, _index(operation, tensor), saved)
+    else:
+        tensor.copy_(saved)
+
+
+def _json_path(path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    return target if target.suffix == ".json" else target.with_name(target.name + ".json")
+
+
+def _compact(operation: Operation) -> dict[str, Any]:
+    defaults = Operation("", "")
+    return {
+        key: value for key, value in asdict(operation).items() if key in ("kind", "target") or value != getattr(defaults, key)
+    }
+
+
+def _operation(entry: Any, architecture: dict[str, Any], position: int, path: Path) -> Operation:
+    """An operation from JSON, refused unless it makes sense for the architecture."""
+
+    def refuse(why: str) -> ValueError:
+        return ValueError(f"recipe file {str(path)!r} is damaged: operation {position} {why}.")
+
+    if not isinstance(entry, dict) or not {"kind", "target"} <= entry.keys() <= set(Operation.__dataclass_fields__):
+        raise refuse(f"must be an object with kind and target, got {entry!r}")
+    operation = Operation(**{**entry, "index": tuple(entry.get("index", ()))})
+    if operation.kind not in KINDS:
+        raise refuse(f"has the unknown kind {operation.kind!r}")
+    if operation.kind == "attribute":
+        if not isinstance(operation.target, str) or not isinstance(operation.name, str) or operation.name.startswith("_"):
+            raise refuse("must name a public attribute")
+        return operation
+    shape = architecture.get(operation.target)
+    if not isinstance(shape, list):
+        raise refuse(f"names the unknown tensor {operation.target!r}")
+    if operation.kind in ("keep", "fill"):
+        if not isinstance(operation.dim, int) or not 0 <= operation.dim < len(shape):
+            raise refuse(f"has dim {operation.dim!r} for a tensor of shape {shape}")
+        size = shape[operation.dim]
+        if not all(isinstance(i, int) and 0 <= i < size for i in operation.index) or list(operation.index) != sorted(
+            set(operation.index)
+        ):
+            raise refuse(f"must have increasing indices in 0..{size - 1}")
+    if operation.kind == "fill" and not isinstance(operation.value, (int, float)):
+        raise refuse(f"must fill with a number, got {operation.value!r}")
+    return operation
