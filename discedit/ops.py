@@ -141,9 +141,10 @@ def fisher_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, ba
         cov1, cov2: population covariances, shape (..., d, d), symmetric positive semi-definite, same type and device.
 
     Returns:
-        Shape (...), in [0, 1], the type of the inputs; computed in float64, rounding charged against the bound.
-        Deterministic. A direction without variance counts as perfectly separating when the means differ along it (1)
-        and as useless when they do not (0). NaN for non-finite moments.
+        Shape (...), in [0, 1], the type of the inputs. Computed in float64; rounding, that of the given moments
+        included (16 ulps of each), is charged against the bound. Deterministic. A direction without variance counts as
+        perfectly separating when the means differ along it (1) and as useless when they do not (0). NaN for non-finite
+        moments.
 
     Raises:
         ValueError: shapes, types or devices do not match, or d is outside 1..32.

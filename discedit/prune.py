@@ -180,7 +180,10 @@ class _Tracer:
             depthwise = isinstance(target, _ConvNd) and target.groups == target.in_channels > 1
             if target is not module and produces and width_of(target) is not None and not depthwise:
                 sharing.append(self.names[target])
-        return f"it shares its channels with {', '.join(sharing)}" if sharing else ""
+        if not sharing:
+            return ""
+        others = f" and {len(sharing) - 1} more layers" if len(sharing) > 1 else ""
+        return f"it shares its channels with {min(sharing)}{others}"
 
     def operations(self, components: dict[str, list[int]]) -> list[Operation]:
         """Removes the components from the copy and reads off what that changed."""

@@ -75,11 +75,9 @@ class Recipe:
             ValueError: a parameter or buffer is missing, unknown or of another shape. The model is then unchanged.
         """
         _check_architecture(model, self.architecture, "this recipe was made for another architecture")
+        parameters_before = count_parameters(model)
         if not inplace:
-            before_parameters = count_parameters(model)
             model = copy.deepcopy(model)
-        else:
-            before_parameters = count_parameters(model)
         slots = _Slots(model)
         tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith("set.")}
         for i, operation in enumerate(self.operations):
@@ -87,7 +85,7 @@ class Recipe:
             if undo is not None:
                 tensors[f"undo.{i}"] = undo.cpu()
         recipe = Recipe(self.edit, self.settings, self.components, self.architecture, self.operations, tensors)
-        return Edit(model, recipe, before_parameters, count_parameters(model))
+        return Edit(model, recipe, parameters_before, count_parameters(model))
 
     def undo(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
         """Give an edited model its removed and replaced values back, bit for bit.

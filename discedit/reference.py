@@ -11,6 +11,10 @@ from torch import Tensor
 from discedit._state import ClassMoments
 
 EPSILON = torch.finfo(torch.float64).eps
+# Relative rounding that means and covariances must be taken to carry, and that of the merged moment sums.
+ROUNDING_OF_MOMENTS = 16 * EPSILON
+ROUNDING_OF_MEAN = 16 * EPSILON
+ROUNDING_OF_VARIANCE = 16 * EPSILON
 
 
 def pool(x: Tensor, channel_axis: int) -> Tensor:
@@ -86,79 +90,86 @@ def _merge(a: ClassMoments, b: ClassMoments) -> ClassMoments:
 
 
 def fisher_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
-    return _fisher((mean1 - mean2).double(), cov1.double(), cov2.double())
+    return _fisher(*_difference(mean1, mean2), cov1.double(), cov2.double())
 
 
 def minimax_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
-    return _minimax((mean1 - mean2).double(), cov1.double(), cov2.double())
+    return _minimax(*_difference(mean1, mean2), cov1.double(), cov2.double())
 
 
-def _fisher(delta: Tensor, cov1: Tensor, cov2: Tensor) -> Tensor:
+def _difference(mean1: Tensor, mean2: Tensor) -> tuple[Tensor, Tensor]:
+    """Difference of the means, and the rounding that it must be taken to carry."""
+    mean1, mean2 = mean1.double(), mean2.double()
+    return mean1 - mean2, ROUNDING_OF_MOMENTS * (mean1.abs() + mean2.abs())
+
+
+def _fisher(delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor) -> Tensor:
     total = cov1 + cov2
-    delta, total, _, verdict = _scale(delta, total, torch.zeros_like(total))
-    u = _direction(delta, total)
-    ratio = _gap(u, delta) ** 2 / _variance(u, total)
+    delta, noise, total, _, verdict = _scale(delta, noise, total, torch.zeros_like(total))
+    u = _direction(delta, noise, total)
+    ratio = _gap(u, delta, noise) ** 2 / _variance(u, total)
     return _finish(ratio / 2, verdict)
 
 
-def _minimax(delta: Tensor, cov1: Tensor, cov2: Tensor) -> Tensor:
-    scaled, s1, s2, verdict = _scale(delta, cov1, cov2)
+def _minimax(delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor) -> Tensor:
+    scaled, scaled_noise, s1, s2, verdict = _scale(delta, noise, cov1, cov2)
     low = torch.zeros_like(scaled[..., 0])
     high = torch.ones_like(low)
     best = torch.zeros_like(low)
     for _ in range(45):  # bisection on Anderson and Bahadur's curve, down to 2^-45
         weight = (low + high) / 2
         mixed = (1 - weight)[..., None, None] * s1 + weight[..., None, None] * s2
-        u = _direction(scaled, mixed)
+        u = _direction(scaled, scaled_noise, mixed)
         first, second = _variance(u, s1).sqrt(), _variance(u, s2).sqrt()
-        ratio = (_gap(u, scaled) / (first + second)) ** 2
+        ratio = (_gap(u, scaled, scaled_noise) / (first + second)) ** 2
         best = torch.where(ratio > best, ratio, best)
         go_up = first / (first + second) > weight
         low, high = torch.where(go_up, weight, low), torch.where(go_up, high, weight)
-    return torch.maximum(_finish(best, verdict), _fisher(delta, cov1, cov2))
+    return torch.maximum(_finish(best, verdict), _fisher(delta, noise, cov1, cov2))
 
 
-def _scale(delta: Tensor, cov1: Tensor, cov2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _scale(
+    delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Units in which cov1 + cov2 has unit diagonal, and a verdict: NaN undefined, 1 separated, 0 go on."""
     total = torch.diagonal(cov1 + cov2, dim1=-2, dim2=-1)
     deviation = total.clamp(min=0).sqrt()
-    separated = (delta.abs() > 1e9 * deviation).any(-1)
+    separated = (delta.abs() - noise > 1e9 * deviation).any(-1)
+    defined = delta.isfinite().all(-1) & total.isfinite().all(-1)
     inverse = torch.where(deviation > 0, 1 / deviation, 0.0)
-    delta = delta * inverse
     # Row, then column: the product of two inverses may overflow where the scaled entry does not.
     cov1 = cov1 * inverse[..., :, None] * inverse[..., None, :]
     cov2 = cov2 * inverse[..., :, None] * inverse[..., None, :]
-    verdict = torch.where(separated, 1.0, 0.0)
-    defined = total.isfinite().all(-1) & (separated | (cov1 + cov2).isfinite().all(-1).all(-1))
-    verdict = torch.where(defined & ~delta.isnan().any(-1), verdict, float("nan"))
+    defined = defined & (separated | (cov1 + cov2).isfinite().all(-1).all(-1))
+    verdict = torch.where(defined, torch.where(separated, 1.0, 0.0), float("nan")).to(delta.dtype)
     settled = (verdict != 0)[..., None]
-    zeros = torch.zeros_like(delta)
     return (
-        torch.where(settled, zeros, delta),
-        torch.where(settled[..., None], zeros[..., None], cov1),
-        torch.where(settled[..., None], zeros[..., None], cov2),
+        torch.where(settled, 0.0, delta * inverse),
+        torch.where(settled, 0.0, noise * inverse),
+        torch.where(settled[..., None], 0.0, cov1),
+        torch.where(settled[..., None], 0.0, cov2),
         verdict,
     )
 
 
-def _direction(delta: Tensor, cov: Tensor) -> Tensor:
-    d = delta.shape[-1]
-    ridge = 2 * d * EPSILON * torch.eye(d, dtype=torch.float64, device=delta.device)
+def _direction(delta: Tensor, noise: Tensor, cov: Tensor) -> Tensor:
+    ridge = torch.diag_embed(2 * delta.shape[-1] * EPSILON + noise**2)
     # Symmetric positive definite up to rounding: LU copes where a Cholesky pivot would fall below zero.
     u = torch.linalg.solve_ex(cov + ridge, delta).result
     largest = u.abs().amax(-1, keepdim=True)
     return torch.where(largest > 0, u / largest, u)
 
 
-def _gap(u: Tensor, delta: Tensor) -> Tensor:
+def _gap(u: Tensor, delta: Tensor, noise: Tensor) -> Tensor:
     terms = u * delta
-    safe = terms.sum(-1).abs() - (u.shape[-1] + 1) * EPSILON * terms.abs().sum(-1)
-    return safe.clamp(min=0)
+    rounding = (u.shape[-1] + 1) * EPSILON * terms.abs() + u.abs() * noise
+    return (terms.sum(-1).abs() - rounding.sum(-1)).clamp(min=0)
 
 
 def _variance(u: Tensor, cov: Tensor) -> Tensor:
     terms = u[..., :, None] * cov * u[..., None, :]
-    return terms.sum((-2, -1)).clamp(min=0) + (2 * u.shape[-1] + 2) * EPSILON * terms.abs().sum((-2, -1))
+    rounding = (2 * u.shape[-1] + 2) * EPSILON + ROUNDING_OF_MOMENTS
+    return terms.sum((-2, -1)).clamp(min=0) + rounding * terms.abs().sum((-2, -1))
 
 
 def _finish(ratio: Tensor, verdict: Tensor) -> Tensor:
@@ -169,9 +180,6 @@ def _finish(ratio: Tensor, verdict: Tensor) -> Tensor:
 
 
 # ---- one against the rest -------------------------------------------------------------------------------------------
-
-ROUNDING_OF_MEAN = 64 * EPSILON
-ROUNDING_OF_VARIANCE = 8 * EPSILON
 
 
 def one_vs_rest(moments: ClassMoments, bound: str, witness: str) -> Tensor:
@@ -189,8 +197,8 @@ def one_vs_rest(moments: ClassMoments, bound: str, witness: str) -> Tensor:
     for k, one in enumerate(classes):
         rest = _merge(before, after[k + 1])
         before = _merge(before, one)
-        delta, cov1, cov2, equal = features(one, rest)
-        column = torch.where(equal, 0.0, law(delta, cov1, cov2))
+        delta, noise, cov1, cov2, equal = features(one, rest)
+        column = torch.where(equal, 0.0, law(delta, noise, cov1, cov2))
         both = (one.count > 0) & (rest.count > 0)
         columns.append(torch.where(both, column, float("nan")))
     return torch.stack(columns, dim=-1)
@@ -206,7 +214,7 @@ def _standardise(one: ClassMoments, two: ClassMoments) -> tuple[list[dict[str, T
     scale = (laws[0]["m2"] + laws[1]["m2"] + gap**2).sqrt()
     unit = torch.where(scale > 0, scale, 1.0)
     for law, shift in zip(laws, (-gap / 2, gap / 2), strict=True):
-        law["noise"] = (ROUNDING_OF_MEAN * (law["mean"].abs() / unit)) ** 2
+        law["noise"] = ROUNDING_OF_MEAN * (law["mean"].abs() / unit)
         law["shift"] = shift / unit
         law["m2"] = law["m2"] / unit / unit
         law["m3"] = law["m3"] / unit / unit / unit
@@ -214,24 +222,25 @@ def _standardise(one: ClassMoments, two: ClassMoments) -> tuple[list[dict[str, T
     return laws, scale == 0
 
 
-def _linear_witness(one: ClassMoments, two: ClassMoments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _linear_witness(one: ClassMoments, two: ClassMoments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (a, b), equal = _standardise(one, two)
     delta = (a["shift"] - b["shift"])[:, None]
-    cov1, cov2 = ((law["m2"] + law["noise"])[:, None, None] for law in (a, b))
-    return delta, cov1, cov2, equal
+    noise = (a["noise"] + b["noise"])[:, None]
+    return delta, noise, a["m2"][:, None, None], b["m2"][:, None, None], equal
 
 
-def _quadratic_witness(one: ClassMoments, two: ClassMoments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quadratic_witness(one: ClassMoments, two: ClassMoments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Moments of (z, z^2). The span of (1, t, t^2) does not depend on shift and scale of t."""
     (a, b), equal = _standardise(one, two)
     delta = torch.stack([a["shift"] - b["shift"], a["m2"] - b["m2"]], dim=-1)
+    noise = torch.stack([a["noise"] + b["noise"], ROUNDING_OF_MEAN * (a["m2"] + b["m2"])], dim=-1)
     covariances = []
     for law in (a, b):
         d = law["shift"]
         gross = law["m4"] + law["m2"] ** 2 + 4 * (d * law["m3"]).abs() + 4 * d**2 * law["m2"]
         square = law["m4"] - law["m2"] ** 2 + 4 * d * law["m3"] + 4 * d**2 * law["m2"]
         cross = law["m3"] + 2 * d * law["m2"]
-        first = torch.stack([law["m2"] + law["noise"], cross], dim=-1)
+        first = torch.stack([law["m2"], cross], dim=-1)
         second = torch.stack([cross, square.clamp(min=0) + ROUNDING_OF_VARIANCE * gross], dim=-1)
         covariances.append(torch.stack([first, second], dim=-2))
-    return delta, covariances[0], covariances[1], equal
+    return delta, noise, covariances[0], covariances[1], equal

@@ -4,8 +4,9 @@
 //   minimax  k^2 / (1 + k^2),  k = max_u u'delta / (sqrt(u'S1 u) + sqrt(u'S2 u))
 //
 // Every direction u gives a valid bound, so a solver only has to find a good u; the bound is then *evaluated* at that u
-// with the rounding of each sum charged against it. Ill-conditioned and singular covariances therefore cost tightness of
-// the order of rounding, never validity, and need no rank decision.
+// with rounding charged against it: that of each sum here, and that of the moments given (`noise` for the means, a few
+// ulps of each term for the covariances). Ill-conditioned and singular covariances therefore cost tightness of the order
+// of rounding, never validity, and need no rank decision.
 #pragma once
 
 #include <cmath>
@@ -21,11 +22,13 @@ enum class Bound { fisher, minimax };
 namespace detail {
 
 constexpr double epsilon = 2.220446049250313e-16;
+constexpr double rounding_of_moments = 16 * epsilon;  // relative, of each mean and covariance entry that comes in
 
-// delta and covariances in units in which S1 + S2 has unit diagonal.
+// delta, its uncertainty, and covariances in units in which S1 + S2 has unit diagonal.
 template <int Size>
 struct ScaledPair {
   double delta[Size];
+  double noise[Size];
   double cov1[Size][Size];
   double cov2[Size][Size];
 };
@@ -33,6 +36,7 @@ struct ScaledPair {
 enum class Scaling { ordinary, separated, undefined };
 
 // `separated`: some coordinate alone has F > 1e18, where every bound rounds to 1. `undefined`: a non-finite input.
+// A coordinate without variance whose difference is within the noise drops out.
 template <int Size>
 DISCEDIT_HD inline Scaling scale_pair(ScaledPair<Size>& pair, int d) {
   double inverse[Size];
@@ -43,12 +47,13 @@ DISCEDIT_HD inline Scaling scale_pair(ScaledPair<Size>& pair, int d) {
     if (!(std::fabs(pair.delta[i]) < std::numeric_limits<double>::infinity()) ||
         !(std::fabs(total) < std::numeric_limits<double>::infinity()))
       return Scaling::undefined;
-    if (std::fabs(pair.delta[i]) > 1e9 * deviation) result = Scaling::separated;
-    inverse[i] = deviation > 0 ? 1 / deviation : 0;  // no variance and no difference: the coordinate drops out
+    if (std::fabs(pair.delta[i]) - pair.noise[i] > 1e9 * deviation) result = Scaling::separated;
+    inverse[i] = deviation > 0 ? 1 / deviation : 0;
   }
   if (result == Scaling::separated) return result;
   for (int i = 0; i < d; ++i) {
     pair.delta[i] *= inverse[i];
+    pair.noise[i] *= inverse[i];
     for (int j = 0; j < d; ++j) {
       pair.cov1[i][j] = pair.cov1[i][j] * inverse[i] * inverse[j];
       pair.cov2[i][j] = pair.cov2[i][j] * inverse[i] * inverse[j];
@@ -60,14 +65,14 @@ DISCEDIT_HD inline Scaling scale_pair(ScaledPair<Size>& pair, int d) {
 }
 
 template <int Size>
-DISCEDIT_HD inline double projected_gap(const double (&u)[Size], const double (&delta)[Size], int d) {
-  double value = 0, gross = 0;
+DISCEDIT_HD inline double projected_gap(const double (&u)[Size], const ScaledPair<Size>& pair, int d) {
+  double value = 0, rounding = 0;
   for (int i = 0; i < d; ++i) {
-    const double term = u[i] * delta[i];
+    const double term = u[i] * pair.delta[i];
     value += term;
-    gross += std::fabs(term);
+    rounding += (d + 1) * epsilon * std::fabs(term) + std::fabs(u[i]) * pair.noise[i];
   }
-  const double safe = std::fabs(value) - (d + 1) * epsilon * gross;
+  const double safe = std::fabs(value) - rounding;
   return safe > 0 ? safe : 0;
 }
 
@@ -80,16 +85,18 @@ DISCEDIT_HD inline double projected_variance(const double (&u)[Size], const doub
       value += term;
       gross += std::fabs(term);
     }
-  return (value > 0 ? value : 0) + (2 * d + 2) * epsilon * gross;
+  return (value > 0 ? value : 0) + ((2 * d + 2) * epsilon + rounding_of_moments) * gross;
 }
 
-// u = ((1 - l) S1 + l S2 + ridge)^-1 delta. The ridge only keeps the factorisation alive.
+// u = ((1 - l) S1 + l S2 + ridge)^-1 delta. The ridge keeps the factorisation alive, and u off coordinates whose
+// difference is mostly noise.
 template <int Size>
 DISCEDIT_HD inline void direction(const ScaledPair<Size>& pair, int d, double l, double (&u)[Size]) {
   double mixed[Size][Size];
   for (int i = 0; i < d; ++i) {
     u[i] = pair.delta[i];
     for (int j = 0; j <= i; ++j) mixed[i][j] = (1 - l) * pair.cov1[i][j] + l * pair.cov2[i][j];
+    mixed[i][i] += pair.noise[i] * pair.noise[i];
   }
   cholesky_solve<Size>(mixed, u, d, 2 * d * epsilon);
   // Direction only: unit largest entry keeps the quadratic forms in range.
@@ -111,14 +118,15 @@ DISCEDIT_HD inline double saturate(double x) { return x > 1e300 ? 1.0 : x / (1 +
 
 }  // namespace detail
 
-// Both take delta (d) and covariances (d x d, row stride Size), and return the bound in [0, 1], or NaN for a
-// non-finite input. d <= Size.
+// Both take delta (d), the absolute uncertainty of delta, and covariances (d x d, row stride Size), and return the bound
+// in [0, 1], or NaN for a non-finite input. d <= Size.
 template <int Size>
-DISCEDIT_HD inline double fisher_bound(const double (&delta)[Size], const double (&cov1)[Size][Size],
-                                       const double (&cov2)[Size][Size], int d) {
+DISCEDIT_HD inline double fisher_bound(const double (&delta)[Size], const double (&noise)[Size],
+                                       const double (&cov1)[Size][Size], const double (&cov2)[Size][Size], int d) {
   detail::ScaledPair<Size> pair;
   for (int i = 0; i < d; ++i) {
     pair.delta[i] = delta[i];
+    pair.noise[i] = noise[i];
     for (int j = 0; j < d; ++j) {
       pair.cov1[i][j] = cov1[i][j] + cov2[i][j];
       pair.cov2[i][j] = 0;
@@ -131,17 +139,18 @@ DISCEDIT_HD inline double fisher_bound(const double (&delta)[Size], const double
   }
   double u[Size];
   detail::direction<Size>(pair, d, 0, u);
-  const double gap = detail::projected_gap<Size>(u, pair.delta, d);
+  const double gap = detail::projected_gap<Size>(u, pair, d);
   const double variance = detail::projected_variance<Size>(u, pair.cov1, d);
   return detail::saturate(detail::squared_ratio(gap, std::sqrt(variance)) / 2);
 }
 
 template <int Size>
-DISCEDIT_HD inline double minimax_bound(const double (&delta)[Size], const double (&cov1)[Size][Size],
-                                        const double (&cov2)[Size][Size], int d) {
+DISCEDIT_HD inline double minimax_bound(const double (&delta)[Size], const double (&noise)[Size],
+                                        const double (&cov1)[Size][Size], const double (&cov2)[Size][Size], int d) {
   detail::ScaledPair<Size> pair;
   for (int i = 0; i < d; ++i) {
     pair.delta[i] = delta[i];
+    pair.noise[i] = noise[i];
     for (int j = 0; j < d; ++j) {
       pair.cov1[i][j] = cov1[i][j];
       pair.cov2[i][j] = cov2[i][j];
@@ -160,7 +169,7 @@ DISCEDIT_HD inline double minimax_bound(const double (&delta)[Size], const doubl
   double last_l = 0, last_excess = 0;
   for (int step = 0; step < 60; ++step) {
     detail::direction<Size>(pair, d, l, u);
-    const double gap = detail::projected_gap<Size>(u, pair.delta, d);
+    const double gap = detail::projected_gap<Size>(u, pair, d);
     const double s1 = std::sqrt(detail::projected_variance<Size>(u, pair.cov1, d));
     const double s2 = std::sqrt(detail::projected_variance<Size>(u, pair.cov2, d));
     const double ratio = detail::squared_ratio(gap, s1 + s2);
@@ -186,12 +195,12 @@ DISCEDIT_HD inline double minimax_bound(const double (&delta)[Size], const doubl
 }
 
 template <int Size>
-DISCEDIT_HD inline double bound_of(Bound bound, const double (&delta)[Size], const double (&cov1)[Size][Size],
-                                   const double (&cov2)[Size][Size], int d) {
-  if (bound == Bound::fisher) return fisher_bound<Size>(delta, cov1, cov2, d);
+DISCEDIT_HD inline double bound_of(Bound bound, const double (&delta)[Size], const double (&noise)[Size],
+                                   const double (&cov1)[Size][Size], const double (&cov2)[Size][Size], int d) {
+  if (bound == Bound::fisher) return fisher_bound<Size>(delta, noise, cov1, cov2, d);
   // (s1 + s2)^2 <= 2 (s1^2 + s2^2) at any u, so minimax contains fisher; the maximum keeps that true to the last bit.
-  const double minimax = minimax_bound<Size>(delta, cov1, cov2, d);
-  const double fisher = fisher_bound<Size>(delta, cov1, cov2, d);
+  const double minimax = minimax_bound<Size>(delta, noise, cov1, cov2, d);
+  const double fisher = fisher_bound<Size>(delta, noise, cov1, cov2, d);
   return fisher > minimax ? fisher : minimax;
 }
 

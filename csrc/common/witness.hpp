@@ -8,15 +8,16 @@
 
 namespace discedit {
 
-// Rounding that the moment sums may carry, in units of the terms they are made of. Added to the variances, so that two
-// laws which differ by rounding alone are not told apart. More variance can only lower a bound.
-constexpr double rounding_of_mean = 64 * 2.220446049250313e-16;
-constexpr double rounding_of_variance = 8 * 2.220446049250313e-16;
+// Rounding that the moment sums may carry, relative to the terms they are made of: two laws that differ by rounding
+// alone must not be told apart.
+constexpr double rounding_of_mean = 16 * 2.220446049250313e-16;
+constexpr double rounding_of_variance = 16 * 2.220446049250313e-16;
 
-// The witness pair (delta, cov1, cov2): all that `fisher` and `minimax` need.
+// All that `fisher` and `minimax` need. `noise` is the absolute uncertainty of `delta`.
 template <int D>
 struct WitnessPair {
   double delta[D];
+  double noise[D];
   double cov1[D][D];
   double cov2[D][D];
 };
@@ -24,9 +25,9 @@ struct WitnessPair {
 namespace detail {
 
 struct Standardised {  // moments of z = (t - shift) / scale under one law
-  double shift;        // E z
+  double shift;               // E z
   double var, third, fourth;  // central
-  double mean_noise2;  // squared rounding of E z
+  double noise;               // rounding of E z
 };
 
 DISCEDIT_HD inline Standardised standardise(const Moments& law, double shift, double scale) {
@@ -36,8 +37,7 @@ DISCEDIT_HD inline Standardised standardise(const Moments& law, double shift, do
   z.var = law.m2 / law.n / scale / scale;
   z.third = law.m3 / law.n / scale / scale / scale;
   z.fourth = law.m4 / law.n / scale / scale / scale / scale;
-  const double noise = rounding_of_mean * (std::fabs(law.mean) / scale);
-  z.mean_noise2 = noise * noise;
+  z.noise = rounding_of_mean * (std::fabs(law.mean) / scale);
   return z;
 }
 
@@ -46,7 +46,7 @@ DISCEDIT_HD inline void quadratic_covariance(const Standardised& z, double (&cov
   const double d = z.shift;
   const double gross = z.fourth + z.var * z.var + 4 * std::fabs(d * z.third) + 4 * d * d * z.var;
   const double square = z.fourth - z.var * z.var + 4 * d * z.third + 4 * d * d * z.var;
-  cov[0][0] = z.var + z.mean_noise2;
+  cov[0][0] = z.var;
   cov[0][1] = cov[1][0] = z.third + 2 * d * z.var;
   cov[1][1] = (square > 0 ? square : 0) + rounding_of_variance * gross;
 }
@@ -68,8 +68,9 @@ DISCEDIT_HD inline bool linear_witness(const Moments& one, const Moments& two, W
   const detail::Standardised z1 = detail::standardise(one, -half_gap, scale);
   const detail::Standardised z2 = detail::standardise(two, half_gap, scale);
   out.delta[0] = z1.shift - z2.shift;
-  out.cov1[0][0] = z1.var + z1.mean_noise2;
-  out.cov2[0][0] = z2.var + z2.mean_noise2;
+  out.noise[0] = z1.noise + z2.noise;
+  out.cov1[0][0] = z1.var;
+  out.cov2[0][0] = z2.var;
   return true;
 }
 
@@ -81,6 +82,8 @@ DISCEDIT_HD inline bool quadratic_witness(const Moments& one, const Moments& two
   const detail::Standardised z2 = detail::standardise(two, half_gap, scale);
   out.delta[0] = z1.shift - z2.shift;
   out.delta[1] = z1.var - z2.var;  // the squared shifts are equal by choice of the midpoint
+  out.noise[0] = z1.noise + z2.noise;
+  out.noise[1] = rounding_of_mean * (z1.var + z2.var);
   detail::quadratic_covariance(z1, out.cov1);
   detail::quadratic_covariance(z2, out.cov2);
   return true;

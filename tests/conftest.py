@@ -1,0 +1,51 @@
+"""Fixtures: real data where it is there, and a small trained network that is always there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from discedit import collect_moments, score, zoo
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def cifar():
+    """ResNet20 with its weights, 1,000 training and 1,000 test images."""
+    folder = zoo.data_folder()
+    if not (folder / "resnet20_cifar10.safetensors").is_file():
+        pytest.skip(f"needs the CIFAR-10 data: no resnet20_cifar10.safetensors in {folder} (DISCEDIT_DATA)")
+    return zoo.cifar_resnet("resnet20"), zoo.cifar10("train", limit=1000), zoo.cifar10("test", limit=1000)
+
+
+@pytest.fixture(scope="session")
+def cifar_scores(cifar):
+    model, train, _ = cifar
+    return score(collect_moments(model, zoo.batches(train), 10))
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """DigitsNet trained on the spot, and its data."""
+    train, test = zoo.digits()
+    return zoo.train_digits_net(train, epochs=8), train, test
+
+
+@pytest.fixture(scope="session")
+def digit_moments(trained):
+    model, train, _ = trained
+    return collect_moments(model, zoo.batches(train), 10)
+
+
+@pytest.fixture(scope="session")
+def digit_scores(digit_moments):
+    return score(digit_moments)

@@ -1,0 +1,85 @@
+"""Hostile inputs and the derived tolerance, shared by the tests of the ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from discedit._state import ClassMoments
+
+BACKENDS = ["cpp", "reference"]
+
+
+def hostile_maps() -> dict[str, Tensor]:
+    """Feature maps chosen to break a reader: offsets, signs, types, and views of every kind."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    wide = randn(12, 9, 10, 11)
+    buffer = randn(12 * 5 * 7 * 7 + 1)
+    return {
+        "plain": randn(12, 5, 7, 7),
+        "one pixel": randn(12, 5, 1, 1),
+        "features": randn(12, 33),
+        "offset 1e8": randn(12, 5, 8, 8).double() + 1e8,
+        "offset 1e8 float32": randn(12, 5, 8, 8) + 1e8,
+        "offset 1e4": randn(12, 5, 8, 8) + 1e4,
+        "all negative": -randn(12, 5, 8, 8).abs() - 1,
+        "huge": randn(12, 5, 8, 8) * 1e30,
+        "tiny": randn(12, 5, 8, 8) * 1e-30,
+        "constant": torch.full((12, 5, 7, 7), 0.1),
+        "misaligned": buffer[1:].view(12, 5, 7, 7),
+        "sliced": wide[:, 1:8:2, 2:-1, 1::3],
+        "transposed": wide.transpose(2, 3),
+        "channels swapped": wide.transpose(1, 3),
+        "channels_last": randn(12, 20, 6, 5).to(memory_format=torch.channels_last),
+        "channels_last sliced": randn(12, 20, 6, 5).to(memory_format=torch.channels_last)[:, 3:17],
+        "expanded": randn(12, 5, 1, 1).expand(12, 5, 4, 4),
+        "flipped by samples": randn(6, 12, 5, 4).permute(1, 0, 3, 2),
+        "volume": randn(12, 3, 4, 5, 6),
+        "many channels": randn(12, 700, 3, 3).to(memory_format=torch.channels_last),
+        "bfloat16": randn(12, 5, 9, 9).bfloat16(),
+        "bfloat16 channels_last": randn(12, 40, 9, 9).bfloat16().to(memory_format=torch.channels_last),
+        "float16": randn(12, 5, 9, 9).half(),
+        "float16 subnormal": (randn(12, 5, 9, 9) * 1e-6).half(),
+        "float64": randn(12, 5, 9, 9).double(),
+    }
+
+
+def labels_for(samples: int, classes: int = 6, seed: int = 1) -> Tensor:
+    """Labels in which class 1 is empty and class 2 has one sample."""
+    labels = torch.randint(3, classes, (samples,), generator=torch.Generator().manual_seed(seed))
+    labels[samples // 2] = 2
+    labels[0] = 0
+    return labels
+
+
+def poisoned_state(classes: int, channels: int) -> ClassMoments:
+    """A state with no samples whose values are NaN: an op that reads them shows it."""
+    state = ClassMoments.empty(classes, channels)
+    for tensor in state.tensors()[1:]:
+        tensor.fill_(float("nan"))
+    return state
+
+
+def naive_moments(x: Tensor, labels: Tensor, classes: int) -> list[Tensor]:
+    """The textbook way in the input's own type: pool, then average powers of deviations."""
+    pooled = x.flatten(2).mean(2) if x.ndim > 2 else x
+    rows = []
+    for k in range(classes):
+        own = pooled[labels == k]
+        if len(own) == 0:
+            rows.append([torch.zeros(pooled.shape[1], dtype=torch.float64)] * 4)
+            continue
+        deviation = own - own.mean(0)
+        rows.append([own.mean(0).double()] + [(deviation**p).sum(0).double() for p in (2, 3, 4)])
+    return [torch.stack([row[i] for row in rows]) for i in range(4)]
+
+
+def assert_no_worse_than(ours: Tensor, naive: Tensor, exact: Tensor, atol: Tensor | float) -> None:
+    """|ours - exact| <= 2 |naive - exact| + atol, element by element."""
+    naive_error = torch.nan_to_num((naive - exact).abs(), nan=torch.inf)
+    excess = (ours - exact).abs() - 2 * naive_error - atol
+    assert bool((excess <= 0).all()), f"worse than twice the naive error by {excess.max():.3e}"
