@@ -34,9 +34,11 @@ def class_moments(x: Tensor, channel_axis: int, labels: Tensor, state: ClassMome
     def class_sum(values: Tensor) -> Tensor:
         return torch.zeros_like(state.mean).index_add_(0, labels, values)
 
-    anchor = pooled[0]
-    seen = (count > 0)[:, None]
-    mean = torch.where(seen, anchor + class_sum(pooled - anchor) / per_class, 0.0)
+    # Deviations from each class's first sample: a constant channel gets its exact mean and exact zeros.
+    position = torch.arange(len(labels), device=labels.device)
+    first = torch.zeros_like(count).scatter_reduce_(0, labels, position, "amin", include_self=False)
+    anchor = torch.where((count > 0)[:, None], pooled[first], 0.0)
+    mean = anchor + class_sum(pooled - anchor[labels]) / per_class
     deviation = pooled - mean[labels]
     # `mean` is rounded; taking the residual out leaves central sums about the exact mean, to first order.
     residual = class_sum(deviation) / per_class
@@ -45,7 +47,7 @@ def class_moments(x: Tensor, channel_axis: int, labels: Tensor, state: ClassMome
     m4 = class_sum(deviation**4)
     m4 = m4 - 4 * residual * m3
     m3 = m3 - 3 * residual * m2
-    m2 = m2 - residual**2 * per_class
+    m2 = (m2 - residual**2 * per_class).clamp(min=0)
     merge_moments(state, ClassMoments(count, mean, m2, m3, m4))
 
 

@@ -71,7 +71,7 @@ void fold(const double* pooled, std::int64_t channels, const std::int64_t* order
     const double r = residual[c] / n;
     m4[c] -= 4 * r * m3[c];
     m3[c] -= 3 * r * m2[c];
-    m2[c] -= r * residual[c];
+    m2[c] = std::max(m2[c] - r * residual[c], 0.0);
   }
 }
 

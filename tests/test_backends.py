@@ -1,0 +1,82 @@
+import warnings
+
+import pytest
+import torch
+
+from discedit import _backends, ops
+from discedit.cli import doctor
+
+MAP = torch.ones(2, 3, 2, 2)
+
+
+@pytest.fixture
+def without_extension(monkeypatch):
+    """As if discedit had been installed where there is no C++ compiler."""
+    monkeypatch.setattr(_backends, "cpu_module", lambda: (None, "not built: no C++ compiler found"))
+    _backends._warn_of_fallback.cache_clear()
+    yield
+    _backends._warn_of_fallback.cache_clear()
+
+
+def test_the_extension_is_built_here():
+    """CI must never pass on the fallback alone."""
+    module, reason = _backends.cpu_module()
+    assert module is not None, reason
+    assert module.instruction_set() in ("avx512f", "avx2", "baseline")
+
+
+def test_auto_takes_cpp_on_cpu(monkeypatch):
+    called = []
+    real = _backends.IMPLEMENTATIONS["cpp"]["pool"]
+    monkeypatch.setitem(_backends.IMPLEMENTATIONS["cpp"], "pool", lambda *a: called.append(1) or real(*a))
+    ops.pool(MAP)
+    assert called == [1]
+
+
+def test_auto_falls_back_and_says_so_once(without_extension):
+    with pytest.warns(RuntimeWarning, match=r"discedit._cpu not built: no C\+\+ compiler found; running on the slower"):
+        assert ops.pool(MAP).tolist() == [[1, 1, 1]] * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.pool(MAP)
+
+
+def test_a_named_backend_never_falls_back(without_extension):
+    with pytest.raises(RuntimeError, match=r"pool: backend 'cpp' cannot run: discedit._cpu not built: no C\+\+ compiler"):
+        ops.pool(MAP, backend="cpp")
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", _backends.OPS)
+def test_missing_kernels_are_named(backend, op):
+    with pytest.raises(RuntimeError, match=rf"{op}: backend '{backend}' cannot run: .* no {backend} implementation"):
+        _backends.select(op, backend, torch.device("cpu"))
+
+
+def test_other_devices_are_not_for_cpp():
+    with pytest.raises(RuntimeError, match="backend 'cpp' cannot run: it takes CPU tensors, and these are on meta"):
+        ops.pool(MAP.to("meta"), backend="cpp")
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"pool: backend must be one of 'auto', 'cpp', .* got 'cuad'"):
+        ops.pool(MAP, backend="cuad")
+
+
+def test_every_op_has_a_reference_and_a_kernel():
+    for op in _backends.OPS:
+        assert op in _backends.IMPLEMENTATIONS["cpp"]
+        assert op in _backends.IMPLEMENTATIONS["reference"]
+        assert callable(getattr(ops, op))
+
+
+def test_doctor_tells_what_runs_and_why_not():
+    report = doctor()
+    assert "cpp        runs        discedit._cpu" in report
+    assert "cuda       cannot run  this version of discedit has no CUDA kernels" in report
+    assert "triton     cannot run" in report
+    assert "reference  runs" in report
+
+
+def test_doctor_without_extension(without_extension):
+    assert "cpp        cannot run  not built: no C++ compiler found" in doctor()

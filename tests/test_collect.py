@@ -1,0 +1,241 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import discedit
+from discedit import collect_moments, ops, zoo
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 5)
+    )
+
+
+def small_data(samples=40, classes=5):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(samples, 3, 8, 8, generator=generator)
+    return TensorDataset(x, torch.arange(samples) % classes)
+
+
+def hooks_of(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_reads_every_layer_at_once(backend):
+    model, data = small_model().eval(), small_data()
+    moments = collect_moments(model, DataLoader(data, 16), 5, backend=backend)
+    assert list(moments) == ["0", "3", "5"]  # execution order, without the head
+    assert moments.norms == {"0": "1"}
+    x, labels = data.tensors
+    with torch.no_grad():
+        expected = {"0": model[:2](x), "3": model[:4](x), "5": model[:6](x)}
+    for layer, maps in expected.items():
+        exact = ops.class_moments(maps, labels, 5, backend="reference")
+        torch.testing.assert_close(moments[layer].mean, exact.mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moments[layer].m4, exact.m4, rtol=1e-4, atol=1e-6)
+        assert torch.equal(moments[layer].count, exact.count)
+
+
+def test_one_forward_pass():
+    model, calls = small_model(), []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    collect_moments(model, DataLoader(small_data(), 10), 5)
+    handle.remove()
+    assert len(calls) == 4
+
+
+def test_batches_of_any_size_agree():
+    model = small_model()
+    reference = collect_moments(model, DataLoader(small_data(), 40), 5)
+    for size in (1, 7, 39):
+        other = collect_moments(model, DataLoader(small_data(), size), 5)
+        for layer, state in reference.items():
+            torch.testing.assert_close(other[layer].mean, state.mean, rtol=1e-5, atol=1e-6)
+
+
+def test_leaves_no_trace():
+    model = small_model().train()
+    model[3].eval()
+    model[0].weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    modes = [m.training for m in model.modules()]
+    grads = [p.requires_grad for p in model.parameters()]
+    loader = DataLoader(small_data(), 8, shuffle=True)
+    torch.manual_seed(5)
+    rng = torch.get_rng_state()
+    collect_moments(model, loader, 5)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == grads
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert hooks_of(model) == 0
+    assert torch.is_grad_enabled()
+
+
+class Broken(nn.Module):
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.conv, self.fc, self.left = nn.Conv2d(3, 2, 3), nn.Linear(2, 5), after
+
+    def forward(self, x):
+        x = self.conv(x)
+        self.left -= 1
+        if self.left < 0:
+            raise OSError("the disk is on fire")
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_leaves_no_trace_after_an_exception(after):
+    model = Broken(after).train()
+    rng = torch.get_rng_state()
+    with pytest.raises(OSError, match="on fire"):
+        collect_moments(model, DataLoader(small_data(), 8, shuffle=True), 5)
+    assert hooks_of(model) == 0
+    assert model.training
+    assert torch.equal(rng, torch.get_rng_state())
+    assert torch.is_grad_enabled()
+
+
+def test_predicted_labels_are_the_models_argmax():
+    model, data = small_model().eval(), small_data()
+    x = data.tensors[0]
+    with torch.no_grad():
+        predicted = model(x).argmax(1)
+    given = collect_moments(model, DataLoader(TensorDataset(x, predicted), 16), 5)
+    for loader in (DataLoader(data, 16), [x[:16], x[16:32], x[32:]]):
+        ours = collect_moments(model, loader, 5, labels="predicted")
+        for layer, state in given.items():
+            assert all(torch.equal(a, b) for a, b in zip(state.tensors(), ours[layer].tensors(), strict=True))
+
+
+def test_any_iterable_of_pairs():
+    model, (x, y) = small_model(), small_data().tensors
+    reference = collect_moments(model, DataLoader(small_data(), 20), 5)
+    forms = {
+        "list": [(x[:20], y[:20]), [x[20:], y[20:]]],
+        "generator": ((x[i : i + 20], y[i : i + 20]) for i in (0, 20)),
+        "positional": [((x[:20],), y[:20]), ((x[20:],), y[20:].int())],
+        "keywords": [({"input": x[:20]}, y[:20]), {"input": x[20:], "labels": y[20:]}],
+        "python labels": [(x[:20], y[:20].tolist()), (x[20:], y[20:].numpy())],
+    }
+    for name, loader in forms.items():
+        ours = collect_moments(model, loader, 5)
+        for layer, state in reference.items():
+            assert torch.equal(ours[layer].mean, state.mean), name
+
+
+def test_named_layers_only():
+    moments = collect_moments(small_model(), DataLoader(small_data(), 20), 5, layers=["2", "3"])
+    assert {layer: state.channels for layer, state in moments.items()} == {"2": 6, "3": 4}
+
+
+def test_tokens_and_dictionary_outputs():
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mlp, self.head = nn.Linear(24, 7), nn.Linear(7, 9), nn.Linear(9, 5)
+
+        def forward(self, x):
+            tokens = self.mlp(self.embed(x.flatten(2).transpose(1, 2).reshape(len(x), 8, 24)).relu())
+            return {"logits": self.head(tokens.mean(1))}
+
+    model, data = Tokens(), small_data()
+    moments = collect_moments(model, DataLoader(data, 20), 5)
+    assert {layer: state.channels for layer, state in moments.items()} == {"embed": 7, "mlp": 9}
+    x = data.tensors[0].flatten(2).transpose(1, 2).reshape(40, 8, 24)
+    exact = ops.class_moments(model.embed(x), data.tensors[1], 5, layout="tokens")
+    torch.testing.assert_close(moments["embed"].mean, exact.mean)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(self.shared(self.shared(self.first(x))).mean((2, 3)))
+
+
+def test_layers_that_run_twice_are_left_out_and_named():
+    with pytest.warns(UserWarning, match=r"left out, because they run more than once per forward pass: \['shared'\]"):
+        moments = collect_moments(Twice(), DataLoader(small_data(), 20), 5)
+    assert list(moments) == ["first"]
+
+
+def test_progress_goes_to_stderr(capsys):
+    collect_moments(small_model(), DataLoader(small_data(), 20), 5, progress=True)
+    captured = capsys.readouterr()
+    assert "moments" in captured.err
+    assert captured.out == ""
+    collect_moments(small_model(), DataLoader(small_data(), 20), 5, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("labels", ["given", "predicted"])
+def test_not_finite_names_layer_and_batch(value, labels):
+    x, y = small_data().tensors
+    x = x.clone()
+    x[25, 0, 4, 4] = value
+    loader = [(x[i : i + 10], y[i : i + 10]) for i in range(0, 40, 10)]
+    message = r"layer '0', batch 2: feature maps must be finite, found NaN or Inf in the map of sample 5, channel \d"
+    with pytest.raises(ValueError, match=message):
+        collect_moments(small_model(), loader, 5, labels=labels)
+
+
+X, Y = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("loader", "options", "message"),
+    [
+        ([], {}, "loader must give at least one batch, it gave none"),
+        ([X], {}, r"loader must give \(inputs, labels\) pairs, batch 0 is a Tensor"),
+        ([(X, Y), (X, Y + 2)], {}, r"batch 1: .*labels must lie in 0..4 \(num_classes=5\), found 5 at position 3"),
+        ([(X, Y - 1)], {}, r"batch 0: .*labels must lie in 0..4 .* found -1 at position 0"),
+        ([(X, Y.float())], {}, r"batch 0: .*labels must be integers \(class indices\), got float32"),
+        ([(X, Y[:3])], {}, r"batch 0: .*x has 4 samples \(shape \(4, 6\)\), labels has shape \(3,\)"),
+        ([(X, torch.tensor(1))], {}, r"batch 0: labels must hold one class index per sample, got shape \(\)"),
+        ([(X, None)], {}, "batch 0: "),
+        ([(X, Y)], {"labels": "guessed"}, "labels must be one of 'given', 'predicted', got 'guessed'"),
+        ([(X, Y)], {"layers": ["conv"]}, "layers must name modules of the model, 'conv' is none"),
+        ([(X, Y)], {"layers": []}, "layers must name at least one module, it is empty"),
+        ([(X, Y)], {"num_classes": 0}, "num_classes must be an integer of at least 1, got 0"),
+        ([(X, Y)], {"num_classes": 4, "labels": "predicted"}, r"needs logits of shape \(samples, 4\) .* got shape \(4, 5\)"),
+        ([(X, Y)], {"statistic": "median"}, "statistic must be one of 'mean', got 'median'"),
+    ],
+)
+def test_bad_input(loader, options, message):
+    with pytest.raises(ValueError, match=message):
+        collect_moments(small_model(), loader, **{"num_classes": 5, **options})
+
+
+def test_models_without_layers_to_read():
+    with pytest.raises(ValueError, match="model must have a convolution or linear layer, ReLU has none"):
+        collect_moments(nn.ReLU(), [(X, Y)], 5)
+    only_head = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    with pytest.raises(ValueError, match="must have a convolution or linear layer besides its head '1'"):
+        collect_moments(only_head, [(X, Y)], 5)
+
+
+def test_a_typo_in_a_layer_name_gets_a_hint():
+    with pytest.raises(ValueError, match=r"'layer1.0.conv3' is none; close names: 'layer1.0.conv2', 'layer1.0.conv1'"):
+        collect_moments(zoo.CifarResNet(1), [(X, Y)], 10, layers=["layer1.0.conv3"])
+
+
+@pytest.mark.data
+def test_cifar_layers_and_norms(cifar):
+    model, train, _ = cifar
+    moments = collect_moments(model, zoo.batches(train), 10)
+    assert len(moments) == 19
+    assert moments.norms["layer3.2.conv2"] == "layer3.2.bn2"
+    assert moments.samples == 1000
+    assert repr(moments) == "Moments(19 layers, 688 channels, 10 classes, 1000 samples)"
+    assert isinstance(moments, discedit.Moments)

@@ -1,0 +1,104 @@
+"""discedit._cpu on its own: NumPy arrays in, no torch in the process, nothing read or written out of bounds."""
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from discedit import _cpu
+
+
+def state(classes, channels):
+    return [np.zeros(classes, np.int64)] + [np.zeros((classes, channels)) for _ in range(4)]
+
+
+def test_runs_without_torch():
+    script = f"""
+        import sys
+        sys.modules["torch"] = None  # any import of torch now fails
+        import importlib.util
+        spec = importlib.util.spec_from_file_location("_cpu", {_cpu.__file__!r})
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        import numpy as np
+        x = np.random.default_rng(0).normal(size=(20, 3, 4, 5)).astype(np.float32)
+        labels = np.arange(20) % 2
+        arrays = [np.zeros(2, np.int64)] + [np.full((2, 3), np.nan) for _ in range(4)]
+        module.class_moments(x, 1, labels, *arrays)
+        pooled = x.astype(np.float64).mean((2, 3))
+        for k in range(2):
+            own = pooled[labels == k]
+            np.testing.assert_allclose(arrays[1][k], own.mean(0), rtol=1e-12)
+            np.testing.assert_allclose(arrays[2][k], ((own - own.mean(0)) ** 2).sum(0), rtol=1e-12)
+        out = np.empty((3, 2))
+        module.one_vs_rest(*arrays, "minimax", "quadratic", out, 2)
+        assert ((out > 0) & (out < 1)).all(), out
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+
+
+def test_read_only_and_strided_numpy():
+    x = np.random.default_rng(0).normal(size=(5, 6, 7, 8))
+    x.setflags(write=False)
+    view = x[::-1, ::2, :, 1:-1]
+    out = np.full((5, 3), np.nan)
+    _cpu.pool(view, 1, out)
+    np.testing.assert_allclose(out, view.mean((2, 3)), rtol=1e-13)
+
+
+def read_only(array):
+    array.setflags(write=False)
+    return array
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _cpu.pool([1.0], 1, np.zeros(1)), "pool: x must be a NumPy array or support DLPack, got list"),
+        (lambda: _cpu.pool(np.zeros((2, 3), np.int32), 1, np.zeros((2, 3))), "pool: x has the unsupported type int32"),
+        (lambda: _cpu.pool(np.zeros((2, 3), ">f4"), 1, np.zeros((2, 3))), "pool: x must have native byte order"),
+        (lambda: _cpu.pool(np.zeros((2, 3), np.int64), 1, np.zeros((2, 3))), "pool: x must be float16, .* got int64"),
+        (lambda: _cpu.pool(np.zeros((2, 3)), 2, np.zeros((2, 3))), r"pool: channel_axis must lie in 1..1 .* got 2"),
+        (lambda: _cpu.pool(np.zeros((2, 3)), 0, np.zeros((2, 3))), "channel_axis must lie in 1..1"),
+        (lambda: _cpu.pool(np.zeros(2), 1, np.zeros(2)), "channel_axis must lie"),
+        (lambda: _cpu.pool(np.zeros((2, 3)), 1, np.zeros((2, 2))), r"pool: out must hold 6 elements, got shape \(2, 2\)"),
+        (lambda: _cpu.pool(np.zeros((2, 3)), 1, np.zeros((2, 3), np.float32)), "pool: out must be float64, got float32"),
+        (lambda: _cpu.pool(np.zeros((2, 3)), 1, np.zeros((2, 6))[:, ::2]), "pool: out must be contiguous"),
+        (lambda: _cpu.pool(np.zeros((2, 3)), 1, read_only(np.zeros((2, 3)))), "pool: out .* must not be read-only"),
+        (lambda: _cpu.pool(np.zeros((1,) * 9), 1, np.zeros((1, 1))), "pool: x has 9 axes; at most 8 are supported"),
+        (
+            lambda: _cpu.class_moments(np.zeros((2, 3)), 1, np.array([0, 7]), *state(2, 3)),
+            r"class_moments: labels must lie in 0..1 \(num_classes=2\), found 7 at position 1",
+        ),
+        (
+            lambda: _cpu.class_moments(np.zeros((2, 3)), 1, np.zeros(3, np.int64), *state(2, 3)),
+            "class_moments: labels must hold 2 elements",
+        ),
+        (
+            lambda: _cpu.class_moments(np.zeros((2, 3)), 1, np.zeros(2, np.int64), *state(2, 4)),
+            "class_moments: the state must hold 3 channels like x, got 4",
+        ),
+        (
+            lambda: _cpu.merge_moments(tuple(state(2, 3)), tuple(state(2, 4))),
+            "merge_moments: the states must have the same shape",
+        ),
+        (lambda: _cpu.merge_moments((), ()), "each state must be a tuple"),
+        (
+            lambda: _cpu.one_vs_rest(*state(2, 3), "chernoff", "linear", np.zeros((3, 2))),
+            "bound must be 'fisher' or 'minimax', got 'chernoff'",
+        ),
+        (
+            lambda: _cpu.bound("fisher", np.zeros((1, 33)), np.zeros((1, 33, 33)), 0, 0, np.zeros(1)),
+            "bound: mean2 must be a NumPy array",
+        ),
+        (
+            lambda: _cpu.bound("fisher", *[np.zeros((1, 33)), np.zeros((1, 33, 33))] * 2, np.zeros(1)),
+            r"bound: mean1 must have shape \(pairs, d\) with d in 1..32, got \(1, 33\)",
+        ),
+    ],
+)
+def test_bad_arrays_are_refused(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()

@@ -1,0 +1,67 @@
+"""The house rule: a layer imports only lower ones."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Each may import those before it. Names are modules of the package; "kernels" is the folder of that name.
+ORDER = [
+    "_state _checks _batches _files _measure",
+    "kernels reference",
+    "_backends",
+    "ops moments scores",
+    "collect recipe prune unlearn",
+    "evaluate zoo demo cli __main__",
+]
+RANK = {module: rank for rank, module in enumerate(" ".join(ORDER).split())}
+CSRC = ["common", "cpu", "bindings"]
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of discedit that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            if node.module == "discedit":
+                found |= {alias.name for alias in node.names}
+            elif node.module and node.module.startswith("discedit."):
+                found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("discedit.")}
+    return found
+
+
+def test_every_module_has_a_rank():
+    modules = {path.stem for path in (ROOT / "discedit").glob("*.py")} - {"__init__"}
+    assert modules == set(RANK) - {"kernels"}
+
+
+@pytest.mark.parametrize("module", sorted(RANK))
+def test_imports_point_down(module):
+    paths = (ROOT / "kernels").glob("*.py") if module == "kernels" else [ROOT / "discedit" / f"{module}.py"]
+    for path in paths:
+        above = {other for other in imported(path) if RANK.get(other, len(RANK)) >= RANK[module]}
+        assert not above, f"{path.name} imports {above}, which stand at its level or above"
+
+
+def test_the_core_knows_no_torch_and_includes_point_down():
+    for path in (ROOT / "csrc").rglob("*.?pp"):
+        rank = CSRC.index(path.parent.name)
+        for include in re.findall(r'#include\s*[<"]([^>"]+)[>"]', path.read_text()):
+            assert not include.startswith(("torch/", "ATen/", "c10/")), f"{path.name} includes {include}"
+            if path.parent.name != "bindings":
+                assert not include.startswith("pybind11"), f"{path.name} includes {include}"
+            layer = re.match(r"\.\./(\w+)/", include)
+            if layer:
+                assert CSRC.index(layer.group(1)) < rank, f"{path.name} includes {include}"
+
+
+def test_setup_does_not_import_torch():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not any(str(name).split(".")[0] in ("torch", "discedit") for name in names | modules)
