@@ -62,7 +62,8 @@ def feature_map(op: str, x: Any, layout: str) -> tuple[Tensor, int]:
     axis = x.ndim - 1 if layout == "tokens" else 1
     if x.shape[0] and x.shape[axis] and x.numel() == 0:
         raise ValueError(f"{op}: x must have at least one element per map to average, got shape {shape_of(x)}.")
-    return x.detach(), axis
+    feature: Tensor = x
+    return feature.detach(), axis
 
 
 def labels(op: str, value: Any, x: Tensor, num_classes: int) -> Tensor:
@@ -87,7 +88,8 @@ def labels(op: str, value: Any, x: Tensor, num_classes: int) -> Tensor:
             f"{op}: labels must lie in 0..{num_classes - 1} (num_classes={num_classes}), found {int(value[position])} "
             f"at position {position}."
         )
-    return value.to(x.device).contiguous()
+    checked: Tensor = value.to(x.device).contiguous()
+    return checked
 
 
 def law_pairs(op: str, mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> int:

@@ -24,10 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"discedit {version('discedit')}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    show = commands.add_parser("demo", help="score, prune and unlearn a class on real images, with a before/after table")
+    show = commands.add_parser(
+        "demo", help="score, prune and unlearn a class on real images, with a before/after table"
+    )
     show.add_argument("--data", choices=sorted(demo.MODELS, reverse=True), default="digits")
     show.add_argument("--model", choices=[name for names in demo.MODELS.values() for name in names])
-    show.add_argument("--ratio", type=float, default=0.3, help="share of each layer's components to prune (default 0.3)")
+    show.add_argument(
+        "--ratio", type=float, default=0.3, help="share of each layer's components to prune (default 0.3)"
+    )
     show.add_argument("--forget", type=int, default=3, metavar="CLASS", help="class index to unlearn (default 3)")
     show.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the files (default out/demo)")
 

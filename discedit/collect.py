@@ -100,6 +100,8 @@ class _Reader:
         self.backend = backend
         modules = dict(model.named_modules())
         self.explicit = layers is not None
+        self.layers: dict[str, nn.Module]
+        self.candidates: dict[str, nn.Module]
         if layers is None:
             self.layers = {name: m for name, m in modules.items() if isinstance(m, (_ConvNd, nn.Linear))}
             self.candidates = {name: m for name, m in modules.items() if isinstance(m, _BatchNorm)}

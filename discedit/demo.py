@@ -32,7 +32,9 @@ class Column:
     macs: int
 
 
-def run(data: str, model_name: str, *, ratio: float, forget: int, out: Path, say: Callable[[str], None]) -> list[Column]:
+def run(
+    data: str, model_name: str, *, ratio: float, forget: int, out: Path, say: Callable[[str], None]
+) -> list[Column]:
     """Runs the demo, writes its files to `out` and returns the table's columns.
 
     Raises:

@@ -92,8 +92,8 @@ class Moments(Mapping[str, ClassMoments]):
         """
         if (other.num_classes, other.statistic) != (self.num_classes, self.statistic):
             raise ValueError(
-                f"Moments.merge: other must have num_classes={self.num_classes} and statistic={self.statistic!r}, it has "
-                f"num_classes={other.num_classes} and statistic={other.statistic!r}."
+                f"Moments.merge: other must have num_classes={self.num_classes} and statistic={self.statistic!r}, "
+                f"it has num_classes={other.num_classes} and statistic={other.statistic!r}."
             )
         merged = {}
         for layer, state in other.items():
@@ -154,7 +154,9 @@ class Moments(Mapping[str, ClassMoments]):
             FileNotFoundError: no such file. ValueError: a damaged or foreign file.
         """
         header, tensors = _files.load_tensors(path, "moments")
-        moments = cls(_files.field(header, "num_classes", int, path), statistic=_files.field(header, "statistic", str, path))
+        moments = cls(
+            _files.field(header, "num_classes", int, path), statistic=_files.field(header, "statistic", str, path)
+        )
         moments.norms = _files.field(header, "norms", dict, path)
         for index, (layer, channels) in enumerate(_files.field(header, "layers", dict, path).items()):
             shape = (moments.num_classes, channels)

@@ -162,7 +162,9 @@ class _Tracer:
 
     def group(self, layer: str, channels: list[int]) -> Any:
         module = self.shadow.get_submodule(layer)
-        return self.graph.get_pruning_group(module, self.graph.get_pruner_of_module(module).prune_out_channels, channels)
+        return self.graph.get_pruning_group(
+            module, self.graph.get_pruner_of_module(module).prune_out_channels, channels
+        )
 
     def why_not(self, layer: str) -> str:
         """Why this layer's components cannot go one by one; empty when they can."""
@@ -211,7 +213,7 @@ class _Tracer:
 
 def _sizes(module: nn.Module) -> dict[str, Any]:
     """A module's public integer attributes and tuples of them: its widths among them."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in vars(module).items():
         if name.startswith("_") or isinstance(value, bool):
             continue
@@ -276,7 +278,7 @@ def _reestimate_batch_norms(edit: Edit, data: Iterable[Any]) -> list[Operation]:
     with undisturbed(edit.model):
         for module in norms.values():
             module.reset_running_stats()
-            module.momentum = None  # type: ignore[assignment]
+            module.momentum = None
             module.train()
         try:
             for index, batch in enumerate(data):

@@ -142,10 +142,14 @@ class Recipe:
         pointer = _files.field(header, "tensors", dict, target)
         values = target.with_name(Path(_files.field(pointer, "file", str, target)).name)
         if not values.is_file():
-            raise FileNotFoundError(f"recipe file {str(target)!r} needs {values.name!r} beside it, which does not exist.")
+            raise FileNotFoundError(
+                f"recipe file {str(target)!r} needs {values.name!r} beside it, which does not exist."
+            )
         data = values.read_bytes()
         if hashlib.sha256(data).hexdigest() != pointer.get("sha256"):
-            raise ValueError(f"recipe values {str(values)!r} are damaged or belong to another recipe: checksum differs.")
+            raise ValueError(
+                f"recipe values {str(values)!r} are damaged or belong to another recipe: checksum differs."
+            )
         try:
             tensors = parse_tensors(data)
         except SafetensorError as error:
@@ -273,7 +277,8 @@ def _attribute_owner(model: nn.Module, operation: Operation, expected: Any) -> n
     found = getattr(module, operation.name, None)
     if (list(found) if isinstance(found, tuple) else found) != expected:
         raise ValueError(
-            f"Recipe: attribute {operation.name!r} of module {operation.target!r} must be {expected!r}, it is {found!r}."
+            f"Recipe: attribute {operation.name!r} of module {operation.target!r} must be {expected!r}, "
+            f"it is {found!r}."
         )
     return module
 
@@ -316,7 +321,9 @@ def _undo(model: nn.Module, slots: _Slots, operation: Operation, saved: Tensor |
     tensor = slots.get(operation.target)
     if saved is None or saved.dtype != tensor.dtype:
         found = "none" if saved is None else f"values of type {saved.dtype}"
-        raise ValueError(f"Recipe: to undo, tensor {operation.target!r} ({tensor.dtype}) needs its values, found {found}.")
+        raise ValueError(
+            f"Recipe: to undo, tensor {operation.target!r} ({tensor.dtype}) needs its values, found {found}."
+        )
     saved = saved.to(tensor.device)
     if operation.kind == "keep":
         size = tensor.shape[operation.dim] + saved.shape[operation.dim]
@@ -341,7 +348,9 @@ def _json_path(path: str | os.PathLike[str]) -> Path:
 def _compact(operation: Operation) -> dict[str, Any]:
     defaults = Operation("", "")
     return {
-        key: value for key, value in asdict(operation).items() if key in ("kind", "target") or value != getattr(defaults, key)
+        key: value
+        for key, value in asdict(operation).items()
+        if key in ("kind", "target") or value != getattr(defaults, key)
     }
 
 
@@ -357,7 +366,11 @@ def _operation(entry: Any, architecture: dict[str, Any], position: int, path: Pa
     if operation.kind not in KINDS:
         raise refuse(f"has the unknown kind {operation.kind!r}")
     if operation.kind == "attribute":
-        if not isinstance(operation.target, str) or not isinstance(operation.name, str) or operation.name.startswith("_"):
+        if (
+            not isinstance(operation.target, str)
+            or not isinstance(operation.name, str)
+            or operation.name.startswith("_")
+        ):
             raise refuse("must name a public attribute")
         return operation
     shape = architecture.get(operation.target)

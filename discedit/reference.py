@@ -130,9 +130,7 @@ def _minimax(delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor) -> Tensor
     return torch.maximum(_finish(best, verdict), _fisher(delta, noise, cov1, cov2))
 
 
-def _scale(
-    delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _scale(delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Units in which cov1 + cov2 has unit diagonal, and a verdict: NaN undefined, 1 separated, 0 go on."""
     total = torch.diagonal(cov1 + cov2, dim1=-2, dim2=-1)
     deviation = total.clamp(min=0).sqrt()
@@ -215,12 +213,12 @@ def _standardise(one: ClassMoments, two: ClassMoments) -> tuple[list[dict[str, T
         laws.append({"mean": law.mean[0], "m2": law.m2[0] / n, "m3": law.m3[0] / n, "m4": law.m4[0] / n})
     scale = (laws[0]["m2"] + laws[1]["m2"] + gap**2).sqrt()
     unit = torch.where(scale > 0, scale, 1.0)
-    for law, shift in zip(laws, (-gap / 2, gap / 2), strict=True):
-        law["noise"] = ROUNDING_OF_MEAN * (law["mean"].abs() / unit)
-        law["shift"] = shift / unit
-        law["m2"] = law["m2"] / unit / unit
-        law["m3"] = law["m3"] / unit / unit / unit
-        law["m4"] = law["m4"] / unit / unit / unit / unit
+    for z, shift in zip(laws, (-gap / 2, gap / 2), strict=True):
+        z["noise"] = ROUNDING_OF_MEAN * (z["mean"].abs() / unit)
+        z["shift"] = shift / unit
+        z["m2"] = z["m2"] / unit / unit
+        z["m3"] = z["m3"] / unit / unit / unit
+        z["m4"] = z["m4"] / unit / unit / unit / unit
     return laws, scale == 0
 
 

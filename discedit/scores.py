@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -141,7 +142,7 @@ class Scores(Mapping[str, Tensor]):
             axes.axvline(edge - 0.5, color="white", linewidth=0.4 if len(self) > 12 else 1.0)
         # With many layers the names would overlap: name every k-th.
         step = -(-len(self) // 28)
-        middles = [(a + b - 1) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+        middles = [(a + b - 1) / 2 for a, b in itertools.pairwise(edges)]
         names = [f"{layer} ({len(values)})" for layer, values in self.items()]
         few = len(self) <= 8
         axes.set_xticks(middles[::step], names[::step], rotation=0 if few else 60, ha="center" if few else "right")

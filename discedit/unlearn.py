@@ -126,7 +126,7 @@ def _zeroing(model: nn.Module, scores: Scores, components: dict[str, list[int]])
     for layer, channels in components.items():
         module = model.get_submodule(layer)
         transposed = isinstance(module, _ConvNd) and module.transposed
-        if transposed and module.groups > 1:
+        if isinstance(module, _ConvNd) and transposed and module.groups > 1:
             raise ValueError(f"unlearn: layer {layer!r} is a transposed convolution in groups, which is not supported.")
         targets = [(f"{layer}.weight", 1 if transposed else 0), (f"{layer}.bias", 0)]
         norm = scores.norms.get(layer)
@@ -135,6 +135,8 @@ def _zeroing(model: nn.Module, scores: Scores, components: dict[str, list[int]])
             # Without weight and bias of its own, a norm gives 0 for a zero input only around a zero mean.
             targets += [(f"{norm}.weight", 0), (f"{norm}.bias", 0)] if affine else [(f"{norm}.running_mean", 0)]
         operations += [
-            Operation("fill", name, dim=dim, index=tuple(channels), value=0.0) for name, dim in targets if name in present
+            Operation("fill", name, dim=dim, index=tuple(channels), value=0.0)
+            for name, dim in targets
+            if name in present
         ]
     return operations

@@ -20,8 +20,8 @@ Put these files in one folder and name it in the environment variable DISCEDIT_D
   cifar10_test_first5000.npz    the same for test images
                                 (torchvision.datasets.CIFAR10(root, download=True) has both as .data and .targets)
   resnet20_cifar10.safetensors, resnet56_cifar10.safetensors
-                                state dicts of the public CIFAR ResNets of Y. Idelbayev ("Proper ResNet Implementation for
-                                CIFAR10/CIFAR100 in PyTorch"), without the "module." prefix"""
+                                state dicts of the public CIFAR ResNets of Y. Idelbayev ("Proper ResNet Implementation
+                                for CIFAR10/CIFAR100 in PyTorch"), without the "module." prefix"""
 
 
 class DigitsNet(nn.Module):
@@ -154,6 +154,6 @@ def train_digits_net(data: TensorDataset, *, epochs: int = 12, seed: int = 0) ->
         for _ in range(epochs):
             for x, y in loader:
                 optimizer.zero_grad()
-                F.cross_entropy(model(x), y).backward()
+                F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
     return model.eval()

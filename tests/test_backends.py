@@ -42,7 +42,9 @@ def test_auto_falls_back_and_says_so_once(without_extension):
 
 
 def test_a_named_backend_never_falls_back(without_extension):
-    with pytest.raises(RuntimeError, match=r"pool: backend 'cpp' cannot run: discedit._cpu not built: no C\+\+ compiler"):
+    with pytest.raises(
+        RuntimeError, match=r"pool: backend 'cpp' cannot run: discedit._cpu not built: no C\+\+ compiler"
+    ):
         ops.pool(MAP, backend="cpp")
 
 

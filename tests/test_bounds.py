@@ -202,9 +202,7 @@ class TestDegenerate:
 def test_batches_types_and_shapes(bound):
     mean1, cov1, mean2, cov2 = random_problem(12, 3, torch.Generator().manual_seed(0))
     flat = BOUNDS[bound](mean1, cov1, mean2, cov2)
-    shaped = BOUNDS[bound](
-        mean1.view(3, 4, 3), cov1.view(3, 4, 3, 3), mean2.view(3, 4, 3), cov2.view(3, 4, 3, 3)
-    )
+    shaped = BOUNDS[bound](mean1.view(3, 4, 3), cov1.view(3, 4, 3, 3), mean2.view(3, 4, 3), cov2.view(3, 4, 3, 3))
     assert torch.equal(shaped, flat.view(3, 4))
     single = BOUNDS[bound](mean1.float(), cov1.float(), mean2.float(), cov2.float())
     assert single.dtype == torch.float32

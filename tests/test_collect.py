@@ -12,7 +12,13 @@ from discedit import collect_moments, ops, zoo
 def small_model():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 5)
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3),
+        nn.Flatten(),
+        nn.Linear(64, 8),
+        nn.Linear(8, 5),
     )
 
 
@@ -208,7 +214,11 @@ X, Y = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
         ([(X, Y)], {"layers": ["conv"]}, "layers must name modules of the model, 'conv' is none"),
         ([(X, Y)], {"layers": []}, "layers must name at least one module, it is empty"),
         ([(X, Y)], {"num_classes": 0}, "num_classes must be an integer of at least 1, got 0"),
-        ([(X, Y)], {"num_classes": 4, "labels": "predicted"}, r"needs logits of shape \(samples, 4\) .* got shape \(4, 5\)"),
+        (
+            [(X, Y)],
+            {"num_classes": 4, "labels": "predicted"},
+            r"needs logits of shape \(samples, 4\) .* got shape \(4, 5\)",
+        ),
         ([(X, Y)], {"statistic": "median"}, "statistic must be one of 'mean', got 'median'"),
     ],
 )

@@ -63,8 +63,14 @@ def read_only(array):
         (lambda: _cpu.pool(np.zeros((2, 3)), 2, np.zeros((2, 3))), r"pool: channel_axis must lie in 1..1 .* got 2"),
         (lambda: _cpu.pool(np.zeros((2, 3)), 0, np.zeros((2, 3))), "channel_axis must lie in 1..1"),
         (lambda: _cpu.pool(np.zeros(2), 1, np.zeros(2)), "channel_axis must lie"),
-        (lambda: _cpu.pool(np.zeros((2, 3)), 1, np.zeros((2, 2))), r"pool: out must hold 6 elements, got shape \(2, 2\)"),
-        (lambda: _cpu.pool(np.zeros((2, 3)), 1, np.zeros((2, 3), np.float32)), "pool: out must be float64, got float32"),
+        (
+            lambda: _cpu.pool(np.zeros((2, 3)), 1, np.zeros((2, 2))),
+            r"pool: out must hold 6 elements, got shape \(2, 2\)",
+        ),
+        (
+            lambda: _cpu.pool(np.zeros((2, 3)), 1, np.zeros((2, 3), np.float32)),
+            "pool: out must be float64, got float32",
+        ),
         (lambda: _cpu.pool(np.zeros((2, 3)), 1, np.zeros((2, 6))[:, ::2]), "pool: out must be contiguous"),
         (lambda: _cpu.pool(np.zeros((2, 3)), 1, read_only(np.zeros((2, 3)))), "pool: out .* must not be read-only"),
         (lambda: _cpu.pool(np.zeros((1,) * 9), 1, np.zeros((1, 1))), "pool: x has 9 axes; at most 8 are supported"),

@@ -44,9 +44,7 @@ def test_any_order_agrees(backend):
     x, labels = data()
     whole = ops.class_moments(x, labels, CLASSES, backend=backend)
     cuts = [0, 1, 50, 51, 240]
-    shards = [
-        ops.class_moments(x[a:b], labels[a:b], CLASSES, backend=backend) for a, b in itertools.pairwise(cuts)
-    ]
+    shards = [ops.class_moments(x[a:b], labels[a:b], CLASSES, backend=backend) for a, b in itertools.pairwise(cuts)]
     for order in itertools.permutations(shards):
         left = ClassMoments.empty(CLASSES, 17)
         for shard in order:

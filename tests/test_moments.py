@@ -94,7 +94,7 @@ def test_damaged_and_foreign_files(tmp_path):
     path.write_bytes(whole.replace(b'version\\": 1', b'version\\": 9'))
     with pytest.raises(ValueError, match="has format version 9; this discedit reads 1"):
         Moments.load(path)
-    path.write_bytes(whole.replace(b"num_classes\\\": 4", b"num_classes\\\": 3"))
+    path.write_bytes(whole.replace(b'num_classes\\": 4', b'num_classes\\": 3'))
     with pytest.raises(ValueError, match=r"tensor '0.count' must have shape \(3,\), torch.int64; found shape \(4,\)"):
         Moments.load(path)
 

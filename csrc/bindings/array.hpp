@@ -45,10 +45,8 @@ class Array {
   TensorView view;
 
   Array(const py::object& source, const char* op, const char* argument, bool written = false) {
-    if (py::isinstance<py::array>(source))
-      from_numpy(py::reinterpret_borrow<py::array>(source), op, argument, written);
-    else if (py::hasattr(source, "__dlpack__"))
-      from_dlpack(source, op, argument);
+    if (py::isinstance<py::array>(source)) from_numpy(py::reinterpret_borrow<py::array>(source), op, argument, written);
+    else if (py::hasattr(source, "__dlpack__")) from_dlpack(source, op, argument);
     else
       throw py::type_error(std::string(op) + ": " + argument + " must be a NumPy array or support DLPack, got " +
                            std::string(py::str(py::type::handle_of(source).attr("__name__"))) + ".");
@@ -122,8 +120,9 @@ class Array {
     else if (type.code == dlpack::signed_integer && type.bits == 8) view.dtype = DType::int8;
     else if (type.code == dlpack::signed_integer && type.bits == 64) view.dtype = DType::int64;
     else
-      refuse(op, argument, "has an unsupported type (DLPack code " + std::to_string(type.code) + ", " +
-                               std::to_string(type.bits) + " bits)");
+      refuse(op, argument,
+             "has an unsupported type (DLPack code " + std::to_string(type.code) + ", " + std::to_string(type.bits) +
+                 " bits)");
     set_axes(op, argument, tensor.axes);
     std::int64_t packed = 1;
     for (int axis = view.axes - 1; axis >= 0; --axis) {

@@ -1,5 +1,5 @@
-// Module discedit._cpu: arrays in, arrays written in place. Shapes are checked here, so that a caller without the Python
-// layer cannot make an op read or write outside its arrays; Python owns every output.
+// Module discedit._cpu: arrays in, arrays written in place. Shapes are checked here, so that a caller without the
+// Python layer cannot make an op read or write outside its arrays; Python owns every output.
 #include <pybind11/pybind11.h>
 
 #include <memory>
@@ -38,8 +38,11 @@ class State {
  public:
   State(const py::object& count, const py::object& mean, const py::object& m2, const py::object& m3,
         const py::object& m4, const char* op, bool written)
-      : count_(count, op, "count", written), mean_(mean, op, "mean", written), m2_(m2, op, "m2", written),
-        m3_(m3, op, "m3", written), m4_(m4, op, "m4", written) {
+      : count_(count, op, "count", written),
+        mean_(mean, op, "mean", written),
+        m2_(m2, op, "m2", written),
+        m3_(m3, op, "m3", written),
+        m4_(m4, op, "m4", written) {
     if (mean_.view.axes != 2)
       throw py::value_error(std::string(op) + ": mean must have shape (classes, channels), got " +
                             mean_.view.shape_text() + ".");
@@ -61,8 +64,7 @@ class State {
 void bind_pool(const py::object& x, int channel_axis, const py::object& out, int threads) {
   const Array map(x, "pool", "x"), result(out, "pool", "out", true);
   check_map(map.view, channel_axis, "pool");
-  double* data =
-      contiguous_data<double>(result.view, map.view.shape[0] * map.view.shape[channel_axis], "pool", "out");
+  double* data = contiguous_data<double>(result.view, map.view.shape[0] * map.view.shape[channel_axis], "pool", "out");
   const py::gil_scoped_release release;
   pool_mean(map.view, channel_axis, data, threads);
 }
@@ -93,8 +95,8 @@ void bind_merge_moments(const py::tuple& into, const py::tuple& from) {
 }
 
 void bind_one_vs_rest(const py::object& count, const py::object& mean, const py::object& m2, const py::object& m3,
-                      const py::object& m4, const std::string& bound, const std::string& witness,
-                      const py::object& out, int threads) {
+                      const py::object& m4, const std::string& bound, const std::string& witness, const py::object& out,
+                      int threads) {
   const State state(count, mean, m2, m3, m4, "one_vs_rest", false);
   const Array result(out, "one_vs_rest", "out", true);
   double* data = contiguous_data<double>(result.view, state.view.classes * state.view.channels, "one_vs_rest", "out");

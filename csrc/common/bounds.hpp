@@ -5,8 +5,8 @@
 //
 // Every direction u gives a valid bound, so a solver only has to find a good u; the bound is then *evaluated* at that u
 // with rounding charged against it: that of each sum here, and that of the moments given (`noise` for the means, a few
-// ulps of each term for the covariances). Ill-conditioned and singular covariances therefore cost tightness of the order
-// of rounding, never validity, and need no rank decision.
+// ulps of each term for the covariances). Ill-conditioned and singular covariances therefore cost tightness of the
+// order of rounding, never validity, and need no rank decision.
 #pragma once
 
 #include <cmath>
@@ -118,8 +118,8 @@ DISCEDIT_HD inline double saturate(double x) { return x > 1e300 ? 1.0 : x / (1 +
 
 }  // namespace detail
 
-// Both take delta (d), the absolute uncertainty of delta, and covariances (d x d, row stride Size), and return the bound
-// in [0, 1], or NaN for a non-finite input. d <= Size.
+// Both take delta (d), the absolute uncertainty of delta, and covariances (d x d, row stride Size), and return the
+// bound in [0, 1], or NaN for a non-finite input. d <= Size.
 template <int Size>
 DISCEDIT_HD inline double fisher_bound(const double (&delta)[Size], const double (&noise)[Size],
                                        const double (&cov1)[Size][Size], const double (&cov2)[Size][Size], int d) {
@@ -177,10 +177,8 @@ DISCEDIT_HD inline double minimax_bound(const double (&delta)[Size], const doubl
     if (d == 1 || gap == 0 || s1 + s2 == 0) break;  // one direction only, or nothing left to gain
     const double target = s1 / (s1 + s2);           // the fixed-point step (reweighted least squares): always improves
     const double excess = target - l;
-    if (excess > 0)
-      low = l;
-    else
-      high = l;
+    if (excess > 0) low = l;
+    else high = l;
     // k is stationary at the root: an error of 1e-9 in l is one of 1e-18 in k, relative to its curvature.
     if (std::fabs(excess) < 1e-10 || high - low < 1e-12) break;
     double next = target;

@@ -85,8 +85,8 @@ T* contiguous_data(const TensorView& view, std::int64_t size, const char* op, co
     throw std::invalid_argument(std::string(op) + ": " + argument + " must hold " + std::to_string(size) +
                                 " elements, got shape " + view.shape_text() + ".");
   if (!view.contiguous())
-    throw std::invalid_argument(std::string(op) + ": " + argument + " must be contiguous, got strides of a view of shape " +
-                                view.shape_text() + ".");
+    throw std::invalid_argument(std::string(op) + ": " + argument +
+                                " must be contiguous, got strides of a view of shape " + view.shape_text() + ".");
   return static_cast<T*>(view.data);
 }
 

@@ -24,7 +24,7 @@ struct WitnessPair {
 
 namespace detail {
 
-struct Standardised {  // moments of z = (t - shift) / scale under one law
+struct Standardised {         // moments of z = (t - shift) / scale under one law
   double shift;               // E z
   double var, third, fourth;  // central
   double noise;               // rounding of E z

@@ -33,8 +33,8 @@ void run(Bound bound, std::int64_t pairs, int dimension, const double* mean1, co
 
 }  // namespace
 
-void batched_bound(Bound bound, std::int64_t pairs, int d, const double* mean1, const double* cov1,
-                   const double* mean2, const double* cov2, double* out, int threads) {
+void batched_bound(Bound bound, std::int64_t pairs, int d, const double* mean1, const double* cov1, const double* mean2,
+                   const double* cov2, double* out, int threads) {
   switch (d) {
     case 1: return run<1, true>(bound, pairs, d, mean1, cov1, mean2, cov2, out, threads);
     case 2: return run<2, true>(bound, pairs, d, mean1, cov1, mean2, cov2, out, threads);

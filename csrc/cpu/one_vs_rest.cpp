@@ -29,7 +29,8 @@ void one_vs_rest(const MomentState& state, Bound bound, Witness witness, double*
     std::vector<Moments> suffix(static_cast<std::size_t>(classes) + 1);
     for (std::int64_t channel = begin; channel < end; ++channel) {
       for (std::int64_t cls = classes - 1; cls >= 0; --cls)
-        suffix[static_cast<std::size_t>(cls)] = merge(suffix[static_cast<std::size_t>(cls) + 1], state.at(cls, channel));
+        suffix[static_cast<std::size_t>(cls)] =
+            merge(suffix[static_cast<std::size_t>(cls) + 1], state.at(cls, channel));
       Moments before;
       for (std::int64_t cls = 0; cls < classes; ++cls) {
         const Moments own = state.at(cls, channel);

@@ -1,4 +1,5 @@
-// Splits independent work over threads. Each item is computed whole by one thread, so results do not depend on how many.
+// Splits independent work over threads. Each item is computed whole by one thread, so results do not depend on how
+// many.
 #pragma once
 
 #include <algorithm>

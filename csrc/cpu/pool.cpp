@@ -134,14 +134,14 @@ DISCEDIT_INLINE void mean_of_samples(const T* x, const Layout& layout, std::int6
 
 // ---- launchers: one clone set per element type ----------------------------------------------------------------------
 
-#define DISCEDIT_POOL_LAUNCHERS(Element)                                                                       \
-  DISCEDIT_CLONES void rows(const Element* x, const Layout& layout, std::int64_t begin, std::int64_t end,      \
-                            double* out) {                                                                     \
-    mean_of_rows(x, layout, begin, end, out);                                                                  \
-  }                                                                                                            \
-  DISCEDIT_CLONES void samples(const Element* x, const Layout& layout, std::int64_t begin, std::int64_t end,   \
-                               double* out) {                                                                  \
-    mean_of_samples(x, layout, begin, end, out);                                                               \
+#define DISCEDIT_POOL_LAUNCHERS(Element)                                                                     \
+  DISCEDIT_CLONES void rows(const Element* x, const Layout& layout, std::int64_t begin, std::int64_t end,    \
+                            double* out) {                                                                   \
+    mean_of_rows(x, layout, begin, end, out);                                                                \
+  }                                                                                                          \
+  DISCEDIT_CLONES void samples(const Element* x, const Layout& layout, std::int64_t begin, std::int64_t end, \
+                               double* out) {                                                                \
+    mean_of_samples(x, layout, begin, end, out);                                                             \
   }
 
 DISCEDIT_POOL_LAUNCHERS(double)

@@ -1,0 +1,40 @@
+# Each target sets up all it needs, from Python and (optionally) a C++ compiler alone.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.?pp') CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/discedit demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy discedit kernels
+	find csrc -name '*.?pp' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.?pp' | xargs $(BIN)/clang-format -i
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.bench_cifar --write
+	$(BIN)/python -m pytest benchmarks/bench_class_moments.py --benchmark-only
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info discedit/*.so discedit/_build.json out
+
+# torch first: whatever is installed later then keeps this one. The extension is rebuilt when a source is newer.
+$(VENV)/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	CMAKE_ARGS=-DDISCEDIT_WERROR=ON $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

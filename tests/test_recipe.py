@@ -1,0 +1,200 @@
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+from discedit import Recipe, prune, unlearn, zoo
+
+X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def edits(trained, digit_scores):
+    model, train, _ = trained
+    return {
+        "prune": prune(model, digit_scores, ratio=0.3, example_inputs=X),
+        "prune and repair": prune(model, digit_scores, ratio=0.3, example_inputs=X, data=zoo.batches(train)),
+        "unlearn": unlearn(model, digit_scores, classes=[3, 8]),
+    }
+
+
+EDITS = ["prune", "prune and repair", "unlearn"]
+
+
+def same_state(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
+
+
+def same_sizes(a, b):
+    return str(a) == str(b)  # torch's own description: channels, features, widths
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_undo_gives_every_bit_back(name, edits, trained):
+    edited = edits[name].model
+    before = copy.deepcopy(edited)
+    restored = edits[name].recipe.undo(edited)
+    assert same_state(restored, trained[0])
+    assert same_sizes(restored, trained[0])
+    assert same_state(edited, before)
+    with torch.no_grad():
+        assert torch.equal(restored(X), trained[0](X))
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_saved_applied_and_undone_in_a_new_process(name, edits, trained, tmp_path):
+    from safetensors.torch import save_file
+
+    edit = edits[name]
+    edit.recipe.save(tmp_path / "edit.json")
+    save_file(trained[0].state_dict(), tmp_path / "model.safetensors")
+    save_file(edit.model.state_dict(), tmp_path / "edited.safetensors")
+    script = """
+        import sys, torch
+        from safetensors.torch import load_file
+        from discedit import Recipe, zoo
+        folder = sys.argv[1]
+        model = zoo.DigitsNet().eval()
+        original, expected = (load_file(f"{folder}/{name}.safetensors") for name in ("model", "edited"))
+        model.load_state_dict(original)
+        edit = Recipe.load(f"{folder}/edit").apply(model)
+        def same(a, b):
+            return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+        assert same(edit.model.state_dict(), expected)
+        assert same(model.state_dict(), original)
+        assert edit.model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+        assert same(edit.recipe.undo(edit.model).state_dict(), original)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], check=True)
+
+
+def test_applies_to_other_weights_and_undoes_those(edits):
+    torch.manual_seed(1)
+    fresh = zoo.DigitsNet().eval()
+    for name in ("prune", "unlearn"):
+        edit = edits[name].recipe.apply(fresh)
+        assert str(edit.model) == str(edits[name].model)
+        assert same_state(edit.recipe.undo(edit.model), fresh)
+
+
+def test_round_trip_of_the_file(edits, tmp_path):
+    for name in EDITS:
+        recipe = edits[name].recipe
+        path = recipe.save(tmp_path / f"{name}.recipe")
+        assert path.name == f"{name}.recipe.json"
+        loaded = Recipe.load(path)
+        assert loaded.operations == recipe.operations
+        assert loaded.components == recipe.components
+        assert loaded.settings == recipe.settings
+        assert loaded.tensors.keys() == recipe.tensors.keys()
+        assert all(torch.equal(loaded.tensors[key], recipe.tensors[key]) for key in recipe.tensors)
+        assert json.loads(path.read_text())["components"] == recipe.components
+
+
+def test_stores_what_was_removed_and_no_more(edits):
+    recipe = edits["prune"].recipe
+    removed = edits["prune"].parameters_before - edits["prune"].parameters_after
+    buffers = 2 * sum(len(recipe.components[layer]) for layer in ("conv1", "conv2", "conv3"))
+    assert sum(tensor.numel() for tensor in recipe.tensors.values()) == removed + buffers
+
+
+def test_shared_tensors_change_in_every_place():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+    from discedit.recipe import Operation, architecture_of
+
+    model = Tied()
+    keep = Operation("keep", "a.weight", dim=0, index=(0, 2))
+    shapes = architecture_of(model)
+    recipe = Recipe("prune", {}, {}, shapes, [keep])
+    edit = recipe.apply(model)
+    assert edit.model.a.weight is edit.model.b.weight
+    assert edit.model.a.weight.shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_another_architecture_is_refused_and_left_alone(name, edits):
+    recipe = edits[name].recipe
+    other = zoo.DigitsNet()
+    other.fc1 = nn.Linear(64, 65)
+    before = copy.deepcopy(other)
+    with pytest.raises(
+        ValueError,
+        match=r"made for another architecture: tensor 'fc1.weight' must have shape \[64, 64\], .* \[65, 64\]",
+    ):
+        recipe.apply(other, inplace=True)
+    assert same_state(other, before)
+    with pytest.raises(ValueError, match=r"another architecture: tensor 'conv1.weight' .* has none \(absent\)"):
+        recipe.apply(nn.Linear(2, 2))
+    more = zoo.DigitsNet()
+    more.extra = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"tensor 'extra.weight' must have shape none \(absent\)"):
+        recipe.apply(more)
+
+
+def test_undo_refuses_a_model_without_the_edit(edits, trained):
+    with pytest.raises(ValueError, match="this model does not carry this recipe's edit: tensor 'conv1.weight'"):
+        edits["prune"].recipe.undo(trained[0])
+
+
+def test_undo_in_another_type_is_refused(edits):
+    with pytest.raises(
+        ValueError, match=r"to undo, tensor .* \(torch.float64\) needs its values, found values of type"
+    ):
+        edits["unlearn"].recipe.undo(edits["unlearn"].model.double())
+
+
+def test_damaged_and_foreign_files(edits, tmp_path):
+    edits["unlearn"].recipe.save(tmp_path / "r.json")
+    good = (tmp_path / "r.json").read_text()
+    values = (tmp_path / "r.safetensors").read_bytes()
+
+    def load(text=good, data=values):
+        (tmp_path / "r.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        (tmp_path / "r.safetensors").write_bytes(data)
+        return Recipe.load(tmp_path / "r.json")
+
+    load()
+    for text in (good[:50], "", "{}", "[1]", "null", '{"kind": "moments", "version": 1}', pickle.dumps({"a": 1})):
+        with pytest.raises(ValueError, match=r"is not a discedit recipe file|is no text"):
+            load(text)
+    for data in (values[:-1], values[:9], b"", pickle.dumps(1)):
+        with pytest.raises(ValueError, match="are damaged or belong to another recipe: checksum differs"):
+            load(data=data)
+    header = json.loads(good)
+
+    def change(**fields):
+        return json.dumps({**header, **fields})
+
+    first = header["operations"][0]
+    for text, message in (
+        (change(version=2), "format version 2; this discedit reads 1"),
+        (change(operations={}), "header field 'operations' must be list"),
+        (change(operations=[{"kind": "exec", "target": "a"}]), "operation 0 has the unknown kind 'exec'"),
+        (change(operations=[{"kind": "fill"}]), "operation 0 must be an object with kind and target"),
+        (change(operations=[{**first, "target": "nowhere"}]), "operation 0 names the unknown tensor 'nowhere'"),
+        (change(operations=[{**first, "dim": 4}]), "operation 0 has dim 4"),
+        (change(operations=[{**first, "index": [64]}]), r"operation 0 must have increasing indices in 0..63"),
+        (change(operations=[{**first, "index": [2, 1]}]), "operation 0 must have increasing indices"),
+        (change(operations=[{**first, "value": "0"}]), "operation 0 must fill with a number, got '0'"),
+        (change(operations=[{"kind": "attribute", "target": "fc1", "name": "_hooks"}]), "must name a public attribute"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(text)
+    (tmp_path / "r.safetensors").unlink()
+    (tmp_path / "r.json").write_text(good)
+    with pytest.raises(FileNotFoundError, match="needs 'r.safetensors' beside it"):
+        Recipe.load(tmp_path / "r.json")
+    with pytest.raises(FileNotFoundError, match=r"recipe file .*none.json' does not exist"):
+        Recipe.load(tmp_path / "none.json")

@@ -1,0 +1,134 @@
+import warnings
+
+import pytest
+import torch
+
+from discedit import Moments, Scores, ops, score
+
+
+def moments_of(x, labels, classes):
+    moments = Moments(classes)
+    moments.update("layer", x, labels)
+    return moments
+
+
+def test_is_one_vs_rest_of_every_layer(digit_moments, digit_scores):
+    assert list(digit_scores) == list(digit_moments)
+    for layer, values in digit_scores.items():
+        assert torch.equal(values, ops.one_vs_rest(digit_moments[layer]))
+        assert values.shape == (digit_moments[layer].channels, 10)
+    assert torch.equal(digit_scores.counts, digit_moments["conv1"].count)
+
+
+def test_direction_is_the_side_of_the_class_mean():
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    x = torch.tensor(
+        [[1.0, 0.1, -3.0], [1.0, 0.1, -3.0], [0.0, 0.1, 9.0], [0.0, 0.1, 9.0], [0.0, 0.1, 1.0], [0.0, 0.1, 1.0]]
+    )
+    direction = score(moments_of(x, labels, 3)).direction["layer"]
+    assert direction.tolist() == [[1, -1, -1], [0, 0, 0], [-1, 1, -1]]
+
+
+def test_reduce():
+    values = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.2, 0.2]], dtype=torch.float64)
+    scores = Scores(
+        {"a": values}, {}, torch.tensor([3, 3, 3]), bound="fisher", witness="linear", statistic="mean", norms={}
+    )
+    assert scores.reduce("max")["a"].tolist() == [0.5, 0.2]
+    assert scores.reduce("min")["a"].tolist() == [0.1, 0.2]
+    torch.testing.assert_close(scores.reduce("mean")["a"], torch.tensor([0.3, 0.2], dtype=torch.float64))
+    with pytest.raises(ValueError, match="reduction must be one of 'max', 'mean', 'min', got 'sum'"):
+        scores.reduce("sum")
+
+
+def test_a_class_without_samples_is_reported_once_and_ignored():
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(60, 4, generator=generator), torch.arange(60) % 3
+    moments = moments_of(x, labels + (labels == 2), 5)  # classes 0, 1, 3
+    moments.update("second", x, labels + (labels == 2))
+    with pytest.warns(UserWarning, match="without samples") as caught:
+        scores = score(moments)
+    assert [str(w.message) for w in caught] == [
+        "score: classes without samples: [2, 4]. Their scores are NaN and they are never chosen."
+    ]
+    assert scores["layer"][:, [2, 4]].isnan().all()
+    assert not scores.direction["layer"][:, [2, 4]].any()
+    for reduction in ("min", "mean", "max"):
+        assert not scores.reduce(reduction)["layer"].isnan().any()
+
+
+def test_a_class_with_one_sample_is_reported():
+    x, labels = torch.randn(21, 4), torch.tensor([0] * 10 + [1] * 10 + [2])
+    with pytest.warns(UserWarning, match=r"classes with one sample: \[2\]. One sample shows no spread"):
+        scores = score(moments_of(x, labels, 3))
+    assert not scores["layer"].isnan().any()
+
+
+def test_one_class_alone_cannot_be_reduced():
+    with pytest.warns(UserWarning, match="classes without samples"):
+        scores = score(moments_of(torch.randn(9, 4), torch.zeros(9, dtype=torch.int64), 3))
+    with pytest.raises(ValueError, match="at least two classes must have samples .* 1 of 3 have"):
+        scores.reduce("max")
+
+
+def test_bad_input(digit_moments):
+    with pytest.raises(ValueError, match="moments must hold at least one layer, it is empty"):
+        score(Moments(3))
+    with pytest.raises(ValueError, match="bound must be one of"):
+        score(digit_moments, bound="tv")
+
+
+def test_save_and_load_keep_every_bit(digit_scores, tmp_path):
+    digit_scores.save(tmp_path / "s.safetensors")
+    loaded = Scores.load(tmp_path / "s.safetensors")
+    assert list(loaded) == list(digit_scores)
+    for layer in loaded:
+        assert torch.equal(loaded[layer], digit_scores[layer])
+        assert torch.equal(loaded.direction[layer], digit_scores.direction[layer])
+    assert repr(loaded) == repr(digit_scores)
+    assert loaded.norms == digit_scores.norms == {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3"}
+    whole = (tmp_path / "s.safetensors").read_bytes()
+    (tmp_path / "s.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match="scores file .* is damaged, cut short"):
+        Scores.load(tmp_path / "s.safetensors")
+
+
+def test_moments_are_no_scores(digit_moments, tmp_path):
+    digit_moments.save(tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="is not a discedit scores file: it is 'moments'"):
+        Scores.load(tmp_path / "m.safetensors")
+
+
+def test_dataframe_rows_are_the_scores(digit_scores):
+    frame = digit_scores.to_dataframe()
+    assert len(frame) == sum(values.numel() for values in digit_scores.values())
+    row = frame[(frame["layer"] == "conv2") & (frame["channel"] == 5) & (frame["class"] == 7)].iloc[0]
+    assert row["score"] == digit_scores["conv2"][5, 7].item()
+    assert row["direction"] == digit_scores.direction["conv2"][5, 7].item()
+    assert row["samples"] == digit_scores.counts[7].item()
+
+
+def test_plot_draws_the_scores(digit_scores, tmp_path):
+    figure = digit_scores.plot(tmp_path / "scores.png", class_names=[f"digit {k}" for k in range(10)])
+    assert (tmp_path / "scores.png").read_bytes()[:4] == b"\x89PNG"
+    axes = figure.axes[0]
+    drawn = torch.from_numpy(axes.images[0].get_array().data)
+    assert drawn.shape == (10, sum(len(values) for values in digit_scores.values()))
+    strongest = digit_scores["conv1"].amax(1).argmax()
+    assert torch.equal(drawn[:, 0], digit_scores["conv1"][strongest])
+    assert [label.get_text() for label in axes.get_yticklabels()][3] == "digit 3"
+    with pytest.raises(ValueError, match="class_names must name 10 classes, got 1 names"):
+        digit_scores.plot(class_names=["zero"])
+
+
+def test_real_features_find_the_digit(trained, digit_scores):
+    """The best component for each digit tells it from the rest; in the first layer none does as well."""
+    best = digit_scores["fc1"].amax(0)
+    assert bool((best > 0.6).all())
+    assert bool((digit_scores["conv1"].amax(0) < best).all())
+
+
+def test_no_warning_when_every_class_is_there(digit_moments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score(digit_moments)
