@@ -14,10 +14,11 @@ namespace {
 
 // ---- traits ---------------------------------------------------------------------------------------------------------
 
-constexpr int lanes = 16;              // float64 partial sums in flight: two AVX-512 registers, four AVX2
-constexpr int channel_tile = 512;      // accumulators of one sweep: 4 KiB, stays in L1
-// Elements that pay for a thread. Threads are started per call and share the cores with torch's workers, which spin for a
-// while after each of its own ops: in a forward pass on two cores, splitting maps of 4 M elements made the pass slower.
+constexpr int lanes = 16;          // float64 partial sums in flight: two AVX-512 registers, four AVX2
+constexpr int channel_tile = 512;  // accumulators of one sweep: 4 KiB, stays in L1
+// Elements that pay for a thread. Threads are started per call and share the cores with torch's workers, which spin for
+// a while after each of its own ops: in a forward pass on two cores, splitting maps of 4 M elements made the pass
+// slower.
 constexpr std::int64_t grain = 4 << 20;
 static_assert((lanes & (lanes - 1)) == 0, "lanes are combined pairwise");
 
