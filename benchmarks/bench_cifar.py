@@ -182,7 +182,8 @@ def report(models: Iterable[str], train: int, test: int, repeats: int) -> str:
 
 Written by `python -m benchmarks.bench_cifar --write`; do not edit. {machine()}.
 
-Moments from the first {train:,} training images, bound `minimax`, witness `quadratic`; accuracy is the mean over classes
+Moments from the first {
+        train:,} training images, bound `minimax`, witness `quadratic`; accuracy is the mean over classes
 on {test:,} test images. No fine-tuning, no gradients.
 
 ## Cost of scoring

@@ -1,0 +1,1 @@
+"""Triton kernels of discedit, one module per op, named as in `discedit.ops`. This version has none yet."""

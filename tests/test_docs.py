@@ -4,8 +4,6 @@ import doctest
 import re
 from pathlib import Path
 
-import pytest
-
 from discedit import ops
 
 ROOT = Path(__file__).parent.parent
@@ -26,10 +24,18 @@ def test_every_op_documents_its_contract():
             assert ">>>" in text, name
 
 
-@pytest.mark.data
-def test_readme_example_runs(cifar, capsys):
+def test_readme_example_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert "parameters:" in capsys.readouterr().out
+    assert (tmp_path / "out" / "prune.json").exists()
+
+
+def test_readme_is_short_and_opens_with_the_two_commands():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    commands = [line.split()[:2] for line in lines[:10] if line.startswith("make ")]
+    assert commands == [["make", "demo"], ["make", "test"]]

@@ -1,0 +1,106 @@
+"""What the package is after an installation, with and without a C++ compiler."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NEEDED = ["setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "csrc", "discedit", "kernels"]
+
+
+def build(folder: Path, **environment: str) -> tuple[Path, str]:
+    """A wheel of a copy of the tree (nothing of the working tree's own build), unpacked; and what pip said."""
+    source = folder / "source"
+    source.mkdir()
+    tracked = subprocess.run(
+        ["git", "ls-files", *NEEDED], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in tracked:
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
+    run = subprocess.run(
+        command, cwd=source, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    wheels = list(folder.glob("*.whl"))
+    if run.returncode or not wheels:
+        return folder, run.stdout + run.stderr
+    unpacked = folder / "unpacked"
+    with zipfile.ZipFile(wheels[0]) as archive:
+        archive.extractall(unpacked)
+    return unpacked, run.stdout + run.stderr
+
+
+# An editable install would lend its own modules to this one.
+ALONE = "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]; "
+
+
+def run_in(unpacked: Path, code: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE + code], cwd=unpacked, env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("built"), DISCEDIT_BUILD="require")[0]
+
+
+@pytest.fixture(scope="module")
+def without_compiler(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("plain"), CXX="no-such-compiler", DISCEDIT_BUILD="auto")
+
+
+def test_the_wheel_holds_everything(built):
+    names = {str(path.relative_to(built)) for path in built.rglob("*") if path.is_file()}
+    assert {"discedit/py.typed", "discedit/_cpu.pyi", "discedit/kernels/__init__.py", "discedit/_build.json"} <= names
+    assert any(name.startswith("discedit/_cpu.") and name.endswith((".so", ".pyd")) for name in names)
+    assert not any(name.startswith(("tests", "benchmarks", "kernels", "csrc")) for name in names)
+    assert json.loads((built / "discedit" / "_build.json").read_text())["cpu"]["built"]
+
+
+def test_the_built_wheel_runs(built):
+    code = "import discedit, discedit.kernels, discedit._cpu as c; print(discedit.__file__, c.__file__)"
+    assert run_in(built, code).count(str(built)) == 2
+
+
+def test_the_binary_links_no_torch_and_is_portable(built):
+    library = next((built / "discedit").glob("_cpu.*.so"))
+    needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=False)
+    if needed.returncode:
+        pytest.skip("needs readelf (binutils)")
+    libraries = [line for line in needed.stdout.splitlines() if "NEEDED" in line]
+    assert libraries
+    assert not any("torch" in line or "c10" in line or "gomp" in line for line in libraries)
+
+
+def test_installs_without_a_compiler_and_says_so(without_compiler):
+    unpacked, said = without_compiler
+    assert (unpacked / "discedit").is_dir(), said
+    assert "no C++ compiler found when discedit was installed (looked for no-such-compiler)" in said
+    assert not list((unpacked / "discedit").glob("_cpu.*so"))
+    report = run_in(unpacked, "from discedit.cli import main; main(['doctor'])")
+    assert "cpp        cannot run  not built: no C++ compiler found when discedit was installed" in report
+    assert "reference  runs" in report
+
+
+def test_works_without_a_compiler_and_warns_once(without_compiler):
+    unpacked, _ = without_compiler
+    code = "import torch, discedit; [discedit.ops.pool(torch.ones(1, 2, 2, 2)) for _ in range(3)]; print('worked')"
+    said = run_in(unpacked, code)
+    assert said.count("running on the slower torch reference") == 1
+    assert "worked" in said
+
+
+def test_a_required_build_fails_without_a_compiler(tmp_path):
+    folder, said = build(tmp_path, CXX="no-such-compiler", DISCEDIT_BUILD="require")
+    assert not list(folder.glob("*.whl"))
+    assert "DISCEDIT_BUILD=require, but _cpu was not built: no C++ compiler found" in said
