@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -92,12 +93,16 @@ def unlearn(
 def _checked_classes(scores: Scores, classes: Any) -> list[int]:
     if isinstance(classes, (int, str)) or not isinstance(classes, Iterable):
         raise ValueError(f"unlearn: classes must be a list of class indices, got {classes!r}.")
-    forget = list(dict.fromkeys(classes))
+    forget: list[int] = []
+    for cls in classes:
+        # Anything that is an index: NumPy integers and one-element integer tensors too.
+        if isinstance(cls, bool) or not hasattr(cls, "__index__") or not 0 <= operator.index(cls) < scores.num_classes:
+            raise ValueError(f"unlearn: classes must be indices in 0..{scores.num_classes - 1}, got {cls!r}.")
+        if operator.index(cls) not in forget:
+            forget.append(operator.index(cls))
     if not forget:
         raise ValueError("unlearn: classes must name at least one class, it is empty.")
     for cls in forget:
-        if isinstance(cls, bool) or not isinstance(cls, int) or not 0 <= cls < scores.num_classes:
-            raise ValueError(f"unlearn: classes must lie in 0..{scores.num_classes - 1}, got {cls!r}.")
         if int(scores.counts[cls]) == 0:
             raise ValueError(f"unlearn: class {cls} has no sample in scores, so nothing is known to tell it apart.")
     if int((scores.counts > 0).sum()) < 2:

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -108,6 +109,14 @@ def test_several_classes_get_their_own_components(trained, digit_scores):
             assert set(channels) <= set(both[layer])
 
 
+def test_classes_may_be_any_kind_of_index(trained, digit_scores):
+    plain = unlearn(trained[0], digit_scores, classes=[2, 7]).recipe
+    for classes in (np.array([2, 7]), torch.tensor([2, 7]), (2, 7, 2), range(2, 8, 5)):
+        other = unlearn(trained[0], digit_scores, classes=classes).recipe
+        assert other.components == plain.components
+        assert other.settings == plain.settings
+
+
 def test_summary(trained, digit_scores):
     text = unlearn(trained[0], digit_scores, classes=[1]).summary()
     assert "zeroed" in text
@@ -118,10 +127,10 @@ def test_summary(trained, digit_scores):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ([10], r"classes must lie in 0..9, got 10"),
-        ([-1], r"classes must lie in 0..9, got -1"),
-        ([1.0], r"classes must lie in 0..9, got 1.0"),
-        ([True], r"classes must lie in 0..9, got True"),
+        ([10], r"classes must be indices in 0..9, got 10"),
+        ([-1], r"classes must be indices in 0..9, got -1"),
+        ([1.0], r"classes must be indices in 0..9, got 1.0"),
+        ([True], r"classes must be indices in 0..9, got True"),
         ([], "classes must name at least one class, it is empty"),
         (3, "classes must be a list of class indices, got 3"),
         ("3", "classes must be a list of class indices, got '3'"),

@@ -3,7 +3,11 @@
 // Sums are written over a fixed number of lanes and compiled without contraction, so every level gives the same bits.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
+#include <cstddef>  // any standard header: it tells whether this is glibc, whose loader can pick clones
+
+// DISCEDIT_NO_CLONES: one level only, that of the compiler's flags. tests/test_dispatch.py compares such builds.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__) && \
+    !defined(DISCEDIT_NO_CLONES)
 #define DISCEDIT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #define DISCEDIT_HAS_CLONES 1
 #else
