@@ -1,8 +1,8 @@
 """Drives CMake. Never imports torch: the extension takes DLPack, so no torch version is compiled against.
 
 Environment:
-    DISCEDIT_BUILD   auto (default): build when a C++ compiler is found, else install with the reference backend;
-                     require: fail without a compiler; off: do not build.
+    DISCEDIT_BUILD   auto (default): build where that works, else install with the reference backend and say why;
+                     require: fail where it does not; off: do not build.
     CMAKE_ARGS       passed on to CMake.
 """
 
@@ -51,7 +51,16 @@ class CMakeBuild(build_ext):
         if reason:
             print(f"discedit: _cpu {reason}. The torch reference backend will be used.", file=sys.stderr)
         else:
-            self.build_with_cmake()
+            try:
+                self.build_with_cmake()
+            except (subprocess.CalledProcessError, OSError) as error:
+                # A compiler alone is not enough: the Python headers may be missing, say.
+                reason = (
+                    f"not built: building with {Path(compiler or '').name} failed when discedit was installed ({error})"
+                )
+                if mode == "require":
+                    raise SystemExit(f"discedit: DISCEDIT_BUILD=require, but _cpu was {reason}.") from error
+                print(f"discedit: _cpu {reason}. The torch reference backend will be used.", file=sys.stderr)
         target = Path(self.get_ext_fullpath("discedit._cpu")).parent
         target.mkdir(parents=True, exist_ok=True)
         note = {"cpu": {"built": not reason, "reason": reason, "compiler": Path(compiler).name if compiler else None}}

@@ -51,11 +51,26 @@ def _cpp_pool(x: Tensor, channel_axis: int) -> Tensor:
 
 
 def _cpp_class_moments(x: Tensor, channel_axis: int, labels: Tensor, state: ClassMoments) -> None:
-    _cpp("class_moments")(x, channel_axis, labels, *state.tensors(), torch.get_num_threads())
+    packed = _contiguous(state)
+    _cpp("class_moments")(x, channel_axis, labels, *packed.tensors(), torch.get_num_threads())
+    _write_back(packed, state)
+
+
+def _contiguous(state: ClassMoments) -> ClassMoments:
+    """The state itself where it is contiguous, copies where it is not."""
+    return ClassMoments(*(tensor.contiguous() for tensor in state.tensors()))
+
+
+def _write_back(packed: ClassMoments, state: ClassMoments) -> None:
+    for source, target in zip(packed.tensors(), state.tensors(), strict=True):
+        if source.data_ptr() != target.data_ptr():
+            target.copy_(source)
 
 
 def _cpp_merge_moments(into: ClassMoments, other: ClassMoments) -> None:
-    _cpp("merge_moments")(into.tensors(), other.tensors())
+    packed = _contiguous(into)
+    _cpp("merge_moments")(packed.tensors(), _contiguous(other).tensors())
+    _write_back(packed, into)
 
 
 def _cpp_bound(bound: str) -> Callable[..., Tensor]:
@@ -74,7 +89,7 @@ def _cpp_bound(bound: str) -> Callable[..., Tensor]:
 
 def _cpp_one_vs_rest(moments: ClassMoments, bound: str, witness: str) -> Tensor:
     out = torch.empty(moments.channels, moments.num_classes, dtype=torch.float64)
-    _cpp("one_vs_rest")(*moments.tensors(), bound, witness, out, torch.get_num_threads())
+    _cpp("one_vs_rest")(*_contiguous(moments).tensors(), bound, witness, out, torch.get_num_threads())
     return out
 
 

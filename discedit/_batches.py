@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from discedit import _checks
+
 
 def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -17,7 +19,7 @@ def device_of(model: nn.Module) -> torch.device:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients inside; mode and random state as they were outside."""
-    modes = {module: module.training for module in model.modules()}
+    modes = [(module, module.training) for module in model.modules()]
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
     try:
@@ -25,12 +27,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
     finally:
-        for module, mode in modes.items():
+        # Through train(), parents first, because some modules do work there; then the flags, whatever that left.
+        for module, mode in modes:
+            if module.training != mode:
+                module.train(mode)
+        for module, mode in modes:
             module.training = mode
 
 
 def split(op: str, batch: Any, index: int, device: torch.device, *, labels_needed: bool) -> tuple[Any, Any]:
-    """Inputs on the model's device, and labels (None where there are none and none are needed)."""
+    """Inputs on the model's device, and labels (None where there are none and none are needed).
+
+    A pair is always (inputs, labels).
+    """
     inputs: Any
     labels: Any = None
     if isinstance(batch, Mapping) and "labels" in batch:
@@ -38,11 +47,24 @@ def split(op: str, batch: Any, index: int, device: torch.device, *, labels_neede
         labels = batch["labels"]
     elif isinstance(batch, (tuple, list)) and len(batch) == 2:
         inputs, labels = batch
+    elif not labels_needed and isinstance(batch, (tuple, list)) and len(batch) == 1:
+        inputs = batch[0]
     elif not labels_needed and isinstance(batch, (Tensor, Mapping)):
         inputs = batch
     else:
         raise ValueError(f"{op}: loader must give (inputs, labels) pairs, batch {index} is a {type(batch).__name__}.")
     return moved(inputs, device), labels
+
+
+def checked_labels(op: str, given: Any, num_classes: int, index: int) -> Tensor:
+    """The labels as a tensor whose type and range are right; an error names the batch."""
+    try:
+        classes = torch.as_tensor(given)
+        if classes.ndim != 1:
+            raise ValueError(f"labels must hold one class index per sample, got shape {_checks.shape_of(classes)}.")
+        return _checks.labels(op, classes, classes, num_classes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{op}: batch {index}: {error}") from error
 
 
 def moved(inputs: Any, device: torch.device) -> Any:
@@ -66,7 +88,7 @@ def first_tensor(output: Any) -> Tensor | None:
     """The tensor of a module's output: itself, its `logits`, or the first of a tuple or mapping."""
     if isinstance(output, Tensor):
         return output
-    logits = getattr(output, "logits", None)
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
     if isinstance(output, Mapping):

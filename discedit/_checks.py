@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from discedit._state import ClassMoments
 
 STATISTICS = ("mean",)
 WITNESSES = ("linear", "quadratic")
@@ -42,10 +46,43 @@ def tensor(op: str, argument: str, value: Any, dtypes: Collection[torch.dtype]) 
     return value
 
 
+def index(value: Any) -> int | None:
+    """The value as an int if it is an integer of any library (never a bool), else None."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def positive_integer(op: str, argument: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    number = index(value)
+    if number is None or number < 1:
         raise ValueError(f"{op}: {argument} must be an integer of at least 1, got {value!r}.")
-    return value
+    return number
+
+
+def is_number(value: Any) -> bool:
+    """A real number of any library, and no bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def state(op: str, argument: str, moments: Any) -> ClassMoments:
+    """A state whose five tensors fit together."""
+    if not isinstance(moments, ClassMoments):
+        raise TypeError(f"{op}: {argument} must be a ClassMoments, got {type(moments).__name__}.")
+    shape = moments.mean.shape
+    fits = moments.mean.ndim == 2 and moments.count.shape == shape[:1] and moments.count.dtype == torch.int64
+    for part in moments.tensors()[1:]:
+        fits = fits and part.shape == shape and part.dtype == torch.float64 and part.device == moments.count.device
+    if not fits:
+        found = ", ".join(f"{shape_of(part)} {str(part.dtype).removeprefix('torch.')}" for part in moments.tensors())
+        raise ValueError(
+            f"{op}: {argument} must hold count (classes,) int64 and mean, m2, m3, m4 (classes, channels) float64 on "
+            f"one device, it holds {found}."
+        )
+    return moments
 
 
 def feature_map(op: str, x: Any, layout: str) -> tuple[Tensor, int]:

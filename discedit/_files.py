@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 VERSION = 1
@@ -29,45 +29,55 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_tensors(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """One safetensors file whose metadata says what it is."""
+def to_bytes(kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
+    """Safetensors whose metadata says what it is."""
     metadata = {"discedit": json.dumps({"kind": kind, "version": VERSION, **header})}
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(Path(path), save(stored, metadata=metadata))
+    return bytes(save(stored, metadata=metadata))
+
+
+def from_bytes(data: bytes, kind: str, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of what `to_bytes` made.
+
+    Raises:
+        ValueError: the data is cut short, is no safetensors, or is not one of discedit's `kind`.
+    """
+    try:
+        tensors = load(data)
+        # The parse above has checked the lengths; its result leaves the metadata out.
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+    except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"{kind} file {source!r} is damaged, cut short or no safetensors file: {error}") from error
+    return check_header(metadata.get("discedit"), kind, source), tensors
+
+
+def save_tensors(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    write_atomically(Path(path), to_bytes(kind, header, tensors))
 
 
 def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a file that `save_tensors` wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is cut short, is no safetensors file, or is not one of discedit's `kind`.
+        FileNotFoundError: there is no such file. ValueError: as `from_bytes`.
     """
     target = Path(path)
     if not target.is_file():
         raise FileNotFoundError(f"{kind} file {str(target)!r} does not exist.")
-    try:
-        with safe_open(target, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
-        raise ValueError(
-            f"{kind} file {str(target)!r} is damaged, cut short or no safetensors file: {error}"
-        ) from error
-    return check_header(metadata.get("discedit"), kind, target), tensors
+    return from_bytes(target.read_bytes(), kind, str(target))
 
 
-def check_header(text: str | None, kind: str, path: Path) -> dict[str, Any]:
+def check_header(text: str | None, kind: str, path: str) -> dict[str, Any]:
     try:
         header = json.loads(text) if text is not None else None
     except ValueError:
         header = None
     if not isinstance(header, dict) or header.get("kind") != kind:
         found = header.get("kind") if isinstance(header, dict) else "a foreign one"
-        raise ValueError(f"{str(path)!r} is not a discedit {kind} file: it is {found!r}.")
+        raise ValueError(f"{path!r} is not a discedit {kind} file: it is {found!r}.")
     if header.get("version") != VERSION:
         raise ValueError(
-            f"{kind} file {str(path)!r} has format version {header.get('version')!r}; this discedit reads {VERSION}."
+            f"{kind} file {path!r} has format version {header.get('version')!r}; this discedit reads {VERSION}."
         )
     return header
 

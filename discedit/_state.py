@@ -53,7 +53,8 @@ class ClassMoments:
         return ClassMoments(*(tensor.clone() for tensor in self.tensors()))
 
     def to(self, device: torch.device | str) -> ClassMoments:
-        return ClassMoments(*(tensor.to(device) for tensor in self.tensors()))
+        """A copy on a device, also where that is its own."""
+        return ClassMoments(*(tensor.to(device, copy=True) for tensor in self.tensors()))
 
     def copy_(self, other: ClassMoments) -> ClassMoments:
         """Overwrite this state with another of the same shape."""

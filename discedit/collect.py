@@ -9,15 +9,14 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
 from discedit import _checks, ops
-from discedit._batches import call, device_of, first_tensor, split, undisturbed
+from discedit._batches import call, checked_labels, device_of, first_tensor, split, undisturbed
 from discedit.moments import Moments
 
 OP = "collect_moments"
@@ -36,9 +35,10 @@ def collect_moments(
 ) -> Moments:
     """Accumulate the class-conditional moments of every layer's components in one forward pass over the data.
 
-    Each convolution and linear layer is read at its output or, where that output goes straight into a batch norm, at
-    the norm's output (an affine map per channel, so the scores are the same; the sign of the norm's weight counts). The
-    layer whose output is the model's output is left out: its components are the classes.
+    Each convolution and linear layer is read at its output or, where that output goes straight into a batch norm with
+    running statistics, at the norm's output (an affine map per channel, so the scores are the same; the sign of the
+    norm's weight counts). The head is left out, because its components are the classes: the layer whose output is the
+    model's output, or else the last layer if it has one component per class.
 
     Args:
         model: a classifier. It runs in eval mode without gradients; its mode, parameters, buffers and hooks, and
@@ -47,7 +47,8 @@ def collect_moments(
             arguments; they are moved to the model's device.
         num_classes: number of classes.
         labels: "given", or "predicted": the model's own argmax, for which batches may also be bare inputs.
-        layers: module names to read instead of all; any module with a tensor output will do.
+        layers: module names to read instead of all; any module with a tensor output will do. Channels are the last
+            axis of linear and layer-norm outputs, axis 1 otherwise.
         statistic: what a feature map is reduced to; "mean".
         progress: show a progress bar on stderr; by default only on a terminal.
         backend: as in `discedit.ops`.
@@ -61,7 +62,7 @@ def collect_moments(
 
     Memory: the state, classes x channels x 40 bytes, and one batch's pooled features, samples x channels x 8 bytes.
     """
-    _checks.positive_integer(OP, "num_classes", num_classes)
+    num_classes = _checks.positive_integer(OP, "num_classes", num_classes)
     _checks.choice(OP, "labels", labels, ("given", "predicted"))
     reader = _Reader(model, statistic, backend, layers)
     moments = Moments(num_classes, statistic=statistic, backend=backend)
@@ -72,7 +73,7 @@ def collect_moments(
     with undisturbed(model), reader:
         for batch_index, batch in enumerate(tqdm(loader, desc="moments", unit="batch", disable=not progress)):
             inputs, given = split(OP, batch, batch_index, device, labels_needed=labels == "given")
-            classes = _checked_labels(given, num_classes, batch_index) if labels == "given" else None
+            classes = checked_labels(OP, given, num_classes, batch_index) if labels == "given" else None
             output = reader.run(inputs)
             if classes is None:
                 classes = _predicted(output, num_classes)
@@ -101,22 +102,23 @@ class _Reader:
         modules = dict(model.named_modules())
         self.explicit = layers is not None
         self.layers: dict[str, nn.Module]
-        self.candidates: dict[str, nn.Module]
+        # Normalisations, which may directly follow a layer.
+        self.candidates: dict[str, nn.Module] = {name: m for name, m in modules.items() if _is_norm(m)}
         if layers is None:
             self.layers = {name: m for name, m in modules.items() if isinstance(m, (_ConvNd, nn.Linear))}
-            self.candidates = {name: m for name, m in modules.items() if isinstance(m, _BatchNorm)}
             if not self.layers:
                 raise ValueError(
                     f"{OP}: model must have a convolution or linear layer, {type(model).__name__} has none."
                 )
         else:
             self.layers = {name: _named(modules, name) for name in layers}
-            self.candidates = {}
             if not self.layers:
                 raise ValueError(f"{OP}: layers must name at least one module, it is empty.")
-        self.norms: dict[str, str] = {}
+        self.norms: dict[str, str] = {}  # layer -> the norm that it goes straight into
+        self.places: dict[str, str] = {}  # layer -> where it is read, if not at its own output
         self._wanted: set[str] | None = None
         self._repeated: set[str] = set()
+        self._ran: set[str] = set()
         self._pooled: dict[str, Tensor] = {}
         self._outputs: dict[int, tuple[str, weakref.ref[Tensor]]] = {}
         self._order: list[str] = []
@@ -138,25 +140,30 @@ class _Reader:
             x = first_tensor(output)
             if x is None:
                 raise ValueError(f"{OP}: layer {name!r} must give a tensor, it gave {type(output).__name__}.")
-            if name in self._pooled:
+            if name in self._ran:
                 self._repeated.add(name)
                 return
+            self._ran.add(name)
             if self._wanted is None:
                 self._follow(name, args, x)
-            layout = "nchw" if isinstance(module, (_ConvNd, _BatchNorm)) or x.ndim > 3 else "tokens"
+            if name not in self.layers and name not in self.places.values():
+                return
             try:
-                self._pooled[name] = ops.pool(x, statistic=self.statistic, layout=layout, backend=self.backend)
+                self._pooled[name] = ops.pool(x, statistic=self.statistic, layout=_layout(module), backend=self.backend)
             except ValueError as error:
                 raise ValueError(f"{OP}: layer {name!r}: {error}") from error
 
         return hook
 
     def _follow(self, name: str, args: tuple[Any, ...], x: Tensor) -> None:
-        if name in self.candidates:
+        norm = self.candidates.get(name)
+        if norm is not None:
             source = self._source(args[0] if args else None)
-            if source is not None:
-                self.norms.setdefault(source, name)
-        else:
+            if source is not None and source not in self.norms:
+                self.norms[source] = name
+                if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+                    self.places[source] = name
+        if name in self.layers:
             self._order.append(name)
             # A weak reference: the first pass must not keep every feature map alive.
             self._outputs[id(x)] = (name, weakref.ref(x))
@@ -168,13 +175,14 @@ class _Reader:
 
     def run(self, inputs: Any) -> Any:
         self._pooled.clear()
+        self._ran.clear()
         return call(self.model, inputs)
 
     def take(self, output: Any) -> Iterator[tuple[str, Tensor]]:
         """The pooled features of the batch that just ran, by layer."""
         if self._wanted is None:
             self._settle(output)
-        self._repeated &= set(self.layers)
+        self._repeated &= {*self.layers, *self.places.values()}
         if self._repeated:
             warnings.warn(
                 f"{OP}: left out, because they run more than once per forward pass: {sorted(self._repeated)}.",
@@ -189,12 +197,14 @@ class _Reader:
             place = self._place(layer)
             if place not in self._pooled:
                 raise ValueError(f"{OP}: layer {layer!r} ran in the first batch but not in a later one.")
-            yield layer, self._pooled.pop(place)
+            yield layer, self._pooled[place]
 
     def _settle(self, output: Any) -> None:
-        head = None if self.explicit else self._source(first_tensor(output))
-        # A module that runs twice says nothing reliable about what follows it.
-        self.norms = {layer: norm for layer, norm in self.norms.items() if norm not in self._repeated}
+        head = None if self.explicit else self._head(first_tensor(output))
+        # A norm that runs twice serves several layers: no single one may be read or edited there.
+        for found in (self.norms, self.places):
+            for layer in [layer for layer, norm in found.items() if norm in self._repeated]:
+                del found[layer]
         self._order = [layer for layer in self._order if layer != head]
         missing = sorted(set(self.layers) - set(self._order) - {head})
         if self.explicit and missing:
@@ -207,8 +217,28 @@ class _Reader:
         self._wanted = {self._place(layer) for layer in self._order}
         self._outputs.clear()
 
+    def _head(self, logits: Tensor | None) -> str | None:
+        """The layer whose output is the model's, or the last one if it has one component per class."""
+        head = self._source(logits)
+        if head is None and logits is not None and logits.ndim == 2 and self._order:
+            last = self._pooled.get(self._order[-1])
+            if last is not None and last.shape[1] == logits.shape[1]:
+                head = self._order[-1]
+        return head
+
     def _place(self, layer: str) -> str:
-        return self.norms.get(layer, layer)
+        return self.places.get(layer, layer)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm))
+
+
+def _layout(module: nn.Module) -> str:
+    """Where a module's output has its channels; for a module of unknown kind `ops.pool` refuses to guess."""
+    if isinstance(module, (nn.Linear, nn.LayerNorm)):
+        return "tokens"
+    return "nchw" if isinstance(module, (_ConvNd, _NormBase, nn.GroupNorm)) else "auto"
 
 
 def _named(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
@@ -217,17 +247,6 @@ def _named(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
         hint = f"; close names: {_checks.quoted(close)}" if close else ""
         raise ValueError(f"{OP}: layers must name modules of the model, {name!r} is none{hint}.")
     return modules[name]
-
-
-def _checked_labels(given: Any, num_classes: int, index: int) -> Tensor:
-    """The labels as a tensor whose type and range are right, before the model spends time on the batch."""
-    try:
-        classes = torch.as_tensor(given)
-        if classes.ndim != 1:
-            raise ValueError(f"labels must hold one class index per sample, got shape {_checks.shape_of(classes)}.")
-        return _checks.labels(OP, classes, classes, num_classes)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{OP}: batch {index}: {error}") from error
 
 
 def _predicted(output: Any, num_classes: int) -> Tensor:

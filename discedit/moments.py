@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,10 @@ class Moments(Mapping[str, ClassMoments]):
         self.backend = backend
         self.norms: dict[str, str] = {}
         self._layers: dict[str, ClassMoments] = {}
+
+    # A mapping of tensors has no equality of its own: identity, as for other owners of tensors.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def __getitem__(self, layer: str) -> ClassMoments:
         return self._layers[layer]
@@ -113,12 +118,9 @@ class Moments(Mapping[str, ClassMoments]):
         """
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("Moments.all_reduce: torch.distributed must be initialised first.")
-        gathered: list[Moments | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, self.to("cpu"), group=group)
         total = Moments(self.num_classes, statistic=self.statistic, backend=self.backend)
-        for part in gathered:
-            if part is not None:
-                total.merge(part)
+        for rank, data in enumerate(_gather_bytes(_files.to_bytes("moments", *self._contents()), group)):
+            total.merge(self._from_contents(*_files.from_bytes(data, "moments", f"rank {rank}"), f"rank {rank}"))
         devices = {layer: state.device for layer, state in self.items()}
         self._layers = {layer: state.to(devices.get(layer, "cpu")) for layer, state in total.items()}
         self.norms = total.norms
@@ -133,6 +135,19 @@ class Moments(Mapping[str, ClassMoments]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically."""
+        _files.save_tensors(path, "moments", *self._contents())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Moments:
+        """Read what `save` wrote, bit for bit.
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: a damaged or foreign file.
+        """
+        return cls._from_contents(*_files.load_tensors(path, "moments"), path)
+
+    def _contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Header and tensors of the file format."""
         tensors = {
             f"{index}.{field}": tensor
             for index, state in enumerate(self.values())
@@ -144,16 +159,12 @@ class Moments(Mapping[str, ClassMoments]):
             "layers": {layer: state.channels for layer, state in self.items()},
             "norms": self.norms,
         }
-        _files.save_tensors(path, "moments", header, tensors)
+        return header, tensors
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Moments:
-        """Read what `save` wrote, bit for bit.
-
-        Raises:
-            FileNotFoundError: no such file. ValueError: a damaged or foreign file.
-        """
-        header, tensors = _files.load_tensors(path, "moments")
+    def _from_contents(
+        cls, header: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike[str]
+    ) -> Moments:
         moments = cls(
             _files.field(header, "num_classes", int, path), statistic=_files.field(header, "statistic", str, path)
         )
@@ -164,3 +175,17 @@ class Moments(Mapping[str, ClassMoments]):
             sums = (_files.take(tensors, f"{index}.{field}", shape, torch.float64, path) for field in _FIELDS[1:])
             moments._layers[layer] = ClassMoments(count, *sums)
         return moments
+
+
+def _gather_bytes(data: bytes, group: dist.ProcessGroup | None) -> list[bytes]:
+    """Every rank's bytes, in rank order: as tensors, because objects would travel as pickle."""
+    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device), group=group)
+    longest = max(int(size) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: len(data)] = mine
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return [bytes(part[: int(size)].cpu().numpy()) for part, size in zip(parts, sizes, strict=True)]

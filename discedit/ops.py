@@ -73,8 +73,8 @@ def class_moments(
             By default a new one.
 
     Returns:
-        `ClassMoments`: count, mean and central moment sums up to order 4, float64. Deterministic: the same batches in
-        the same order give the same bits, for every number of threads.
+        `ClassMoments`: count, mean and central moment sums up to order 4, float64. On the CPU deterministic: the same
+        batches in the same order give the same bits, for every number of threads and every instruction set.
 
     Raises:
         ValueError: labels of the wrong length or type or outside the range (`out` is then unchanged), a state of
@@ -92,14 +92,14 @@ def class_moments(
             [0.]], dtype=torch.float64)
     """
     op = "class_moments"
-    _checks.positive_integer(op, "num_classes", num_classes)
+    num_classes = _checks.positive_integer(op, "num_classes", num_classes)
     _checks.choice(op, "statistic", statistic, _checks.STATISTICS)
     x, axis = _checks.feature_map(op, x, layout)
     labels = _checks.labels(op, labels, x, num_classes)
     channels = x.shape[axis]
     if out is None:
         out = ClassMoments.empty(num_classes, channels, x.device)
-    elif (out.num_classes, out.channels) != (num_classes, channels) or out.device != x.device:
+    elif (_checks.state(op, "out", out).num_classes, out.channels) != (num_classes, channels) or out.device != x.device:
         raise ValueError(
             f"{op}: out must hold {num_classes} classes and {channels} channels on {x.device}, it holds "
             f"{out.num_classes} and {out.channels} on {out.device}."
@@ -121,6 +121,8 @@ def merge_moments(a: ClassMoments, b: ClassMoments, *, backend: str = "auto") ->
     >>> merge_moments(left, right).m2
     tensor([[2.]], dtype=torch.float64)
     """
+    _checks.state("merge_moments", "a", a)
+    _checks.state("merge_moments", "b", b)
     if a.mean.shape != b.mean.shape or a.device != b.device:
         raise ValueError(
             f"merge_moments: a and b must have the same classes, channels and device: a is {_checks.shape_of(a.mean)} "
@@ -200,7 +202,8 @@ def one_vs_rest(
     Returns:
         Shape (channels, classes), float64, in [0, 1]. NaN in the column of a class without samples, and everywhere
         when fewer than two classes have any. A channel that is constant and equal in a class and the rest scores 0,
-        constant and different 1. "The rest" weighs each class by its sample count.
+        constant and different 1. "The rest" weighs each class by its sample count. Where t^4 leaves the range of
+        float64 (spreads below 1e-80 or above 1e76), the quadratic witness falls back to the linear one.
 
     Raises:
         ValueError: unknown bound or witness. RuntimeError: as everywhere.
@@ -209,6 +212,7 @@ def one_vs_rest(
     >>> one_vs_rest(class_moments(x, torch.tensor([0, 0, 1, 1]), 2))
     tensor([[1., 1.]], dtype=torch.float64)
     """
+    _checks.state("one_vs_rest", "moments", moments)
     _checks.choice("one_vs_rest", "bound", bound, _checks.BOUNDS)
     _checks.choice("one_vs_rest", "witness", witness, _checks.WITNESSES)
     out: Tensor = select("one_vs_rest", backend, moments.device)(moments, bound, witness)

@@ -56,12 +56,13 @@ def prune(
 
     Raises:
         ValueError: ratio outside [0, 1) or too small to remove anything, scores of another model, a layer that cannot
-            be pruned named in `layers`, nothing that can be pruned, repair without data.
+            be pruned named in `layers`, nothing that can be pruned, repair without data, a model that cannot be traced.
 
     Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (there with reduction="min" and no repair).
     """
-    if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 <= ratio < 1:
+    if not _checks.is_number(ratio) or not 0 <= ratio < 1:
         raise ValueError(f"prune: ratio must be a number in [0, 1), got {ratio!r}.")
+    ratio = float(ratio)
     _checks.choice("prune", "reduction", reduction, REDUCTIONS)
     _checks.choice("prune", "repair", repair, REPAIRS)
     if repair == "batchnorm" and data is None:
@@ -74,25 +75,29 @@ def prune(
     components: dict[str, list[int]] = {}
     skipped: dict[str, str] = {}
     for layer in chosen:
-        why = tracer.why_not(layer)
+        why = why_not_editable(model, layer) or tracer.why_not(layer)
         if why:
-            if layers is not None:
-                raise ValueError(f"prune: layer {layer!r} cannot be pruned: {why}.")
             skipped[layer] = why
             continue
         # The guard keeps 0.3 * 10 from becoming 2 for want of one ulp.
         count = math.floor(ratio * len(reduced[layer]) * (1 + 1e-12))
         lowest = reduced[layer].argsort(stable=True)[: min(count, len(reduced[layer]) - 1)]
         components[layer] = sorted(lowest.tolist())
-    if not components:
-        reasons = "; ".join(f"{layer}: {why}" for layer, why in skipped.items())
-        raise ValueError(f"prune: no layer can be pruned ({reasons}).")
-    if ratio > 0 and not any(components.values()):
+    if ratio > 0 and components and not any(components.values()):
         widest = max(len(reduced[layer]) for layer in components)
         raise ValueError(
             f"prune: ratio must be at least {1 / widest:.3g} to remove a component of the widest layer "
             f"({widest} components), got {ratio!r}."
         )
+    operations, failed = _plan(model, example_inputs, components, tracer)
+    skipped |= failed
+    if layers is not None and skipped:
+        layer, why = next(iter(skipped.items()))
+        raise ValueError(f"prune: layer {layer!r} cannot be pruned: {why}.")
+    components = {layer: channels for layer, channels in components.items() if layer not in failed}
+    if not components:
+        reasons = "; ".join(f"{layer}: {why}" for layer, why in skipped.items())
+        raise ValueError(f"prune: no layer can be pruned ({reasons}).")
     recipe = Recipe(
         edit="prune",
         settings={
@@ -105,10 +110,9 @@ def prune(
         },
         components=components,
         architecture=architecture_of(model),
-        operations=tracer.operations(components),
+        operations=operations,
     )
     edit = recipe.apply(model)
-    _check_runs(model, edit.model, example_inputs)
     if repair == "batchnorm" and data is not None:
         edit.recipe.operations.extend(_reestimate_batch_norms(edit, data))
     result = edit.recipe.apply(model, inplace=True) if inplace else edit
@@ -120,7 +124,7 @@ def prune(
 
 
 def check_layers(op: str, model: nn.Module, scores: Scores, layers: Iterable[str] | None) -> list[str]:
-    """The layers asked for, each known to both the scores and the model with the same number of components."""
+    """The layers asked for (or all scored ones), each known to both the scores and the model."""
     modules = dict(model.named_modules())
     chosen = list(scores) if layers is None else list(layers)
     for layer in chosen:
@@ -129,12 +133,28 @@ def check_layers(op: str, model: nn.Module, scores: Scores, layers: Iterable[str
         if layer not in modules:
             raise ValueError(f"{op}: scores must come from this model: it has no layer {layer!r}.")
         width = width_of(modules[layer])
-        if width != len(scores[layer]):
+        if width is not None and width != len(scores[layer]):
             raise ValueError(
                 f"{op}: scores must come from this model: layer {layer!r} has {width} components, its scores "
                 f"{len(scores[layer])}."
             )
     return chosen
+
+
+def why_not_editable(model: nn.Module, layer: str) -> str:
+    """Why a layer's weights cannot be edited by rows; empty when they can."""
+    module = model.get_submodule(layer)
+    if width_of(module) is None:
+        return f"it is a {type(module).__name__}; only convolutions and linear layers can be edited"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed (parametrized or masked) and must be made a plain parameter first"
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    for parameter in module.parameters(recurse=False):
+        if len(places[id(parameter)]) > 1:
+            return f"its parameters are shared: {', '.join(places[id(parameter)])} are one tensor"
+    return ""
 
 
 def width_of(module: nn.Module) -> int | None:
@@ -156,8 +176,11 @@ class _Tracer:
         self.shadow = copy.deepcopy(model).requires_grad_(True).eval()
         inputs = moved(example_inputs, device_of(model))
         self.graph = torch_pruning.DependencyGraph()
-        with torch.random.fork_rng([]), torch.enable_grad():
-            self.graph.build_dependency(self.shadow, example_inputs=inputs)
+        try:
+            with torch.random.fork_rng([]), torch.enable_grad():
+                self.graph.build_dependency(self.shadow, example_inputs=inputs)
+        except Exception as error:
+            raise ValueError(f"prune: torch-pruning cannot trace the model on example_inputs: {error}") from error
         self.names = {module: name for name, module in self.shadow.named_modules()}
 
     def group(self, layer: str, channels: list[int]) -> Any:
@@ -167,25 +190,46 @@ class _Tracer:
         )
 
     def why_not(self, layer: str) -> str:
-        """Why this layer's components cannot go one by one; empty when they can."""
+        """Why this layer's components cannot go one by one; empty when they can, as far as the graph tells."""
         module = self.shadow.get_submodule(layer)
         if isinstance(module, _ConvNd) and module.groups > 1:
             return f"it is a convolution in {module.groups} groups"
         if module not in self.graph.module2node:
             return "torch-pruning's trace does not reach it"
+        try:
+            group = self.group(layer, [0])
+        except Exception as error:
+            return f"torch-pruning cannot follow its channels: {error}"
         sharing = []
-        for dependency, _ in self.group(layer, [0]):
+        for dependency, channels in group:
             target = dependency.target.module
             if isinstance(target, nn.Parameter):
                 return "its channels are tied to a parameter outside any layer"
+            if isinstance(target, nn.GroupNorm):
+                return "a group norm follows it, whose groups would change"
+            depthwise = isinstance(target, _ConvNd) and target.groups == target.in_channels == target.out_channels > 1
+            if isinstance(target, _ConvNd) and target.groups > 1 and not depthwise:
+                return f"it feeds a convolution in {target.groups} groups"
             produces = self.graph.is_out_channel_pruning_fn(dependency.handler)
-            depthwise = isinstance(target, _ConvNd) and target.groups == target.in_channels > 1
+            if target is module and produces and list(channels) != [0]:
+                return "its channels are split or folded further on, so that none can go alone"
             if target is not module and produces and width_of(target) is not None and not depthwise:
                 sharing.append(self.names[target])
         if not sharing:
             return ""
         others = f" and {len(sharing) - 1} more layers" if len(sharing) > 1 else ""
         return f"it shares its channels with {min(sharing)}{others}"
+
+    def consumers(self, components: dict[str, list[int]]) -> list[tuple[str, list[int]]]:
+        """The layers that read the components, each with the input channels on which it reads them."""
+        return [
+            (self.names[dependency.target.module], list(channels))
+            for layer, removed in components.items()
+            if removed
+            for dependency, channels in self.group(layer, removed)
+            if self.graph.is_in_channel_pruning_fn(dependency.handler)
+            and width_of(dependency.target.module) is not None
+        ]
 
     def operations(self, components: dict[str, list[int]]) -> list[Operation]:
         """Removes the components from the copy and reads off what that changed."""
@@ -244,14 +288,99 @@ def _kept(name: str, tags: Tensor, left: Tensor) -> list[Operation]:
     return operations
 
 
-def _check_runs(model: nn.Module, smaller: nn.Module, example_inputs: Any) -> None:
-    shapes = []
-    for candidate in (model, smaller):
-        with undisturbed(candidate):
-            output = first_tensor(call(candidate, moved(example_inputs, device_of(candidate))))
-        shapes.append(None if output is None else tuple(output.shape))
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"prune: the pruned model must give outputs of shape {shapes[0]}, it gives {shapes[1]}.")
+def _plan(
+    model: nn.Module, example_inputs: Any, components: dict[str, list[int]], tracer: _Tracer
+) -> tuple[list[Operation], dict[str, str]]:
+    """The operations that remove the components, and the layers that must stay whole after all, with reasons.
+
+    What the graph says is not taken on trust: a removal must be the same function as hiding the components from the
+    layers that read them. Where it is not, each layer is tried by itself.
+    """
+    operations, problem = _trial(model, example_inputs, components, tracer)
+    if not problem:
+        return operations, {}
+    failed = {}
+    for layer, channels in components.items():
+        if channels:
+            alone = {layer: channels}
+            why = _trial(model, example_inputs, alone, _Tracer(model, example_inputs))[1]
+            if why:
+                failed[layer] = why
+    rest = {layer: channels for layer, channels in components.items() if layer not in failed}
+    if failed:
+        operations, problem = _trial(model, example_inputs, rest, _Tracer(model, example_inputs))
+    if problem:
+        raise ValueError(f"prune: these layers cannot be pruned together: {list(rest)}: {problem}.")
+    return operations, failed
+
+
+def _trial(
+    model: nn.Module, example_inputs: Any, components: dict[str, list[int]], tracer: _Tracer
+) -> tuple[list[Operation], str]:
+    """The operations, and what is wrong with them; nothing is, when it is empty. Uses the tracer up."""
+    consumers = tracer.consumers(components)
+    try:
+        operations = tracer.operations(components)
+        smaller = Recipe("prune", {}, components, architecture_of(model), operations).apply(model).model
+    except Exception as error:  # whatever torch-pruning makes of an operation that it does not know
+        return [], f"torch-pruning cannot remove its channels: {error}"
+    inputs = moved(example_inputs, device_of(model))
+    wide = True
+    try:
+        _output(model, inputs, [], wide)
+    except (RuntimeError, TypeError):  # a model that insists on its own type
+        wide = False
+    try:
+        removed = _output(smaller, inputs, [], wide)
+    except Exception as error:
+        return [], f"the model does not run without its channels: {error}"
+    try:
+        hidden = _output(model, inputs, consumers, wide)
+    except Exception as error:
+        return [], f"its channels cannot be hidden from the layers that read them: {error}"
+    if hidden is None or removed is None or hidden.shape != removed.shape:
+        return [], "the model's output would change its shape"
+    tolerance = 1e-9 if wide else 1e-2
+    if not float((hidden - removed).abs().max()) <= tolerance * float(hidden.abs().max()) + 1e-12:
+        return [], "removing its channels is not the same as hiding them from the layers that read them"
+    return operations, ""
+
+
+def _output(model: nn.Module, inputs: Any, hide: list[tuple[str, list[int]]], wide: bool) -> Tensor | None:
+    """First output tensor of a copy of the model, with some input channels of some layers set to 0."""
+    model = copy.deepcopy(model)
+    if wide:
+        model = model.double()
+        inputs = _to_double(inputs)
+    for layer, channels in hide:
+        module = model.get_submodule(layer)
+        module.register_forward_pre_hook(_hiding(channels, dim=-1 if isinstance(module, nn.Linear) else 1))
+    with undisturbed(model):
+        return first_tensor(call(model, inputs))
+
+
+def _hiding(channels: list[int], dim: int) -> Any:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        index = torch.tensor(channels, device=args[0].device)
+        return (args[0].index_fill(dim, index, 0), *args[1:])
+
+    return hook
+
+
+def _to_double(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.double() if inputs.is_floating_point() else inputs
+    if isinstance(inputs, dict):
+        return {name: _to_double(value) for name, value in inputs.items()}
+    return tuple(_to_double(value) for value in inputs) if isinstance(inputs, tuple) else inputs
+
+
+def _samples(inputs: Any) -> int:
+    """Size of the first axis of the first tensor."""
+    first = first_tensor(inputs)
+    if first is None or not first.ndim:
+        raise ValueError(f"prune: data must give tensors with a sample axis, got {type(inputs).__name__}.")
+    return len(first)
 
 
 def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -265,7 +394,7 @@ def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 def _reestimate_batch_norms(edit: Edit, data: Iterable[Any]) -> list[Operation]:
     """Averages each batch norm's statistics over `data`, in one pass; returns the operations that do the same.
 
-    Batch averages, each batch with the same weight, as with momentum=None.
+    Batch averages, weighted by samples. A batch of a single sample, which may have no variance, is left out.
     """
     norms = _batch_norms(edit.model)
     before = {
@@ -274,21 +403,30 @@ def _reestimate_batch_norms(edit: Edit, data: Iterable[Any]) -> list[Operation]:
         for buffer in ("running_mean", "running_var", "num_batches_tracked")
     }
     momenta = {name: module.momentum for name, module in norms.items()}
-    index = -1
+    device = device_of(edit.model)
+    index, seen = -1, 0
     with undisturbed(edit.model):
         for module in norms.values():
             module.reset_running_stats()
-            module.momentum = None
             module.train()
         try:
             for index, batch in enumerate(data):
-                inputs, _ = split("prune", batch, index, device_of(edit.model), labels_needed=False)
+                inputs, _ = split("prune", batch, index, device, labels_needed=False)
+                samples = _samples(inputs)
+                if samples < 2:
+                    continue
+                seen += samples
+                for module in norms.values():
+                    module.momentum = samples / seen
                 call(edit.model, inputs)
         finally:
             for name, module in norms.items():
                 module.momentum = momenta[name]
-    if index < 0:
-        raise ValueError("prune: data must give at least one batch to re-estimate batch norms on, it gave none.")
+    if not seen:
+        raise ValueError(
+            "prune: data must give at least one batch of two samples to re-estimate batch norms on, it gave "
+            f"{index + 1} batches, none of them so large."
+        )
     operations = []
     first = len(edit.recipe.operations)
     for offset, (name, old) in enumerate(before.items()):

@@ -75,6 +75,7 @@ class Recipe:
             ValueError: a parameter or buffer is missing, unknown or of another shape. The model is then unchanged.
         """
         _check_architecture(model, self.architecture, "this recipe was made for another architecture")
+        self._check_possible(model, undo=False)
         parameters_before = count_parameters(model)
         if not inplace:
             model = copy.deepcopy(model)
@@ -97,6 +98,7 @@ class Recipe:
             ValueError: the model's shapes are not those that this edit leaves.
         """
         _check_architecture(model, self._edited_architecture(), "this model does not carry this recipe's edit")
+        self._check_possible(model, undo=True)
         if not inplace:
             model = copy.deepcopy(model)
         slots = _Slots(model)
@@ -105,10 +107,10 @@ class Recipe:
         return model
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write NAME.json (what is done, readable) and NAME.safetensors (values); returns the JSON file's path."""
+        """Write NAME.json (what is done, readable) and NAME.values.safetensors; returns the JSON file's path."""
         target = _json_path(path)
         data = format_tensors({name: tensor.contiguous() for name, tensor in self.tensors.items()})
-        values = target.with_suffix(".safetensors")
+        values = target.with_suffix(".values.safetensors")
         header = {
             "kind": "recipe",
             "version": _files.VERSION,
@@ -138,7 +140,7 @@ class Recipe:
             text = target.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"recipe file {str(target)!r} is no text: {error}") from error
-        header = _files.check_header(text, "recipe", target)
+        header = _files.check_header(text, "recipe", str(target))
         pointer = _files.field(header, "tensors", dict, target)
         values = target.with_name(Path(_files.field(pointer, "file", str, target)).name)
         if not values.is_file():
@@ -167,6 +169,23 @@ class Recipe:
             operations,
             tensors,
         )
+
+    def _check_possible(self, model: nn.Module, *, undo: bool) -> None:
+        """Refuses before anything has changed."""
+        slots = _Slots(model)
+        for i, operation in enumerate(self.operations):
+            if operation.kind == "attribute":
+                _attribute_owner(model, operation, operation.value if undo else operation.before)
+                continue
+            tensor = slots.get(operation.target)
+            values = self.tensors.get(f"undo.{i}" if undo else f"set.{i}")
+            if undo and (values is None or values.dtype != tensor.dtype):
+                found = "none" if values is None else f"values of type {values.dtype}"
+                raise ValueError(
+                    f"Recipe: to undo, tensor {operation.target!r} ({tensor.dtype}) needs its values, found {found}."
+                )
+            if not undo and operation.kind == "set" and values is None:
+                raise ValueError(f"Recipe: the values for tensor {operation.target!r} are missing from the recipe.")
 
     def _edited_architecture(self) -> dict[str, list[int]]:
         shapes = {name: list(shape) for name, shape in self.architecture.items()}
@@ -273,7 +292,10 @@ def _dropped(operation: Operation, size: int) -> list[int]:
 
 
 def _attribute_owner(model: nn.Module, operation: Operation, expected: Any) -> nn.Module:
-    module = model.get_submodule(operation.target)
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    module = modules.get(operation.target)
+    if module is None:
+        raise ValueError(f"Recipe: the model has no module {operation.target!r}.")
     found = getattr(module, operation.name, None)
     if (list(found) if isinstance(found, tuple) else found) != expected:
         raise ValueError(
@@ -306,10 +328,9 @@ def _apply(model: nn.Module, slots: _Slots, operation: Operation, values: Tensor
         undo = tensor.detach().index_select(operation.dim, index)
         tensor.index_fill_(operation.dim, index, operation.value)
         return undo
-    if values is None:
-        raise ValueError(f"Recipe: the values for tensor {operation.target!r} are missing from the recipe.")
     undo = tensor.detach().clone()
-    tensor.copy_(values)
+    if values is not None:  # _check_possible has seen to it
+        tensor.copy_(values)
     return undo
 
 
@@ -319,11 +340,8 @@ def _undo(model: nn.Module, slots: _Slots, operation: Operation, saved: Tensor |
         _set_attribute(model, operation, operation.value, operation.before)
         return
     tensor = slots.get(operation.target)
-    if saved is None or saved.dtype != tensor.dtype:
-        found = "none" if saved is None else f"values of type {saved.dtype}"
-        raise ValueError(
-            f"Recipe: to undo, tensor {operation.target!r} ({tensor.dtype}) needs its values, found {found}."
-        )
+    if saved is None:  # _check_possible has seen to it
+        return
     saved = saved.to(tensor.device)
     if operation.kind == "keep":
         size = tensor.shape[operation.dim] + saved.shape[operation.dim]
@@ -354,6 +372,10 @@ def _compact(operation: Operation) -> dict[str, Any]:
     }
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, list) and all(type(entry) is int for entry in value))
+
+
 def _operation(entry: Any, architecture: dict[str, Any], position: int, path: Path) -> Operation:
     """An operation from JSON, refused unless it makes sense for the architecture."""
 
@@ -362,6 +384,8 @@ def _operation(entry: Any, architecture: dict[str, Any], position: int, path: Pa
 
     if not isinstance(entry, dict) or not {"kind", "target"} <= entry.keys() <= set(Operation.__dataclass_fields__):
         raise refuse(f"must be an object with kind and target, got {entry!r}")
+    if not isinstance(entry.get("index", []), list):
+        raise refuse(f"must have a list of indices, got {entry['index']!r}")
     operation = Operation(**{**entry, "index": tuple(entry.get("index", ()))})
     if operation.kind not in KINDS:
         raise refuse(f"has the unknown kind {operation.kind!r}")
@@ -372,15 +396,17 @@ def _operation(entry: Any, architecture: dict[str, Any], position: int, path: Pa
             or operation.name.startswith("_")
         ):
             raise refuse("must name a public attribute")
+        if not _is_size(operation.before) or not _is_size(operation.value):
+            raise refuse(f"must change an integer or a list of integers, got {operation.before!r}, {operation.value!r}")
         return operation
     shape = architecture.get(operation.target)
     if not isinstance(shape, list):
         raise refuse(f"names the unknown tensor {operation.target!r}")
     if operation.kind in ("keep", "fill"):
-        if not isinstance(operation.dim, int) or not 0 <= operation.dim < len(shape):
+        if type(operation.dim) is not int or not 0 <= operation.dim < len(shape):
             raise refuse(f"has dim {operation.dim!r} for a tensor of shape {shape}")
         size = shape[operation.dim]
-        if not all(isinstance(i, int) and 0 <= i < size for i in operation.index) or list(operation.index) != sorted(
+        if not all(type(i) is int and 0 <= i < size for i in operation.index) or list(operation.index) != sorted(
             set(operation.index)
         ):
             raise refuse(f"must have increasing indices in 0..{size - 1}")

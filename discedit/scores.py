@@ -56,6 +56,10 @@ class Scores(Mapping[str, Tensor]):
         self.statistic = statistic
         self.norms = norms
 
+    # A mapping of tensors has no equality of its own: identity, as for tensors' owners elsewhere.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     def __getitem__(self, layer: str) -> Tensor:
         return self._values[layer]
 
@@ -77,7 +81,7 @@ class Scores(Mapping[str, Tensor]):
         return len(self.counts)
 
     def reduce(self, reduction: str = "max") -> dict[str, Tensor]:
-        """One number per component: layer name -> (channels,), over the classes that have samples.
+        """One number per component: layer name -> (channels,), over the classes that the layer has samples of.
 
         Args:
             reduction: "max" (the class it tells best), "mean", or "min" (as the published DISCEDIT-SP code does).
@@ -86,13 +90,16 @@ class Scores(Mapping[str, Tensor]):
             ValueError: unknown reduction, or fewer than two classes have samples.
         """
         _checks.choice("Scores.reduce", "reduction", reduction, REDUCTIONS)
-        seen = self.counts > 0
-        if int(seen.sum()) < 2:
-            raise ValueError(
-                f"Scores.reduce: at least two classes must have samples to be told apart, {int(seen.sum())} of "
-                f"{self.num_classes} have."
-            )
-        return {layer: REDUCTIONS[reduction](values[:, seen.to(values.device)]) for layer, values in self.items()}
+        reduced = {}
+        for layer, values in self.items():
+            seen = ~values.isnan().all(dim=0)
+            if len(values) and int(seen.sum()) < 2:
+                raise ValueError(
+                    f"Scores.reduce: at least two classes must have samples to be told apart, layer {layer!r} has "
+                    f"{int((self.counts > 0).sum())} of {self.num_classes}."
+                )
+            reduced[layer] = REDUCTIONS[reduction](values[:, seen])
+        return reduced
 
     def to_dataframe(self) -> Any:
         """A pandas DataFrame with one row per (layer, channel, class). Needs pandas."""
@@ -214,7 +221,8 @@ def score(moments: Moments, *, bound: str = "minimax", witness: str = "quadratic
     """
     if not moments:
         raise ValueError("score: moments must hold at least one layer, it is empty.")
-    counts = max((state.count for state in moments.values()), key=lambda count: int(count.sum())).cpu()
+    fullest = max((state.count for state in moments.values()), key=lambda count: int(count.sum()))
+    counts = fullest.detach().cpu().clone()
     _report_thin_classes(counts)
     values = {
         layer: ops.one_vs_rest(state, bound=bound, witness=witness, backend=backend) for layer, state in moments.items()
@@ -237,6 +245,8 @@ def _report_thin_classes(counts: Tensor) -> None:
         warnings.warn(
             f"score: classes without samples: {empty}. Their scores are NaN and they are never chosen.", stacklevel=3
         )
+    if len(counts) - len(empty) < 2:
+        warnings.warn("score: fewer than two classes have samples, so there is nothing to tell apart.", stacklevel=3)
     if single:
         warnings.warn(
             f"score: classes with one sample: {single}. One sample shows no spread, so their scores are too high.",

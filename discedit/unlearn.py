@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from discedit import _checks
-from discedit.prune import check_layers
+from discedit.prune import check_layers, why_not_editable
 from discedit.recipe import Edit, Operation, Recipe, architecture_of
 from discedit.scores import Scores
 
@@ -43,8 +42,8 @@ def unlearn(
         classes: class indices to forget.
         fraction: share of the chosen layers' components to zero for each class, in (0, 1); at least one goes.
         sign: "up": only components more active for the class than for the rest; "any".
-        layers: names of layers to choose from; by default the last third of those scored, where features are
-            specific to classes.
+        layers: names of layers to choose from; by default the last third of those scored that can be edited, where
+            features are specific to classes.
 
     Returns:
         `Edit` with the edited model, its recipe and a summary.
@@ -56,15 +55,21 @@ def unlearn(
     Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (there the top components of each layer, of any sign).
     """
     forget = _checked_classes(scores, classes)
-    if not isinstance(fraction, (int, float)) or isinstance(fraction, bool) or not 0 < fraction < 1:
+    if not _checks.is_number(fraction) or not 0 < fraction < 1:
         raise ValueError(f"unlearn: fraction must be a number in (0, 1), got {fraction!r}.")
+    fraction = float(fraction)
     _checks.choice("unlearn", "sign", sign, SIGNS)
-    if layers is None:
-        order = list(scores)
-        layers = order[len(order) - math.ceil(len(order) / 3) :]
     chosen = check_layers("unlearn", model, scores, layers)
+    reasons = {layer: why for layer in chosen if (why := why_not_editable(model, layer))}
+    if layers is None:
+        order = [layer for layer in chosen if layer not in reasons]
+        chosen = order[len(order) - math.ceil(len(order) / 3) :]
+    elif reasons:
+        layer, why = next(iter(reasons.items()))
+        raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
     if not chosen:
-        raise ValueError("unlearn: layers must name at least one layer, it is empty.")
+        why = f" ({'; '.join(f'{layer}: {why}' for layer, why in reasons.items())})" if reasons else ", it is empty"
+        raise ValueError(f"unlearn: layers must name at least one layer that can be edited{why}.")
     components: dict[str, set[int]] = {layer: set() for layer in chosen}
     for cls in forget:
         for layer, channel in _top(scores, chosen, cls, fraction, sign):
@@ -96,10 +101,11 @@ def _checked_classes(scores: Scores, classes: Any) -> list[int]:
     forget: list[int] = []
     for cls in classes:
         # Anything that is an index: NumPy integers and one-element integer tensors too.
-        if isinstance(cls, bool) or not hasattr(cls, "__index__") or not 0 <= operator.index(cls) < scores.num_classes:
+        index = _checks.index(cls)
+        if index is None or not 0 <= index < scores.num_classes:
             raise ValueError(f"unlearn: classes must be indices in 0..{scores.num_classes - 1}, got {cls!r}.")
-        if operator.index(cls) not in forget:
-            forget.append(operator.index(cls))
+        if index not in forget:
+            forget.append(index)
     if not forget:
         raise ValueError("unlearn: classes must name at least one class, it is empty.")
     for cls in forget:
@@ -113,7 +119,7 @@ def _checked_classes(scores: Scores, classes: Any) -> list[int]:
 def _top(scores: Scores, layers: list[str], cls: int, fraction: float, sign: str) -> list[tuple[str, int]]:
     """The (layer, channel) pairs with the highest scores for the class, over all layers together."""
     places = [(layer, channel) for layer in layers for channel in range(len(scores[layer]))]
-    values = torch.cat([scores[layer][:, cls].cpu() for layer in layers])
+    values = torch.cat([scores[layer][:, cls].cpu() for layer in layers]).nan_to_num(-1.0)
     if sign == "up":
         active: Tensor = torch.cat([scores.direction[layer][:, cls].cpu() for layer in layers]) > 0
         values = torch.where(active, values, -1.0)
@@ -136,9 +142,16 @@ def _zeroing(model: nn.Module, scores: Scores, components: dict[str, list[int]])
         targets = [(f"{layer}.weight", 1 if transposed else 0), (f"{layer}.bias", 0)]
         norm = scores.norms.get(layer)
         if norm is not None:
-            affine = f"{norm}.weight" in present
-            # Without weight and bias of its own, a norm gives 0 for a zero input only around a zero mean.
-            targets += [(f"{norm}.weight", 0), (f"{norm}.bias", 0)] if affine else [(f"{norm}.running_mean", 0)]
+            after = model.get_submodule(norm)
+            if f"{norm}.weight" in present:
+                targets += [(f"{norm}.weight", 0), (f"{norm}.bias", 0)]
+            elif isinstance(after, (nn.GroupNorm, nn.LayerNorm)):
+                raise ValueError(
+                    f"unlearn: layer {layer!r} cannot be silenced: {norm!r} behind it mixes channels and has no "
+                    "weights."
+                )
+            else:  # such a norm gives 0 for a zero input around a zero mean
+                targets += [(f"{norm}.running_mean", 0)]
         operations += [
             Operation("fill", name, dim=dim, index=tuple(channels), value=0.0)
             for name, dim in targets

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -146,3 +147,41 @@ def test_bad_num_classes(num_classes):
 def test_a_state_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"out must hold 10 classes and 4 channels on cpu, it holds 10 and 5 on cpu"):
         ops.class_moments(torch.ones(3, 4), torch.tensor([0, 1, 2]), 10, out=ClassMoments.empty(10, 5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_states_are_handled(backend):
+    x, labels = MAPS["plain"], labels_for(12)
+    expected = ops.class_moments(x, labels, CLASSES)
+    strided = ClassMoments(
+        torch.zeros(2 * CLASSES, dtype=torch.int64)[::2],
+        *(torch.zeros(5, CLASSES, dtype=torch.float64).T for _ in range(4)),
+    )
+    ops.class_moments(x, labels, CLASSES, out=strided, backend=backend)
+    for ours, theirs in zip(strided.tensors(), expected.tensors(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        ops.one_vs_rest(strided, backend=backend), ops.one_vs_rest(expected, backend=backend), equal_nan=True
+    )
+    doubled = ops.merge_moments(strided, strided, backend=backend)
+    assert torch.equal(doubled.count, 2 * expected.count)
+
+
+def test_states_that_do_not_fit_together_are_refused():
+    good = ClassMoments.empty(3, 4)
+    wrong = ClassMoments(good.count, good.mean.float(), good.m2, good.m3, good.m4)
+    message = r"must hold count \(classes,\) int64 and mean, m2, m3, m4 .* it holds \(3,\) int64, \(3, 4\) float32"
+    for call in (
+        lambda: ops.class_moments(torch.ones(1, 4), torch.tensor([0]), 3, out=wrong),
+        lambda: ops.merge_moments(good, wrong),
+        lambda: ops.one_vs_rest(wrong),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="one_vs_rest: moments must be a ClassMoments, got dict"):
+        ops.one_vs_rest({})
+
+
+def test_num_classes_of_any_library():
+    state = ops.class_moments(torch.ones(1, 1), torch.tensor([0]), np.int64(3))
+    assert state.num_classes == 3

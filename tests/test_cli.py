@@ -25,7 +25,7 @@ def test_demo_does_the_main_job(tmp_path, capsys):
     assert rows["parameters"][2] == rows["parameters"][0]
     assert {path.name for path in tmp_path.iterdir()} == {
         "moments.safetensors", "scores.safetensors", "scores.png",
-        "prune.json", "prune.safetensors", "unlearn.json", "unlearn.safetensors",
+        "prune.json", "prune.values.safetensors", "unlearn.json", "unlearn.values.safetensors",
     }  # fmt: skip
     assert (tmp_path / "scores.png").read_bytes()[:4] == b"\x89PNG"
     assert len(Scores.load(tmp_path / "scores.safetensors")) == 4

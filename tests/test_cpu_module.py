@@ -48,6 +48,11 @@ def test_read_only_and_strided_numpy():
     np.testing.assert_allclose(out, view.mean((2, 3)), rtol=1e-13)
 
 
+def misaligned(shape):
+    size = int(np.prod(shape)) * 8
+    return np.frombuffer(bytearray(size + 1), np.uint8)[1:].view(np.float64).reshape(shape)
+
+
 def read_only(array):
     array.setflags(write=False)
     return array
@@ -73,6 +78,7 @@ def read_only(array):
         ),
         (lambda: _cpu.pool(np.zeros((2, 3)), 1, np.zeros((2, 6))[:, ::2]), "pool: out must be contiguous"),
         (lambda: _cpu.pool(np.zeros((2, 3)), 1, read_only(np.zeros((2, 3)))), "pool: out .* must not be read-only"),
+        (lambda: _cpu.pool(misaligned((2, 3)), 1, np.zeros((2, 3))), "pool: x must be aligned to its element type"),
         (lambda: _cpu.pool(np.zeros((1,) * 9), 1, np.zeros((1, 1))), "pool: x has 9 axes; at most 8 are supported"),
         (
             lambda: _cpu.class_moments(np.zeros((2, 3)), 1, np.array([0, 7]), *state(2, 3)),

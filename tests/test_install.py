@@ -4,26 +4,38 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NEEDED = ["setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "csrc", "discedit", "kernels"]
+NEEDED = [
+    "setup.py",
+    "pyproject.toml",
+    "CMakeLists.txt",
+    "README.md",
+    "LICENSE",
+    "csrc",
+    "discedit",
+    "kernels",
+    "MANIFEST.in",
+]
+
+
+def copy_tracked(target: Path) -> None:
+    listed = subprocess.run(["git", "ls-files", *NEEDED], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes((ROOT / name).read_bytes())
 
 
 def build(folder: Path, **environment: str) -> tuple[Path, str]:
     """A wheel of a copy of the tree (nothing of the working tree's own build), unpacked; and what pip said."""
     source = folder / "source"
     source.mkdir()
-    tracked = subprocess.run(
-        ["git", "ls-files", *NEEDED], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    for name in tracked:
-        target = source / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((ROOT / name).read_bytes())
+    copy_tracked(source)
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
     run = subprocess.run(
         command, cwd=source, env={**os.environ, **environment}, capture_output=True, text=True, check=False
@@ -98,6 +110,25 @@ def test_works_without_a_compiler_and_warns_once(without_compiler):
     said = run_in(unpacked, code)
     assert said.count("running on the slower torch reference") == 1
     assert "worked" in said
+
+
+def test_a_compiler_that_fails_is_no_dead_end(tmp_path):
+    unpacked, said = build(tmp_path, CXX="false", DISCEDIT_BUILD="auto")
+    assert (unpacked / "discedit").is_dir(), said
+    note = json.loads((unpacked / "discedit" / "_build.json").read_text())["cpu"]
+    assert not note["built"]
+    assert note["reason"].startswith("not built: building with false failed when discedit was installed")
+
+
+def test_the_source_distribution_builds(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    source = tmp_path / "source"
+    source.mkdir()
+    copy_tracked(source)
+    subprocess.run(command, cwd=source, capture_output=True, check=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"CMakeLists.txt", "csrc/cpu/pool.cpp", "csrc/common/bounds.hpp", "kernels/__init__.py", "LICENSE"} <= names
 
 
 def test_a_required_build_fails_without_a_compiler(tmp_path):

@@ -6,7 +6,7 @@ import textwrap
 import pytest
 import torch
 
-from discedit import Moments
+from discedit import Moments, score
 
 
 def filled(seed=0, layers=("a", "b.c")):
@@ -115,6 +115,18 @@ def test_to_copies():
     assert equal(moments, copy)
     assert copy.norms == moments.norms
     assert copy.norms is not moments.norms
+
+
+def test_to_and_scores_share_no_memory():
+    moments = filled()
+    copy, scores = moments.to("cpu"), score(moments)
+    before = scores.counts.clone()
+    moments.update("a", torch.ones(4, 6), torch.arange(4))
+    assert equal(copy, filled())
+    assert torch.equal(scores.counts, before)
+    assert moments == moments
+    assert moments != copy
+    assert len({moments, copy}) == 2
 
 
 def test_all_reduce_needs_a_group():

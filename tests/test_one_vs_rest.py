@@ -129,3 +129,15 @@ def test_bad_input():
         ops.one_vs_rest(moments, bound="chernoff")
     with pytest.raises(ValueError, match=r"one_vs_rest: witness must be one of 'linear', 'quadratic', got 'cubic'"):
         ops.one_vs_rest(moments, witness="cubic")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1e-140, 1e-90, 1e80, 1e120])
+def test_beyond_the_range_of_fourth_powers_the_linear_witness_holds(backend, scale):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    x = torch.randn(60, 6, generator=generator, dtype=torch.float64) + labels[:, None]
+    linear = ops.one_vs_rest(ops.class_moments(x, labels, 3), witness="linear", backend=backend)
+    scaled = ops.class_moments(x * scale, labels, 3, backend=backend)
+    ours = ops.one_vs_rest(scaled, witness="quadratic", backend=backend)
+    torch.testing.assert_close(ours, linear, rtol=1e-9, atol=1e-12)

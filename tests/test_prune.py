@@ -184,7 +184,7 @@ def test_bad_input(trained, digit_scores):
         prune(model, digit_scores, ratio=0.3, example_inputs=X, repair="batchnorm")
     with pytest.raises(ValueError, match="repair must be one of"):
         prune(model, digit_scores, ratio=0.3, example_inputs=X, repair="gradient")
-    with pytest.raises(ValueError, match="data must give at least one batch to re-estimate batch norms on"):
+    with pytest.raises(ValueError, match="data must give at least one batch of two samples"):
         prune(model, digit_scores, ratio=0.3, example_inputs=X, data=[])
     with pytest.raises(ValueError, match="scores must come from this model: it has no layer 'conv1'"):
         prune(nn.Sequential(nn.Linear(4, 4)), digit_scores, ratio=0.3, example_inputs=X)

@@ -148,6 +148,29 @@ def test_undo_refuses_a_model_without_the_edit(edits, trained):
         edits["prune"].recipe.undo(trained[0])
 
 
+def test_refusing_changes_nothing(edits, trained):
+    """Shapes fit, but one module has no such attribute: found out before the first change."""
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(10, 64)), nn.Parameter(torch.ones(10))
+
+    other = copy.deepcopy(trained[0])
+    other.fc2 = Plain()
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="attribute 'in_features' of module 'fc2' must be 64, it is None"):
+        edits["prune"].recipe.apply(other, inplace=True)
+    edited = edits["unlearn"].model
+    mixed = copy.deepcopy(edited)
+    mixed.fc1.double()
+    state = copy.deepcopy(mixed.state_dict())
+    with pytest.raises(ValueError, match="needs its values, found values of type"):
+        edits["unlearn"].recipe.undo(mixed, inplace=True)
+    for saved, model in ((before, other), (state, mixed)):
+        assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_undo_in_another_type_is_refused(edits):
     with pytest.raises(
         ValueError, match=r"to undo, tensor .* \(torch.float64\) needs its values, found values of type"
@@ -158,11 +181,11 @@ def test_undo_in_another_type_is_refused(edits):
 def test_damaged_and_foreign_files(edits, tmp_path):
     edits["unlearn"].recipe.save(tmp_path / "r.json")
     good = (tmp_path / "r.json").read_text()
-    values = (tmp_path / "r.safetensors").read_bytes()
+    values = (tmp_path / "r.values.safetensors").read_bytes()
 
     def load(text=good, data=values):
         (tmp_path / "r.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-        (tmp_path / "r.safetensors").write_bytes(data)
+        (tmp_path / "r.values.safetensors").write_bytes(data)
         return Recipe.load(tmp_path / "r.json")
 
     load()
@@ -188,13 +211,21 @@ def test_damaged_and_foreign_files(edits, tmp_path):
         (change(operations=[{**first, "index": [64]}]), r"operation 0 must have increasing indices in 0..63"),
         (change(operations=[{**first, "index": [2, 1]}]), "operation 0 must have increasing indices"),
         (change(operations=[{**first, "value": "0"}]), "operation 0 must fill with a number, got '0'"),
+        (change(operations=[{**first, "index": 5}]), "operation 0 must have a list of indices, got 5"),
+        (change(operations=[{**first, "dim": True}]), "operation 0 has dim True"),
+        (
+            change(
+                operations=[{"kind": "attribute", "target": "fc1", "name": "training", "before": True, "value": "no"}]
+            ),
+            "operation 0 must change an integer or a list of integers, got True, 'no'",
+        ),
         (change(operations=[{"kind": "attribute", "target": "fc1", "name": "_hooks"}]), "must name a public attribute"),
     ):
         with pytest.raises(ValueError, match=message):
             load(text)
-    (tmp_path / "r.safetensors").unlink()
+    (tmp_path / "r.values.safetensors").unlink()
     (tmp_path / "r.json").write_text(good)
-    with pytest.raises(FileNotFoundError, match="needs 'r.safetensors' beside it"):
+    with pytest.raises(FileNotFoundError, match="needs 'r.values.safetensors' beside it"):
         Recipe.load(tmp_path / "r.json")
     with pytest.raises(FileNotFoundError, match=r"recipe file .*none.json' does not exist"):
         Recipe.load(tmp_path / "none.json")

@@ -65,9 +65,9 @@ def test_a_class_with_one_sample_is_reported():
 
 
 def test_one_class_alone_cannot_be_reduced():
-    with pytest.warns(UserWarning, match="classes without samples"):
+    with pytest.warns(UserWarning, match="fewer than two classes|classes without samples"):
         scores = score(moments_of(torch.randn(9, 4), torch.zeros(9, dtype=torch.int64), 3))
-    with pytest.raises(ValueError, match="at least two classes must have samples .* 1 of 3 have"):
+    with pytest.raises(ValueError, match="at least two classes must have samples .* layer .layer. has 1 of 3"):
         scores.reduce("max")
 
 

@@ -150,7 +150,7 @@ def test_bad_input(trained, digit_scores):
         unlearn(model, digit_scores, classes=[1], sign="down")
     with pytest.raises(ValueError, match="layers must name layers that scores holds, 'fc9'"):
         unlearn(model, digit_scores, classes=[1], layers=["fc9"])
-    with pytest.raises(ValueError, match="layers must name at least one layer, it is empty"):
+    with pytest.raises(ValueError, match="layers must name at least one layer that can be edited, it is empty"):
         unlearn(model, digit_scores, classes=[1], layers=[])
 
 

@@ -34,6 +34,24 @@ def test_accuracy_counts_each_class():
     assert accuracy[2].isnan()
 
 
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ([], "loader must give at least one sample, it gave none"),
+        ([(torch.tensor([0, 1]), [0, 3])], r"batch 0: .*labels must lie in 0..2 .* found 3 at position 1"),
+        ([(torch.tensor([0, 1]), [0])], r"batch 0: model must give logits for 1 labels, got shape \(2, 3\)"),
+        ([(torch.tensor([0, 1]), [0.0, 1.0])], "batch 0: .*labels must be integers"),
+    ],
+)
+def test_accuracy_refuses_bad_input(loader, message):
+    class Says(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.one_hot(x, 3).float()
+
+    with pytest.raises(ValueError, match=f"accuracy_per_class: {message}"):
+        accuracy_per_class(Says(), loader, 3)
+
+
 def test_bad_names():
     with pytest.raises(ValueError, match=r"name must be one of \['resnet20', 'resnet56'\], got 'resnet18'"):
         zoo.cifar_resnet("resnet18")

@@ -80,9 +80,10 @@ class Array {
     if (kind == 'f' && bytes == 2) view.dtype = DType::float16;
     else if (kind == 'f' && bytes == 4) view.dtype = DType::float32;
     else if (kind == 'f' && bytes == 8) view.dtype = DType::float64;
-    else if (kind == 'i' && bytes == 1) view.dtype = DType::int8;
     else if (kind == 'i' && bytes == 8) view.dtype = DType::int64;
     else refuse(op, argument, "has the unsupported type " + std::string(py::str(dtype)));
+    if (!(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_))
+      refuse(op, argument, "must be aligned to its element type; copy it first");
     if (written && !array.writeable()) refuse(op, argument, "is written to and must not be read-only");
     set_axes(op, argument, array.ndim());
     for (int axis = 0; axis < view.axes; ++axis) {
@@ -117,7 +118,6 @@ class Array {
     else if (type.code == dlpack::ieee_float && type.bits == 32) view.dtype = DType::float32;
     else if (type.code == dlpack::ieee_float && type.bits == 64) view.dtype = DType::float64;
     else if (type.code == dlpack::brain_float && type.bits == 16) view.dtype = DType::bfloat16;
-    else if (type.code == dlpack::signed_integer && type.bits == 8) view.dtype = DType::int8;
     else if (type.code == dlpack::signed_integer && type.bits == 64) view.dtype = DType::int64;
     else
       refuse(op, argument,

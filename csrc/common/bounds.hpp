@@ -14,15 +14,13 @@
 
 #include "cholesky.hpp"
 #include "host_device.hpp"
+#include "rounding.hpp"
 
 namespace discedit {
 
 enum class Bound { fisher, minimax };
 
 namespace detail {
-
-constexpr double epsilon = 2.220446049250313e-16;
-constexpr double rounding_of_moments = 16 * epsilon;  // relative, of each mean and covariance entry that comes in
 
 // delta, its uncertainty, and covariances in units in which S1 + S2 has unit diagonal.
 template <int Size>

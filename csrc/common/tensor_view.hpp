@@ -7,7 +7,7 @@
 
 namespace discedit {
 
-enum class DType { float16, bfloat16, float32, float64, int8, int64 };
+enum class DType { float16, bfloat16, float32, float64, int64 };
 
 constexpr const char* name(DType dtype) {
   switch (dtype) {
@@ -15,7 +15,6 @@ constexpr const char* name(DType dtype) {
     case DType::bfloat16: return "bfloat16";
     case DType::float32: return "float32";
     case DType::float64: return "float64";
-    case DType::int8: return "int8";
     case DType::int64: return "int64";
   }
   return "unknown";
@@ -64,16 +63,8 @@ struct DTypeOf<double> {
   static constexpr DType value = DType::float64;
 };
 template <>
-struct DTypeOf<float> {
-  static constexpr DType value = DType::float32;
-};
-template <>
 struct DTypeOf<std::int64_t> {
   static constexpr DType value = DType::int64;
-};
-template <>
-struct DTypeOf<std::int8_t> {
-  static constexpr DType value = DType::int8;
 };
 
 template <typename T>

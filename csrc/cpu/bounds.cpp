@@ -20,7 +20,7 @@ void run(Bound bound, std::int64_t pairs, int dimension, const double* mean1, co
       for (int i = 0; i < d; ++i) {
         const double first = mean1[vector + i], second = mean2[vector + i];
         delta[i] = first - second;
-        noise[i] = detail::rounding_of_moments * (std::fabs(first) + std::fabs(second));
+        noise[i] = rounding_of_moments * (std::fabs(first) + std::fabs(second));
         for (int j = 0; j < d; ++j) {
           s1[i][j] = cov1[matrix + i * d + j];
           s2[i][j] = cov2[matrix + i * d + j];
