@@ -48,6 +48,13 @@ def test_read_only_and_strided_numpy():
     np.testing.assert_allclose(out, view.mean((2, 3)), rtol=1e-13)
 
 
+def test_empty_arrays_of_any_strides():
+    empty = np.zeros((2, 0, 30))[0]
+    _cpu.bound("fisher", empty, np.zeros((0, 30, 30)), empty, np.zeros((0, 30, 30)), np.zeros(0))
+    out = np.zeros((4, 0, 3))[1]
+    _cpu.pool(np.zeros((0, 3, 5)), 1, out)
+
+
 def misaligned(shape):
     size = int(np.prod(shape)) * 8
     return np.frombuffer(bytearray(size + 1), np.uint8)[1:].view(np.float64).reshape(shape)

@@ -36,9 +36,9 @@ struct TensorView {
   }
 
   bool contiguous() const {
+    if (size() == 0) return true;
     std::int64_t expected = 1;
     for (int axis = axes - 1; axis >= 0; --axis) {
-      if (shape[axis] == 0) return true;
       if (shape[axis] != 1 && stride[axis] != expected) return false;
       expected *= shape[axis];
     }
