@@ -37,8 +37,10 @@ def prune(
     """Remove the components that tell classes apart least; the result is a smaller, plain torch module.
 
     In each layer, floor(ratio x components) of those with the lowest scores go, with everything that hangs on them
-    (norms, the next layers' inputs), as torch-pruning's dependency graph finds it. Layers that share their channels
-    with others (residual streams) are left whole; `Edit.skipped` names them and says why.
+    (norms, the next layers' inputs), as torch-pruning's dependency graph finds it. Each removal is checked on
+    `example_inputs`, in float64: it must be the same function as hiding the components from the layers that read them.
+    Layers where it is not, and layers that share their channels with others (residual streams), are left whole;
+    `Edit.skipped` names them and says why.
 
     Args:
         model: the model that `scores` came from; unchanged unless `inplace`.
