@@ -14,7 +14,7 @@
 
 #include "cholesky.hpp"
 #include "host_device.hpp"
-#include "rounding.hpp"
+#include "law_pair.hpp"
 
 namespace discedit {
 
@@ -22,21 +22,13 @@ enum class Bound { fisher, minimax };
 
 namespace detail {
 
-// delta, its uncertainty, and covariances in units in which S1 + S2 has unit diagonal.
-template <int Size>
-struct ScaledPair {
-  double delta[Size];
-  double noise[Size];
-  double cov1[Size][Size];
-  double cov2[Size][Size];
-};
-
 enum class Scaling { ordinary, separated, undefined };
 
-// `separated`: some coordinate alone has F > 1e18, where every bound rounds to 1. `undefined`: a non-finite input.
-// A coordinate without variance whose difference is within the noise drops out.
+// Brings a pair to units in which cov1 + cov2 has unit diagonal. `separated`: some coordinate alone has F > 1e18, where
+// every bound rounds to 1. `undefined`: a non-finite input. A coordinate without variance whose difference is within
+// the noise drops out.
 template <int Size>
-DISCEDIT_HD inline Scaling scale_pair(ScaledPair<Size>& pair, int d) {
+DISCEDIT_HD inline Scaling scale_pair(LawPair<Size>& pair, int d) {
   double inverse[Size];
   Scaling result = Scaling::ordinary;
   for (int i = 0; i < d; ++i) {
@@ -63,7 +55,7 @@ DISCEDIT_HD inline Scaling scale_pair(ScaledPair<Size>& pair, int d) {
 }
 
 template <int Size>
-DISCEDIT_HD inline double projected_gap(const double (&u)[Size], const ScaledPair<Size>& pair, int d) {
+DISCEDIT_HD inline double projected_gap(const double (&u)[Size], const LawPair<Size>& pair, int d) {
   double value = 0, rounding = 0;
   for (int i = 0; i < d; ++i) {
     const double term = u[i] * pair.delta[i];
@@ -89,7 +81,7 @@ DISCEDIT_HD inline double projected_variance(const double (&u)[Size], const doub
 // u = ((1 - l) S1 + l S2 + ridge)^-1 delta. The ridge keeps the factorisation alive, and u off coordinates whose
 // difference is mostly noise.
 template <int Size>
-DISCEDIT_HD inline void direction(const ScaledPair<Size>& pair, int d, double l, double (&u)[Size]) {
+DISCEDIT_HD inline void direction(const LawPair<Size>& pair, int d, double l, double (&u)[Size]) {
   double mixed[Size][Size];
   for (int i = 0; i < d; ++i) {
     u[i] = pair.delta[i];
@@ -116,20 +108,14 @@ DISCEDIT_HD inline double saturate(double x) { return x > 1e300 ? 1.0 : x / (1 +
 
 }  // namespace detail
 
-// Both take delta (d), the absolute uncertainty of delta, and covariances (d x d, row stride Size), and return the
-// bound in [0, 1], or NaN for a non-finite input. d <= Size.
+// Both return the bound in [0, 1], or NaN for a non-finite input; d <= Size is the dimension in use.
 template <int Size>
-DISCEDIT_HD inline double fisher_bound(const double (&delta)[Size], const double (&noise)[Size],
-                                       const double (&cov1)[Size][Size], const double (&cov2)[Size][Size], int d) {
-  detail::ScaledPair<Size> pair;
-  for (int i = 0; i < d; ++i) {
-    pair.delta[i] = delta[i];
-    pair.noise[i] = noise[i];
+DISCEDIT_HD inline double fisher_bound(LawPair<Size> pair, int d) {
+  for (int i = 0; i < d; ++i)
     for (int j = 0; j < d; ++j) {
-      pair.cov1[i][j] = cov1[i][j] + cov2[i][j];
+      pair.cov1[i][j] += pair.cov2[i][j];
       pair.cov2[i][j] = 0;
     }
-  }
   switch (detail::scale_pair<Size>(pair, d)) {
     case detail::Scaling::undefined: return std::numeric_limits<double>::quiet_NaN();
     case detail::Scaling::separated: return 1;
@@ -143,17 +129,7 @@ DISCEDIT_HD inline double fisher_bound(const double (&delta)[Size], const double
 }
 
 template <int Size>
-DISCEDIT_HD inline double minimax_bound(const double (&delta)[Size], const double (&noise)[Size],
-                                        const double (&cov1)[Size][Size], const double (&cov2)[Size][Size], int d) {
-  detail::ScaledPair<Size> pair;
-  for (int i = 0; i < d; ++i) {
-    pair.delta[i] = delta[i];
-    pair.noise[i] = noise[i];
-    for (int j = 0; j < d; ++j) {
-      pair.cov1[i][j] = cov1[i][j];
-      pair.cov2[i][j] = cov2[i][j];
-    }
-  }
+DISCEDIT_HD inline double minimax_bound(LawPair<Size> pair, int d) {
   switch (detail::scale_pair<Size>(pair, d)) {
     case detail::Scaling::undefined: return std::numeric_limits<double>::quiet_NaN();
     case detail::Scaling::separated: return 1;
@@ -191,12 +167,11 @@ DISCEDIT_HD inline double minimax_bound(const double (&delta)[Size], const doubl
 }
 
 template <int Size>
-DISCEDIT_HD inline double bound_of(Bound bound, const double (&delta)[Size], const double (&noise)[Size],
-                                   const double (&cov1)[Size][Size], const double (&cov2)[Size][Size], int d) {
-  if (bound == Bound::fisher) return fisher_bound<Size>(delta, noise, cov1, cov2, d);
+DISCEDIT_HD inline double bound_of(Bound bound, const LawPair<Size>& pair, int d) {
+  if (bound == Bound::fisher) return fisher_bound<Size>(pair, d);
   // (s1 + s2)^2 <= 2 (s1^2 + s2^2) at any u, so minimax contains fisher; the maximum keeps that true to the last bit.
-  const double minimax = minimax_bound<Size>(delta, noise, cov1, cov2, d);
-  const double fisher = fisher_bound<Size>(delta, noise, cov1, cov2, d);
+  const double minimax = minimax_bound<Size>(pair, d);
+  const double fisher = fisher_bound<Size>(pair, d);
   return fisher > minimax ? fisher : minimax;
 }
 

@@ -5,19 +5,10 @@
 #include <limits>
 
 #include "host_device.hpp"
+#include "law_pair.hpp"
 #include "moments.hpp"
-#include "rounding.hpp"
 
 namespace discedit {
-
-// All that `fisher` and `minimax` need. `noise` is the absolute uncertainty of `delta`.
-template <int D>
-struct WitnessPair {
-  double delta[D];
-  double noise[D];
-  double cov1[D][D];
-  double cov2[D][D];
-};
 
 namespace detail {
 
@@ -54,48 +45,44 @@ DISCEDIT_HD inline void quadratic_covariance(const Standardised& z, double (&cov
   cov[1][1] = (square > 0 ? square : 0) + rounding_of_moments * gross;
 }
 
-// Common shift (the midpoint of the means) and scale of two laws; scale 0 when both are constant and equal.
-DISCEDIT_HD inline double common_scale(const Moments& one, const Moments& two) {
+// Both laws in units of a common shift (the midpoint of the means) and scale; false when both are constant and equal.
+DISCEDIT_HD inline bool standardise_both(const Moments& one, const Moments& two, Standardised& z1, Standardised& z2) {
   const double gap = two.mean - one.mean;
-  return std::sqrt(one.m2 / one.n + two.m2 / two.n + gap * gap);
+  const double scale = std::sqrt(one.m2 / one.n + two.m2 / two.n + gap * gap);
+  if (scale == 0) return false;
+  z1 = standardise(one, -gap / 2, scale);
+  z2 = standardise(two, gap / 2, scale);
+  return true;
+}
+
+// The coordinate z, which every witness has.
+template <int Size>
+DISCEDIT_HD inline void fill_linear(const Standardised& z1, const Standardised& z2, LawPair<Size>& out) {
+  out.delta[0] = z1.shift - z2.shift;
+  out.noise[0] = z1.noise + z2.noise;
+  out.cov1[0][0] = z1.var;
+  out.cov2[0][0] = z2.var;
 }
 
 }  // namespace detail
 
 // Both return false where the two laws are constant and equal: every bound on them is 0.
 // The span of (1, t, t^2) does not depend on shift and scale of t, so standardising changes nothing but the condition.
-DISCEDIT_HD inline bool linear_witness(const Moments& one, const Moments& two, WitnessPair<1>& out) {
-  const double scale = detail::common_scale(one, two);
-  if (scale == 0) return false;
-  const double half_gap = (two.mean - one.mean) / 2;
-  const detail::Standardised z1 = detail::standardise(one, -half_gap, scale);
-  const detail::Standardised z2 = detail::standardise(two, half_gap, scale);
-  out.delta[0] = z1.shift - z2.shift;
-  out.noise[0] = z1.noise + z2.noise;
-  out.cov1[0][0] = z1.var;
-  out.cov2[0][0] = z2.var;
+DISCEDIT_HD inline bool linear_witness(const Moments& one, const Moments& two, LawPair<1>& out) {
+  detail::Standardised z1, z2;
+  if (!detail::standardise_both(one, two, z1, z2)) return false;
+  detail::fill_linear(z1, z2, out);
   return true;
 }
 
-DISCEDIT_HD inline bool quadratic_witness(const Moments& one, const Moments& two, WitnessPair<2>& out) {
-  const double scale = detail::common_scale(one, two);
-  if (scale == 0) return false;
-  const double half_gap = (two.mean - one.mean) / 2;
-  const detail::Standardised z1 = detail::standardise(one, -half_gap, scale);
-  const detail::Standardised z2 = detail::standardise(two, half_gap, scale);
-  out.delta[0] = z1.shift - z2.shift;
-  if (!detail::fourth_is_sound(z1) || !detail::fourth_is_sound(z2)) {
-    // t alone is still sound: z^2 drops out as a coordinate without variance and without difference.
-    out.delta[1] = out.noise[1] = 0;
-    out.noise[0] = z1.noise + z2.noise;
-    out.cov1[0][0] = z1.var;
-    out.cov2[0][0] = z2.var;
-    out.cov1[0][1] = out.cov1[1][0] = out.cov1[1][1] = 0;
-    out.cov2[0][1] = out.cov2[1][0] = out.cov2[1][1] = 0;
-    return true;
-  }
+DISCEDIT_HD inline bool quadratic_witness(const Moments& one, const Moments& two, LawPair<2>& out) {
+  detail::Standardised z1, z2;
+  if (!detail::standardise_both(one, two, z1, z2)) return false;
+  out = LawPair<2>{};
+  detail::fill_linear(z1, z2, out);
+  // Where t^4 is not sound, t alone still is: z^2 drops out, as a coordinate without variance and without difference.
+  if (!detail::fourth_is_sound(z1) || !detail::fourth_is_sound(z2)) return true;
   out.delta[1] = z1.var - z2.var;  // the squared shifts are equal by choice of the midpoint
-  out.noise[0] = z1.noise + z2.noise;
   out.noise[1] = rounding_of_moments * (z1.var + z2.var);
   detail::quadratic_covariance(z1, out.cov1);
   detail::quadratic_covariance(z2, out.cov2);

@@ -14,19 +14,19 @@ void run(Bound bound, std::int64_t pairs, int dimension, const double* mean1, co
          const double* cov2, double* out, int threads) {
   parallel_for(pairs, 1024 / (Size * Size) + 16, threads, [&](std::int64_t begin, std::int64_t end) {
     const int d = Fixed ? Size : dimension;
-    double delta[Size], noise[Size], s1[Size][Size], s2[Size][Size];
+    LawPair<Size> laws;
     for (std::int64_t pair = begin; pair < end; ++pair) {
       const std::int64_t vector = pair * d, matrix = vector * d;
       for (int i = 0; i < d; ++i) {
         const double first = mean1[vector + i], second = mean2[vector + i];
-        delta[i] = first - second;
-        noise[i] = rounding_of_moments * (std::fabs(first) + std::fabs(second));
+        laws.delta[i] = first - second;
+        laws.noise[i] = rounding_of_moments * (std::fabs(first) + std::fabs(second));
         for (int j = 0; j < d; ++j) {
-          s1[i][j] = cov1[matrix + i * d + j];
-          s2[i][j] = cov2[matrix + i * d + j];
+          laws.cov1[i][j] = cov1[matrix + i * d + j];
+          laws.cov2[i][j] = cov2[matrix + i * d + j];
         }
       }
-      out[pair] = bound_of<Size>(bound, delta, noise, s1, s2, d);
+      out[pair] = bound_of<Size>(bound, laws, d);
     }
   });
 }

@@ -14,11 +14,11 @@ namespace {
 double bound_between(const Moments& one, const Moments& two, Bound bound, Witness witness) {
   if (one.n == 0 || two.n == 0) return std::numeric_limits<double>::quiet_NaN();
   if (witness == Witness::linear) {
-    WitnessPair<1> pair;
-    return linear_witness(one, two, pair) ? bound_of<1>(bound, pair.delta, pair.noise, pair.cov1, pair.cov2, 1) : 0.0;
+    LawPair<1> pair;
+    return linear_witness(one, two, pair) ? bound_of<1>(bound, pair, 1) : 0.0;
   }
-  WitnessPair<2> pair;
-  return quadratic_witness(one, two, pair) ? bound_of<2>(bound, pair.delta, pair.noise, pair.cov1, pair.cov2, 2) : 0.0;
+  LawPair<2> pair;
+  return quadratic_witness(one, two, pair) ? bound_of<2>(bound, pair, 2) : 0.0;
 }
 
 }  // namespace
