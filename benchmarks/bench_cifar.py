@@ -169,6 +169,7 @@ def report(models: Iterable[str], train: int, test: int, repeats: int) -> str:
     pruning: list[list[str]] = []
     per_class: list[list[str]] = []
     variants: list[list[str]] = []
+    measured_on = machine()  # now: the commit that is being measured, whatever is committed meanwhile
     for name in models:
         bench = Bench(name, train, test)
         print(f"{name}: {100 * float(bench.before.mean()):.2f} % before", flush=True)
@@ -180,7 +181,7 @@ def report(models: Iterable[str], train: int, test: int, repeats: int) -> str:
         variants += means
     return f"""# DISCEDIT on the CIFAR-10 ResNets
 
-Written by `python -m benchmarks.bench_cifar --write`; do not edit. {machine()}.
+Written by `python -m benchmarks.bench_cifar --write`; do not edit. {measured_on}.
 
 Moments from the first {
         train:,} training images, bound `minimax`, witness `quadratic`; accuracy is the mean over classes
