@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,14 +67,19 @@ def checked_labels(op: str, given: Any, num_classes: int, index: int) -> Tensor:
         raise ValueError(f"{op}: batch {index}: {error}") from error
 
 
-def moved(inputs: Any, device: torch.device) -> Any:
+def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same nest of tuples and dicts (lists become tuples), with the function applied to every tensor in it."""
     if isinstance(inputs, Tensor):
-        return inputs.to(device)
+        return function(inputs)
     if isinstance(inputs, Mapping):
-        return {name: moved(value, device) for name, value in inputs.items()}
+        return {name: map_tensors(value, function) for name, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return tuple(moved(value, device) for value in inputs)
+        return tuple(map_tensors(value, function) for value in inputs)
     return inputs
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    return map_tensors(inputs, lambda tensor: tensor.to(device))
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

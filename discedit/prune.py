@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from discedit import _checks
-from discedit._batches import call, device_of, first_tensor, moved, split, undisturbed
+from discedit._batches import call, device_of, first_tensor, map_tensors, moved, split, undisturbed
 from discedit._measure import count_macs
 from discedit.recipe import Edit, Operation, Recipe, architecture_of
 from discedit.scores import REDUCTIONS, Scores
@@ -73,6 +73,7 @@ def prune(
         repair = "batchnorm" if data is not None and _batch_norms(model) else "none"
     chosen = check_layers("prune", model, scores, layers)
     reduced = scores.reduce(reduction)
+    macs_before = count_macs(model, example_inputs)
     tracer = _Tracer(model, example_inputs)
     components: dict[str, list[int]] = {}
     skipped: dict[str, str] = {}
@@ -106,9 +107,7 @@ def prune(
             "ratio": ratio,
             "reduction": reduction,
             "repair": repair,
-            "bound": scores.bound,
-            "witness": scores.witness,
-            "statistic": scores.statistic,
+            **scores.settings,
         },
         components=components,
         architecture=architecture_of(model),
@@ -120,7 +119,7 @@ def prune(
     result = edit.recipe.apply(model, inplace=True) if inplace else edit
     result.skipped = skipped
     result.widths = {layer: len(reduced[layer]) for layer in components}
-    result.macs_before = tracer.macs
+    result.macs_before = macs_before
     result.macs_after = count_macs(result.model, example_inputs)
     return result
 
@@ -174,7 +173,6 @@ class _Tracer:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        self.macs = count_macs(model, example_inputs)
         self.shadow = copy.deepcopy(model).requires_grad_(True).eval()
         inputs = moved(example_inputs, device_of(model))
         self.graph = torch_pruning.DependencyGraph()
@@ -353,7 +351,7 @@ def _output(model: nn.Module, inputs: Any, hide: list[tuple[str, list[int]]], wi
     model = copy.deepcopy(model)
     if wide:
         model = model.double()
-        inputs = _to_double(inputs)
+        inputs = map_tensors(inputs, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
     for layer, channels in hide:
         module = model.get_submodule(layer)
         module.register_forward_pre_hook(_hiding(channels, dim=-1 if isinstance(module, nn.Linear) else 1))
@@ -367,14 +365,6 @@ def _hiding(channels: list[int], dim: int) -> Any:
         return (args[0].index_fill(dim, index, 0), *args[1:])
 
     return hook
-
-
-def _to_double(inputs: Any) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs.double() if inputs.is_floating_point() else inputs
-    if isinstance(inputs, dict):
-        return {name: _to_double(value) for name, value in inputs.items()}
-    return tuple(_to_double(value) for value in inputs) if isinstance(inputs, tuple) else inputs
 
 
 def _samples(inputs: Any) -> int:

@@ -82,7 +82,7 @@ class Recipe:
         slots = _Slots(model)
         tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith("set.")}
         for i, operation in enumerate(self.operations):
-            undo = _apply(model, slots, operation, tensors.get(f"set.{i}"))
+            undo = _apply(model, slots, operation, tensors, i)
             if undo is not None:
                 tensors[f"undo.{i}"] = undo.cpu()
         recipe = Recipe(self.edit, self.settings, self.components, self.architecture, self.operations, tensors)
@@ -103,7 +103,7 @@ class Recipe:
             model = copy.deepcopy(model)
         slots = _Slots(model)
         for i, operation in reversed(list(enumerate(self.operations))):
-            _undo(model, slots, operation, self.tensors.get(f"undo.{i}"))
+            _undo(model, slots, operation, self.tensors, i)
         return model
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -262,7 +262,6 @@ class _Slots:
     """Where each tensor of a model hangs; a tensor that hangs in several places changes in all of them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
         self.places: dict[str, list[tuple[nn.Module, str]]] = {}
         by_identity: dict[int, list[tuple[nn.Module, str]]] = {}
         for name, tensor in _named_tensors(model):
@@ -292,10 +291,10 @@ def _dropped(operation: Operation, size: int) -> list[int]:
 
 
 def _attribute_owner(model: nn.Module, operation: Operation, expected: Any) -> nn.Module:
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    module = modules.get(operation.target)
-    if module is None:
-        raise ValueError(f"Recipe: the model has no module {operation.target!r}.")
+    try:
+        module = model.get_submodule(operation.target)
+    except AttributeError as error:
+        raise ValueError(f"Recipe: the model has no module {operation.target!r}.") from error
     found = getattr(module, operation.name, None)
     if (list(found) if isinstance(found, tuple) else found) != expected:
         raise ValueError(
@@ -312,8 +311,10 @@ def _set_attribute(model: nn.Module, operation: Operation, expected: Any, value:
 
 
 @torch.no_grad()
-def _apply(model: nn.Module, slots: _Slots, operation: Operation, values: Tensor | None) -> Tensor | None:
-    """Do one operation; returns what it overwrote."""
+def _apply(
+    model: nn.Module, slots: _Slots, operation: Operation, tensors: dict[str, Tensor], position: int
+) -> Tensor | None:
+    """Do one operation, known to be possible; returns what it overwrote."""
     if operation.kind == "attribute":
         _set_attribute(model, operation, operation.before, operation.value)
         return None
@@ -329,20 +330,18 @@ def _apply(model: nn.Module, slots: _Slots, operation: Operation, values: Tensor
         tensor.index_fill_(operation.dim, index, operation.value)
         return undo
     undo = tensor.detach().clone()
-    if values is not None:  # _check_possible has seen to it
-        tensor.copy_(values)
+    tensor.copy_(tensors[f"set.{position}"])
     return undo
 
 
 @torch.no_grad()
-def _undo(model: nn.Module, slots: _Slots, operation: Operation, saved: Tensor | None) -> None:
+def _undo(model: nn.Module, slots: _Slots, operation: Operation, tensors: dict[str, Tensor], position: int) -> None:
+    """Take one operation back, known to be possible."""
     if operation.kind == "attribute":
         _set_attribute(model, operation, operation.value, operation.before)
         return
     tensor = slots.get(operation.target)
-    if saved is None:  # _check_possible has seen to it
-        return
-    saved = saved.to(tensor.device)
+    saved = tensors[f"undo.{position}"].to(tensor.device)
     if operation.kind == "keep":
         size = tensor.shape[operation.dim] + saved.shape[operation.dim]
         shape = list(tensor.shape)

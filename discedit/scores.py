@@ -80,6 +80,11 @@ class Scores(Mapping[str, Tensor]):
     def num_classes(self) -> int:
         return len(self.counts)
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the numbers are: bound, witness and statistic."""
+        return {"bound": self.bound, "witness": self.witness, "statistic": self.statistic}
+
     def reduce(self, reduction: str = "max") -> dict[str, Tensor]:
         """One number per component: layer name -> (channels,), over the classes that the layer has samples of.
 
@@ -170,9 +175,7 @@ class Scores(Mapping[str, Tensor]):
             tensors[f"{index}.score"] = values
             tensors[f"{index}.direction"] = self.direction[layer]
         header = {
-            "bound": self.bound,
-            "witness": self.witness,
-            "statistic": self.statistic,
+            **self.settings,
             "num_classes": self.num_classes,
             "layers": {layer: len(values) for layer, values in self.items()},
             "norms": self.norms,

@@ -82,9 +82,7 @@ def unlearn(
             "fraction": fraction,
             "sign": sign,
             "layers": chosen,
-            "bound": scores.bound,
-            "witness": scores.witness,
-            "statistic": scores.statistic,
+            **scores.settings,
         },
         components=picked,
         architecture=architecture_of(model),
@@ -136,10 +134,14 @@ def _zeroing(model: nn.Module, scores: Scores, components: dict[str, list[int]])
     operations = []
     for layer, channels in components.items():
         module = model.get_submodule(layer)
-        transposed = isinstance(module, _ConvNd) and module.transposed
-        if isinstance(module, _ConvNd) and transposed and module.groups > 1:
-            raise ValueError(f"unlearn: layer {layer!r} is a transposed convolution in groups, which is not supported.")
-        targets = [(f"{layer}.weight", 1 if transposed else 0), (f"{layer}.bias", 0)]
+        rows = 0
+        if isinstance(module, _ConvNd) and module.transposed:
+            rows = 1
+            if module.groups > 1:
+                raise ValueError(
+                    f"unlearn: layer {layer!r} is a transposed convolution in groups, which is not supported."
+                )
+        targets = [(f"{layer}.weight", rows), (f"{layer}.bias", 0)]
         norm = scores.norms.get(layer)
         if norm is not None:
             after = model.get_submodule(norm)
