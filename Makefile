@@ -26,7 +26,7 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench_cifar --write
-	$(BIN)/python -m pytest benchmarks/bench_class_moments.py --benchmark-only
+	$(BIN)/python -m pytest benchmarks/bench_class_moments.py benchmarks/bench_one_vs_rest.py --benchmark-only -s
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info discedit/*.so discedit/_build.json out
