@@ -46,7 +46,8 @@ def prune(
         model: the model that `scores` came from; unchanged unless `inplace`.
         scores: from `discedit.score`.
         ratio: share of each layer's components to remove, in [0, 1).
-        example_inputs: a tensor, or a tuple or dict of arguments, that the model can run on. Traces the graph.
+        example_inputs: a tensor, or a tuple or dict of arguments, that the model can run on. Traces the graph and
+            checks the removal: real or random inputs, since components that are silent on them pass unchecked.
         data: batches (labels are not used) for the repair.
         reduction: how a component's scores over classes become one number, see `Scores.reduce`.
         repair: what follows the removal. "batchnorm": re-estimate the statistics of batch norms on `data`. "none".
