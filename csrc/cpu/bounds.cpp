@@ -1,32 +1,74 @@
-// Batched bounds from explicit means and covariances: one pair at a time, pairs split over threads.
+// Batched bounds from explicit means and covariances: one pair per lane, packs of pairs split over threads.
 #include "bounds.hpp"
 
-#include <cmath>
+#include <algorithm>
+#include <utility>
+#include <vector>
 
+#include "dispatch.hpp"
 #include "parallel.hpp"
+#include "simd.hpp"
 
-namespace discedit {
+namespace discedit::DISCEDIT_LEVEL {
 namespace {
 
-// Fixed: `Size` is the dimension itself and every loop unrolls. Otherwise it is a capacity, and d < Size.
+// Contiguous laws: means (pairs, d) and covariances (pairs, d, d).
+struct Laws {
+  const double *mean1, *cov1, *mean2, *cov2;
+
+  Laws from(std::int64_t pair, int d) const {
+    return {mean1 + pair * d, cov1 + pair * d * d, mean2 + pair * d, cov2 + pair * d * d};
+  }
+};
+
+// One element of each of a pack's pairs, `stride` apart.
+template <int... lane>
+DISCEDIT_INLINE Pack gather(const double* from, std::int64_t stride, std::integer_sequence<int, lane...>) {
+  return Vector<double>{from[lane * stride]...};
+}
+
+template <int Size>
+DISCEDIT_INLINE Pack bound_of_pack(Bound bound, const Laws& laws, int d) {
+  const auto element = [](const double* from, std::int64_t stride) {
+    return gather(from, stride, std::make_integer_sequence<int, pack_lanes>());
+  };
+  LawPair<Pack, Size> pair;
+  for (int i = 0; i < d; ++i) {
+    const Pack first = element(laws.mean1 + i, d), second = element(laws.mean2 + i, d);
+    pair.delta[i] = first - second;
+    pair.noise[i] = rounding_of_moments * absolute(first) + rounding_of_moments * absolute(second);
+    for (int j = 0; j <= i; ++j) {
+      pair.cov1[lower(i, j)] = element(laws.cov1 + i * d + j, d * d);
+      pair.cov2[lower(i, j)] = element(laws.cov2 + i * d + j, d * d);
+    }
+  }
+  return bound_of(bound, pair, d);
+}
+
+// Fixed: `Size` is the dimension itself and every loop unrolls. Otherwise it is a capacity, and d <= Size.
 template <int Size, bool Fixed>
-void run(Bound bound, std::int64_t pairs, int dimension, const double* mean1, const double* cov1, const double* mean2,
-         const double* cov2, double* out, int threads) {
-  parallel_for(pairs, 1024 / (Size * Size) + 16, threads, [&](std::int64_t begin, std::int64_t end) {
+void run(Bound bound, std::int64_t pairs, int dimension, const Laws& laws, double* out, int threads) {
+  const std::int64_t packs = (pairs + pack_lanes - 1) / pack_lanes;
+  parallel_for(packs, 1024 / (Size * Size) + 4, threads, [&](std::int64_t begin, std::int64_t end) {
     const int d = Fixed ? Size : dimension;
-    LawPair<Size> laws;
-    for (std::int64_t pair = begin; pair < end; ++pair) {
-      const std::int64_t vector = pair * d, matrix = vector * d;
-      for (int i = 0; i < d; ++i) {
-        const double first = mean1[vector + i], second = mean2[vector + i];
-        laws.delta[i] = first - second;
-        laws.noise[i] = rounding_of_moments * (std::fabs(first) + std::fabs(second));
-        for (int j = 0; j < d; ++j) {
-          laws.cov1[i][j] = cov1[matrix + i * d + j];
-          laws.cov2[i][j] = cov2[matrix + i * d + j];
-        }
+    for (std::int64_t pack = begin; pack < end; ++pack) {
+      const std::int64_t pair = pack * pack_lanes, left = pairs - pair;
+      if (left >= pack_lanes) {
+        bound_of_pack<Size>(bound, laws.from(pair, d), d).store(out + pair);
+        continue;
       }
-      out[pair] = bound_of<Size>(bound, laws, d);
+      // The rest in a pack filled up with laws that are constant and equal.
+      std::vector<double> vectors(static_cast<std::size_t>(2 * d * pack_lanes));
+      std::vector<double> matrices(static_cast<std::size_t>(2 * d * d * pack_lanes));
+      double *const mean2 = vectors.data() + d * pack_lanes, *const cov2 = matrices.data() + d * d * pack_lanes;
+      const Laws rest = laws.from(pair, d);
+      std::copy_n(rest.mean1, left * d, vectors.data());
+      std::copy_n(rest.mean2, left * d, mean2);
+      std::copy_n(rest.cov1, left * d * d, matrices.data());
+      std::copy_n(rest.cov2, left * d * d, cov2);
+      double padded[pack_lanes];
+      bound_of_pack<Size>(bound, {vectors.data(), matrices.data(), mean2, cov2}, d).store(padded);
+      std::copy_n(padded, left, out + pair);
     }
   });
 }
@@ -35,17 +77,18 @@ void run(Bound bound, std::int64_t pairs, int dimension, const double* mean1, co
 
 void batched_bound(Bound bound, std::int64_t pairs, int d, const double* mean1, const double* cov1, const double* mean2,
                    const double* cov2, double* out, int threads) {
+  const Laws laws{mean1, cov1, mean2, cov2};
   switch (d) {
-    case 1: return run<1, true>(bound, pairs, d, mean1, cov1, mean2, cov2, out, threads);
-    case 2: return run<2, true>(bound, pairs, d, mean1, cov1, mean2, cov2, out, threads);
-    case 3: return run<3, true>(bound, pairs, d, mean1, cov1, mean2, cov2, out, threads);
-    case 4: return run<4, true>(bound, pairs, d, mean1, cov1, mean2, cov2, out, threads);
-    case 8: return run<8, true>(bound, pairs, d, mean1, cov1, mean2, cov2, out, threads);
+    case 1: return run<1, true>(bound, pairs, d, laws, out, threads);
+    case 2: return run<2, true>(bound, pairs, d, laws, out, threads);
+    case 3: return run<3, true>(bound, pairs, d, laws, out, threads);
+    case 4: return run<4, true>(bound, pairs, d, laws, out, threads);
+    case 8: return run<8, true>(bound, pairs, d, laws, out, threads);
     default: break;
   }
-  if (d <= 8) return run<8, false>(bound, pairs, d, mean1, cov1, mean2, cov2, out, threads);
-  if (d <= 16) return run<16, false>(bound, pairs, d, mean1, cov1, mean2, cov2, out, threads);
-  return run<max_dimension, false>(bound, pairs, d, mean1, cov1, mean2, cov2, out, threads);
+  if (d <= 8) return run<8, false>(bound, pairs, d, laws, out, threads);
+  if (d <= 16) return run<16, false>(bound, pairs, d, laws, out, threads);
+  return run<max_dimension, false>(bound, pairs, d, laws, out, threads);
 }
 
-}  // namespace discedit
+}  // namespace discedit::DISCEDIT_LEVEL

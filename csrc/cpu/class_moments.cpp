@@ -3,116 +3,291 @@
 #include "class_moments.hpp"
 
 #include <algorithm>
-#include <string>
-#include <vector>
+#include <cmath>
 
+#include "../common/moments.hpp"
 #include "dispatch.hpp"
+#include "exponential.hpp"
 #include "parallel.hpp"
-#include "pool.hpp"
+#include "sample_order.hpp"
+#include "scratch.hpp"
 
-namespace discedit {
+namespace discedit::DISCEDIT_LEVEL {
 namespace {
 
-constexpr int tile = 64;               // channels folded together: five float64 rows of it stay in L1
-constexpr std::int64_t grain = 16384;  // pooled values that pay for a thread
+// ---- traits ---------------------------------------------------------------------------------------------------------
 
-struct SamplesByClass {
-  std::vector<std::int64_t> order;  // sample indices, stable within a class
-  std::vector<std::int64_t> start;  // classes + 1 offsets into `order`
+constexpr int together = 2;                       // registers of channels folded at once: two chains of additions
+constexpr int tile = 8 * together;                // channels of a work item: a multiple of every register's lanes
+constexpr std::int64_t chunk_values = 1 << 13;    // pooled values that a thread takes at a time
+static_assert(8 % pack_lanes == 0, "tiles hold whole registers");
+
+// ---- kernels --------------------------------------------------------------------------------------------------------
+
+// `Packs` neighbouring registers of channels, of which only `width` channels exist where not Full.
+template <int Packs, bool Full>
+struct Channels {
+  int width;
+
+  DISCEDIT_INLINE void load(const double* from, Pack (&to)[Packs]) const {
+    if constexpr (Full) {
+      for (int p = 0; p < Packs; ++p) to[p] = Pack::load(from + p * pack_lanes);
+    } else {
+      double padded[Packs * pack_lanes] = {};
+      for (int c = 0; c < width; ++c) padded[c] = from[c];
+      for (int p = 0; p < Packs; ++p) to[p] = Pack::load(padded + p * pack_lanes);
+    }
+  }
+  DISCEDIT_INLINE void store(const Pack (&from)[Packs], double* to) const {
+    if constexpr (Full) {
+      for (int p = 0; p < Packs; ++p) from[p].store(to + p * pack_lanes);
+    } else {
+      double padded[Packs * pack_lanes];
+      for (int p = 0; p < Packs; ++p) from[p].store(padded + p * pack_lanes);
+      for (int c = 0; c < width; ++c) to[c] = padded[c];
+    }
+  }
 };
 
-SamplesByClass sort_by_class(const std::int64_t* labels, std::int64_t samples, std::int64_t classes) {
-  SamplesByClass sorted;
-  sorted.start.assign(static_cast<std::size_t>(classes) + 1, 0);
-  for (std::int64_t i = 0; i < samples; ++i) {
-    if (labels[i] < 0 || labels[i] >= classes)
-      throw std::invalid_argument("class_moments: labels must lie in 0.." + std::to_string(classes - 1) +
-                                  " (num_classes=" + std::to_string(classes) + "), found " + std::to_string(labels[i]) +
-                                  " at position " + std::to_string(i) + ".");
-    ++sorted.start[static_cast<std::size_t>(labels[i]) + 1];
+// The samples of one class in the batch.
+struct Members {
+  const std::int64_t* order;
+  std::int64_t count;
+};
+
+// Mean of each channel, as first sample + mean deviation from it: a constant channel gets its exact value.
+template <int Packs, bool Full>
+DISCEDIT_INLINE void mean_of(const Channels<Packs, Full>& at, const double* pooled, std::int64_t channels,
+                             const Members& members, Pack (&mean)[Packs]) {
+  Pack first[Packs], x[Packs], residual[Packs];
+  at.load(pooled + members.order[0] * channels, first);
+  for (Pack& sum : residual) sum = Pack(0.0);
+  for (std::int64_t i = 1; i < members.count; ++i) {
+    at.load(pooled + members.order[i] * channels, x);
+    for (int p = 0; p < Packs; ++p) residual[p] += x[p] - first[p];
   }
-  for (std::size_t cls = 1; cls < sorted.start.size(); ++cls) sorted.start[cls] += sorted.start[cls - 1];
-  std::vector<std::int64_t> next(sorted.start.begin(), sorted.start.end() - 1);
-  sorted.order.resize(static_cast<std::size_t>(samples));
-  for (std::int64_t i = 0; i < samples; ++i)
-    sorted.order[static_cast<std::size_t>(next[static_cast<std::size_t>(labels[i])]++)] = i;
-  return sorted;
+  for (int p = 0; p < Packs; ++p) mean[p] = first[p] + residual[p] / Pack(static_cast<double>(members.count));
 }
 
-// Moments of `count` samples for `width` channels: mean first, then central sums about it.
-DISCEDIT_CLONES
-void fold(const double* pooled, std::int64_t channels, const std::int64_t* order, std::int64_t count, int width,
-          double* mean, double* m2, double* m3, double* m4) {
-  const double n = static_cast<double>(count);
-  const double* first = pooled + order[0] * channels;
-  double residual[tile] = {};
-  // Deviations from the first sample: a constant channel gets its exact mean and exact zeros.
-  for (std::int64_t i = 1; i < count; ++i) {
-    const double* row = pooled + order[i] * channels;
-    for (int c = 0; c < width; ++c) residual[c] += row[c] - first[c];
-  }
-  for (int c = 0; c < width; ++c) {
-    mean[c] = first[c] + residual[c] / n;
-    residual[c] = m2[c] = m3[c] = m4[c] = 0;
-  }
-  for (std::int64_t i = 0; i < count; ++i) {
-    const double* row = pooled + order[i] * channels;
-    for (int c = 0; c < width; ++c) {
-      const double d = row[c] - mean[c];
-      const double d2 = d * d;
-      residual[c] += d;
-      m2[c] += d2;
-      m3[c] += d2 * d;
-      m4[c] += d2 * d2;
+// Moments of one class's samples, merged into the state at element `index`.
+template <int Packs, bool Full>
+DISCEDIT_INLINE void fold(const Channels<Packs, Full>& at, const double* pooled, std::int64_t channels,
+                          const Members& members, const MomentState& state, std::int64_t index, double seen) {
+  const Pack n(static_cast<double>(members.count));
+  Pack mean[Packs], x[Packs], residual[Packs], m2[Packs], m3[Packs], m4[Packs];
+  mean_of(at, pooled, channels, members, mean);
+  for (int p = 0; p < Packs; ++p) residual[p] = m2[p] = m3[p] = m4[p] = Pack(0.0);
+  // A single sample is its own mean, up to the sign of a NaN.
+  for (std::int64_t i = 0; i < members.count; ++i) {
+    at.load(pooled + members.order[i] * channels, x);
+    for (int p = 0; p < Packs; ++p) {
+      const Pack d = x[p] - mean[p], d2 = d * d;
+      residual[p] += d;
+      m2[p] += d2;
+      m3[p] += d2 * d;
+      m4[p] += d2 * d2;
     }
   }
   // The stored mean is rounded; what that leaves in the deviations is known and taken out to first order.
-  for (int c = 0; c < width; ++c) {
-    const double r = residual[c] / n;
-    m4[c] -= 4 * r * m3[c];
-    m3[c] -= 3 * r * m2[c];
-    m2[c] = std::max(m2[c] - r * residual[c], 0.0);
+  for (int p = 0; p < Packs; ++p) {
+    const Pack r = residual[p] / n;
+    m4[p] -= Pack(4.0) * r * m3[p];
+    m3[p] -= Pack(3.0) * r * m2[p];
+    const Pack central = m2[p] - r * residual[p];
+    m2[p] = select(central < Pack(0.0), Pack(0.0), central);
   }
+  if (seen > 0) {
+    Pack old[4][Packs];
+    at.load(state.mean + index, old[0]);
+    at.load(state.m2 + index, old[1]);
+    at.load(state.m3 + index, old[2]);
+    at.load(state.m4 + index, old[3]);
+    for (int p = 0; p < Packs; ++p) {
+      const MomentsOf<Pack> before{Pack(seen), old[0][p], old[1][p], old[2][p], old[3][p]};
+      const MomentsOf<Pack> merged = merge(before, MomentsOf<Pack>{n, mean[p], m2[p], m3[p], m4[p]});
+      mean[p] = merged.mean;
+      m2[p] = merged.m2;
+      m3[p] = merged.m3;
+      m4[p] = merged.m4;
+    }
+  }
+  at.store(mean, state.mean + index);
+  at.store(m2, state.m2 + index);
+  at.store(m3, state.m3 + index);
+  at.store(m4, state.m4 + index);
+}
+
+// The same for vectors of D statistics; `plane` values lie between those of one statistic and the next.
+template <int D, bool Full>
+DISCEDIT_INLINE void fold_vector(const Channels<1, Full>& at, const double* pooled, std::int64_t channels,
+                                 std::int64_t plane, const Members& members, const VectorState& state,
+                                 std::int64_t index, double seen) {
+  const Pack n(static_cast<double>(members.count));
+  Pack mean[D][1], x[D][1], residual[D], scatter[triangle(D)];
+  for (int i = 0; i < D; ++i) {
+    mean_of(at, pooled + i * plane, channels, members, mean[i]);
+    residual[i] = Pack(0.0);
+  }
+  for (Pack& sum : scatter) sum = Pack(0.0);
+  for (std::int64_t sample = 0; sample < members.count; ++sample) {
+    for (int i = 0; i < D; ++i) {
+      at.load(pooled + i * plane + members.order[sample] * channels, x[i]);
+      x[i][0] -= mean[i][0];
+      residual[i] += x[i][0];
+    }
+    for (int i = 0, entry = 0; i < D; ++i)
+      for (int j = 0; j <= i; ++j, ++entry) scatter[entry] += x[i][0] * x[j][0];
+  }
+  const std::int64_t state_plane = state.classes * state.channels;
+  Pack delta[D];
+  for (int i = 0; i < D; ++i) {
+    delta[i] = Pack(0.0);
+    if (seen > 0) {
+      Pack old[1];
+      at.load(state.mean + i * state_plane + index, old);
+      delta[i] = mean[i][0] - old[0];
+      mean[i][0] = old[0] + delta[i] * (n / (n + Pack(seen)));
+    }
+    at.store(mean[i], state.mean + i * state_plane + index);
+  }
+  const Pack pair = n * (Pack(seen) / (n + Pack(seen)));
+  for (int i = 0, entry = 0; i < D; ++i)
+    for (int j = 0; j <= i; ++j, ++entry) {
+      Pack sum[1] = {scatter[entry] - residual[i] * (residual[j] / n)};
+      if (i == j) sum[0] = select(sum[0] < Pack(0.0), Pack(0.0), sum[0]);
+      if (seen > 0) {
+        Pack old[1];
+        at.load(state.scatter + entry * state_plane + index, old);
+        sum[0] = old[0] + sum[0] + delta[i] * delta[j] * pair;
+      }
+      at.store(sum, state.scatter + entry * state_plane + index);
+    }
+}
+
+// ---- launchers ------------------------------------------------------------------------------------------------------
+
+// Calls body(first channel, width) for tiles of channels on several threads.
+template <typename Body>
+void over_tiles(std::int64_t samples, std::int64_t channels, int threads, const Body& body) {
+  parallel_for((channels + tile - 1) / tile, chunk_values / std::max<std::int64_t>(1, samples * tile), threads,
+               [&](std::int64_t begin, std::int64_t end) {
+                 for (std::int64_t t = begin; t < end; ++t)
+                   body(t * tile, static_cast<int>(std::min<std::int64_t>(tile, channels - t * tile)));
+               });
+}
+
+template <typename State>
+void add_counts(const SampleOrder& sorted, const State& state) {
+  for (const auto& group : sorted.groups) state.count[group.cls] += group.end - group.begin;
+}
+
+void fold_batch(const double* pooled, const SampleOrder& sorted, const MomentState& state, int threads) {
+  const std::int64_t channels = state.channels;
+  const auto samples = static_cast<std::int64_t>(sorted.order.size());
+  over_tiles(samples, channels, threads, [&](std::int64_t first, int width) {
+    for (const auto& group : sorted.groups) {
+      const Members members{sorted.order.data() + group.begin, group.end - group.begin};
+      const std::int64_t index = group.cls * channels + first;
+      const auto seen = static_cast<double>(state.count[group.cls]);
+      constexpr int step = together * pack_lanes;
+      for (int c = 0; c < width; c += step) {
+        if (width - c >= step)
+          fold(Channels<together, true>{step}, pooled + first + c, channels, members, state, index + c, seen);
+        else
+          fold(Channels<together, false>{width - c}, pooled + first + c, channels, members, state, index + c, seen);
+      }
+    }
+  });
+  add_counts(sorted, state);
+}
+
+template <int D>
+void fold_vector_batch(const double* pooled, const SampleOrder& sorted, const VectorState& state, int threads) {
+  const std::int64_t channels = state.channels;
+  const auto samples = static_cast<std::int64_t>(sorted.order.size());
+  const std::int64_t plane = samples * channels;
+  over_tiles(samples * D, channels, threads, [&](std::int64_t first, int width) {
+    for (const auto& group : sorted.groups) {
+      const Members members{sorted.order.data() + group.begin, group.end - group.begin};
+      const std::int64_t index = group.cls * channels + first;
+      const auto seen = static_cast<double>(state.count[group.cls]);
+      for (int c = 0; c < width; c += pack_lanes) {
+        const double* from = pooled + first + c;
+        if (width - c >= pack_lanes)
+          fold_vector<D>(Channels<1, true>{pack_lanes}, from, channels, plane, members, state, index + c, seen);
+        else
+          fold_vector<D>(Channels<1, false>{width - c}, from, channels, plane, members, state, index + c, seen);
+      }
+    }
+  });
+  add_counts(sorted, state);
+}
+
+void fold_vector_of_any(const double* pooled, const SampleOrder& sorted, const VectorState& state, int threads) {
+  switch (state.dimension) {
+    case 1: return fold_vector_batch<1>(pooled, sorted, state, threads);
+    case 2: return fold_vector_batch<2>(pooled, sorted, state, threads);
+    case 3: return fold_vector_batch<3>(pooled, sorted, state, threads);
+    case 4: return fold_vector_batch<4>(pooled, sorted, state, threads);
+    case 5: return fold_vector_batch<5>(pooled, sorted, state, threads);
+    case 6: return fold_vector_batch<6>(pooled, sorted, state, threads);
+    case 7: return fold_vector_batch<7>(pooled, sorted, state, threads);
+    default: return fold_vector_batch<8>(pooled, sorted, state, threads);
+  }
+}
+
+void exponentials(const double* from, double scale, std::int64_t size, double* to, int threads) {
+  parallel_for((size + 7) / 8, chunk_values / 8, threads, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t last = std::min(end * 8, size);
+    std::int64_t i = begin * 8;
+    for (; i + pack_lanes <= last; i += pack_lanes)
+      exponential(Pack::load(from + i) * Pack(-scale)).store(to + i);
+    for (; i < last; ++i) {
+      double lanes[pack_lanes] = {from[i]};
+      exponential(Pack::load(lanes) * Pack(-scale)).store(lanes);
+      to[i] = lanes[0];
+    }
+  });
 }
 
 }  // namespace
 
-void class_moments(const TensorView& x, int channel_axis, const std::int64_t* labels, const MomentState& state,
-                   int threads) {
-  const std::int64_t samples = x.shape[0], channels = state.channels;
-  const SamplesByClass sorted = sort_by_class(labels, samples, state.classes);
+// ---- dispatch -------------------------------------------------------------------------------------------------------
 
-  // Features already pooled, in the scratch's own form, need no copy.
-  const bool ready = x.axes == 2 && x.dtype == DType::float64 && x.contiguous();
-  std::vector<double> scratch;
-  const double* pooled = static_cast<const double*>(x.data);
-  if (!ready) {
-    scratch.resize(static_cast<std::size_t>(samples * channels));
-    pool_mean(x, channel_axis, scratch.data(), threads);
-    pooled = scratch.data();
+void fold_moments(const double* pooled, double scale, const Labels& labels, const MomentState& state, int threads) {
+  const SampleOrder sorted = order_by_class(labels, state.classes);
+  if (scale != 0) {
+    const std::int64_t size = labels.samples * state.channels;
+    double* transformed = scratch(0, static_cast<std::size_t>(size));
+    exponentials(pooled, scale, size, transformed, threads);
+    pooled = transformed;
   }
-
-  const std::int64_t tiles = (channels + tile - 1) / tile;
-  parallel_for(tiles, grain / std::max<std::int64_t>(1, samples * tile) + 1, threads,
-               [&](std::int64_t begin, std::int64_t end) {
-                 double mean[tile], m2[tile], m3[tile], m4[tile];
-                 for (std::int64_t t = begin; t < end; ++t) {
-                   const std::int64_t base = t * tile;
-                   const int width = static_cast<int>(std::min<std::int64_t>(tile, channels - base));
-                   for (std::int64_t cls = 0; cls < state.classes; ++cls) {
-                     const std::int64_t from = sorted.start[static_cast<std::size_t>(cls)];
-                     const std::int64_t count = sorted.start[static_cast<std::size_t>(cls) + 1] - from;
-                     if (count == 0) continue;
-                     fold(pooled + base, channels, sorted.order.data() + from, count, width, mean, m2, m3, m4);
-                     for (int c = 0; c < width; ++c) {
-                       const Moments batch{static_cast<double>(count), mean[c], m2[c], m3[c], m4[c]};
-                       state.put(cls, base + c, merge(state.at(cls, base + c), batch));
-                     }
-                   }
-                 }
-               });
-  for (std::int64_t cls = 0; cls < state.classes; ++cls)
-    state.count[cls] += sorted.start[static_cast<std::size_t>(cls) + 1] - sorted.start[static_cast<std::size_t>(cls)];
+  fold_batch(pooled, sorted, state, threads);
 }
 
-}  // namespace discedit
+void fold_vector_moments(const double* pooled, const Labels& labels, const VectorState& state, int threads) {
+  fold_vector_of_any(pooled, order_by_class(labels, state.classes), state, threads);
+}
+
+void class_moments(const TensorView& x, int channel_axis, Statistic statistic, double scale, const Labels& labels,
+                   const MomentState& state, int threads) {
+  const SampleOrder sorted = order_by_class(labels, state.classes);
+  const std::int64_t size = labels.samples * state.channels;
+  double* pooled = scratch(0, static_cast<std::size_t>(size));
+  Statistics only;
+  only.count = 1;
+  only.list[0] = statistic;
+  DISCEDIT_LEVEL::pool(x, channel_axis, only, pooled, threads);
+  if (scale != 0) exponentials(pooled, scale, size, pooled, threads);
+  fold_batch(pooled, sorted, state, threads);
+}
+
+void class_vector_moments(const TensorView& x, int channel_axis, const Statistics& statistics, const Labels& labels,
+                          const VectorState& state, int threads) {
+  const SampleOrder sorted = order_by_class(labels, state.classes);
+  double* pooled = scratch(0, static_cast<std::size_t>(labels.samples * state.channels * state.dimension));
+  DISCEDIT_LEVEL::pool(x, channel_axis, statistics, pooled, threads);
+  fold_vector_of_any(pooled, sorted, state, threads);
+}
+
+}  // namespace discedit::DISCEDIT_LEVEL

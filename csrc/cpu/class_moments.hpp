@@ -2,37 +2,27 @@
 
 #include <cstdint>
 
-#include "../common/moments.hpp"
 #include "../common/tensor_view.hpp"
+#include "moment_state.hpp"
+#include "pool.hpp"
 
 namespace discedit {
 
-// Borrowed state of one layer: count per class; mean and central moment sums per (class, channel), channels innermost.
-struct MomentState {
-  std::int64_t classes, channels;
-  std::int64_t* count;
-  double* mean;
-  double* m2;
-  double* m3;
-  double* m4;
-
-  Moments at(std::int64_t cls, std::int64_t channel) const {
-    const std::int64_t i = cls * channels + channel;
-    return {static_cast<double>(count[cls]), mean[i], m2[i], m3[i], m4[i]};
-  }
-  // Stores all but the count, which belongs to the class as a whole.
-  void put(std::int64_t cls, std::int64_t channel, const Moments& value) const {
-    const std::int64_t i = cls * channels + channel;
-    mean[i] = value.mean;
-    m2[i] = value.m2;
-    m3[i] = value.m3;
-    m4[i] = value.m4;
-  }
+// One class index per sample; checked to lie in [0, classes) before any state is touched.
+struct Labels {
+  const std::int64_t* data;
+  std::int64_t samples;
 };
 
-// Pools the feature map to its mean and merges the batch's per-class moments into the state.
-// `labels` holds one class index per sample, each in [0, classes): checked here, before the state is touched.
-void class_moments(const TensorView& x, int channel_axis, const std::int64_t* labels, const MomentState& state,
-                   int threads);
+// Pools the feature map and merges the batch's per-class moments into the state. `scale` != 0: of exp(-scale t) instead
+// of t (scalar states only). A vector state has one dimension per statistic.
+using ClassMoments = void(const TensorView& x, int channel_axis, Statistic statistic, double scale, const Labels& labels,
+                          const MomentState& state, int threads);
+using ClassVectorMoments = void(const TensorView& x, int channel_axis, const Statistics& statistics,
+                                const Labels& labels, const VectorState& state, int threads);
+// The same from pooled features: pooled[(statistic * samples + sample) * channels + channel].
+using FoldMoments = void(const double* pooled, double scale, const Labels& labels, const MomentState& state,
+                         int threads);
+using FoldVectorMoments = void(const double* pooled, const Labels& labels, const VectorState& state, int threads);
 
 }  // namespace discedit

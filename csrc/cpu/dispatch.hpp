@@ -1,36 +1,56 @@
-// Run-time choice of instruction set: the compiler makes one clone of a marked function per level, the loader picks.
+// The ops at each instruction set, and the choice between them at run time.
 //
-// Sums are written over a fixed number of lanes and compiled without contraction, so every level gives the same bits.
+// The sources of the ops are compiled once per instruction set, into a namespace of its name. Baseline objects come
+// first when linking, so that inline functions that several levels share are the baseline's.
 #pragma once
 
-#include <cstddef>  // any standard header: it tells whether this is glibc, whose loader can pick clones
-
-// DISCEDIT_NO_CLONES: one level only, that of the compiler's flags. tests/test_dispatch.py compares such builds.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__) && \
-    !defined(DISCEDIT_NO_CLONES)
-#define DISCEDIT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#define DISCEDIT_HAS_CLONES 1
-#else
-#define DISCEDIT_CLONES
-#define DISCEDIT_HAS_CLONES 0
-#endif
-
-#if defined(__GNUC__)
-#define DISCEDIT_INLINE inline __attribute__((always_inline))
-#else
-#define DISCEDIT_INLINE inline
-#endif
+#include "bounds.hpp"
+#include "class_moments.hpp"
+#include "merge_moments.hpp"
+#include "one_vs_rest.hpp"
+#include "pairwise_min.hpp"
+#include "pool.hpp"
 
 namespace discedit {
 
-// Name of the level that the marked functions run at on this machine.
-inline const char* instruction_set() {
-#if DISCEDIT_HAS_CLONES
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f")) return "avx512f";
-  if (__builtin_cpu_supports("avx2")) return "avx2";
-#endif
-  return "baseline";
-}
+struct Ops {
+  const char* instruction_set;
+  Pool* pool;
+  ClassMoments* class_moments;
+  ClassVectorMoments* class_vector_moments;
+  FoldMoments* fold_moments;
+  FoldVectorMoments* fold_vector_moments;
+  MergeMoments* merge_moments;
+  MergeVectorMoments* merge_vector_moments;
+  OneVsRest* one_vs_rest;
+  OneVsRestVector* one_vs_rest_vector;
+  PairwiseMin* pairwise_min;
+  PairwiseMinVector* pairwise_min_vector;
+  BatchedBound* batched_bound;
+};
+
+// The fastest that this machine runs, or the one that the environment variable DISCEDIT_INSTRUCTION_SET names. Throws
+// std::invalid_argument where that is unknown or cannot run here.
+const Ops& ops();
+
+#define DISCEDIT_DECLARE_OPS(level)            \
+  namespace level {                            \
+  Pool pool;                                   \
+  ClassMoments class_moments;                  \
+  ClassVectorMoments class_vector_moments;     \
+  FoldMoments fold_moments;                    \
+  FoldVectorMoments fold_vector_moments;       \
+  MergeMoments merge_moments;                  \
+  MergeVectorMoments merge_vector_moments;     \
+  OneVsRest one_vs_rest;                       \
+  OneVsRestVector one_vs_rest_vector;          \
+  PairwiseMin pairwise_min;                    \
+  PairwiseMinVector pairwise_min_vector;       \
+  BatchedBound batched_bound;                  \
+  }
+DISCEDIT_DECLARE_OPS(baseline)
+DISCEDIT_DECLARE_OPS(avx2)
+DISCEDIT_DECLARE_OPS(avx512)
+#undef DISCEDIT_DECLARE_OPS
 
 }  // namespace discedit

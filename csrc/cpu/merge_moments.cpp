@@ -1,15 +1,90 @@
-// Exact merge of two states, class by class.
+// Exact merge of two states, class by class: one channel per lane, (class, channel tile) split over threads.
 #include "merge_moments.hpp"
 
-namespace discedit {
+#include <algorithm>
 
-void merge_moments(const MomentState& into, const MomentState& from) {
-  for (std::int64_t cls = 0; cls < into.classes; ++cls) {
-    if (from.count[cls] == 0) continue;
-    for (std::int64_t channel = 0; channel < into.channels; ++channel)
-      into.put(cls, channel, merge(into.at(cls, channel), from.at(cls, channel)));
-    into.count[cls] += from.count[cls];
+#include "../common/moments.hpp"
+#include "dispatch.hpp"
+#include "parallel.hpp"
+#include "simd.hpp"
+
+namespace discedit::DISCEDIT_LEVEL {
+namespace {
+
+constexpr int tile = 512;              // channels of one class merged together
+constexpr std::int64_t grain = 16384;  // merges that pay for a thread
+
+// A pack of channels from memory and back. At the last channels of a row it is filled up with zeros.
+struct Channels {
+  int width;
+
+  DISCEDIT_INLINE Pack load(const double* from) const {
+    if (width == pack_lanes) return Pack::load(from);
+    double padded[pack_lanes] = {};
+    std::copy_n(from, width, padded);
+    return Pack::load(padded);
   }
+  DISCEDIT_INLINE void store(double* to, Pack value) const {
+    if (width == pack_lanes) return value.store(to);
+    double padded[pack_lanes];
+    value.store(padded);
+    std::copy_n(padded, width, to);
+  }
+};
+
+template <typename State, typename Merge>
+void run(const State& into, const State& from, int threads, const Merge& merge_pack) {
+  const std::int64_t tiles = (into.channels + tile - 1) / tile;
+  parallel_for(into.classes * tiles, grain / tile, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t item = begin; item < end; ++item) {
+      const std::int64_t cls = item / tiles;
+      if (from.count[cls] == 0) continue;
+      const std::int64_t last = std::min(into.channels, (item % tiles + 1) * tile);
+      for (std::int64_t channel = item % tiles * tile; channel < last; channel += pack_lanes)
+        merge_pack(cls, channel, Channels{static_cast<int>(std::min<std::int64_t>(pack_lanes, last - channel))});
+    }
+  });
+  for (std::int64_t cls = 0; cls < into.classes; ++cls) into.count[cls] += from.count[cls];
 }
 
-}  // namespace discedit
+template <int Size>
+void run_vector(const VectorState& into, const VectorState& from, int threads) {
+  run(into, from, threads, [&, d = into.dimension](std::int64_t cls, std::int64_t channel, Channels channels) {
+    const auto at = [&](int i) { return (i * into.classes + cls) * into.channels + channel; };
+    const auto load = [&](const VectorState& state) {
+      VectorMomentsOf<Pack, Size> law;
+      law.n = static_cast<double>(state.count[cls]);
+      for (int i = 0; i < d; ++i) law.mean[i] = channels.load(state.mean + at(i));
+      for (int i = 0; i < lower(d, 0); ++i) law.scatter[i] = channels.load(state.scatter + at(i));
+      return law;
+    };
+    const VectorMomentsOf<Pack, Size> merged = merge(load(into), load(from), d);
+    for (int i = 0; i < d; ++i) channels.store(into.mean + at(i), merged.mean[i]);
+    for (int i = 0; i < lower(d, 0); ++i) channels.store(into.scatter + at(i), merged.scatter[i]);
+  });
+}
+
+}  // namespace
+
+void merge_moments(const MomentState& into, const MomentState& from, int threads) {
+  run(into, from, threads, [&](std::int64_t cls, std::int64_t channel, Channels channels) {
+    const std::int64_t at = cls * into.channels + channel;
+    const auto load = [&](const MomentState& state) -> MomentsOf<Pack> {
+      return {static_cast<double>(state.count[cls]), channels.load(state.mean + at), channels.load(state.m2 + at),
+              channels.load(state.m3 + at), channels.load(state.m4 + at)};
+    };
+    const MomentsOf<Pack> merged = merge(load(into), load(from));
+    channels.store(into.mean + at, merged.mean);
+    channels.store(into.m2 + at, merged.m2);
+    channels.store(into.m3 + at, merged.m3);
+    channels.store(into.m4 + at, merged.m4);
+  });
+}
+
+void merge_vector_moments(const VectorState& into, const VectorState& from, int threads) {
+  if (into.dimension <= 2) return run_vector<2>(into, from, threads);
+  if (into.dimension <= 4) return run_vector<4>(into, from, threads);
+  return run_vector<max_vector>(into, from, threads);
+}
+
+}  // namespace discedit::DISCEDIT_LEVEL

@@ -1,10 +1,11 @@
 #pragma once
 
-#include "class_moments.hpp"
+#include "moment_state.hpp"
 
 namespace discedit {
 
 // Merges `from` into `into`; both have the same classes and channels.
-void merge_moments(const MomentState& into, const MomentState& from);
+using MergeMoments = void(const MomentState& into, const MomentState& from, int threads);
+using MergeVectorMoments = void(const VectorState& into, const VectorState& from, int threads);
 
 }  // namespace discedit

@@ -1,45 +1,115 @@
-// One-vs-rest bounds of every (channel, class). "The rest" of class k is the merge of classes 0..k-1 (running) with
-// classes k+1.. (suffix merges kept per channel): linear in the number of classes, and nothing is ever subtracted.
+// One-vs-rest bounds of every (channel, class), one channel per lane. "The rest" of class k is the merge of classes
+// 0..k-1 (running) with classes k+1.. (suffix merges kept per channel): linear in the number of classes, and nothing is
+// ever subtracted.
 #include "one_vs_rest.hpp"
 
-#include <limits>
+#include <algorithm>
 #include <vector>
 
 #include "../common/witness.hpp"
+#include "dispatch.hpp"
 #include "parallel.hpp"
+#include "simd.hpp"
 
-namespace discedit {
+namespace discedit::DISCEDIT_LEVEL {
 namespace {
 
-double bound_between(const Moments& one, const Moments& two, Bound bound, Witness witness) {
-  if (one.n == 0 || two.n == 0) return std::numeric_limits<double>::quiet_NaN();
-  if (witness == Witness::linear) {
-    LawPair<1> pair;
-    return linear_witness(one, two, pair) ? bound_of<1>(bound, pair, 1) : 0.0;
+constexpr int group = 8;              // channels that one thread takes: a cache line of each row
+constexpr std::int64_t grain = 4096;  // bounds that pay for a thread
+
+// A pack of channels; at the last channels of a row, filled up with zeros.
+DISCEDIT_INLINE Pack load_channels(const double* from, int width) {
+  if (width == pack_lanes) return Pack::load(from);
+  double padded[pack_lanes] = {};
+  std::copy_n(from, width, padded);
+  return Pack::load(padded);
+}
+
+// ---- traits: how one class's law is read, merged and compared -------------------------------------------------------
+
+template <Witness witness>
+struct ScalarLaw {
+  using Moments = MomentsOf<Pack>;
+  const MomentState& state;
+
+  DISCEDIT_INLINE Moments load(std::int64_t cls, std::int64_t channel, int width) const {
+    const std::int64_t at = cls * state.channels + channel;
+    return {static_cast<double>(state.count[cls]), load_channels(state.mean + at, width),
+            load_channels(state.m2 + at, width), load_channels(state.m3 + at, width),
+            load_channels(state.m4 + at, width)};
   }
-  LawPair<2> pair;
-  return quadratic_witness(one, two, pair) ? bound_of<2>(bound, pair, 2) : 0.0;
+  DISCEDIT_INLINE Moments merged(const Moments& a, const Moments& b) const { return merge(a, b); }
+  DISCEDIT_INLINE Pack between(Bound bound, const Moments& a, const Moments& b) const {
+    if constexpr (witness == Witness::linear) return bound_of(bound, linear_witness(a, b), 1);
+    else return bound_of(bound, quadratic_witness(a, b), 2);
+  }
+};
+
+template <int Size, bool Fixed>
+struct VectorLaw {
+  using Moments = VectorMomentsOf<Pack, Size>;
+  const VectorState& state;
+
+  DISCEDIT_INLINE int dimension() const { return Fixed ? Size : state.dimension; }
+  DISCEDIT_INLINE Moments load(std::int64_t cls, std::int64_t channel, int width) const {
+    const auto at = [&](int i) { return (i * state.classes + cls) * state.channels + channel; };
+    Moments law;
+    law.n = static_cast<double>(state.count[cls]);
+    for (int i = 0; i < dimension(); ++i) law.mean[i] = load_channels(state.mean + at(i), width);
+    for (int i = 0; i < lower(dimension(), 0); ++i) law.scatter[i] = load_channels(state.scatter + at(i), width);
+    return law;
+  }
+  DISCEDIT_INLINE Moments merged(const Moments& a, const Moments& b) const { return merge(a, b, dimension()); }
+  DISCEDIT_INLINE Pack between(Bound bound, const Moments& a, const Moments& b) const {
+    return bound_of(bound, vector_witness(a, b, dimension()), dimension());
+  }
+};
+
+// ---- kernel ---------------------------------------------------------------------------------------------------------
+
+template <typename Law>
+void run(const Law& law, Bound bound, double* out, int threads) {
+  const std::int64_t classes = law.state.classes, channels = law.state.channels;
+  parallel_for(
+      (channels + group - 1) / group, grain / (classes + 1) / group, threads,
+      [&](std::int64_t begin, std::int64_t end) {
+        std::vector<typename Law::Moments> suffix(static_cast<std::size_t>(classes) + 1);
+        for (std::int64_t channel = begin * group; channel < std::min(end * group, channels); channel += pack_lanes) {
+          const int width = static_cast<int>(std::min<std::int64_t>(pack_lanes, channels - channel));
+          for (std::int64_t cls = classes - 1; cls > 0; --cls)
+            suffix[static_cast<std::size_t>(cls)] =
+                law.merged(suffix[static_cast<std::size_t>(cls) + 1], law.load(cls, channel, width));
+          typename Law::Moments before;
+          for (std::int64_t cls = 0; cls < classes; ++cls) {
+            const typename Law::Moments own = law.load(cls, channel, width);
+            const typename Law::Moments rest = law.merged(before, suffix[static_cast<std::size_t>(cls) + 1]);
+            double values[pack_lanes];
+            select((own.n > 0.0) & (rest.n > 0.0), law.between(bound, own, rest), Pack(not_a_number)).store(values);
+            for (int lane = 0; lane < width; ++lane) out[(channel + lane) * classes + cls] = values[lane];
+            before = law.merged(before, own);
+          }
+        }
+      });
 }
 
 }  // namespace
 
+// ---- dispatch -------------------------------------------------------------------------------------------------------
+
 void one_vs_rest(const MomentState& state, Bound bound, Witness witness, double* out, int threads) {
-  const std::int64_t classes = state.classes;
-  parallel_for(state.channels, 4096 / (classes + 1) + 1, threads, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<Moments> suffix(static_cast<std::size_t>(classes) + 1);
-    for (std::int64_t channel = begin; channel < end; ++channel) {
-      for (std::int64_t cls = classes - 1; cls >= 0; --cls)
-        suffix[static_cast<std::size_t>(cls)] =
-            merge(suffix[static_cast<std::size_t>(cls) + 1], state.at(cls, channel));
-      Moments before;
-      for (std::int64_t cls = 0; cls < classes; ++cls) {
-        const Moments own = state.at(cls, channel);
-        const Moments rest = merge(before, suffix[static_cast<std::size_t>(cls) + 1]);
-        out[channel * classes + cls] = bound_between(own, rest, bound, witness);
-        before = merge(before, own);
-      }
-    }
-  });
+  if (witness == Witness::linear) return run(ScalarLaw<Witness::linear>{state}, bound, out, threads);
+  return run(ScalarLaw<Witness::quadratic>{state}, bound, out, threads);
 }
 
-}  // namespace discedit
+void one_vs_rest_vector(const VectorState& state, Bound bound, double* out, int threads) {
+  switch (state.dimension) {
+    case 1: return run(VectorLaw<1, true>{state}, bound, out, threads);
+    case 2: return run(VectorLaw<2, true>{state}, bound, out, threads);
+    case 3: return run(VectorLaw<3, true>{state}, bound, out, threads);
+    case 4: return run(VectorLaw<4, true>{state}, bound, out, threads);
+    case 8: return run(VectorLaw<8, true>{state}, bound, out, threads);
+    default: return run(VectorLaw<max_vector, false>{state}, bound, out, threads);
+  }
+}
+
+}  // namespace discedit::DISCEDIT_LEVEL

@@ -1,44 +1,27 @@
-// Splits independent work over threads. Each item is computed whole by one thread, so results do not depend on how
-// many.
+// Splits independent items over threads. Each item is computed whole by one thread, and which one does not matter to
+// the result.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <exception>
-#include <thread>
-#include <vector>
 
 namespace discedit {
 
-// Calls body(begin, end) on at most `threads` consecutive ranges of [0, items), each of at least `grain` items.
+// Calls run(context, begin, end) until [0, items) is covered, each time with a range that starts at a multiple of
+// `chunk`, on up to `threads` threads. They come from the OpenMP runtime that is already in the process, if there is
+// one: torch's workers keep spinning for a while after each op, and a second set of threads would fight them for the
+// cores. Subnormal numbers count inside, whatever the caller has set. Rethrows what `run` throws.
+void run_parallel(std::int64_t items, std::int64_t chunk, int threads,
+                  void (*run)(const void* context, std::int64_t begin, std::int64_t end), const void* context);
+
 template <typename Body>
-void parallel_for(std::int64_t items, std::int64_t grain, int threads, const Body& body) {
-  const std::int64_t most = std::max<std::int64_t>(1, items / std::max<std::int64_t>(1, grain));
-  const std::int64_t parts = std::min<std::int64_t>(std::max(threads, 1), most);
-  if (parts == 1) {
-    if (items > 0) body(std::int64_t{0}, items);
-    return;
-  }
-  std::vector<std::exception_ptr> failures(static_cast<std::size_t>(parts));
-  std::vector<std::thread> workers;
-  workers.reserve(static_cast<std::size_t>(parts - 1));
-  const auto run = [&](std::int64_t part) {
-    try {
-      body(items * part / parts, items * (part + 1) / parts);
-    } catch (...) {
-      failures[static_cast<std::size_t>(part)] = std::current_exception();
-    }
-  };
-  std::int64_t started = 1;
-  try {
-    for (; started < parts; ++started) workers.emplace_back(run, started);
-  } catch (...) {  // no more threads to be had: this one does the rest
-  }
-  run(0);
-  for (std::int64_t part = started; part < parts; ++part) run(part);
-  for (std::thread& worker : workers) worker.join();
-  for (const std::exception_ptr& failure : failures)
-    if (failure) std::rethrow_exception(failure);
+void parallel_for(std::int64_t items, std::int64_t chunk, int threads, const Body& body) {
+  run_parallel(
+      items, std::max<std::int64_t>(1, chunk), threads,
+      [](const void* context, std::int64_t begin, std::int64_t end) {
+        (*static_cast<const Body*>(context))(begin, end);
+      },
+      &body);
 }
 
 }  // namespace discedit

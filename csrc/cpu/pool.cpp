@@ -1,28 +1,51 @@
-// Spatial mean of a feature map, one read. Split of work: (sample, channel) rows where a row is contiguous or general;
-// samples where the channels are contiguous (channels_last, tokens), each swept once with one accumulator per channel.
+// Statistics of a feature map in one read. Split of work: where the channels lie side by side (channels_last, tokens),
+// spans of positions, swept with one accumulator per channel; else (sample, channel) rows, and spans of long rows.
 #include "pool.hpp"
 
 #include <algorithm>
 #include <cstdlib>
-#include <vector>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+#include <utility>
 
+#include "dispatch.hpp"
 #include "element.hpp"
 #include "parallel.hpp"
+#include "scratch.hpp"
 
-namespace discedit {
+namespace discedit::DISCEDIT_LEVEL {
 namespace {
 
 // ---- traits ---------------------------------------------------------------------------------------------------------
 
-constexpr int lanes = 16;          // float64 partial sums in flight: two AVX-512 registers, four AVX2
-constexpr int channel_tile = 512;  // accumulators of one sweep: 4 KiB, stays in L1
-// Elements that pay for a thread. Threads are started per call and share the cores with torch's workers, which spin for
-// a while after each of its own ops: in a forward pass on two cores, splitting maps of 4 M elements made the pass
-// slower.
-constexpr std::int64_t grain = 4 << 20;
-static_assert((lanes & (lanes - 1)) == 0, "lanes are combined pairwise");
+constexpr std::int64_t row_span = 1 << 16;     // elements of one row that are summed as one; depends on shapes alone
+constexpr std::int64_t sweep_span = 1 << 18;   // elements of one sample swept as one
+constexpr std::int64_t most_positions = 1 << 14;
+constexpr int channel_tile = 1024;             // channels swept together: their accumulators stay in L1
+constexpr std::int64_t chunk_elements = 1 << 16;  // what a thread takes at a time
+constexpr int row_prefetch = 4096;                // bytes ahead: beyond the page that the hardware's own reach ends at
+static_assert(row_span / block < (1 << 15) && most_positions < (1 << 15), "16-bit lanes count the positive elements");
+static_assert(row_span % block == 0, "only the last block of a row is partial");
 
-struct Layout {  // the axes that are averaged over, neighbours fused, innermost (smallest stride) last
+// What is accumulated. NaN shows in `top` as bits above those of infinity, and in sums by itself.
+enum Parts : int { sum = 1, square = 2, top = 4, peak = 8, positive = 16 };
+
+int parts_of(const Statistics& statistics) {
+  int parts = 0;
+  for (int i = 0; i < statistics.count; ++i) switch (statistics.list[i]) {
+      case Statistic::mean:
+      case Statistic::sum: parts |= sum; break;
+      case Statistic::l2:
+      case Statistic::rms: parts |= square; break;
+      case Statistic::absmax: parts |= top; break;
+      case Statistic::max: parts |= peak | top; break;
+      case Statistic::positive_fraction: parts |= positive | top; break;
+    }
+  return parts;
+}
+
+struct Layout {  // the axes that are pooled over, neighbours fused, innermost (smallest stride) last
   std::int64_t samples, channels, elements;
   std::int64_t sample_stride, channel_stride;
   int axes;
@@ -31,16 +54,26 @@ struct Layout {  // the axes that are averaged over, neighbours fused, innermost
 
   std::int64_t inner() const { return axes ? size[axes - 1] : 1; }
   std::int64_t inner_stride() const { return axes ? stride[axes - 1] : 1; }
-  std::int64_t runs() const { return inner() ? elements / inner() : 0; }
 
-  // Offset of the first element of run `run` (an index over all axes but the innermost).
-  std::int64_t run_offset(std::int64_t run) const {
-    std::int64_t offset = 0;
-    for (int axis = axes - 2; axis >= 0; --axis) {
-      offset += (run % size[axis]) * stride[axis];
-      run /= size[axis];
+  // Offset of the end of the tensor's last element in memory; 0 where some stride is negative.
+  std::int64_t reach() const {
+    std::int64_t last = (samples - 1) * sample_stride + (channels - 1) * channel_stride;
+    bool forward = sample_stride >= 0 && channel_stride >= 0;
+    for (int axis = 0; axis < axes; ++axis) {
+      last += (size[axis] - 1) * stride[axis];
+      forward = forward && stride[axis] >= 0;
     }
-    return offset;
+    return forward ? last + 1 : 0;
+  }
+
+  // Offset of element `index` of a map.
+  std::int64_t offset(std::int64_t index) const {
+    std::int64_t result = 0;
+    for (int axis = axes - 1; axis >= 0; --axis) {
+      result += (index % size[axis]) * stride[axis];
+      index /= size[axis];
+    }
+    return result;
   }
 };
 
@@ -54,15 +87,19 @@ Layout layout_of(const TensorView& x, int channel_axis) {
   struct Axis {
     std::int64_t size, stride;
   };
-  std::vector<Axis> kept;
+  Axis kept[TensorView::max_axes];
+  int count = 0;
   for (int axis = 1; axis < x.axes; ++axis) {
     if (axis == channel_axis) continue;
     layout.elements *= x.shape[axis];
-    if (x.shape[axis] != 1) kept.push_back({x.shape[axis], x.stride[axis]});
+    if (x.shape[axis] == 1) continue;
+    int place = count++;  // insertion keeps the order of equal strides
+    for (; place > 0 && std::llabs(kept[place - 1].stride) < std::llabs(x.stride[axis]); --place)
+      kept[place] = kept[place - 1];
+    kept[place] = {x.shape[axis], x.stride[axis]};
   }
-  std::stable_sort(kept.begin(), kept.end(),
-                   [](const Axis& a, const Axis& b) { return std::llabs(a.stride) > std::llabs(b.stride); });
-  for (const Axis& axis : kept) {
+  for (int i = 0; i < count; ++i) {
+    const Axis& axis = kept[i];
     if (layout.axes && layout.stride[layout.axes - 1] == axis.stride * axis.size) {
       layout.size[layout.axes - 1] *= axis.size;
       layout.stride[layout.axes - 1] = axis.stride;
@@ -75,114 +112,556 @@ Layout layout_of(const TensorView& x, int channel_axis) {
   return layout;
 }
 
+// Accumulators of neighbouring outputs, in their order, each complete or of one span.
+struct Strip {
+  double sum[channel_tile], square[channel_tile], top[channel_tile], peak[channel_tile], positive[channel_tile];
+
+  // Adds the next span. NaN in `top` stays.
+  void add(int part, int i, double value) {
+    switch (part) {
+      case Parts::sum: sum[i] += value; break;
+      case Parts::square: square[i] += value; break;
+      case Parts::positive: positive[i] += value; break;
+      case Parts::top: top[i] = top[i] >= value || top[i] != top[i] ? top[i] : value; break;
+      case Parts::peak: peak[i] = std::max(peak[i], value); break;
+    }
+  }
+  double* of(int part) {
+    return part == Parts::sum ? sum : part == Parts::square ? square : part == Parts::top ? top
+           : part == Parts::peak ? peak : positive;
+  }
+};
+
+// From accumulators to statistics, for `width` neighbouring outputs of maps of `elements` elements.
+DISCEDIT_INLINE void finish(const Strip& strip, int width, double elements, const Statistics& statistics, double* out,
+                            std::int64_t plane) {
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  for (int k = 0; k < statistics.count; ++k, out += plane) switch (statistics.list[k]) {
+      case Statistic::mean:
+        for (int i = 0; i < width; ++i) out[i] = strip.sum[i] / elements;
+        break;
+      case Statistic::sum:
+        for (int i = 0; i < width; ++i) out[i] = strip.sum[i];
+        break;
+      case Statistic::l2:
+        for (int i = 0; i < width; ++i) out[i] = std::sqrt(strip.square[i]);
+        break;
+      case Statistic::rms:
+        for (int i = 0; i < width; ++i) out[i] = std::sqrt(strip.square[i] / elements);
+        break;
+      case Statistic::absmax:
+        for (int i = 0; i < width; ++i) out[i] = strip.top[i];
+        break;
+      case Statistic::max:
+        for (int i = 0; i < width; ++i) out[i] = strip.top[i] == strip.top[i] ? strip.peak[i] : nan;
+        break;
+      case Statistic::positive_fraction:
+        for (int i = 0; i < width; ++i) out[i] = strip.top[i] == strip.top[i] ? strip.positive[i] / elements : nan;
+        break;
+    }
+}
+
 // ---- kernels --------------------------------------------------------------------------------------------------------
 
+// Floating-point numbers in the order of their bits read as integers; its own inverse.
+template <typename T, typename Integer>
+DISCEDIT_INLINE Integer ordered(Integer bits) {
+  return bits ^ ((bits >> (8 * sizeof(T) - 1)) & std::numeric_limits<BitsOf<T>>::max());
+}
 template <typename T>
-DISCEDIT_INLINE void add_run(const T* run, std::int64_t size, double (&sums)[lanes]) {
-  std::int64_t i = 0;
-  for (; i + lanes <= size; i += lanes)
-    for (int lane = 0; lane < lanes; ++lane) sums[lane] += widen(run[i + lane]);
-  for (int lane = 0; i + lane < size; ++lane) sums[lane] += widen(run[i + lane]);
+DISCEDIT_INLINE double value_of(BitsOf<T> bits) {
+  return widen(as<T>(bits));
+}
+template <typename T>
+constexpr BitsOf<T> minus_infinity = static_cast<BitsOf<T>>(std::numeric_limits<BitsOf<T>>::min() | Bits<T>::infinity);
+template <typename V>
+DISCEDIT_INLINE V greater_of(V a, V b) {
+  return a > b ? a : b;
 }
 
-DISCEDIT_INLINE double combine(double (&sums)[lanes]) {
-  for (int width = lanes / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
-  return sums[0];
+// What one register of raw elements adds to the integer accumulators. `lowest` holds the same elements, padded with
+// minus infinity where `from` is padded with zeros.
+template <typename T, int parts>
+DISCEDIT_INLINE void add_raw(const T* from, const T* lowest, Vector<BitsOf<T>>& top, Vector<BitsOf<T>>& peak,
+                             Vector<BitsOf<T>>& positive) {
+  using Raw = Vector<BitsOf<T>>;
+  const Raw bits = load<Raw>(from);
+  if constexpr (parts & Parts::top) top = greater_of<Raw>(top, bits & std::numeric_limits<BitsOf<T>>::max());
+  if constexpr (parts & Parts::peak) peak = greater_of<Raw>(peak, ordered<T>(load<Raw>(lowest)));
+  if constexpr (parts & Parts::positive) positive -= (bits > 0);
 }
 
-// Rows [begin, end) of samples x channels.
 template <typename T>
-DISCEDIT_INLINE void mean_of_rows(const T* x, const Layout& layout, std::int64_t begin, std::int64_t end, double* out) {
-  const std::int64_t inner = layout.inner(), inner_stride = layout.inner_stride(), runs = layout.runs();
-  const double elements = static_cast<double>(layout.elements);
-  for (std::int64_t row = begin; row < end; ++row) {
-    const std::int64_t sample = row / layout.channels, channel = row % layout.channels;
-    const T* start = x + sample * layout.sample_stride + channel * layout.channel_stride;
-    double sums[lanes] = {};
-    for (std::int64_t run = 0; run < runs; ++run) {
-      const T* first = runs == 1 ? start : start + layout.run_offset(run);
-      if (inner_stride == 1) {
-        add_run(first, inner, sums);
-      } else {
-        for (std::int64_t i = 0; i < inner; ++i) sums[i % lanes] += widen(first[i * inner_stride]);
-      }
-    }
-    out[row] = combine(sums) / elements;
+constexpr int registers_of_block = block * static_cast<int>(sizeof(T)) / vector_bytes;
+template <typename T>
+constexpr int raw_lanes = vector_bytes / static_cast<int>(sizeof(T));
+
+template <typename V, std::size_t... Lane>
+DISCEDIT_INLINE auto halves(V value, std::index_sequence<Lane...>) {
+  struct {
+    decltype(__builtin_shufflevector(value, value, Lane...)) low, high;
+  } both{__builtin_shufflevector(value, value, Lane...),
+         __builtin_shufflevector(value, value, (Lane + sizeof...(Lane))...)};
+  return both;
+}
+
+// Lanes l and l + half first, then on down: the same tree for every width of register.
+template <int lanes, typename V, typename Combine>
+DISCEDIT_INLINE auto reduce(V value, Combine combine) {
+  if constexpr (lanes == 2) {
+    return combine(value[0], value[1]);
+  } else {
+    const auto both = halves(value, std::make_index_sequence<lanes / 2>());
+    return reduce<lanes / 2>(combine(both.low, both.high), combine);
   }
 }
 
-// Samples [begin, end); channel stride 1.
+template <typename Integer, typename V>
+DISCEDIT_INLINE Integer greatest(V value) {
+  const auto most = [](auto a, auto b) { return a > b ? a : b; };
+#if defined(__SSE4_1__)
+  if constexpr (sizeof(V) == 16 && sizeof(Integer) == 2) {  // the processor knows the smallest of eight unsigned ones
+    const __m128i turned = _mm_xor_si128(as<__m128i>(value), _mm_set1_epi16(0x7fff));
+    return static_cast<Integer>(_mm_cvtsi128_si32(_mm_minpos_epu16(turned)) ^ 0x7fff);
+  } else if constexpr (sizeof(V) > 16) {
+    const auto both = halves(value, std::make_index_sequence<sizeof(V) / sizeof(Integer) / 2>());
+    return greatest<Integer>(most(both.low, both.high));
+  }
+#endif
+  return reduce<static_cast<int>(sizeof(V) / sizeof(Integer))>(value, most);
+}
+
+// The first `count` elements of a block, and neutral ones after them: zeros, and minus infinity for the maximum.
 template <typename T>
-DISCEDIT_INLINE void mean_of_samples(const T* x, const Layout& layout, std::int64_t begin, std::int64_t end,
-                                     double* out) {
-  const std::int64_t inner = layout.inner(), inner_stride = layout.inner_stride(), runs = layout.runs();
-  const double elements = static_cast<double>(layout.elements);
-  for (std::int64_t sample = begin; sample < end; ++sample)
-    for (std::int64_t tile = 0; tile < layout.channels; tile += channel_tile) {
-      const int width = static_cast<int>(std::min<std::int64_t>(channel_tile, layout.channels - tile));
-      double sums[channel_tile] = {};
-      const T* start = x + sample * layout.sample_stride + tile;
-      for (std::int64_t run = 0; run < runs; ++run) {
-        const T* first = start + layout.run_offset(run);
-        for (std::int64_t i = 0; i < inner; ++i) {
-          const T* position = first + i * inner_stride;
-          for (int channel = 0; channel < width; ++channel) sums[channel] += widen(position[channel]);
+struct Padded {
+  alignas(vector_bytes) T zeros[block];
+  alignas(vector_bytes) T lowest[block];
+
+  DISCEDIT_INLINE Padded(const T* from, int count, const T* limit, bool with_lowest) {
+    using Raw = Vector<BitsOf<T>>;
+    if (limit - from < block) {  // reading on would leave the tensor
+      std::memset(zeros, 0, sizeof zeros);
+      std::memcpy(zeros, from, static_cast<std::size_t>(count) * sizeof(T));
+      from = zeros;
+    }
+    for (int i = 0; i < registers_of_block<T>; ++i) {
+      const Raw keep = lane_numbers<T>() < static_cast<BitsOf<T>>(count - i * raw_lanes<T>);
+      const Raw bits = load<Raw>(from + i * raw_lanes<T>);
+      DISCEDIT_LEVEL::store(zeros + i * raw_lanes<T>, bits & keep);
+      if (with_lowest) DISCEDIT_LEVEL::store(lowest + i * raw_lanes<T>, keep ? bits : Raw{} + minus_infinity<T>);
+    }
+  }
+
+ private:
+  template <typename U, std::size_t... Lane>
+  DISCEDIT_INLINE static Vector<BitsOf<U>> counted(std::index_sequence<Lane...>) {
+    return Vector<BitsOf<U>>{static_cast<BitsOf<U>>(Lane)...};
+  }
+  template <typename U>
+  DISCEDIT_INLINE static Vector<BitsOf<U>> lane_numbers() {
+    return counted<U>(std::make_index_sequence<raw_lanes<U>>());
+  }
+};
+
+// One row, block by block.
+template <typename T, int parts>
+struct Row {
+  static constexpr int registers = block_pairs / doubles;
+  Vector<double> sum[registers] = {}, square[registers] = {};
+  Vector<BitsOf<T>> top{}, peak = Vector<BitsOf<T>>{} + std::numeric_limits<BitsOf<T>>::min(), positive{};
+
+  DISCEDIT_INLINE void add(const T* from, const T* lowest) {
+    if constexpr (parts & (Parts::sum | Parts::square)) {
+      for (int part = 0; part < registers / 2; ++part) {
+        const WidePairs x = load_wide(from, part);
+        for (int half = 0; half < 2; ++half) {
+if constexpr (parts & Parts::sum)
+            sum[2 * part + half] = add_value<T>(sum[2 * part + half], x.first[half] + x.second[half]);
+          if constexpr (parts & Parts::square)
+            square[2 * part + half] += add_square<T>(x.first[half] * x.first[half], x.second[half]);
         }
       }
-      double* row = out + sample * layout.channels + tile;
-      for (int channel = 0; channel < width; ++channel) row[channel] = sums[channel] / elements;
     }
+    if constexpr (parts & ~(Parts::sum | Parts::square)) {
+      for (int i = 0; i < registers_of_block<T>; ++i)
+        add_raw<T, parts>(from + i * raw_lanes<T>, lowest + i * raw_lanes<T>, top, peak, positive);
+    }
+  }
+
+  // `count` neighbouring elements; all but the last call of a row give whole blocks. Up to `limit` memory is readable.
+  DISCEDIT_INLINE void add_run(const T* from, std::int64_t count, const T* limit) {
+    for (; count >= block; count -= block, from += block) {
+      for (int line = 0; line < block * static_cast<int>(sizeof(T)); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(from) + row_prefetch + line);
+      add(from, from);
+    }
+    if (count > 0) {
+      Padded<T> padded(from, static_cast<int>(count), limit, parts & Parts::peak);
+      add(padded.zeros, padded.lowest);
+    }
+  }
+
+  DISCEDIT_INLINE void store(Strip& strip, int i) {
+    const auto plus = [](auto a, auto b) { return a + b; };
+    if constexpr (parts & Parts::sum) strip.sum[i] = total(sum, plus);
+    if constexpr (parts & Parts::square) strip.square[i] = total(square, plus);
+    if constexpr (parts & Parts::top) strip.top[i] = value_of<T>(greatest<BitsOf<T>>(top));
+    if constexpr (parts & Parts::peak)
+      strip.peak[i] = value_of<T>(static_cast<BitsOf<T>>(ordered<T>(greatest<BitsOf<T>>(peak))));
+    if constexpr (parts & Parts::positive) {
+      std::int64_t count = 0;
+      for (int lane = 0; lane < raw_lanes<T>; ++lane) count += positive[lane];
+      strip.positive[i] = static_cast<double>(count);
+    }
+  }
+
+ private:
+  template <typename Plus>
+  DISCEDIT_INLINE static double total(Vector<double> (&lanes)[registers], Plus plus) {
+    for (int width = registers / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return reduce<doubles>(lanes[0], plus);
+  }
+};
+
+// Elements [begin, end) of the map at `map`. What is not contiguous goes through a small buffer.
+template <typename T, int parts>
+DISCEDIT_INLINE void add_elements(Row<T, parts>& row, const T* map, const Layout& layout, std::int64_t begin,
+                                  std::int64_t end, const T* limit) {
+  const std::int64_t inner = layout.inner(), stride = layout.inner_stride();
+  if (layout.axes <= 1 && (stride == 1 || inner == 1)) return row.add_run(map + begin, end - begin, limit);
+  constexpr int capacity = 16 * block;
+  T buffer[capacity];
+  int held = 0;
+  for (std::int64_t index = begin; index < end;) {
+    const std::int64_t along = index % inner;
+    const T* from = map + layout.offset(index);
+    const int count = static_cast<int>(std::min<std::int64_t>({inner - along, end - index, capacity - held}));
+    if (stride == 1) std::memcpy(buffer + held, from, static_cast<std::size_t>(count) * sizeof(T));
+    else
+      for (int i = 0; i < count; ++i) buffer[held + i] = from[i * stride];
+    held += count;
+    index += count;
+    if (held == capacity || index == end) {
+      row.add_run(buffer, held, buffer + capacity);
+      held = 0;
+    }
+  }
 }
 
-// ---- launchers: one clone set per element type ----------------------------------------------------------------------
+// Accumulators of the channels of one tile, block by block; within a block in the order of its pairs.
+template <typename T>
+struct Sweep {
+  static constexpr int blocks = std::max(channel_tile / block, block);  // narrow maps need up to 31
+  using Integer = BitsOf<T>;
+  double sum[blocks][block], square[blocks][block];
+  Integer top[blocks][block], peak[blocks][block], positive[blocks][block];
 
-#define DISCEDIT_POOL_LAUNCHERS(Element)                                                                     \
-  DISCEDIT_CLONES void rows(const Element* x, const Layout& layout, std::int64_t begin, std::int64_t end,    \
-                            double* out) {                                                                   \
-    mean_of_rows(x, layout, begin, end, out);                                                                \
-  }                                                                                                          \
-  DISCEDIT_CLONES void samples(const Element* x, const Layout& layout, std::int64_t begin, std::int64_t end, \
-                               double* out) {                                                                \
-    mean_of_samples(x, layout, begin, end, out);                                                             \
+  template <int parts>
+  DISCEDIT_INLINE void clear(int used) {
+    const auto count = static_cast<std::size_t>(used);
+    if constexpr (parts & Parts::sum) std::memset(sum, 0, count * sizeof sum[0]);
+    if constexpr (parts & Parts::square) std::memset(square, 0, count * sizeof square[0]);
+    if constexpr (parts & Parts::top) std::memset(top, 0, count * sizeof top[0]);
+    if constexpr (parts & Parts::peak)
+      std::fill(peak[0], peak[used], std::numeric_limits<Integer>::min());
+    if constexpr (parts & Parts::positive) std::memset(positive, 0, count * sizeof positive[0]);
   }
 
-DISCEDIT_POOL_LAUNCHERS(double)
-DISCEDIT_POOL_LAUNCHERS(float)
-DISCEDIT_POOL_LAUNCHERS(BFloat16)
-DISCEDIT_POOL_LAUNCHERS(Float16)
-#undef DISCEDIT_POOL_LAUNCHERS
+  // The block at `offset` of `together` positions at once: the accumulators are loaded and stored once for all.
+  template <int parts, int together>
+  DISCEDIT_INLINE void add(int index, const T* const (&position)[together], const T* const (&lowest)[together],
+                           std::int64_t offset) {
+    if constexpr (parts & (Parts::sum | Parts::square)) {
+      for (int part = 0; part < block_pairs / singles; ++part) {
+        double* sums = sum[index] + part * singles;
+        double* squares = square[index] + part * singles;
+        Vector<double> s[4], q[4];
+        for (int i = 0; i < 4; ++i) {
+          const int place = (i / 2) * block_pairs + (i % 2) * doubles;
+          if constexpr (parts & Parts::sum) s[i] = load<Vector<double>>(sums + place);
+          if constexpr (parts & Parts::square) q[i] = load<Vector<double>>(squares + place);
+        }
+        for (int p = 0; p < together; ++p) {
+          const WidePairs x = load_wide(position[p] + offset, part);
+          const Vector<double> wide[4] = {x.first[0], x.first[1], x.second[0], x.second[1]};
+          for (int i = 0; i < 4; ++i) {
+            if constexpr (parts & Parts::sum) s[i] = add_value<T>(s[i], wide[i]);
+            if constexpr (parts & Parts::square) q[i] = add_square<T>(q[i], wide[i]);
+          }
+        }
+        for (int i = 0; i < 4; ++i) {
+          const int place = (i / 2) * block_pairs + (i % 2) * doubles;
+          if constexpr (parts & Parts::sum) DISCEDIT_LEVEL::store(sums + place, s[i]);
+          if constexpr (parts & Parts::square) DISCEDIT_LEVEL::store(squares + place, q[i]);
+        }
+      }
+    }
+    if constexpr (parts & ~(Parts::sum | Parts::square)) {
+      using Raw = Vector<Integer>;
+      for (int i = 0; i < registers_of_block<T>; ++i) {
+        const int lane = i * raw_lanes<T>;
+        Raw most = load<Raw>(top[index] + lane), highest{}, count{};
+        if constexpr (parts & Parts::peak) highest = load<Raw>(peak[index] + lane);
+        if constexpr (parts & Parts::positive) count = load<Raw>(positive[index] + lane);
+        for (int p = 0; p < together; ++p)
+          add_raw<T, parts>(position[p] + offset + lane, lowest[p] + offset + lane, most, highest, count);
+        DISCEDIT_LEVEL::store(top[index] + lane, most);
+        if constexpr (parts & Parts::peak) DISCEDIT_LEVEL::store(peak[index] + lane, highest);
+        if constexpr (parts & Parts::positive) DISCEDIT_LEVEL::store(positive[index] + lane, count);
+      }
+    }
+  }
 
+  // Block `index` as outputs `to`.. of the strip, its first `skip` channels left out.
+  template <int parts>
+  DISCEDIT_INLINE void unload(int index, int skip, int count, Strip& strip, int to) const {
+    double wide[block];
+    const auto put = [&](double* out) {
+      for (int i = 0; i < count; ++i) out[to + i] = wide[skip + i];
+    };
+    const auto put_sums = [&](const double* lanes, double* out) {
+      for (int pair = 0; pair < block_pairs; ++pair) {
+        wide[first_of_pair<T>(pair)] = lanes[pair];
+        wide[second_of_pair<T>(pair)] = lanes[block_pairs + pair];
+      }
+      put(out);
+    };
+    if constexpr (parts & Parts::sum) put_sums(sum[index], strip.sum);
+    if constexpr (parts & Parts::square) put_sums(square[index], strip.square);
+    if constexpr (parts & Parts::top) {
+      for (int i = 0; i < block; ++i) wide[i] = value_of<T>(top[index][i]);
+      put(strip.top);
+    }
+    if constexpr (parts & Parts::peak) {
+      for (int i = 0; i < block; ++i) wide[i] = value_of<T>(static_cast<Integer>(ordered<T>(peak[index][i])));
+      put(strip.peak);
+    }
+    if constexpr (parts & Parts::positive) {
+      for (int i = 0; i < block; ++i) wide[i] = static_cast<double>(positive[index][i]);
+      put(strip.positive);
+    }
+  }
+};
+
+template <int parts>
+constexpr int several_wide = parts == Parts::sum || parts == Parts::square ? 1 : 2;
+
+// Positions [begin, end) of the map at `map`, whose `width` channels lie side by side, into the strip.
+template <typename T, int parts>
+DISCEDIT_INLINE void sweep_positions(const T* map, const Layout& layout, int width, std::int64_t begin,
+                                     std::int64_t end, Strip& strip) {
+  Sweep<T> sweep;
+  const auto add_padded = [&](int index, const T* from, int count) {
+    const Padded<T> padded(from, count, from + count, parts & Parts::peak);
+    sweep.template add<parts, 1>(index, {padded.zeros}, {padded.lowest}, 0);
+  };
+
+  if (width >= block) {
+    // The last block reaches back over channels of the one before rather than beyond the row.
+    const int blocks = (width + block - 1) / block;
+    const auto offset = [&](int index) { return std::min(index * block, width - block); };
+    sweep.template clear<parts>(blocks);
+    const bool even = layout.axes <= 1;
+    const auto at = [&](std::int64_t position) {
+      return map + (even ? position * layout.inner_stride() : layout.offset(position));
+    };
+    std::int64_t position = begin;
+    // Several positions at once spare accumulator traffic, which counts where the elements are small; one after the
+    // other is what memory likes best.
+    const auto sweep_by = [&](auto several) {
+      constexpr int together = decltype(several)::value;
+      const std::int64_t ahead = even ? together * layout.inner_stride() : 0;
+      for (; position + together <= end; position += together) {
+        const T* rows[together];
+        for (int i = 0; i < together; ++i) rows[i] = at(position + i);
+        for (int index = 0; index < blocks; ++index) {
+          for (int i = 0; i < together; ++i)
+            for (int line = 0; line < block * static_cast<int>(sizeof(T)); line += 64)
+              __builtin_prefetch(reinterpret_cast<const char*>(rows[i] + ahead + offset(index)) + line);
+          sweep.template add<parts, together>(index, rows, rows, offset(index));
+        }
+      }
+    };
+    if (sizeof(T) > 2) sweep_by(std::integral_constant<int, several_wide<parts>>());
+    else sweep_by(std::integral_constant<int, 8>());
+    for (; position < end; ++position) {
+      const T* const row[1] = {at(position)};
+      for (int index = 0; index < blocks; ++index) sweep.template add<parts, 1>(index, row, row, offset(index));
+    }
+    for (int index = 0; index < blocks; ++index) {
+      const int skip = index * block - offset(index);
+      sweep.template unload<parts>(index, skip, block - skip, strip, index * block);
+    }
+    return;
+  }
+
+  // Fewer channels than a block: where positions follow each other without a gap, as many as make whole blocks count as
+  // one position with that many channels; else each is padded.
+  const bool dense = layout.axes == 1 && layout.inner_stride() == width;
+  const int multiple = dense ? block / std::gcd(width, block) : 1;
+  const int wide = width * multiple, blocks = (wide + block - 1) / block;
+  sweep.template clear<parts>(blocks);
+  std::int64_t position = begin;
+  for (; position < end; position += multiple) {
+    const T* from = map + layout.offset(position);
+    const auto count = static_cast<int>(std::min<std::int64_t>(wide, (end - position) * width));
+    for (int index = 0; index * block < count; ++index) {
+      if (count - index * block >= block)
+        sweep.template add<parts, 1>(index, {from}, {from}, index * block);
+      else add_padded(index, from + index * block, count - index * block);
+    }
+  }
+  Strip one;
+  for (int index = 0; index < blocks; ++index) {
+    sweep.template unload<parts>(index, 0, block, one, 0);
+    for (int i = 0; i < block && index * block + i < wide; ++i) {
+      const int lane = index * block + i, channel = lane % width;
+      for (int part = 1; part <= Parts::positive; part *= 2) {
+        if (!(parts & part)) continue;
+        if (lane < width) strip.of(part)[channel] = one.of(part)[i];
+        else if (lane < (end - begin) * width) strip.add(part, channel, one.of(part)[i]);
+      }
+    }
+  }
+}
+
+// ---- launchers ------------------------------------------------------------------------------------------------------
+
+// How the outputs of one statistic (sample, channel) are cut: strips of neighbours, each in `spans` spans of its maps.
+struct Cut {
+  std::int64_t outputs, spans, span;
+  bool sweeps;
+  int tile;           // channels of a sweep's strip, or rows of a strip
+  std::int64_t tiles; // strips per sample, or in all
+
+  std::int64_t strips(const Layout& layout) const { return sweeps ? layout.samples * tiles : tiles; }
+};
+
+Cut cut_of(const Layout& layout) {
+  Cut cut{};
+  cut.outputs = layout.samples * layout.channels;
+  cut.sweeps = layout.channel_stride == 1 && layout.channels > 1 && (layout.axes == 0 || layout.inner_stride() != 1);
+  if (cut.sweeps) {
+    cut.tiles = (layout.channels + channel_tile - 1) / channel_tile;
+    const std::int64_t blocks = (layout.channels + block - 1) / block;
+    cut.tile = static_cast<int>((blocks + cut.tiles - 1) / cut.tiles) * block;  // even tiles of whole blocks
+    const std::int64_t width = std::min<std::int64_t>(cut.tile, layout.channels);
+    cut.span = std::clamp<std::int64_t>(sweep_span / width / block * block, block, most_positions);
+  } else {
+    cut.tile = static_cast<int>(std::clamp<std::int64_t>(chunk_elements / std::max<std::int64_t>(1, layout.elements), 1,
+                                                         channel_tile));
+    cut.tiles = (cut.outputs + cut.tile - 1) / cut.tile;
+    cut.span = row_span;
+  }
+  // A rest shorter than half a span goes with the span before it.
+  cut.spans = std::max<std::int64_t>(1, (layout.elements + cut.span / 2) / cut.span);
+  return cut;
+}
+
+template <typename T, int parts>
+void launch(const T* data, const Layout& layout, const Statistics& statistics, double* out, int threads) {
+  const Cut cut = cut_of(layout);
+  const T* const limit = data + layout.reach();
+  const auto elements = static_cast<double>(layout.elements);
+  // Of maps in several spans, each span's accumulators: partial[(part * spans + span) * outputs + output].
+  double* partial = cut.spans > 1 ? scratch(1, static_cast<std::size_t>(5 * cut.spans * cut.outputs)) : nullptr;
+  const auto place = [&](int part, std::int64_t span) {
+    const int row = part == 1 ? 0 : part == 2 ? 1 : part == 4 ? 2 : part == 8 ? 3 : 4;
+    return partial + (row * cut.spans + span) * cut.outputs;
+  };
+  const auto first_output = [&](std::int64_t strip) {
+    if (!cut.sweeps) return strip * cut.tile;
+    return strip / cut.tiles * layout.channels + strip % cut.tiles * cut.tile;
+  };
+  const auto width_of = [&](std::int64_t strip) {
+    const std::int64_t left =
+        cut.sweeps ? layout.channels - strip % cut.tiles * cut.tile : cut.outputs - strip * cut.tile;
+    return static_cast<int>(std::min<std::int64_t>(cut.tile, left));
+  };
+  const std::int64_t strips = cut.strips(layout);
+  const std::int64_t work = std::max<std::int64_t>(1, std::min(cut.span, layout.elements) * cut.tile);
+
+  parallel_for(strips * cut.spans, chunk_elements / work, threads, [&](std::int64_t begin, std::int64_t end) {
+    Strip strip;
+    for (std::int64_t item = begin; item < end; ++item) {
+      const std::int64_t index = item / cut.spans, span = item % cut.spans;
+      const std::int64_t from = span * cut.span;
+      const std::int64_t to = span + 1 == cut.spans ? layout.elements : from + cut.span;
+      const std::int64_t output = first_output(index);
+      const int width = width_of(index);
+      if (cut.sweeps) {
+        const T* map = data + output / layout.channels * layout.sample_stride + output % layout.channels;
+        sweep_positions<T, parts>(map, layout, width, from, to, strip);
+      } else {
+        std::int64_t channel = output % layout.channels;
+        const T* sample = data + output / layout.channels * layout.sample_stride;
+        for (int i = 0; i < width; ++i) {
+          Row<T, parts> row;
+          add_elements(row, sample + channel * layout.channel_stride, layout, from, to, limit);
+          row.store(strip, i);
+          if (++channel == layout.channels) {
+            channel = 0;
+            sample += layout.sample_stride;
+          }
+        }
+      }
+      if (!partial) {
+        finish(strip, width, elements, statistics, out + output, cut.outputs);
+      } else {
+        for (int part = 1; part <= Parts::positive; part *= 2)
+          if (parts & part) std::memcpy(place(part, span) + output, strip.of(part), sizeof(double) * width);
+      }
+    }
+  });
+  if (!partial) return;
+
+  parallel_for(strips, chunk_elements / cut.spans / cut.tile, threads, [&](std::int64_t begin, std::int64_t end) {
+    Strip strip;
+    for (std::int64_t index = begin; index < end; ++index) {
+      const std::int64_t output = first_output(index);
+      const int width = width_of(index);
+      for (int part = 1; part <= Parts::positive; part *= 2) {
+        if (!(parts & part)) continue;
+        std::memcpy(strip.of(part), place(part, 0) + output, sizeof(double) * width);
+        for (std::int64_t span = 1; span < cut.spans; ++span)
+          for (int i = 0; i < width; ++i) strip.add(part, i, place(part, span)[output + i]);
+      }
+      finish(strip, width, elements, statistics, out + output, cut.outputs);
+    }
+  });
+}
+
+// One kernel for each usual set of accumulators; any other set runs in the next larger.
 template <typename T>
-void launch(const TensorView& x, int channel_axis, double* out, int threads) {
+void launch(const TensorView& x, int channel_axis, const Statistics& statistics, double* out, int threads) {
   const T* data = static_cast<const T*>(x.data);
   const Layout layout = layout_of(x, channel_axis);
-  const bool channels_inner = layout.channel_stride == 1 && (layout.axes == 0 || layout.inner_stride() != 1);
-  if (channels_inner) {
-    const std::int64_t work = std::max<std::int64_t>(1, layout.elements * layout.channels);
-    parallel_for(layout.samples, grain / work + 1, threads,
-                 [&](std::int64_t begin, std::int64_t end) { samples(data, layout, begin, end, out); });
-  } else {
-    const std::int64_t work = std::max<std::int64_t>(1, layout.elements);
-    parallel_for(layout.samples * layout.channels, grain / work + 1, threads,
-                 [&](std::int64_t begin, std::int64_t end) { rows(data, layout, begin, end, out); });
-  }
+  constexpr int sums = Parts::sum | Parts::square, all = 31;
+  const int parts = parts_of(statistics);
+  const auto fits = [&](int kernel) { return (parts & ~kernel) == 0; };
+  if (fits(Parts::sum)) return launch<T, Parts::sum>(data, layout, statistics, out, threads);
+  if (fits(Parts::square)) return launch<T, Parts::square>(data, layout, statistics, out, threads);
+  if (fits(sums)) return launch<T, sums>(data, layout, statistics, out, threads);
+  if (fits(Parts::top)) return launch<T, Parts::top>(data, layout, statistics, out, threads);
+  if (fits(sums | Parts::top)) return launch<T, sums | Parts::top>(data, layout, statistics, out, threads);
+  return launch<T, all>(data, layout, statistics, out, threads);
 }
 
 }  // namespace
 
 // ---- dispatch -------------------------------------------------------------------------------------------------------
 
-void pool_mean(const TensorView& x, int channel_axis, double* out, int threads) {
+void pool(const TensorView& x, int channel_axis, const Statistics& statistics, double* out, int threads) {
   switch (x.dtype) {
-    case DType::float32: return launch<float>(x, channel_axis, out, threads);
-    case DType::float64: return launch<double>(x, channel_axis, out, threads);
-    case DType::bfloat16: return launch<BFloat16>(x, channel_axis, out, threads);
-    case DType::float16: return launch<Float16>(x, channel_axis, out, threads);
+    case DType::float32: return launch<float>(x, channel_axis, statistics, out, threads);
+    case DType::float64: return launch<double>(x, channel_axis, statistics, out, threads);
+    case DType::bfloat16: return launch<BFloat16>(x, channel_axis, statistics, out, threads);
+    case DType::float16: return launch<Float16>(x, channel_axis, statistics, out, threads);
     default:
       throw std::invalid_argument(std::string("pool: x must be float16, bfloat16, float32 or float64, got ") +
                                   name(x.dtype) + ".");
   }
 }
 
-}  // namespace discedit
+}  // namespace discedit::DISCEDIT_LEVEL

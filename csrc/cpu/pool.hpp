@@ -1,10 +1,21 @@
 #pragma once
 
+#include <cstdint>
+
 #include "../common/tensor_view.hpp"
 
 namespace discedit {
 
-// Mean over every axis but 0 (samples) and `channel_axis`, in float64: out[sample * channels + channel].
-void pool_mean(const TensorView& x, int channel_axis, double* out, int threads);
+enum class Statistic { mean, sum, l2, rms, absmax, max, positive_fraction };
+constexpr int max_statistics = 7;
+
+struct Statistics {
+  int count = 0;
+  Statistic list[max_statistics] = {};
+};
+
+// Statistics over every axis but 0 (samples) and `channel_axis`, in one read of x and in float64:
+// out[(statistic * samples + sample) * channels + channel]. NaN in a map makes each of its statistics NaN.
+using Pool = void(const TensorView& x, int channel_axis, const Statistics& statistics, double* out, int threads);
 
 }  // namespace discedit
