@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from discedit import _checks, reference
-from discedit._state import ClassMoments
+from discedit._state import State
 
 NAMES = ("cpp", "cuda", "triton", "reference")
-OPS = ("pool", "class_moments", "merge_moments", "fisher_bound", "minimax_bound", "one_vs_rest")
+OPS = ("pool", "class_moments", "merge_moments", "fisher_bound", "minimax_bound", "one_vs_rest", "pairwise_min")
+STEPS = ("fold_moments",)  # parts of ops that other modules run by themselves
 
 
 @lru_cache(maxsize=1)
@@ -44,33 +45,58 @@ def _cpp(name: str) -> Any:
     return getattr(module, name)
 
 
-def _cpp_pool(x: Tensor, channel_axis: int) -> Tensor:
-    out = torch.empty(x.shape[0], x.shape[channel_axis], dtype=torch.float64)
-    _cpp("pool")(x, channel_axis, out, torch.get_num_threads())
+def _cpp_pool(x: Tensor, channel_axis: int, statistics: tuple[str, ...], out: Tensor | None = None) -> Tensor:
+    if out is None:
+        out = torch.empty(len(statistics), x.shape[0], x.shape[channel_axis], dtype=torch.float64)
+    if "cls" not in statistics:
+        _cpp("pool")(x, channel_axis, statistics, out, torch.get_num_threads())
+        return out
+    place = statistics.index("cls")
+    others = statistics[:place] + statistics[place + 1 :]
+    if others:
+        planes = _cpp_pool(x, channel_axis, others)
+        out[:place], out[place + 1 :] = planes[:place], planes[place:]
+    _cpp_pool(_first_token(x), channel_axis, ("mean",), out[place : place + 1])
     return out
 
 
-def _cpp_class_moments(x: Tensor, channel_axis: int, labels: Tensor, state: ClassMoments) -> None:
-    packed = _contiguous(state)
-    _cpp("class_moments")(x, channel_axis, labels, *packed.tensors(), torch.get_num_threads())
-    _write_back(packed, state)
+def _first_token(x: Tensor) -> Tensor:
+    """Maps of one token, whose mean is "cls"."""
+    return x[:, :1]
 
 
-def _contiguous(state: ClassMoments) -> ClassMoments:
-    """The state itself where it is contiguous, copies where it is not."""
-    return ClassMoments(*(tensor.contiguous() for tensor in state.tensors()))
+def _cpp_class_moments(
+    x: Tensor, channel_axis: int, statistics: tuple[str, ...], scale: float, labels: Tensor, state: State
+) -> None:
+    if "cls" in statistics:
+        if len(statistics) > 1:
+            return _cpp_fold_moments(_cpp_pool(x, channel_axis, statistics), scale, labels, state)
+        x, statistics = _first_token(x), ("mean",)
+    run, threads = _cpp("class_moments"), torch.get_num_threads()
+    return _in_place(state, lambda arrays: run(x, channel_axis, statistics, scale, labels, arrays, threads))
 
 
-def _write_back(packed: ClassMoments, state: ClassMoments) -> None:
-    for source, target in zip(packed.tensors(), state.tensors(), strict=True):
-        if source.data_ptr() != target.data_ptr():
+def _cpp_fold_moments(pooled: Tensor, scale: float, labels: Tensor, state: State) -> None:
+    run, threads = _cpp("fold_moments"), torch.get_num_threads()
+    _in_place(state, lambda arrays: run(pooled, scale, labels, arrays, threads))
+
+
+def _cpp_merge_moments(into: State, other: State) -> None:
+    run, threads = _cpp("merge_moments"), torch.get_num_threads()
+    _in_place(into, lambda arrays: run(arrays, _contiguous(other), threads))
+
+
+def _contiguous(state: State) -> tuple[Tensor, ...]:
+    """The state's own tensors where they are contiguous, copies where they are not."""
+    return tuple(tensor.contiguous() for tensor in state.tensors())
+
+
+def _in_place(state: State, write: Callable[[tuple[Tensor, ...]], None]) -> None:
+    arrays = _contiguous(state)
+    write(arrays)
+    for source, target in zip(arrays, state.tensors(), strict=True):
+        if source is not target:
             target.copy_(source)
-
-
-def _cpp_merge_moments(into: ClassMoments, other: ClassMoments) -> None:
-    packed = _contiguous(into)
-    _cpp("merge_moments")(packed.tensors(), _contiguous(other).tensors())
-    _write_back(packed, into)
 
 
 def _cpp_bound(bound: str) -> Callable[..., Tensor]:
@@ -87,10 +113,17 @@ def _cpp_bound(bound: str) -> Callable[..., Tensor]:
     return run
 
 
-def _cpp_one_vs_rest(moments: ClassMoments, bound: str, witness: str) -> Tensor:
+def _cpp_one_vs_rest(moments: State, bound: str, witness: str) -> Tensor:
     out = torch.empty(moments.channels, moments.num_classes, dtype=torch.float64)
-    _cpp("one_vs_rest")(*_contiguous(moments).tensors(), bound, witness, out, torch.get_num_threads())
+    _cpp("one_vs_rest")(_contiguous(moments), bound, witness, out, torch.get_num_threads())
     return out
+
+
+def _cpp_pairwise_min(moments: State, bound: str, witness: str) -> tuple[Tensor, Tensor]:
+    values = torch.empty(moments.channels, dtype=torch.float64)
+    pairs = torch.empty(moments.channels, 2, dtype=torch.int64)
+    _cpp("pairwise_min")(_contiguous(moments), bound, witness, values, pairs, torch.get_num_threads())
+    return values, pairs
 
 
 IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -101,10 +134,12 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "fisher_bound": _cpp_bound("fisher"),
         "minimax_bound": _cpp_bound("minimax"),
         "one_vs_rest": _cpp_one_vs_rest,
+        "pairwise_min": _cpp_pairwise_min,
+        "fold_moments": _cpp_fold_moments,
     },
     "cuda": {},
     "triton": {},
-    "reference": {op: getattr(reference, op) for op in OPS},
+    "reference": {op: getattr(reference, op) for op in (*OPS, *STEPS)},
 }
 
 
@@ -172,7 +207,7 @@ def status() -> list[Status]:
         device = "this version of discedit has no CUDA kernels, and torch finds no CUDA device"
     triton = "is installed" if importlib.util.find_spec("triton") else "is not installed"
     return [
-        Status("cpp", module is not None, cpp, tuple(IMPLEMENTATIONS["cpp"]) if module else ()),
+        Status("cpp", module is not None, cpp, OPS if module else ()),
         Status("cuda", False, device, ()),
         Status("triton", False, f"this version of discedit has no Triton kernels (triton {triton})", ()),
         Status("reference", True, f"torch {torch.__version__}, float64, any device", OPS),

@@ -62,7 +62,9 @@ def checked_labels(op: str, given: Any, num_classes: int, index: int) -> Tensor:
         classes = torch.as_tensor(given)
         if classes.ndim != 1:
             raise ValueError(f"labels must hold one class index per sample, got shape {_checks.shape_of(classes)}.")
-        return _checks.labels(op, classes, classes, num_classes)
+        classes = _checks.labels(op, classes, classes)
+        _checks.label_range(op, classes, num_classes)
+        return classes
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{op}: batch {index}: {error}") from error
 

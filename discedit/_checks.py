@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from discedit._state import ClassMoments
+from discedit._state import MAX_STATISTICS, State, VectorMoments
 
-STATISTICS = ("mean",)
-WITNESSES = ("linear", "quadratic")
+STATISTICS = ("mean", "sum", "l2", "rms", "absmax", "max", "positive_fraction", "cls")
+WITNESSES = ("linear", "quadratic", "exp", "vector")
+SCALAR_WITNESSES = ("linear", "quadratic", "exp")
 BOUNDS = ("fisher", "minimax")
 LAYOUTS = ("auto", "nchw", "tokens")
 MAX_DIMENSION = 32
@@ -68,43 +70,114 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def state(op: str, argument: str, moments: Any) -> ClassMoments:
-    """A state whose five tensors fit together."""
-    if not isinstance(moments, ClassMoments):
-        raise TypeError(f"{op}: {argument} must be a ClassMoments, got {type(moments).__name__}.")
-    shape = moments.mean.shape
-    fits = moments.mean.ndim == 2 and moments.count.shape == shape[:1] and moments.count.dtype == torch.int64
-    for part in moments.tensors()[1:]:
-        fits = fits and part.shape == shape and part.dtype == torch.float64 and part.device == moments.count.device
-    if not fits:
-        found = ", ".join(f"{shape_of(part)} {str(part.dtype).removeprefix('torch.')}" for part in moments.tensors())
+def statistics(op: str, value: Any) -> tuple[str, ...]:
+    """The names, each known and named once, of one statistic or of a tuple or list of them."""
+    if isinstance(value, str):
+        return (choice(op, "statistic", value, STATISTICS),)
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{op}: statistic must be a name or a tuple or list of names, got {type(value).__name__}.")
+    if not value or len({*map(str, value)}) < len(value):
+        raise ValueError(f"{op}: statistic must name at least one statistic and each once, got {value!r}.")
+    return tuple(choice(op, "statistic", name, STATISTICS) for name in value)
+
+
+def witness(op: str, value: str, statistic: Any, scale: Any) -> None:
+    """A witness that fits the statistic, which is one name or several, and the scale, which "exp" needs."""
+    choice(op, "witness", value, WITNESSES)
+    if isinstance(statistic, str) == (value == "vector"):
         raise ValueError(
-            f"{op}: {argument} must hold count (classes,) int64 and mean, m2, m3, m4 (classes, channels) float64 on "
-            f"one device, it holds {found}."
+            f"{op}: statistic must be a tuple or list of names for witness='vector' and one name for every other "
+            f"witness, got statistic={statistic!r} with witness={value!r}."
         )
+    if value != "exp" and scale is not None:
+        raise ValueError(f"{op}: scale must be left out unless witness='exp', got {scale!r} with witness={value!r}.")
+
+
+def scale(op: str, value: Any) -> float:
+    if not is_number(value) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{op}: scale must be a finite number above 0 for witness='exp', got {value!r}.")
+    return float(value)
+
+
+def witness_of(op: str, moments: State, value: str | None) -> str:
+    """The witness to compute: the state's kind must fit. The state of "exp" holds the moments of a linear one."""
+    if isinstance(moments, VectorMoments):
+        if value not in (None, "vector"):
+            raise ValueError(f"{op}: witness must be 'vector' for VectorMoments, got {value!r}.")
+        return "vector"
+    if value is None:
+        return "quadratic"
+    if value not in SCALAR_WITNESSES:
+        raise ValueError(f"{op}: witness must be one of {quoted(SCALAR_WITNESSES)} for ClassMoments, got {value!r}.")
+    return "linear" if value == "exp" else value
+
+
+def state(op: str, argument: str, moments: Any) -> State:
+    """A state whose tensors fit together."""
+    if not isinstance(moments, State):
+        raise TypeError(f"{op}: {argument} must be a ClassMoments or VectorMoments, got {type(moments).__name__}.")
+    tensors, mean = moments.tensors(), moments.mean
+    fits = mean.ndim == moments.axes and moments.count.dtype == torch.int64
+    if fits:
+        for part, shape in zip(tensors, moments.shapes(*mean.shape).values(), strict=True):
+            fits = fits and part.shape == shape and part.device == mean.device
+        for part in tensors[1:]:
+            fits = fits and part.dtype == torch.float64
+    if isinstance(moments, VectorMoments):
+        rule = (
+            f"count (classes,) int64, mean (d, classes, channels) and scatter (d (d + 1) / 2, classes, channels) "
+            f"float64 with d in 1..{MAX_STATISTICS}"
+        )
+        fits = fits and 1 <= moments.dimension <= MAX_STATISTICS
+    else:
+        rule = "count (classes,) int64 and mean, m2, m3, m4 (classes, channels) float64"
+    if not fits:
+        found = ", ".join(f"{shape_of(part)} {str(part.dtype).removeprefix('torch.')}" for part in tensors)
+        raise ValueError(f"{op}: {argument} must hold {rule} on one device, it holds {found}.")
     return moments
 
 
-def feature_map(op: str, x: Any, layout: str) -> tuple[Tensor, int]:
+def described(moments: State) -> str:
+    return description(type(moments), moments.mean.shape, moments.device)
+
+
+def description(kind: type[State], mean: Sequence[int], device: torch.device) -> str:
+    """In words, the state of a kind whose mean has this shape."""
+    *several, classes, channels = mean
+    vector = f"{several[0]} statistics, " if several else ""
+    return f"a {kind.__name__} of {vector}{classes} classes and {channels} channels on {device}"
+
+
+def has_tokens(x: Tensor, layout: str) -> bool:
+    """Whether "cls", the token at position 0, is defined."""
+    return layout == "tokens" and x.ndim == 3
+
+
+def feature_map(op: str, x: Any, layout: str, statistics: Collection[str]) -> tuple[Tensor, int]:
     """The checked feature map, detached, and the axis of its channels."""
     tensor(op, "x", x, FLOATS)
     choice(op, "layout", layout, LAYOUTS)
     if x.ndim < 2:
         raise ValueError(f"{op}: x must have at least a sample and a channel axis, got shape {shape_of(x)}.")
+    if "cls" in statistics and not has_tokens(x, layout):
+        raise ValueError(
+            f"{op}: statistic 'cls', the token at position 0, needs layout='tokens' and x of shape (samples, tokens, "
+            f"channels), got layout={layout!r} and shape {shape_of(x)}."
+        )
     if layout == "auto" and x.ndim == 3:
         raise ValueError(
             f"{op}: layout must be named for a map with 3 axes, 'nchw' for (samples, channels, length) or 'tokens' for "
             f"(samples, tokens, channels): x has shape {shape_of(x)}."
         )
     axis = x.ndim - 1 if layout == "tokens" else 1
-    if x.shape[0] and x.shape[axis] and x.numel() == 0:
-        raise ValueError(f"{op}: x must have at least one element per map to average, got shape {shape_of(x)}.")
+    if x.numel() == 0 and x.shape[0] and x.shape[axis]:
+        raise ValueError(f"{op}: x must have at least one element per map, got shape {shape_of(x)}.")
     feature: Tensor = x
     return feature.detach(), axis
 
 
-def labels(op: str, value: Any, x: Tensor, num_classes: int) -> Tensor:
-    """Checked class indices: int64, contiguous, on x's device."""
+def labels(op: str, value: Any, x: Tensor) -> Tensor:
+    """Class indices of the samples of x: int64, contiguous, on x's device. Their range is `label_range`'s to check."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: labels must be a torch.Tensor of class indices, got {type(value).__name__}.")
     if value.dtype not in INTEGERS:
@@ -117,16 +190,17 @@ def labels(op: str, value: Any, x: Tensor, num_classes: int) -> Tensor:
             f"{op}: labels must hold one class index per sample: x has {x.shape[0]} samples (shape {shape_of(x)}), "
             f"labels has shape {shape_of(value)}."
         )
-    value = value.detach().to(torch.int64)
-    wrong = (value < 0) | (value >= num_classes)
+    return value.to(x.device, torch.int64).contiguous()
+
+
+def label_range(op: str, labels: Tensor, num_classes: int) -> None:
+    wrong = (labels < 0) | (labels >= num_classes)
     if bool(wrong.any()):
         position = int(wrong.nonzero()[0, 0])
         raise ValueError(
-            f"{op}: labels must lie in 0..{num_classes - 1} (num_classes={num_classes}), found {int(value[position])} "
+            f"{op}: labels must lie in 0..{num_classes - 1} (num_classes={num_classes}), found {int(labels[position])} "
             f"at position {position}."
         )
-    checked: Tensor = value.to(x.device).contiguous()
-    return checked
 
 
 def law_pairs(op: str, mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> int:

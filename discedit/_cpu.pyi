@@ -1,28 +1,23 @@
+from collections.abc import Sequence
 from typing import Any
 
+# Arrays are anything with DLPack or NumPy's; a state is (count, mean, m2, m3, m4) or, of a vector of statistics,
+# (count, mean, scatter).
 def instruction_set() -> str: ...
-def pool(x: Any, channel_axis: int, out: Any, threads: int = 1) -> None: ...
+def pool(x: Any, channel_axis: int, statistics: Sequence[str], out: Any, threads: int = 1) -> None: ...
 def class_moments(
     x: Any,
     channel_axis: int,
+    statistics: Sequence[str],
+    scale: float,
     labels: Any,
-    count: Any,
-    mean: Any,
-    m2: Any,
-    m3: Any,
-    m4: Any,
+    state: tuple[Any, ...],
     threads: int = 1,
 ) -> None: ...
-def merge_moments(into: tuple[Any, ...], other: tuple[Any, ...]) -> None: ...
-def one_vs_rest(
-    count: Any,
-    mean: Any,
-    m2: Any,
-    m3: Any,
-    m4: Any,
-    bound: str,
-    witness: str,
-    out: Any,
-    threads: int = 1,
+def fold_moments(pooled: Any, scale: float, labels: Any, state: tuple[Any, ...], threads: int = 1) -> None: ...
+def merge_moments(into: tuple[Any, ...], other: tuple[Any, ...], threads: int = 1) -> None: ...
+def one_vs_rest(state: tuple[Any, ...], bound: str, witness: str, out: Any, threads: int = 1) -> None: ...
+def pairwise_min(
+    state: tuple[Any, ...], bound: str, witness: str, values: Any, pairs: Any, threads: int = 1
 ) -> None: ...
 def bound(bound: str, mean1: Any, cov1: Any, mean2: Any, cov2: Any, out: Any, threads: int = 1) -> None: ...

@@ -82,11 +82,12 @@ def check_header(text: str | None, kind: str, path: str) -> dict[str, Any]:
     return header
 
 
-def field(header: dict[str, Any], name: str, kind: type, path: str | os.PathLike[str]) -> Any:
-    """A required header field of the right type."""
+def field(header: dict[str, Any], name: str, kind: type | tuple[type, ...], path: str | os.PathLike[str]) -> Any:
+    """A required header field of the right type, or of one of several."""
     value = header.get(name)
     if not isinstance(value, kind):
-        raise ValueError(f"{str(path)!r} is damaged: its header field {name!r} must be {kind.__name__}, got {value!r}.")
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{str(path)!r} is damaged: its header field {name!r} must be {kinds}, got {value!r}.")
     return value
 
 

@@ -6,7 +6,7 @@ import difflib
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
-from discedit import _checks, ops
+from discedit import _checks
+from discedit._backends import select
 from discedit._batches import call, checked_labels, device_of, first_tensor, split, undisturbed
-from discedit.moments import Moments
+from discedit.moments import Moments, Statistic
 
 OP = "collect_moments"
 
@@ -29,16 +30,18 @@ def collect_moments(
     *,
     labels: str = "given",
     layers: Iterable[str] | None = None,
-    statistic: str = "mean",
+    statistic: Statistic | list[str] = "mean",
+    witness: str = "quadratic",
+    scale: float | Mapping[str, float] | None = None,
     progress: bool | None = None,
     backend: str = "auto",
 ) -> Moments:
     """Accumulate the class-conditional moments of every layer's components in one forward pass over the data.
 
     Each convolution and linear layer is read at its output or, where that output goes straight into a batch norm with
-    running statistics, at the norm's output (an affine map per channel, so the scores are the same; the sign of the
-    norm's weight counts). The head is left out, because its components are the classes: the layer whose output is the
-    model's output, or else the last layer if it has one component per class.
+    running statistics, at the norm's output (an affine map per channel, so the scores of the mean are the same; the
+    sign of the norm's weight counts). The head is left out, because its components are the classes: the layer whose
+    output is the model's output, or else the last layer if it has one component per class.
 
     Args:
         model: a classifier. It runs in eval mode without gradients; its mode, parameters, buffers and hooks, and
@@ -49,7 +52,11 @@ def collect_moments(
         labels: "given", or "predicted": the model's own argmax, for which batches may also be bare inputs.
         layers: module names to read instead of all; any module with a tensor output will do. Channels are the last
             axis of linear and layer-norm outputs, axis 1 otherwise.
-        statistic: what a feature map is reduced to; "mean".
+        statistic: what a feature map is reduced to, as for `discedit.ops.pool`: "mean", "sum", "l2", "rms", "absmax",
+            "max", "positive_fraction" or "cls"; for the witness "vector" a tuple or list of several. With "cls" only
+            layers with tokens are read: linear or layer norm, output of shape (samples, tokens, channels).
+        witness, scale: what the moments are of, as in `Moments`: "quadratic" or "linear" (the statistic t), "exp"
+            (exp(-scale t)) or "vector".
         progress: show a progress bar on stderr; by default only on a terminal.
         backend: as in `discedit.ops`.
 
@@ -57,15 +64,25 @@ def collect_moments(
         `Moments`, with one entry per layer in the order of execution.
 
     Raises:
-        ValueError: an empty loader, labels that do not fit, no layer to read, an unknown layer name, or NaN or Inf in a
+        ValueError: an empty loader, labels that do not fit, no layer to read, an unknown layer name, a layer named in
+            `layers` without tokens for "cls", a statistic or scale that does not fit the witness, or NaN or Inf in a
             feature map (the message names layer and batch).
 
-    Memory: the state, classes x channels x 40 bytes, and one batch's pooled features, samples x channels x 8 bytes.
+    Memory: the state, classes x channels x 40 bytes (for d statistics 8 d + 4 d (d + 1)), and one batch's pooled
+    features, samples x channels x 8 bytes per statistic.
+
+    >>> import torch, discedit
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 2))
+    >>> loader = [(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)]
+    >>> discedit.collect_moments(model, loader, num_classes=2)
+    Moments(1 layers, 4 channels, 2 classes, 8 samples)
     """
     num_classes = _checks.positive_integer(OP, "num_classes", num_classes)
     _checks.choice(OP, "labels", labels, ("given", "predicted"))
-    reader = _Reader(model, statistic, backend, layers)
-    moments = Moments(num_classes, statistic=statistic, backend=backend)
+    names = _checks.statistics(OP, statistic)
+    _checks.witness(OP, witness, statistic, scale)
+    reader = _Reader(model, names, backend, layers)
+    moments = Moments(num_classes, statistic=statistic, witness=witness, scale=scale, backend=backend)
     device = device_of(model)
     if progress is None:
         progress = sys.stderr.isatty()
@@ -77,9 +94,9 @@ def collect_moments(
             output = reader.run(inputs)
             if classes is None:
                 classes = _predicted(output, num_classes)
-            for layer, pooled in reader.take(output):
+            for layer, planes in reader.take(output):
                 try:
-                    moments.fold(layer, pooled, classes)
+                    moments.fold_planes(layer, planes, classes)
                 except ValueError as error:
                     raise ValueError(f"{OP}: layer {layer!r}, batch {batch_index}: {error}") from error
     if batch_index < 0:
@@ -88,17 +105,45 @@ def collect_moments(
     return moments
 
 
+class _Place:
+    """Pools the output of one module. What holds for the first batch is not asked again of outputs like it."""
+
+    def __init__(self, name: str, module: nn.Module, statistics: tuple[str, ...], backend: str) -> None:
+        self.name = name
+        self.layout = _layout(module)
+        self.statistics = statistics
+        self.backend = backend
+        self.planes: Tensor | None = None  # (statistics, samples, channels) of the last batch: the next one's buffer
+        self._known: tuple[Any, ...] = ()
+        self._axis = 1
+        self._run: Callable[..., Tensor]
+
+    def can_read(self, x: Tensor) -> bool:
+        return "cls" not in self.statistics or _checks.has_tokens(x, self.layout)
+
+    def read(self, x: Tensor) -> None:
+        kind = (x.shape, x.dtype, x.device)
+        if kind != self._known:
+            try:
+                x, self._axis = _checks.feature_map("pool", x, self.layout, self.statistics)
+            except ValueError as error:
+                raise ValueError(f"{OP}: layer {self.name!r}: {error}") from error
+            self._run = select("pool", self.backend, x.device)
+            self._known, self.planes = kind, None
+        self.planes = self._run(x.detach(), self._axis, self.statistics, self.planes)
+
+
 class _Reader:
     """Hooks that pool each layer's output while the model runs.
 
     The first batch also tells which norm reads which layer and which layer is the head, by identity of the tensors
-    that pass; from then on only the modules that matter are pooled.
+    that pass; from then on only the modules that matter are hooked.
     """
 
-    def __init__(self, model: nn.Module, statistic: str, backend: str, layers: Iterable[str] | None) -> None:
+    def __init__(
+        self, model: nn.Module, statistics: tuple[str, ...], backend: str, layers: Iterable[str] | None
+    ) -> None:
         self.model = model
-        self.statistic = statistic
-        self.backend = backend
         modules = dict(model.named_modules())
         self.explicit = layers is not None
         self.layers: dict[str, nn.Module]
@@ -116,46 +161,52 @@ class _Reader:
                 raise ValueError(f"{OP}: layers must name at least one module, it is empty.")
         self.norms: dict[str, str] = {}  # layer -> the norm that it goes straight into
         self.places: dict[str, str] = {}  # layer -> where it is read, if not at its own output
-        self._wanted: set[str] | None = None
-        self._repeated: set[str] = set()
+        self._places = {
+            name: _Place(name, module, statistics, backend)
+            for name, module in {**self.layers, **self.candidates}.items()
+        }
+        self._settled = False
         self._ran: set[str] = set()
-        self._pooled: dict[str, Tensor] = {}
+        self._repeated: set[str] = set()
+        self._unreadable: set[str] = set()
         self._outputs: dict[int, tuple[str, weakref.ref[Tensor]]] = {}
+        self._widths: dict[str, int] = {}
         self._order: list[str] = []
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[str, RemovableHandle] = {}
 
     def __enter__(self) -> _Reader:
         for name, module in {**self.layers, **self.candidates}.items():
-            self._handles.append(module.register_forward_hook(self._hook(name)))
+            self._handles[name] = module.register_forward_hook(self._hook(self._places[name]))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._keep(set())
 
-    def _hook(self, name: str) -> Any:
+    def _keep(self, places: set[str]) -> None:
+        """Removes the hooks of all other modules, and what they hold."""
+        for name in self._handles.keys() - places:
+            self._handles.pop(name).remove()
+            self._places[name].planes = None
+
+    def _hook(self, place: _Place) -> Any:
+        name, ran = place.name, self._ran
+
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._wanted is not None and name not in self._wanted:
-                return
             x = first_tensor(output)
             if x is None:
                 raise ValueError(f"{OP}: layer {name!r} must give a tensor, it gave {type(output).__name__}.")
-            if name in self._ran:
+            if name in ran:
                 self._repeated.add(name)
                 return
-            self._ran.add(name)
-            if self._wanted is None:
-                self._follow(name, args, x)
-            if name not in self.layers and name not in self.places.values():
-                return
-            try:
-                self._pooled[name] = ops.pool(x, statistic=self.statistic, layout=_layout(module), backend=self.backend)
-            except ValueError as error:
-                raise ValueError(f"{OP}: layer {name!r}: {error}") from error
+            ran.add(name)
+            if self._settled or self._discover(place, args, x):
+                place.read(x)
 
         return hook
 
-    def _follow(self, name: str, args: tuple[Any, ...], x: Tensor) -> None:
+    def _discover(self, place: _Place, args: tuple[Any, ...], x: Tensor) -> bool:
+        """In the first batch: what the place is to the layers, and whether it is to be read."""
+        name = place.name
         norm = self.candidates.get(name)
         if norm is not None:
             source = self._source(args[0] if args else None)
@@ -167,6 +218,13 @@ class _Reader:
             self._order.append(name)
             # A weak reference: the first pass must not keep every feature map alive.
             self._outputs[id(x)] = (name, weakref.ref(x))
+            self._widths[name] = x.shape[-1 if place.layout == "tokens" else 1] if x.ndim > 1 else 0
+        elif name not in self.places.values():
+            return False
+        if not self.explicit and not place.can_read(x):
+            self._unreadable.add(name)
+            return False
+        return True
 
     def _source(self, tensor: Any) -> str | None:
         """The layer whose output is this very tensor."""
@@ -174,13 +232,12 @@ class _Reader:
         return name if reference is not None and reference() is tensor else None
 
     def run(self, inputs: Any) -> Any:
-        self._pooled.clear()
         self._ran.clear()
         return call(self.model, inputs)
 
     def take(self, output: Any) -> Iterator[tuple[str, Tensor]]:
-        """The pooled features of the batch that just ran, by layer."""
-        if self._wanted is None:
+        """The pooled planes of the batch that just ran, by layer; the next batch overwrites them."""
+        if not self._settled:
             self._settle(output)
         self._repeated &= {*self.layers, *self.places.values()}
         if self._repeated:
@@ -189,15 +246,16 @@ class _Reader:
                 stacklevel=3,
             )
             self._order = [layer for layer in self._order if self._place(layer) not in self._repeated]
-            self._repeated = set()
-            self._wanted = {self._place(layer) for layer in self._order}
+            self._repeated.clear()
             if not self._order:
                 raise ValueError(f"{OP}: no layer is left to read.")
+            self._keep({self._place(layer) for layer in self._order})
         for layer in self._order:
             place = self._place(layer)
-            if place not in self._pooled:
+            planes = self._places[place].planes
+            if place not in self._ran or planes is None:
                 raise ValueError(f"{OP}: layer {layer!r} ran in the first batch but not in a later one.")
-            yield layer, self._pooled[place]
+            yield layer, planes
 
     def _settle(self, output: Any) -> None:
         head = None if self.explicit else self._head(first_tensor(output))
@@ -205,25 +263,33 @@ class _Reader:
         for found in (self.norms, self.places):
             for layer in [layer for layer, norm in found.items() if norm in self._repeated]:
                 del found[layer]
-        self._order = [layer for layer in self._order if layer != head]
-        missing = sorted(set(self.layers) - set(self._order) - {head})
-        if self.explicit and missing:
+        order = [layer for layer in self._order if layer != head]
+        self._order = [layer for layer in order if self._place(layer) not in self._unreadable]
+        if self.explicit and len(self._order) < len(self.layers):
+            missing = sorted(set(self.layers) - set(self._order))
             raise ValueError(f"{OP}: layers must name modules that run in the forward pass, these did not: {missing}.")
-        if not self._order:
+        if not order:
             raise ValueError(
                 f"{OP}: model must have a convolution or linear layer besides its head {head!r}, it has none that runs."
             )
+        tokenless = [layer for layer in order if layer not in self._order]
+        needs = "statistic 'cls' needs an output of shape (samples, tokens, channels)"
+        if not self._order:
+            raise ValueError(f"{OP}: {needs}, no layer has one: {tokenless}.")
+        if tokenless:
+            warnings.warn(f"{OP}: left out, because {needs}: {tokenless}.", stacklevel=4)
         self.norms = {layer: norm for layer, norm in self.norms.items() if layer in self._order}
-        self._wanted = {self._place(layer) for layer in self._order}
+        self._keep({self._place(layer) for layer in self._order})
         self._outputs.clear()
+        self._settled = True
 
     def _head(self, logits: Tensor | None) -> str | None:
         """The layer whose output is the model's, or the last one if it has one component per class."""
         head = self._source(logits)
         if head is None and logits is not None and logits.ndim == 2 and self._order:
-            last = self._pooled.get(self._order[-1])
-            if last is not None and last.shape[1] == logits.shape[1]:
-                head = self._order[-1]
+            last = self._order[-1]
+            if self._widths[last] == logits.shape[1]:
+                head = last
         return head
 
     def _place(self, layer: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,38 +12,67 @@ import torch.distributed as dist
 from torch import Tensor
 
 from discedit import _checks, _files, ops
-from discedit._state import ClassMoments
+from discedit._backends import select
+from discedit._state import ClassMoments, State, VectorMoments
 
-_FIELDS = ("count", "mean", "m2", "m3", "m4")
+Statistic = str | tuple[str, ...]
+Scale = float | dict[str, float] | None
+GREATEST_EXPONENT = 350.0  # of exp(-scale t), whose square must stay within the range of float64
 
 
-class Moments(Mapping[str, ClassMoments]):
-    """Class-conditional moments of the components of a model's layers: a mapping from layer name to `ClassMoments`.
+class Moments(Mapping[str, State]):
+    """Class-conditional moments of the components of a model's layers: a mapping from layer name to the layer's state.
 
+    A state is a `ClassMoments` or, for the witness "vector", a `VectorMoments`.
     `collect_moments` makes one from a model and data; `update` makes one from feature maps of any origin.
 
     Args:
         num_classes: number of classes.
-        statistic: what a feature map is reduced to; "mean" over space or tokens.
+        statistic: what a feature map is reduced to, as for `discedit.ops.pool`: "mean", "sum", "l2", "rms", "absmax",
+            "max", "positive_fraction" or "cls"; for the witness "vector" a tuple or list of several.
+        witness: "quadratic" or "linear" (the state is that of the statistic t, and serves both), "exp" (that of
+            exp(-scale t)) or "vector".
+        scale: for "exp" alone, a finite number above 0, or a mapping from layer name to one.
         backend: as in `discedit.ops`.
 
     Attributes:
+        num_classes, statistic, witness, scale: as given; several statistics are a tuple.
         norms: for a layer whose output goes straight into a normalisation, the name of that normalisation. Such a
             layer is read after it, and edits reach both.
+
+    Raises:
+        TypeError, ValueError: an argument is not one of its choices, or statistic or scale does not fit the witness.
     """
 
-    def __init__(self, num_classes: int, *, statistic: str = "mean", backend: str = "auto") -> None:
-        self.num_classes = _checks.positive_integer("Moments", "num_classes", num_classes)
-        self.statistic = _checks.choice("Moments", "statistic", statistic, _checks.STATISTICS)
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        statistic: Statistic | list[str] = "mean",
+        witness: str = "quadratic",
+        scale: float | Mapping[str, float] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        op = "Moments"
+        self.num_classes = _checks.positive_integer(op, "num_classes", num_classes)
+        self._statistics = _checks.statistics(op, statistic)
+        _checks.witness(op, witness, statistic, scale)
+        self.statistic: Statistic = statistic if isinstance(statistic, str) else self._statistics
+        self.witness = witness
+        self.scale: Scale = None
+        if isinstance(scale, Mapping):
+            self.scale = {layer: _checks.scale(op, value) for layer, value in scale.items()}
+        elif witness == "exp":
+            self.scale = _checks.scale(op, scale)
         self.backend = backend
         self.norms: dict[str, str] = {}
-        self._layers: dict[str, ClassMoments] = {}
+        self._layers: dict[str, State] = {}
 
     # A mapping of tensors has no equality of its own: identity, as for other owners of tensors.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
-    def __getitem__(self, layer: str) -> ClassMoments:
+    def __getitem__(self, layer: str) -> State:
         return self._layers[layer]
 
     def __iter__(self) -> Iterator[str]:
@@ -54,6 +84,16 @@ class Moments(Mapping[str, ClassMoments]):
     def __repr__(self) -> str:
         channels = sum(state.channels for state in self.values())
         return f"Moments({len(self)} layers, {channels} channels, {self.num_classes} classes, {self.samples} samples)"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that the numbers depend on."""
+        return {
+            "num_classes": self.num_classes,
+            "statistic": self.statistic,
+            "witness": self.witness,
+            "scale": self.scale,
+        }
 
     @property
     def samples(self) -> int:
@@ -69,7 +109,8 @@ class Moments(Mapping[str, ClassMoments]):
             labels: class index of each sample, shape (samples,).
 
         Raises:
-            ValueError: labels or shape do not fit, or the map holds NaN or Inf. The state is then unchanged.
+            ValueError: labels or shape do not fit, the map holds NaN or Inf, exp(-scale t) is too large, or a mapping
+                of scales lacks the layer. The state is then unchanged.
         """
         try:
             pooled = ops.pool(x, statistic=self.statistic, layout=layout, backend=self.backend)
@@ -78,38 +119,85 @@ class Moments(Mapping[str, ClassMoments]):
             raise ValueError(f"layer {layer!r}: {error}") from error
 
     def fold(self, layer: str, pooled: Tensor, labels: Tensor) -> None:
-        """Merge one batch of a layer's pooled features, shape (samples, channels), float64: `update` after pooling."""
-        bad = ~pooled.isfinite()
-        if bool(bad.any()):
-            sample, channel = (int(i) for i in bad.nonzero()[0])
+        """Merge one batch of a layer's pooled features: `update` after pooling.
+
+        Args:
+            layer: name of the layer; a new name starts a new state.
+            pooled: as `discedit.ops.pool` gives it for this object's statistic: shape (samples, channels), or (samples,
+                channels, statistics) for several; float64.
+            labels: class index of each sample, shape (samples,).
+
+        Raises:
+            ValueError: as `update`.
+        """
+        _checks.tensor("Moments.fold", "pooled", pooled, (torch.float64,))
+        several = not isinstance(self.statistic, str)
+        if pooled.ndim != (3 if several else 2) or (several and pooled.shape[2] != len(self._statistics)):
+            form = f"(samples, channels, {len(self._statistics)})" if several else "(samples, channels)"
             raise ValueError(
-                f"feature maps must be finite, found NaN or Inf in the map of sample {sample}, channel {channel}."
+                f"pooled must have shape {form} for statistic={self.statistic!r}, got {_checks.shape_of(pooled)}."
             )
+        pooled = pooled.detach()
+        self.fold_planes(layer, pooled.permute(2, 0, 1) if several else pooled[None], labels)
+
+    def fold_planes(self, layer: str, planes: Tensor, labels: Tensor) -> None:
+        """`fold` from the layout of the kernels: one plane per statistic, shape (statistics, samples, channels)."""
+        labels = _checks.labels("class_moments", labels, planes[0])
+        scale = self._scale_of(layer)
+        _check_range(planes, scale)
         state = self._layers.get(layer)
-        state = ops.class_moments(pooled, labels, self.num_classes, out=state, backend=self.backend)
+        if state is None:
+            state = self._kind.with_mean(self._mean_shape(planes.shape[2]), planes.device)
+        elif state.channels != planes.shape[2] or state.device != planes.device:
+            raise ValueError(
+                f"pooled must have {state.channels} channels on {state.device} like the batches before, got "
+                f"{planes.shape[2]} on {planes.device}."
+            )
+        select("fold_moments", self.backend, planes.device)(planes.contiguous(), scale, labels, state)
         self._layers[layer] = state
+
+    def _scale_of(self, layer: str) -> float:
+        """The scale of a layer; 0 for every witness but "exp"."""
+        if not isinstance(self.scale, dict):
+            return self.scale or 0.0
+        if layer not in self.scale:
+            raise ValueError(f"scale must name every layer, layer {layer!r} is not among {list(self.scale)}.")
+        return self.scale[layer]
+
+    def _mean_shape(self, channels: int) -> tuple[int, ...]:
+        plane = (self.num_classes, channels)
+        return (len(self._statistics), *plane) if self.witness == "vector" else plane
+
+    @property
+    def _kind(self) -> type[State]:
+        return VectorMoments if self.witness == "vector" else ClassMoments
 
     def merge(self, other: Moments) -> Moments:
         """Add the samples of `other` to this object, which is returned. Layers that only one side has are kept.
 
         Raises:
-            ValueError: the two differ in classes, in statistic or in a layer's channels. Nothing is then merged.
+            ValueError: the two differ in classes, statistic, witness or scale, or in a layer's channels. Nothing is
+                then merged.
         """
-        if (other.num_classes, other.statistic) != (self.num_classes, self.statistic):
-            raise ValueError(
-                f"Moments.merge: other must have num_classes={self.num_classes} and statistic={self.statistic!r}, "
-                f"it has num_classes={other.num_classes} and statistic={other.statistic!r}."
-            )
+        mine, theirs = self.settings, other.settings
+        different = [name for name in mine if mine[name] != theirs[name]]
+        if different:
+            wanted, found = (", ".join(f"{name}={of[name]!r}" for name in different) for of in (mine, theirs))
+            raise ValueError(f"Moments.merge: other must have {wanted} like this object, it has {found}.")
         merged = {}
         for layer, state in other.items():
             try:
-                mine = self._layers.get(layer)
-                merged[layer] = state.clone() if mine is None else ops.merge_moments(mine, state, backend=self.backend)
+                own = self._layers.get(layer)
+                merged[layer] = state.clone() if own is None else ops.merge_moments(own, state, backend=self.backend)
             except ValueError as error:
                 raise ValueError(f"Moments.merge: layer {layer!r}: {error}") from error
         self._layers.update(merged)
         self.norms.update(other.norms)
         return self
+
+    def _like(self) -> Moments:
+        """One with the same settings and no layers."""
+        return Moments(**self.settings, backend=self.backend)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
         """Merge the moments of all processes of a `torch.distributed` group, in rank order, on every process.
@@ -118,7 +206,7 @@ class Moments(Mapping[str, ClassMoments]):
         """
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("Moments.all_reduce: torch.distributed must be initialised first.")
-        total = Moments(self.num_classes, statistic=self.statistic, backend=self.backend)
+        total = self._like()
         for rank, data in enumerate(_gather_bytes(_files.to_bytes("moments", *self._contents()), group)):
             total.merge(self._from_contents(*_files.from_bytes(data, "moments", f"rank {rank}"), f"rank {rank}"))
         devices = {layer: state.device for layer, state in self.items()}
@@ -128,7 +216,7 @@ class Moments(Mapping[str, ClassMoments]):
 
     def to(self, device: torch.device | str) -> Moments:
         """A copy on another device."""
-        copy = Moments(self.num_classes, statistic=self.statistic, backend=self.backend)
+        copy = self._like()
         copy.norms = dict(self.norms)
         copy._layers = {layer: state.to(device) for layer, state in self.items()}
         return copy
@@ -151,11 +239,10 @@ class Moments(Mapping[str, ClassMoments]):
         tensors = {
             f"{index}.{field}": tensor
             for index, state in enumerate(self.values())
-            for field, tensor in zip(_FIELDS, state.tensors(), strict=True)
+            for field, tensor in zip(state.shapes(*state.mean.shape), state.tensors(), strict=True)
         }
         header = {
-            "num_classes": self.num_classes,
-            "statistic": self.statistic,
+            **self.settings,
             "layers": {layer: state.channels for layer, state in self.items()},
             "norms": self.norms,
         }
@@ -166,15 +253,38 @@ class Moments(Mapping[str, ClassMoments]):
         cls, header: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike[str]
     ) -> Moments:
         moments = cls(
-            _files.field(header, "num_classes", int, path), statistic=_files.field(header, "statistic", str, path)
+            _files.field(header, "num_classes", int, path),
+            statistic=_files.field(header, "statistic", (str, list), path),
+            witness=_files.field(header, "witness", str, path),
+            scale=_files.field(header, "scale", (float, dict, type(None)), path),
         )
         moments.norms = _files.field(header, "norms", dict, path)
-        for index, (layer, channels) in enumerate(_files.field(header, "layers", dict, path).items()):
-            shape = (moments.num_classes, channels)
-            count = _files.take(tensors, f"{index}.count", shape[:1], torch.int64, path)
-            sums = (_files.take(tensors, f"{index}.{field}", shape, torch.float64, path) for field in _FIELDS[1:])
-            moments._layers[layer] = ClassMoments(count, *sums)
+        layers = _files.field(header, "layers", dict, path)
+        for index, layer in enumerate(layers):
+            shapes = moments._kind.shapes(*moments._mean_shape(_files.field(layers, layer, int, path)))
+            count, *sums = (
+                _files.take(
+                    tensors, f"{index}.{field}", shape, torch.int64 if field == "count" else torch.float64, path
+                )
+                for field, shape in shapes.items()
+            )
+            moments._layers[layer] = moments._kind(count, *sums)
         return moments
+
+
+def _check_range(planes: Tensor, scale: float) -> None:
+    """Refuses NaN, Inf and what would overflow; cheap where all is well, because a finite sum has finite terms."""
+    if not math.isfinite(float(planes.sum())):
+        _refuse(~planes.isfinite(), "feature maps must be finite, found NaN or Inf in")
+    if scale and planes.numel() and float(planes.amin()) * scale < -GREATEST_EXPONENT:
+        rule = f"scale must keep exp(-scale t) below exp({GREATEST_EXPONENT:g}), scale={scale} does not for"
+        _refuse(planes * scale < -GREATEST_EXPONENT, rule)
+
+
+def _refuse(bad: Tensor, rule: str) -> None:
+    if bool(bad.any()):
+        _, sample, channel = bad.nonzero()[0].tolist()
+        raise ValueError(f"{rule} the map of sample {sample}, channel {channel}.")
 
 
 def _gather_bytes(data: bytes, group: dist.ProcessGroup | None) -> list[bytes]:

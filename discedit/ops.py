@@ -6,80 +6,135 @@ run; a backend asked for by name runs or raises RuntimeError with the reason.
 
 from __future__ import annotations
 
+from typing import Any, TypeVar, overload
+
 import torch
 from torch import Tensor
 
 from discedit import _checks
 from discedit._backends import select
-from discedit._state import ClassMoments
+from discedit._state import ClassMoments, State, VectorMoments
 
 __all__ = [
     "ClassMoments",
+    "VectorMoments",
     "class_moments",
     "fisher_bound",
     "merge_moments",
     "minimax_bound",
     "one_vs_rest",
+    "pairwise_min",
     "pool",
 ]
 
+Names = tuple[str, ...] | list[str]
+Kind = TypeVar("Kind", ClassMoments, VectorMoments, State)
 
-def pool(x: Tensor, *, statistic: str = "mean", layout: str = "auto", backend: str = "auto") -> Tensor:
-    """Reduce each channel's feature map to one number per sample.
+
+def pool(x: Tensor, *, statistic: str | Names = "mean", layout: str = "auto", backend: str = "auto") -> Tensor:
+    """Reduce each channel's feature map to one number per sample, or to several in one read of the map.
 
     Args:
         x: feature map, float16, bfloat16, float32 or float64, any strides. Axis 0 is samples.
-        statistic: "mean", over all axes but samples and channels.
+        statistic: of the elements v of a map, over all axes but samples and channels: "mean", "sum", "l2"
+            (sqrt(sum v^2)), "rms" (sqrt(mean v^2)), "absmax" (max |v|), "max", "positive_fraction" (share of v > 0), or
+            "cls": the token at position 0, of layout "tokens" and three axes alone. A name, or a tuple or list of
+            names.
         layout: "nchw" (channels are axis 1, whatever the memory order), "tokens" (channels are the last axis), or
             "auto": axis 1, refused for three axes, where it would be a guess.
 
     Returns:
-        Shape (samples, channels), float64. Accumulated in float64; the same bits for every number of threads. NaN and
-        Inf in a map give a non-finite number for that map alone.
+        Float64, of shape (samples, channels) for a name and (samples, channels, statistics) for several, then a view
+        of contiguous planes, one per statistic. Accumulated in float64; subnormal numbers count in full; the same bits
+        for every number of threads. NaN in a map makes every statistic of that map NaN ("cls": NaN in its own token);
+        Inf counts as a value. No map affects another's statistics.
 
     Raises:
-        ValueError: fewer than two axes, an unsupported type, an empty map, an unknown statistic or layout.
+        TypeError: x is no tensor, or statistic neither a name nor a tuple or list.
+        ValueError: fewer than two axes, an unsupported type, an empty map, an unknown statistic or layout, a statistic
+            named twice, or "cls" of a map without tokens.
         RuntimeError: `backend` names a backend that cannot run here.
 
-    Equivalent to ``x.double().mean((2, 3))`` for a map of shape (N, C, H, W).
+    Equivalent to ``x.double().mean((2, 3))`` for the mean of a map of shape (N, C, H, W).
 
-    >>> pool(torch.arange(8.0).reshape(1, 2, 2, 2))
-    tensor([[1.5000, 5.5000]], dtype=torch.float64)
+    >>> x = torch.tensor([[[[0.0, 1.0], [2.0, 3.0]], [[-4.0, -5.0], [6.0, 7.0]]]])
+    >>> pool(x)
+    tensor([[1.5000, 1.0000]], dtype=torch.float64)
+    >>> pool(x, statistic=("mean", "absmax", "positive_fraction"))
+    tensor([[[1.5000, 3.0000, 0.7500],
+             [1.0000, 7.0000, 0.5000]]], dtype=torch.float64)
     """
-    _checks.choice("pool", "statistic", statistic, _checks.STATISTICS)
-    x, axis = _checks.feature_map("pool", x, layout)
-    out: Tensor = select("pool", backend, x.device)(x, axis)
-    return out
+    names = _checks.statistics("pool", statistic)
+    x, axis = _checks.feature_map("pool", x, layout, names)
+    planes: Tensor = select("pool", backend, x.device)(x, axis, names)
+    return planes[0] if isinstance(statistic, str) else planes.permute(1, 2, 0)
 
 
+@overload
 def class_moments(
     x: Tensor,
     labels: Tensor,
     num_classes: int,
     *,
     statistic: str = "mean",
+    witness: str = "quadratic",
+    scale: float | None = None,
     layout: str = "auto",
     out: ClassMoments | None = None,
     backend: str = "auto",
-) -> ClassMoments:
+) -> ClassMoments: ...
+@overload
+def class_moments(
+    x: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    statistic: Names,
+    witness: str,
+    scale: None = None,
+    layout: str = "auto",
+    out: VectorMoments | None = None,
+    backend: str = "auto",
+) -> VectorMoments: ...
+def class_moments(
+    x: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    statistic: str | Names = "mean",
+    witness: str = "quadratic",
+    scale: float | None = None,
+    layout: str = "auto",
+    out: Any = None,
+    backend: str = "auto",
+) -> State:
     """Pool a feature map and accumulate its moments per class and channel, in one read of the map.
 
     Args:
         x: feature map, as for `pool`.
         labels: class index of each sample, shape (samples,), any integer type, in 0..num_classes-1.
         num_classes: number of classes; classes without samples are fine.
-        statistic, layout: as for `pool`.
-        out: a state of the same classes and channels to merge this batch into; it is changed in place and returned.
-            By default a new one.
+        statistic, layout: as for `pool`; several statistics for the witness "vector".
+        witness: what the moments are of. "quadratic" and "linear": the statistic t itself, which serves both. "exp":
+            exp(-scale t), which lies in [0, 1] for t >= 0. "vector": the vector of several statistics.
+        scale: for "exp" alone, a finite number above 0.
+        out: a state of the same kind, classes and channels to merge this batch into; it is changed in place and
+            returned. By default a new one.
 
     Returns:
-        `ClassMoments`: count, mean and central moment sums up to order 4, float64. On the CPU deterministic: the same
-        batches in the same order give the same bits, for every number of threads and every instruction set.
+        `ClassMoments`: count, mean and central moment sums up to order 4, float64; for the witness "vector"
+        `VectorMoments`: count, mean vector and scatter matrix. On the CPU deterministic: the same batches in the same
+        order give the same bits, for every number of threads and every instruction set. NaN or Inf in a map, or
+        exp(-scale t) beyond the range of float64, makes the moments of that class and channel non-finite.
 
     Raises:
-        ValueError: labels of the wrong length or type or outside the range (`out` is then unchanged), a state of
-            another shape, and whatever `pool` refuses.
+        TypeError: x, labels or out is of another type.
+        ValueError: labels of the wrong length or type or outside the range (`out` is then unchanged), a statistic or
+            scale that does not fit the witness, a state of another shape, and whatever `pool` refuses.
         RuntimeError: `backend` names a backend that cannot run here.
+
+    Equivalent to ``t = pool(x)``, then for class k ``own = t[labels == k]``, ``own.mean(0)`` and
+    ``((own - own.mean(0)) ** p).sum(0)`` for p = 2, 3, 4.
 
     Source: merging after Chan, Golub and LeVeque 1979 and Pebay 2008.
 
@@ -90,31 +145,53 @@ def class_moments(
     >>> state.m2 / state.count[:, None]
     tensor([[1.],
             [0.]], dtype=torch.float64)
+    >>> x = torch.tensor([[[[1.0, 3.0]]], [[[-1.0, 5.0]]]])
+    >>> class_moments(x, torch.tensor([0, 0]), 1, statistic=("mean", "max"), witness="vector").covariance()
+    tensor([[[[0., 0.],
+              [0., 1.]]]], dtype=torch.float64)
     """
     op = "class_moments"
     num_classes = _checks.positive_integer(op, "num_classes", num_classes)
-    _checks.choice(op, "statistic", statistic, _checks.STATISTICS)
-    x, axis = _checks.feature_map(op, x, layout)
-    labels = _checks.labels(op, labels, x, num_classes)
-    channels = x.shape[axis]
+    names = _checks.statistics(op, statistic)
+    _checks.witness(op, witness, statistic, scale)
+    scale = _checks.scale(op, scale) if witness == "exp" else 0.0
+    x, axis = _checks.feature_map(op, x, layout, names)
+    labels = _checks.labels(op, labels, x)
+    mean: tuple[int, ...] = (num_classes, x.shape[axis])
+    kind: type[State] = ClassMoments
+    if witness == "vector":
+        mean, kind = (len(names), *mean), VectorMoments
+    state: State
     if out is None:
-        out = ClassMoments.empty(num_classes, channels, x.device)
-    elif (_checks.state(op, "out", out).num_classes, out.channels) != (num_classes, channels) or out.device != x.device:
-        raise ValueError(
-            f"{op}: out must hold {num_classes} classes and {channels} channels on {x.device}, it holds "
-            f"{out.num_classes} and {out.channels} on {out.device}."
-        )
-    select(op, backend, x.device)(x, axis, labels, out)
-    return out
+        state = kind.with_mean(mean, x.device)
+    else:
+        state = _checks.state(op, "out", out)
+        if type(state) is not kind or state.mean.shape != mean or state.device != x.device:
+            wanted = _checks.description(kind, mean, x.device)
+            raise ValueError(f"{op}: out must be {wanted}, it is {_checks.described(state)}.")
+    select(op, backend, x.device)(x, axis, names, scale, labels, state)
+    return state
 
 
-def merge_moments(a: ClassMoments, b: ClassMoments, *, backend: str = "auto") -> ClassMoments:
+def merge_moments(a: Kind, b: Kind, *, backend: str = "auto") -> Kind:
     """The state of both sets of samples together; neither argument changes.
 
     Exact up to rounding, associative and commutative up to rounding, and the empty state is neutral to the bit.
 
+    Args:
+        a, b: two `ClassMoments` or two `VectorMoments` of the same shape on the same device.
+
+    Returns:
+        A new state of their kind.
+
     Raises:
-        ValueError: the states differ in classes, channels or device.
+        TypeError: an argument is no state.
+        ValueError: the states differ in kind, statistics, classes, channels or device.
+        RuntimeError: `backend` names a backend that cannot run here.
+
+    Equivalent to `class_moments` of the samples of both.
+
+    Source: Chan, Golub and LeVeque 1979; Pebay 2008.
 
     >>> left = class_moments(torch.tensor([[1.0]]), torch.tensor([0]), 1)
     >>> right = class_moments(torch.tensor([[3.0]]), torch.tensor([0]), 1)
@@ -123,10 +200,10 @@ def merge_moments(a: ClassMoments, b: ClassMoments, *, backend: str = "auto") ->
     """
     _checks.state("merge_moments", "a", a)
     _checks.state("merge_moments", "b", b)
-    if a.mean.shape != b.mean.shape or a.device != b.device:
+    if type(a) is not type(b) or a.mean.shape != b.mean.shape or a.device != b.device:
         raise ValueError(
-            f"merge_moments: a and b must have the same classes, channels and device: a is {_checks.shape_of(a.mean)} "
-            f"on {a.device}, b is {_checks.shape_of(b.mean)} on {b.device}."
+            f"merge_moments: a and b must have the same kind, shape and device: a is {_checks.described(a)}, "
+            f"b is {_checks.described(b)}."
         )
     merged = a.clone()
     select("merge_moments", backend, a.device)(merged, b)
@@ -189,15 +266,15 @@ def _bound(op: str, mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, ba
     return bound.to(mean1.dtype)
 
 
-def one_vs_rest(
-    moments: ClassMoments, *, bound: str = "minimax", witness: str = "quadratic", backend: str = "auto"
-) -> Tensor:
+def one_vs_rest(moments: State, *, bound: str = "minimax", witness: str | None = None, backend: str = "auto") -> Tensor:
     """Bound on the total variation between each class and the union of all others, per channel.
 
     Args:
         moments: state of one layer.
         bound: "fisher" or "minimax".
-        witness: "linear" (t) or "quadratic" (t, t^2). Under both, the result does not depend on shift and scale of t.
+        witness: for `ClassMoments` "linear" (t), "quadratic" (t, t^2; the default), or "exp", which names "linear"
+            where the state is of exp(-scale t). For `VectorMoments` "vector", the default. The result does not depend
+            on shift and scale of t, and for "vector" not on those of each statistic.
 
     Returns:
         Shape (channels, classes), float64, in [0, 1]. NaN in the column of a class without samples, and everywhere
@@ -206,14 +283,58 @@ def one_vs_rest(
         float64 (spreads below 1e-80 or above 1e76), the quadratic witness falls back to the linear one.
 
     Raises:
-        ValueError: unknown bound or witness. RuntimeError: as everywhere.
+        TypeError: moments is no state.
+        ValueError: unknown bound or witness, or one that the kind of state does not serve.
+        RuntimeError: `backend` names a backend that cannot run here.
+
+    Equivalent to `minimax_bound` or `fisher_bound` of the witness's moments under each class and under all others.
+
+    Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024.
 
     >>> x = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
     >>> one_vs_rest(class_moments(x, torch.tensor([0, 0, 1, 1]), 2))
     tensor([[1., 1.]], dtype=torch.float64)
     """
-    _checks.state("one_vs_rest", "moments", moments)
-    _checks.choice("one_vs_rest", "bound", bound, _checks.BOUNDS)
-    _checks.choice("one_vs_rest", "witness", witness, _checks.WITNESSES)
-    out: Tensor = select("one_vs_rest", backend, moments.device)(moments, bound, witness)
+    out: Tensor = _scored("one_vs_rest", moments, bound, witness, backend)
     return out
+
+
+def pairwise_min(
+    moments: State, *, bound: str = "minimax", witness: str | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The pair of classes that a channel tells apart least: the smallest bound over all pairs of classes with samples.
+
+    The reduction of WitnessPrune and TVSPrune: a channel that scores low here fails for some pair, however well it
+    tells others. All pairs are streamed: memory is that of the state, never classes x classes x channels.
+
+    Args:
+        moments, bound, witness: as for `one_vs_rest`.
+
+    Returns:
+        The bound, shape (channels,), float64, in [0, 1], and the pair that attains it, shape (channels, 2), int64,
+        first class index < second; where several pairs attain it, any one of them. NaN and (-1, -1) where fewer than
+        two classes have samples, or where the bound of some pair is NaN, because its moments are not finite.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `one_vs_rest`.
+
+    Equivalent to `minimax_bound` or `fisher_bound` of the witness's moments under each two classes, and their minimum.
+
+    Source: the reduction of TVSPrune (Murti, Narshana and Bhattacharyya, ICLR 2023) and WitnessPrune, over this bound.
+
+    >>> x = torch.tensor([[0.0, 1.0], [0.0, 2.0], [1.0, 3.0]])
+    >>> values, pairs = pairwise_min(class_moments(x, torch.tensor([0, 1, 2]), 3))
+    >>> values
+    tensor([0., 1.], dtype=torch.float64)
+    >>> pairs[0]
+    tensor([0, 1])
+    """
+    values, pairs = _scored("pairwise_min", moments, bound, witness, backend)
+    return values, pairs
+
+
+def _scored(op: str, moments: State, bound: str, witness: str | None, backend: str) -> Any:
+    _checks.state(op, "moments", moments)
+    _checks.choice(op, "bound", bound, _checks.BOUNDS)
+    witness = _checks.witness_of(op, moments, witness)
+    return select(op, backend, moments.device)(moments, bound, witness)

@@ -5,41 +5,82 @@ Runs on any device. Written to be read beside the formulas; inputs are already c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-from discedit._state import ClassMoments
+from discedit import _checks
+from discedit._state import ClassMoments, State, VectorMoments, triangle
 
 EPSILON = torch.finfo(torch.float64).eps
 # Relative rounding that a mean, a covariance entry, or a term of a merged moment sum must be taken to carry.
 ROUNDING_OF_MOMENTS = 16 * EPSILON
 
+Kind = TypeVar("Kind", ClassMoments, VectorMoments)
+# Of a witness under two laws: delta, noise, cov1, cov2, and where the laws are constant and equal.
+Features = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-def pool(x: Tensor, channel_axis: int) -> Tensor:
-    """Mean over all axes but samples and channels: (samples, channels), float64."""
-    spatial = [axis for axis in range(1, x.ndim) if axis != channel_axis]
-    return x.double().mean(spatial) if spatial else x.double()
+# ---- moments --------------------------------------------------------------------------------------------------------
+
+# From maps (samples, channels, elements) in float64.
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda maps: maps.mean(-1),
+    "sum": lambda maps: maps.sum(-1),
+    "l2": lambda maps: maps.square().sum(-1).sqrt(),
+    "rms": lambda maps: maps.square().mean(-1).sqrt(),
+    "absmax": lambda maps: maps.abs().amax(-1),
+    "max": lambda maps: maps.amax(-1),
+    "positive_fraction": lambda maps: torch.where(maps.isnan(), maps, (maps > 0).double()).mean(-1),
+    "cls": lambda maps: maps[..., 0],  # tokens are the one pooled axis
+}
 
 
-def class_moments(x: Tensor, channel_axis: int, labels: Tensor, state: ClassMoments) -> None:
-    """Merge the per-class moments of one batch into `state`."""
-    pooled = pool(x, channel_axis)
-    if pooled.shape[0] == 0:
+def pool(x: Tensor, channel_axis: int, statistics: tuple[str, ...], out: Tensor | None = None) -> Tensor:
+    """Statistics over all axes but samples and channels: (statistics, samples, channels), float64, contiguous."""
+    maps = x.double().movedim(channel_axis, 1)
+    maps = maps.flatten(2) if maps.ndim > 2 else maps[..., None]
+    if maps.numel() == 0:  # no samples or no channels
+        return maps.new_empty(len(statistics), *maps.shape[:2])
+    return torch.stack([STATISTICS[name](maps) for name in statistics], out=out)
+
+
+def class_moments(
+    x: Tensor, channel_axis: int, statistics: tuple[str, ...], scale: float, labels: Tensor, state: State
+) -> None:
+    """Merge the per-class moments of one batch into `state`. `scale` above 0: those of exp(-scale t)."""
+    fold_moments(pool(x, channel_axis, statistics), scale, labels, state)
+
+
+def fold_moments(pooled: Tensor, scale: float, labels: Tensor, state: State) -> None:
+    """The same from pooled features (statistics, samples, channels)."""
+    _checks.label_range("class_moments", labels, state.num_classes)
+    if pooled.shape[1] == 0:
         return
+    if isinstance(state, ClassMoments):
+        pooled = torch.exp(-scale * pooled[0]) if scale else pooled[0]
     count = torch.bincount(labels, minlength=state.num_classes)
     per_class = count.clamp(min=1).double()[:, None]
 
     def class_sum(values: Tensor) -> Tensor:
-        return torch.zeros_like(state.mean).index_add_(0, labels, values)
+        shape = (*values.shape[:-2], state.num_classes, state.channels)
+        return values.new_zeros(shape).index_add_(-2, labels, values)
 
     # Deviations from each class's first sample: a constant channel gets its exact mean and exact zeros.
     position = torch.arange(len(labels), device=labels.device)
     first = torch.zeros_like(count).scatter_reduce_(0, labels, position, "amin", include_self=False)
-    anchor = torch.where((count > 0)[:, None], pooled[first], 0.0)
-    mean = anchor + class_sum(pooled - anchor[labels]) / per_class
-    deviation = pooled - mean[labels]
+    anchor = torch.where((count > 0)[:, None], pooled[..., first, :], 0.0)
+    mean = anchor + class_sum(pooled - anchor[..., labels, :]) / per_class
+    deviation = pooled - mean[..., labels, :]
     # `mean` is rounded; taking the residual out leaves central sums about the exact mean, to first order.
     residual = class_sum(deviation) / per_class
+    if isinstance(state, VectorMoments):
+        rows, columns = triangle(state.dimension)
+        scatter = class_sum(deviation[rows] * deviation[columns]) - residual[rows] * residual[columns] * per_class
+        scatter[rows == columns] = scatter[rows == columns].clamp(min=0)
+        merge_moments(state, VectorMoments(count, mean, scatter))
+        return
     m2 = class_sum(deviation**2)
     m3 = class_sum(deviation**3)
     m4 = class_sum(deviation**4)
@@ -49,39 +90,38 @@ def class_moments(x: Tensor, channel_axis: int, labels: Tensor, state: ClassMome
     merge_moments(state, ClassMoments(count, mean, m2, m3, m4))
 
 
-def merge_moments(into: ClassMoments, other: ClassMoments) -> None:
+def merge_moments(into: Kind, other: Kind) -> None:
     """Exact merge of `other` into `into` (Chan, Golub and LeVeque 1979; Pebay 2008)."""
-    merged = _merge(into, other)
-    into.copy_(merged)
+    into.copy_(_merge(into, other))
 
 
-def _merge(a: ClassMoments, b: ClassMoments) -> ClassMoments:
+def _merge(a: Kind, b: Kind) -> Kind:
     na, nb = a.count.double()[:, None], b.count.double()[:, None]
     n = (na + nb).clamp(min=1)
     wa, wb = na / n, nb / n
     delta = b.mean - a.mean
     pair = na * wb
     mean = a.mean + delta * wb
-    m2 = a.m2 + b.m2 + delta**2 * pair
-    m3 = a.m3 + b.m3 + delta**3 * pair * (wa - wb) + 3 * delta * (wa * b.m2 - wb * a.m2)
-    m4 = (
-        a.m4
-        + b.m4
-        + delta**4 * pair * (wa**2 - wa * wb + wb**2)
-        + 6 * delta**2 * (wa**2 * b.m2 + wb**2 * a.m2)
-        + 4 * delta * (wa * b.m3 - wb * a.m3)
+    sums: tuple[Tensor, ...]
+    if isinstance(a, VectorMoments):
+        rows, columns = triangle(a.dimension)
+        sums = (a.scatter + b.scatter + delta[rows] * delta[columns] * pair,)
+    else:
+        m2 = a.m2 + b.m2 + delta**2 * pair
+        m3 = a.m3 + b.m3 + delta**3 * pair * (wa - wb) + 3 * delta * (wa * b.m2 - wb * a.m2)
+        m4 = (
+            a.m4
+            + b.m4
+            + delta**4 * pair * (wa**2 - wa * wb + wb**2)
+            + 6 * delta**2 * (wa**2 * b.m2 + wb**2 * a.m2)
+            + 4 * delta * (wa * b.m3 - wb * a.m3)
+        )
+        sums = (m2, m3, m4)
+    merged = (
+        torch.where(nb == 0, mine, torch.where(na == 0, theirs, both))
+        for mine, theirs, both in zip(a.tensors()[1:], b.tensors()[1:], (mean, *sums), strict=True)
     )
-
-    def keep(mine: Tensor, theirs: Tensor, both: Tensor) -> Tensor:
-        return torch.where(nb == 0, mine, torch.where(na == 0, theirs, both))
-
-    return ClassMoments(
-        a.count + b.count,
-        keep(a.mean, b.mean, mean),
-        keep(a.m2, b.m2, m2),
-        keep(a.m3, b.m3, m3),
-        keep(a.m4, b.m4, m4),
-    )
+    return type(a)(a.count + b.count, *merged)
 
 
 # ---- bounds ---------------------------------------------------------------------------------------------------------
@@ -177,15 +217,13 @@ def _finish(ratio: Tensor, verdict: Tensor) -> Tensor:
     return torch.where(verdict == 0, bound, verdict)
 
 
-# ---- one against the rest -------------------------------------------------------------------------------------------
+# ---- one against the rest, and every pair ---------------------------------------------------------------------------
 
 
-def one_vs_rest(moments: ClassMoments, bound: str, witness: str) -> Tensor:
+def one_vs_rest(moments: Kind, bound: str, witness: str) -> Tensor:
     """Bound between each class and the union of the others: (channels, classes), float64."""
-    law = {"fisher": _fisher, "minimax": _minimax}[bound]
-    features = {"linear": _linear_witness, "quadratic": _quadratic_witness}[witness]
-    classes = [ClassMoments(*(tensor[k : k + 1] for tensor in moments.tensors())) for k in range(moments.num_classes)]
-    nothing = ClassMoments.empty(1, moments.channels, moments.device)
+    classes = [_classes(moments, slice(k, k + 1)) for k in range(moments.num_classes)]
+    nothing = type(moments)(*(torch.zeros_like(tensor) for tensor in classes[0].tensors()))
     after = [nothing]
     for one in reversed(classes):
         after.append(_merge(after[-1], one))
@@ -193,22 +231,51 @@ def one_vs_rest(moments: ClassMoments, bound: str, witness: str) -> Tensor:
     before = nothing
     columns = []
     for k, one in enumerate(classes):
-        rest = _merge(before, after[k + 1])
+        columns.append(_between(one, _merge(before, after[k + 1]), bound, witness)[0])
         before = _merge(before, one)
-        delta, noise, cov1, cov2, equal = features(one, rest)
-        column = torch.where(equal, 0.0, law(delta, noise, cov1, cov2))
-        both = (one.count > 0) & (rest.count > 0)
-        columns.append(torch.where(both, column, float("nan")))
     return torch.stack(columns, dim=-1)
 
 
+def pairwise_min(moments: Kind, bound: str, witness: str) -> tuple[Tensor, Tensor]:
+    """Smallest bound over all pairs of classes with samples, (channels,), and a pair that attains it, (channels, 2).
+
+    One class against all later ones at a time: memory grows with classes x channels, not with pairs.
+    """
+    seen = moments.count.nonzero()[:, 0]
+    values = moments.mean.new_full((moments.channels,), torch.inf)
+    pairs = torch.full((moments.channels, 2), -1, device=moments.device)
+    undefined = torch.full_like(values, len(seen) < 2, dtype=torch.bool)
+    for position in range(1, len(seen)):
+        one, others = seen[position - 1 : position], seen[position:]
+        bounds = _between(_classes(moments, one), _classes(moments, others), bound, witness)
+        undefined |= bounds.isnan().any(0)
+        smallest, index = bounds.min(0)
+        better = smallest < values
+        values = torch.where(better, smallest, values)
+        pairs = torch.where(better[:, None], torch.stack([one.expand_as(index), others[index]], -1), pairs)
+    return values.masked_fill(undefined, torch.nan), pairs.masked_fill(undefined[:, None], -1)
+
+
+def _classes(moments: Kind, index: slice | Tensor) -> Kind:
+    """The state of some classes alone."""
+    return type(moments)(moments.count[index], *(tensor[..., index, :] for tensor in moments.tensors()[1:]))
+
+
+def _between(one: Kind, two: Kind, bound: str, witness: str) -> Tensor:
+    """Bound between the classes of two states, one of which may be a single class: (classes, channels)."""
+    features = _vector_witness if isinstance(one, VectorMoments) else SCALAR_WITNESSES[witness]
+    delta, noise, cov1, cov2, equal = features(one, two)
+    value = torch.where(equal, 0.0, BOUNDS[bound](delta, noise, cov1, cov2))
+    return torch.where(((one.count > 0) & (two.count > 0))[:, None], value, torch.nan)
+
+
 def _standardise(one: ClassMoments, two: ClassMoments) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """Central moments of z = (t - midpoint of the means) / scale under both laws, each (channels,)."""
-    gap = (two.mean - one.mean)[0]
+    """Central moments of z = (t - midpoint of the means) / scale under both laws, each (classes, channels)."""
+    gap = two.mean - one.mean
     laws = []
     for law in (one, two):
-        n = law.count.clamp(min=1).double()
-        laws.append({"mean": law.mean[0], "m2": law.m2[0] / n, "m3": law.m3[0] / n, "m4": law.m4[0] / n})
+        n = law.count.clamp(min=1).double()[:, None]
+        laws.append({"mean": law.mean, "m2": law.m2 / n, "m3": law.m3 / n, "m4": law.m4 / n})
     scale = (laws[0]["m2"] + laws[1]["m2"] + gap**2).sqrt()
     unit = torch.where(scale > 0, scale, 1.0)
     for z, shift in zip(laws, (-gap / 2, gap / 2), strict=True):
@@ -220,14 +287,14 @@ def _standardise(one: ClassMoments, two: ClassMoments) -> tuple[list[dict[str, T
     return laws, scale == 0
 
 
-def _linear_witness(one: ClassMoments, two: ClassMoments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _linear_witness(one: ClassMoments, two: ClassMoments) -> Features:
     (a, b), equal = _standardise(one, two)
-    delta = (a["shift"] - b["shift"])[:, None]
-    noise = (a["noise"] + b["noise"])[:, None]
-    return delta, noise, a["m2"][:, None, None], b["m2"][:, None, None], equal
+    delta = (a["shift"] - b["shift"])[..., None]
+    noise = (a["noise"] + b["noise"])[..., None]
+    return delta, noise, a["m2"][..., None, None], b["m2"][..., None, None], equal
 
 
-def _quadratic_witness(one: ClassMoments, two: ClassMoments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _quadratic_witness(one: ClassMoments, two: ClassMoments) -> Features:
     """Moments of (z, z^2). The span of (1, t, t^2) does not depend on shift and scale of t."""
     (a, b), equal = _standardise(one, two)
     delta = torch.stack([a["shift"] - b["shift"], a["m2"] - b["m2"]], dim=-1)
@@ -247,6 +314,15 @@ def _quadratic_witness(one: ClassMoments, two: ClassMoments) -> tuple[Tensor, Te
     for law in (a, b):
         sound = sound & (law["m4"] >= law["m2"] ** 2 * (1 - 1e-9)) & law["m4"].isfinite() & law["m3"].isfinite()
     keep = torch.stack([torch.ones_like(sound), sound], dim=-1)
-    both = keep[:, :, None] & keep[:, None, :]
+    both = keep[..., :, None] & keep[..., None, :]
     cov1, cov2 = (torch.where(both, cov, 0.0) for cov in covariances)
     return torch.where(keep, delta, 0.0), torch.where(keep, noise, 0.0), cov1, cov2, equal
+
+
+def _vector_witness(one: VectorMoments, two: VectorMoments) -> Features:
+    delta, noise = _difference(one.mean.movedim(0, -1), two.mean.movedim(0, -1))
+    return delta, noise, one.covariance(), two.covariance(), torch.zeros_like(delta[..., 0], dtype=torch.bool)
+
+
+BOUNDS = {"fisher": _fisher, "minimax": _minimax}
+SCALAR_WITNESSES = {"linear": _linear_witness, "quadratic": _quadratic_witness}

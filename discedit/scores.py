@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from discedit import _checks, _files, ops
-from discedit._state import ClassMoments
-from discedit.moments import Moments
+from discedit._state import State, VectorMoments
+from discedit.moments import Moments, Scale, Statistic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,9 +31,10 @@ class Scores(Mapping[str, Tensor]):
 
     Attributes:
         direction: layer name -> int8 (channels, classes): 1 where the component is more active for the class than for
-            the rest, -1 where less, 0 where equal.
+            the rest, -1 where less, 0 where equal. More active: a larger mean of the statistic, of the first one where
+            there are several; for the witness "exp" a smaller mean of exp(-scale t), which falls as t grows.
         counts: samples per class, int64 (classes,).
-        bound, witness, statistic: what the numbers are.
+        bound, witness, statistic, scale: what the numbers are; statistic and scale as in `Moments`.
         norms: as in `Moments`.
     """
 
@@ -45,8 +46,9 @@ class Scores(Mapping[str, Tensor]):
         *,
         bound: str,
         witness: str,
-        statistic: str,
+        statistic: Statistic,
         norms: dict[str, str],
+        scale: Scale = None,
     ) -> None:
         self._values = values
         self.direction = direction
@@ -54,6 +56,7 @@ class Scores(Mapping[str, Tensor]):
         self.bound = bound
         self.witness = witness
         self.statistic = statistic
+        self.scale = scale
         self.norms = norms
 
     # A mapping of tensors has no equality of its own: identity, as for tensors' owners elsewhere.
@@ -81,9 +84,11 @@ class Scores(Mapping[str, Tensor]):
         return len(self.counts)
 
     @property
-    def settings(self) -> dict[str, str]:
-        """What the numbers are: bound, witness and statistic."""
-        return {"bound": self.bound, "witness": self.witness, "statistic": self.statistic}
+    def settings(self) -> dict[str, Any]:
+        """What the numbers are, as JSON has it: bound, witness and statistic, and the scale of the witness "exp"."""
+        statistic = self.statistic if isinstance(self.statistic, str) else list(self.statistic)
+        settings = {"bound": self.bound, "witness": self.witness, "statistic": statistic}
+        return settings if self.scale is None else {**settings, "scale": self.scale}
 
     def reduce(self, reduction: str = "max") -> dict[str, Tensor]:
         """One number per component: layer name -> (channels,), over the classes that the layer has samples of.
@@ -190,6 +195,7 @@ class Scores(Mapping[str, Tensor]):
             FileNotFoundError: no such file. ValueError: a damaged or foreign file.
         """
         header, tensors = _files.load_tensors(path, "scores")
+        statistic = _files.field(header, "statistic", (str, list), path)
         classes = _files.field(header, "num_classes", int, path)
         values, direction = {}, {}
         for index, (layer, channels) in enumerate(_files.field(header, "layers", dict, path).items()):
@@ -201,18 +207,21 @@ class Scores(Mapping[str, Tensor]):
             _files.take(tensors, "counts", (classes,), torch.int64, path),
             bound=_files.field(header, "bound", str, path),
             witness=_files.field(header, "witness", str, path),
-            statistic=_files.field(header, "statistic", str, path),
+            statistic=statistic if isinstance(statistic, str) else tuple(statistic),
+            scale=_files.field(header, "scale", (float, dict, type(None)), path),
             norms=_files.field(header, "norms", dict, path),
         )
 
 
-def score(moments: Moments, *, bound: str = "minimax", witness: str = "quadratic", backend: str = "auto") -> Scores:
+def score(moments: Moments, *, bound: str = "minimax", witness: str | None = None, backend: str = "auto") -> Scores:
     """Score every component by a lower bound on the total variation between each class and the rest.
 
     Args:
         moments: what `collect_moments` returned.
         bound: "minimax" (the tightest from two moments) or "fisher" (the published DISCEDIT bound).
-        witness: "quadratic" (t and t^2 of the pooled map t) or "linear" (t alone).
+        witness: "quadratic" (t and t^2 of the pooled map t) or "linear" (t alone), of moments collected for either;
+            "exp" or "vector" of moments collected for that. By default the moments' own, and "quadratic" of those that
+            serve both.
         backend: as in `discedit.ops`.
 
     Returns:
@@ -220,10 +229,19 @@ def score(moments: Moments, *, bound: str = "minimax", witness: str = "quadratic
         reduction; a class with one sample has no spread to judge by, which is reported in the same way.
 
     Raises:
-        ValueError: `moments` holds no layer, or an argument is not one of its choices.
+        ValueError: `moments` holds no layer, an argument is not one of its choices, or the witness is not one that the
+            moments were collected for.
+
+    >>> import torch, discedit
+    >>> moments, labels = discedit.Moments(2), torch.tensor([0, 0, 1, 1])
+    >>> moments.update("conv", torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 1.0], [1.0, 1.0]]), labels)
+    >>> discedit.score(moments)["conv"]
+    tensor([[1., 1.],
+            [0., 0.]], dtype=torch.float64)
     """
     if not moments:
         raise ValueError("score: moments must hold at least one layer, it is empty.")
+    witness = _witness(moments, witness)
     fullest = max((state.count for state in moments.values()), key=lambda count: int(count.sum()))
     counts = fullest.detach().cpu().clone()
     _report_thin_classes(counts)
@@ -232,13 +250,26 @@ def score(moments: Moments, *, bound: str = "minimax", witness: str = "quadratic
     }
     return Scores(
         values,
-        {layer: _direction(state) for layer, state in moments.items()},
+        {layer: _direction(state, -1 if witness == "exp" else 1) for layer, state in moments.items()},
         counts,
         bound=bound,
         witness=witness,
         statistic=moments.statistic,
+        scale=moments.scale,
         norms=dict(moments.norms),
     )
+
+
+def _witness(moments: Moments, witness: str | None) -> str:
+    serves = ("quadratic", "linear") if moments.witness in ("quadratic", "linear") else (moments.witness,)
+    if witness is None:
+        return serves[0]
+    if witness not in serves:
+        raise ValueError(
+            f"score: witness must be one of {_checks.quoted(serves)} for moments collected with "
+            f"witness={moments.witness!r}, got {witness!r}."
+        )
+    return witness
 
 
 def _report_thin_classes(counts: Tensor) -> None:
@@ -257,12 +288,13 @@ def _report_thin_classes(counts: Tensor) -> None:
         )
 
 
-def _direction(state: ClassMoments) -> Tensor:
+def _direction(state: State, factor: int) -> Tensor:
     """Sign of (class mean - mean of the rest): the sign of (class mean - overall mean), a mean of both."""
+    mean = state.mean[0] if isinstance(state, VectorMoments) else state.mean
     seen = state.count > 0
-    anchor = state.mean[int(seen.to(torch.int8).argmax())]
+    anchor = mean[int(seen.to(torch.int8).argmax())]
     # Relative to one class's mean, so that equal constants give exactly 0.
-    relative = torch.where(seen[:, None], state.mean - anchor, 0.0)
+    relative = torch.where(seen[:, None], mean - anchor, 0.0)
     overall = (state.count[:, None] * relative).sum(0) / state.count.sum().clamp(min=1)
     sign = torch.where(seen[:, None], (relative - overall).sign(), 0.0)
-    return sign.T.contiguous().to(torch.int8)
+    return (factor * sign).T.contiguous().to(torch.int8)

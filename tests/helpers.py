@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-from discedit._state import ClassMoments
+from discedit import ops
+from discedit._state import ClassMoments, State, VectorMoments
 
 BACKENDS = ["cpp", "reference"]
+Kind = TypeVar("Kind", ClassMoments, VectorMoments)
 
 
 def hostile_maps() -> dict[str, Tensor]:
@@ -58,10 +62,21 @@ def labels_for(samples: int, classes: int = 6, seed: int = 1) -> Tensor:
 
 def poisoned_state(classes: int, channels: int) -> ClassMoments:
     """A state with no samples whose values are NaN: an op that reads them shows it."""
-    state = ClassMoments.empty(classes, channels)
+    return poisoned(ClassMoments.empty(classes, channels))
+
+
+def poisoned_vector(dimension: int, classes: int, channels: int) -> VectorMoments:
+    return poisoned(VectorMoments.empty(dimension, classes, channels))
+
+
+def poisoned(state: Kind) -> Kind:
     for tensor in state.tensors()[1:]:
         tensor.fill_(float("nan"))
     return state
+
+
+def same_bits(a: State, b: State) -> bool:
+    return type(a) is type(b) and all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
 
 
 def naive_moments(x: Tensor, labels: Tensor, classes: int) -> list[Tensor]:
@@ -76,6 +91,22 @@ def naive_moments(x: Tensor, labels: Tensor, classes: int) -> list[Tensor]:
         deviation = own - own.mean(0)
         rows.append([own.mean(0).double()] + [(deviation**p).sum(0).double() for p in (2, 3, 4)])
     return [torch.stack([row[i] for row in rows]) for i in range(4)]
+
+
+def scalar_features(t: Tensor, witness: str) -> Tensor:
+    """Features (samples, d) of one channel's statistic, in units in which squares are harmless."""
+    z = (t - t.mean()) / t.std() if float(t.std()) > 0 else t - t.mean()
+    return torch.stack([z, z**2], 1) if witness == "quadratic" else z[:, None]
+
+
+def bound_of_samples(own: Tensor, rest: Tensor, bound: str) -> float:
+    """The bound between two explicit samples of features, (samples, d) each."""
+    laws = []
+    for phi in (own, rest):
+        mean = phi.mean(0)
+        laws += [mean, (phi - mean).T @ (phi - mean) / len(phi)]
+    function = {"fisher": ops.fisher_bound, "minimax": ops.minimax_bound}[bound]
+    return float(function(*laws, backend="reference"))
 
 
 def assert_no_worse_than(ours: Tensor, naive: Tensor, exact: Tensor, atol: Tensor | float) -> None:

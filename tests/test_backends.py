@@ -22,7 +22,7 @@ def test_the_extension_is_built_here():
     """CI must never pass on the fallback alone."""
     module, reason = _backends.cpu_module()
     assert module is not None, reason
-    assert module.instruction_set() in ("avx512f", "avx2", "baseline")
+    assert module.instruction_set() in ("avx512", "avx2", "neon", "baseline")
 
 
 def test_auto_takes_cpp_on_cpu(monkeypatch):
@@ -70,11 +70,15 @@ def test_every_op_has_a_reference_and_a_kernel():
         assert op in _backends.IMPLEMENTATIONS["cpp"]
         assert op in _backends.IMPLEMENTATIONS["reference"]
         assert callable(getattr(ops, op))
+    for step in _backends.STEPS:
+        assert step in _backends.IMPLEMENTATIONS["cpp"]
+        assert step in _backends.IMPLEMENTATIONS["reference"]
 
 
 def test_doctor_tells_what_runs_and_why_not():
     report = doctor()
     assert "cpp        runs        discedit._cpu" in report
+    assert report.count("one_vs_rest, pairwise_min\n") == 2
     assert "cuda       cannot run  this version of discedit has no CUDA kernels" in report
     assert "triton     cannot run" in report
     assert "reference  runs" in report

@@ -48,6 +48,47 @@ def test_reads_every_layer_at_once(backend):
         assert torch.equal(moments[layer].count, exact.count)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"statistic": "max", "witness": "linear"},
+        {"statistic": "rms", "witness": "exp", "scale": 0.4},
+        {"statistic": ("mean", "positive_fraction", "absmax"), "witness": "vector"},
+    ],
+    ids=["linear", "exp", "vector"],
+)
+def test_every_witness_is_class_moments_of_what_the_layer_gives(backend, options):
+    """In batches of changing size, so that buffers are reused, dropped and made anew."""
+    model, (x, labels) = small_model().eval(), small_data().tensors
+    loader = [(x[a:b], labels[a:b]) for a, b in ((0, 10), (10, 20), (20, 23), (23, 33), (33, 40))]
+    moments = collect_moments(model, loader, 5, backend=backend, **options)
+    assert moments.settings == {"num_classes": 5, "scale": None, **options}
+    with torch.no_grad():
+        expected = {"0": model[:2](x), "3": model[:4](x), "5": model[:6](x)}
+    for layer, maps in expected.items():
+        exact = ops.class_moments(maps, labels, 5, backend="reference", **options)
+        for ours, theirs in zip(moments[layer].tensors(), exact.tensors(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert torch.equal(moments[layer].count, exact.count)
+
+
+def test_scales_by_layer():
+    moments = collect_moments(
+        small_model(), DataLoader(small_data(), 20), 5, witness="exp", scale={"0": 0.5, "3": 1, "5": 2}
+    )
+    for layer, scale in (("0", 0.5), ("3", 1), ("5", 2)):
+        alone = collect_moments(
+            small_model(),
+            DataLoader(small_data(), 20),
+            5,
+            layers=[layer if layer != "0" else "1"],
+            witness="exp",
+            scale=scale,
+        )
+        assert torch.equal(moments[layer].mean, next(iter(alone.values())).mean)
+
+
 def test_one_forward_pass():
     model, calls = small_model(), []
     handle = model.register_forward_hook(lambda *_: calls.append(1))
@@ -160,6 +201,53 @@ def test_tokens_and_dictionary_outputs():
     torch.testing.assert_close(moments["embed"].mean, exact.mean)
 
 
+class Transformer(nn.Module):
+    """A patch convolution, tokens in front of which a class token stands, and a head on that token alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.norm, self.mlp = nn.Conv2d(3, 7, 2, 2), nn.LayerNorm(7), nn.Linear(7, 9)
+        self.neck, self.head = nn.Linear(9, 6), nn.Linear(6, 5)
+        self.token = nn.Parameter(torch.ones(1, 1, 7))
+
+    def tokens(self, x):
+        patches = self.patch(x).flatten(2).transpose(1, 2)
+        return self.norm(torch.cat([self.token.expand(len(x), -1, -1) * x.mean((1, 2, 3))[:, None, None], patches], 1))
+
+    def forward(self, x):
+        return self.head(self.neck(self.mlp(self.tokens(x))[:, 0].relu()).relu())
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("several", [False, True])
+def test_cls_reads_the_layers_with_tokens_and_names_the_others(backend, several):
+    torch.manual_seed(0)
+    model, data = Transformer(), small_data()
+    options = {"statistic": ("mean", "cls"), "witness": "vector"} if several else {"statistic": "cls"}
+    message = r"left out, because statistic 'cls' needs .* \(samples, tokens, channels\): \['patch', 'neck'\]"
+    with pytest.warns(UserWarning, match=message) as caught:
+        moments = collect_moments(model, DataLoader(data, 20), 5, backend=backend, **options)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert list(moments) == ["mlp"]
+    x, labels = data.tensors
+    with torch.no_grad():
+        maps = model.mlp(model.tokens(x))
+    exact = ops.class_moments(maps, labels, 5, layout="tokens", backend="reference", **options)
+    for ours, theirs in zip(moments["mlp"].tensors(), exact.tensors(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    named = collect_moments(model, DataLoader(data, 20), 5, layers=["mlp", "norm"], backend=backend, **options)
+    assert sorted(named) == ["mlp", "norm"]
+    with pytest.raises(ValueError, match=r"layer 'patch': pool: statistic 'cls', .* shape \(20, 7, 4, 4\)"):
+        collect_moments(model, DataLoader(data, 20), 5, layers=["mlp", "patch"], **options)
+
+
+def test_only_what_is_read_stays_hooked():
+    model, hooked = small_model(), []
+    model.register_forward_hook(lambda *_: hooked.append({n for n, m in model.named_modules() if m._forward_hooks}))
+    collect_moments(model, DataLoader(small_data(), 20), 5)
+    assert hooked == [{"", "0", "1", "3", "5", "6"}, {"", "1", "3", "5"}]
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +307,24 @@ X, Y = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
             {"num_classes": 4, "labels": "predicted"},
             r"needs logits of shape \(samples, 4\) .* got shape \(4, 5\)",
         ),
-        ([(X, Y)], {"statistic": "median"}, "statistic must be one of 'mean', got 'median'"),
+        ([(X, Y)], {"statistic": "median"}, "collect_moments: statistic must be one of 'mean', .* got 'median'"),
+        (
+            [(X, Y)],
+            {"statistic": ["mean"]},
+            "collect_moments: statistic must be a tuple or list of names for witness='vec",
+        ),
+        ([(X, Y)], {"witness": "exp"}, "scale must be a finite number above 0 for witness='exp', got None"),
+        (
+            [(X, Y)],
+            {"witness": "exp", "scale": {"0": 1.0, "5": 1.0}},
+            r"layer '3', batch 0: scale must name every layer, layer '3' is not among \['0', '5'\]",
+        ),
+        ([(X, Y)], {"statistic": "cls"}, r"statistic 'cls' needs .* \(samples, tokens, channels\), no layer has one: "),
+        (
+            [(X, Y)],
+            {"statistic": "cls", "layers": ["5"]},
+            r"layer '5': pool: statistic 'cls', .* got layout='tokens' and shape \(4, 8\)",
+        ),
     ],
 )
 def test_bad_input(loader, options, message):

@@ -11,7 +11,24 @@ from discedit import _cpu
 
 
 def state(classes, channels):
-    return [np.zeros(classes, np.int64)] + [np.zeros((classes, channels)) for _ in range(4)]
+    return (np.zeros(classes, np.int64), *(np.zeros((classes, channels)) for _ in range(4)))
+
+
+def vector(dimension, classes, channels):
+    entries = dimension * (dimension + 1) // 2
+    return (
+        np.zeros(classes, np.int64),
+        np.zeros((dimension, classes, channels)),
+        np.zeros((entries, classes, channels)),
+    )
+
+
+def pool(x, channel_axis, out, statistics=("mean",)):
+    _cpu.pool(x, channel_axis, statistics, out)
+
+
+def class_moments(x, labels, into, statistics=("mean",)):
+    _cpu.class_moments(x, 1, statistics, 0.0, labels, into)
 
 
 def test_runs_without_torch():
@@ -25,15 +42,15 @@ def test_runs_without_torch():
         import numpy as np
         x = np.random.default_rng(0).normal(size=(20, 3, 4, 5)).astype(np.float32)
         labels = np.arange(20) % 2
-        arrays = [np.zeros(2, np.int64)] + [np.full((2, 3), np.nan) for _ in range(4)]
-        module.class_moments(x, 1, labels, *arrays)
+        arrays = (np.zeros(2, np.int64), *(np.full((2, 3), np.nan) for _ in range(4)))
+        module.class_moments(x, 1, ["mean"], 0.0, labels, arrays, 2)
         pooled = x.astype(np.float64).mean((2, 3))
         for k in range(2):
             own = pooled[labels == k]
             np.testing.assert_allclose(arrays[1][k], own.mean(0), rtol=1e-12)
             np.testing.assert_allclose(arrays[2][k], ((own - own.mean(0)) ** 2).sum(0), rtol=1e-12)
         out = np.empty((3, 2))
-        module.one_vs_rest(*arrays, "minimax", "quadratic", out, 2)
+        module.one_vs_rest(arrays, "minimax", "quadratic", out, 2)
         assert ((out > 0) & (out < 1)).all(), out
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
@@ -44,7 +61,7 @@ def test_read_only_and_strided_numpy():
     x.setflags(write=False)
     view = x[::-1, ::2, :, 1:-1]
     out = np.full((5, 3), np.nan)
-    _cpu.pool(view, 1, out)
+    pool(view, 1, out)
     np.testing.assert_allclose(out, view.mean((2, 3)), rtol=1e-13)
 
 
@@ -52,7 +69,7 @@ def test_empty_arrays_of_any_strides():
     empty = np.zeros((2, 0, 30))[0]
     _cpu.bound("fisher", empty, np.zeros((0, 30, 30)), empty, np.zeros((0, 30, 30)), np.zeros(0))
     out = np.zeros((4, 0, 3))[1]
-    _cpu.pool(np.zeros((0, 3, 5)), 1, out)
+    pool(np.zeros((0, 3, 5)), 1, out)
 
 
 def misaligned(shape):
@@ -68,44 +85,85 @@ def read_only(array):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: _cpu.pool([1.0], 1, np.zeros(1)), "pool: x must be a NumPy array or support DLPack, got list"),
-        (lambda: _cpu.pool(np.zeros((2, 3), np.int32), 1, np.zeros((2, 3))), "pool: x has the unsupported type int32"),
-        (lambda: _cpu.pool(np.zeros((2, 3), ">f4"), 1, np.zeros((2, 3))), "pool: x must have native byte order"),
-        (lambda: _cpu.pool(np.zeros((2, 3), np.int64), 1, np.zeros((2, 3))), "pool: x must be float16, .* got int64"),
-        (lambda: _cpu.pool(np.zeros((2, 3)), 2, np.zeros((2, 3))), r"pool: channel_axis must lie in 1..1 .* got 2"),
-        (lambda: _cpu.pool(np.zeros((2, 3)), 0, np.zeros((2, 3))), "channel_axis must lie in 1..1"),
-        (lambda: _cpu.pool(np.zeros(2), 1, np.zeros(2)), "channel_axis must lie"),
+        (lambda: pool([1.0], 1, np.zeros(1)), "pool: x must be a NumPy array or support DLPack, got list"),
+        (lambda: pool(np.zeros((2, 3), np.int32), 1, np.zeros((2, 3))), "pool: x has the unsupported type int32"),
+        (lambda: pool(np.zeros((2, 3), ">f4"), 1, np.zeros((2, 3))), "pool: x must have native byte order"),
+        (lambda: pool(np.zeros((2, 3), np.int64), 1, np.zeros((2, 3))), "pool: x must be float16, .* got int64"),
+        (lambda: pool(np.zeros((2, 3)), 2, np.zeros((2, 3))), r"pool: channel_axis must lie in 1..1 .* got 2"),
+        (lambda: pool(np.zeros((2, 3)), 0, np.zeros((2, 3))), "channel_axis must lie in 1..1"),
+        (lambda: pool(np.zeros(2), 1, np.zeros(2)), "channel_axis must lie"),
         (
-            lambda: _cpu.pool(np.zeros((2, 3)), 1, np.zeros((2, 2))),
+            lambda: pool(np.zeros((2, 3)), 1, np.zeros((2, 2))),
             r"pool: out must hold 6 elements, got shape \(2, 2\)",
         ),
         (
-            lambda: _cpu.pool(np.zeros((2, 3)), 1, np.zeros((2, 3), np.float32)),
+            lambda: pool(np.zeros((2, 3)), 1, np.zeros((2, 3), np.float32)),
             "pool: out must be float64, got float32",
         ),
-        (lambda: _cpu.pool(np.zeros((2, 3)), 1, np.zeros((2, 6))[:, ::2]), "pool: out must be contiguous"),
-        (lambda: _cpu.pool(np.zeros((2, 3)), 1, read_only(np.zeros((2, 3)))), "pool: out .* must not be read-only"),
-        (lambda: _cpu.pool(misaligned((2, 3)), 1, np.zeros((2, 3))), "pool: x must be aligned to its element type"),
-        (lambda: _cpu.pool(np.zeros((1,) * 9), 1, np.zeros((1, 1))), "pool: x has 9 axes; at most 8 are supported"),
+        (lambda: pool(np.zeros((2, 3)), 1, np.zeros((2, 6))[:, ::2]), "pool: out must be contiguous"),
+        (lambda: pool(np.zeros((2, 3)), 1, read_only(np.zeros((2, 3)))), "pool: out .* must not be read-only"),
+        (lambda: pool(misaligned((2, 3)), 1, np.zeros((2, 3))), "pool: x must be aligned to its element type"),
+        (lambda: pool(np.zeros((1,) * 9), 1, np.zeros((1, 1))), "pool: x has 9 axes; at most 8 are supported"),
         (
-            lambda: _cpu.class_moments(np.zeros((2, 3)), 1, np.array([0, 7]), *state(2, 3)),
+            lambda: class_moments(np.zeros((2, 3)), np.array([0, 7]), state(2, 3)),
             r"class_moments: labels must lie in 0..1 \(num_classes=2\), found 7 at position 1",
         ),
         (
-            lambda: _cpu.class_moments(np.zeros((2, 3)), 1, np.zeros(3, np.int64), *state(2, 3)),
+            lambda: class_moments(np.zeros((2, 3)), np.zeros(3, np.int64), state(2, 3)),
             "class_moments: labels must hold 2 elements",
         ),
         (
-            lambda: _cpu.class_moments(np.zeros((2, 3)), 1, np.zeros(2, np.int64), *state(2, 4)),
+            lambda: class_moments(np.zeros((2, 3)), np.zeros(2, np.int64), state(2, 4)),
             "class_moments: the state must hold 3 channels like x, got 4",
         ),
         (
-            lambda: _cpu.merge_moments(tuple(state(2, 3)), tuple(state(2, 4))),
-            "merge_moments: the states must have the same shape",
+            lambda: _cpu.merge_moments(state(2, 3), state(2, 4)),
+            "merge_moments: the states must have the same kind and shape",
         ),
-        (lambda: _cpu.merge_moments((), ()), "each state must be a tuple"),
         (
-            lambda: _cpu.one_vs_rest(*state(2, 3), "chernoff", "linear", np.zeros((3, 2))),
+            lambda: _cpu.merge_moments((), ()),
+            r"a state must be a tuple \(count, mean, m2, m3, m4\) or \(count, mean, scatter\), got 0 entries",
+        ),
+        (
+            lambda: class_moments(np.zeros((2, 3)), np.zeros(2, np.int64), state(2, 3), ["mean", "rms"]),
+            "class_moments: the state must hold 2 statistics, got 1",
+        ),
+        (
+            lambda: class_moments(np.zeros((2, 3)), np.zeros(2, np.int64), vector(9, 2, 3)),
+            r"mean must have shape \(d, classes, channels\) with d in 1..8, got \(9, 2, 3\)",
+        ),
+        (
+            lambda: class_moments(np.zeros((2, 3)), np.zeros(2, np.int64), vector(2, 2, 3)[:2] + state(2, 3)[:1]),
+            "class_moments: scatter must be float64, got int64",
+        ),
+        (
+            lambda: pool(np.zeros((2, 3)), 1, np.zeros((1, 2, 3)), ["median"]),
+            "statistics must be among .* got 'median'",
+        ),
+        (lambda: pool(np.zeros((2, 3)), 1, np.zeros((1, 2, 3)), []), "statistics must name at least one"),
+        (lambda: pool(np.zeros((2, 3)), 1, np.zeros((8, 2, 3)), ["mean"] * 8), "statistics must be at most 7, got 8"),
+        (
+            lambda: pool(np.zeros((2, 3, 0)), 1, np.zeros((2, 3))),
+            r"x must have at least one element per map, got shape \(2, 3, 0\)",
+        ),
+        (
+            lambda: _cpu.fold_moments(np.zeros((2, 3)), 0.0, np.zeros(2, np.int64), state(2, 3)),
+            r"pooled must have shape \(statistics, samples, channels\), got \(2, 3\)",
+        ),
+        (
+            lambda: _cpu.one_vs_rest(state(2, 3), "fisher", "vector", np.zeros((3, 2))),
+            "witness must be 'linear' or 'quadratic', got 'vector'",
+        ),
+        (
+            lambda: _cpu.pairwise_min(vector(2, 2, 3), "fisher", "linear", np.zeros(3), np.zeros((3, 2), np.int64)),
+            "witness must be 'vector' for a vector state, got 'linear'",
+        ),
+        (
+            lambda: _cpu.pairwise_min(state(2, 3), "fisher", "linear", np.zeros(3), np.zeros((2, 2), np.int64)),
+            r"pairs must hold 6 elements, got shape \(2, 2\)",
+        ),
+        (
+            lambda: _cpu.one_vs_rest(state(2, 3), "chernoff", "linear", np.zeros((3, 2))),
             "bound must be 'fisher' or 'minimax', got 'chernoff'",
         ),
         (

@@ -1,26 +1,21 @@
 import pytest
 import torch
-from helpers import BACKENDS
+from helpers import BACKENDS, bound_of_samples, poisoned_vector, scalar_features
 
 from discedit import ops
 
-CASES = [(bound, witness) for bound in ("fisher", "minimax") for witness in ("linear", "quadratic")]
+BOUNDS = ("fisher", "minimax")
+CASES = [(bound, witness) for bound in BOUNDS for witness in ("linear", "quadratic")]
 
 
 def from_definition(x, labels, classes, bound, witness):
     """Scores from the formulas: features in float64, covariances of two explicit samples."""
     t = x.double().flatten(2).mean(2) if x.ndim > 2 else x.double()
-    t = (t - t.mean(0)) / t.std(0)
-    function = {"fisher": ops.fisher_bound, "minimax": ops.minimax_bound}[bound]
     out = torch.empty(t.shape[1], classes, dtype=torch.float64)
     for c in range(t.shape[1]):
-        phi = torch.stack([t[:, c], t[:, c] ** 2], 1) if witness == "quadratic" else t[:, c : c + 1]
+        phi = scalar_features(t[:, c], witness)
         for k in range(classes):
-            own, rest = phi[labels == k], phi[labels != k]
-            mean1, mean2 = own.mean(0), rest.mean(0)
-            cov1 = (own - mean1).T @ (own - mean1) / len(own)
-            cov2 = (rest - mean2).T @ (rest - mean2) / len(rest)
-            out[c, k] = function(mean1, cov1, mean2, cov2, backend="reference")
+            out[c, k] = bound_of_samples(phi[labels == k], phi[labels != k], bound)
     return out
 
 
@@ -123,12 +118,118 @@ def test_backends_agree_on_real_features(digit_moments):
             torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
 
 
-def test_bad_input():
-    moments = ops.class_moments(torch.ones(2, 1), torch.tensor([0, 1]), 2)
-    with pytest.raises(ValueError, match=r"one_vs_rest: bound must be one of 'fisher', 'minimax', got 'chernoff'"):
-        ops.one_vs_rest(moments, bound="chernoff")
-    with pytest.raises(ValueError, match=r"one_vs_rest: witness must be one of 'linear', 'quadratic', got 'cubic'"):
-        ops.one_vs_rest(moments, witness="cubic")
+@pytest.mark.parametrize("function", [ops.one_vs_rest, ops.pairwise_min])
+def test_bad_input(function):
+    op = function.__name__
+    x, labels = torch.ones(2, 1), torch.tensor([0, 1])
+    moments = ops.class_moments(x, labels, 2)
+    with pytest.raises(ValueError, match=rf"{op}: bound must be one of 'fisher', 'minimax', got 'chernoff'"):
+        function(moments, bound="chernoff")
+    for witness in ("cubic", "vector"):
+        message = rf"{op}: witness must be one of 'linear', 'quadratic', 'exp' for ClassMoments, got '{witness}'"
+        with pytest.raises(ValueError, match=message):
+            function(moments, witness=witness)
+    vector = ops.class_moments(x, labels, 2, statistic=("mean", "max"), witness="vector")
+    for witness in ("linear", "quadratic", "exp"):
+        with pytest.raises(ValueError, match=rf"{op}: witness must be 'vector' for VectorMoments, got '{witness}'"):
+            function(vector, witness=witness)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_exp_is_linear_in_its_own_state(backend, bound):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (300,), generator=generator)
+    x = torch.randn(300, 9, generator=generator).abs() * (1 + labels[:, None])
+    moments = ops.class_moments(x, labels, 4, witness="exp", scale=0.8, backend=backend)
+    ours = ops.one_vs_rest(moments, bound=bound, witness="exp", backend=backend)
+    assert torch.equal(ours, ops.one_vs_rest(moments, bound=bound, witness="linear", backend=backend))
+    f = torch.exp(-0.8 * x.double())
+    torch.testing.assert_close(ours, from_definition(f, labels, 4, bound, "linear"), rtol=1e-9, atol=1e-12)
+
+
+def vector_scores(pooled, labels, classes, bound):
+    """From the definition, of explicit features (samples, channels, d)."""
+    out = torch.full((pooled.shape[1], classes), float("nan"), dtype=torch.float64)
+    for c in range(pooled.shape[1]):
+        for k in labels.unique().tolist():
+            out[c, k] = bound_of_samples(pooled[labels == k, c], pooled[labels != k, c], bound)
+    return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("names", [("mean",), ("l2", "max"), ("mean", "rms", "absmax"), ("sum", "l2", "max", "absmax")])
+def test_vector_is_its_definition(backend, bound, names):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (300,), generator=generator) + 1  # class 0 is empty
+    x = torch.randn(300, 7, 3, 3, generator=generator) * (1 + 0.2 * labels[:, None, None, None])
+    moments = ops.class_moments(x, labels, 5, statistic=names, witness="vector", backend=backend)
+    ours = ops.one_vs_rest(moments, bound=bound, backend=backend)
+    exact = vector_scores(ops.pool(x, statistic=names), labels, 5, bound)
+    torch.testing.assert_close(ours, exact, rtol=1e-8, atol=1e-11, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_vector_of_dependent_statistics_is_that_of_the_independent_ones(backend, bound):
+    """mean and sum, l2 and rms are multiples of each other: the covariance is singular."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 3
+    x = torch.randn(200, 6, 4, 4, generator=generator) + 0.2 * labels[:, None, None, None]
+    few, many = (
+        ops.one_vs_rest(
+            ops.class_moments(x, labels, 3, statistic=names, witness="vector", backend=backend),
+            bound=bound,
+            backend=backend,
+        )
+        for names in (("mean", "l2"), ("mean", "sum", "l2", "rms"))
+    )
+    torch.testing.assert_close(many, few, rtol=1e-6, atol=1e-9)
+    assert bool((few > 0).any())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_vector_scores_of_degenerate_channels(backend, bound):
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    x = torch.zeros(6, 4, 2, dtype=torch.float64)
+    x[:, 1] = 0.1  # constant and equal
+    x[:, 2] = torch.tensor([0.3, 0.3, 0.3, 0.7, 0.7, 0.7])[:, None]  # constant per class: tells 0 from the rest
+    x[:, 3] = torch.tensor([1.0, 2.0, 3.0, 1.0, 2.0, 3.0])[:, None]
+    options = {"statistic": ("mean", "max", "l2"), "witness": "vector", "layout": "nchw", "backend": backend}
+    moments = ops.class_moments(x, labels, 4, out=poisoned_vector(3, 4, 4), **options)
+    scores = ops.one_vs_rest(moments, bound=bound, backend=backend)
+    assert scores[:, 3].isnan().all()
+    scores = scores[:, :3]
+    assert not scores[:2].any()
+    assert scores[2, 0] == pytest.approx(1, abs=1e-12)
+    assert not scores.isnan().any()
+    assert 0 <= float(scores.min()) <= float(scores.max()) <= 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_vector_never_exceeds_the_total_variation_of_the_samples(backend, bound):
+    """As above for scalars: maps of two atoms' values, so that the laws of (mean, max) are discrete and known."""
+    generator = torch.Generator().manual_seed(7)
+    channels, sizes = 4000, (17, 9)
+    labels = torch.cat([torch.zeros(sizes[0]), torch.ones(sizes[1])]).long()
+    atoms = torch.randint(1, 6, (channels,), generator=generator)
+    index = (torch.rand(len(labels), channels, generator=generator, dtype=torch.float64) * atoms).long()
+    values = torch.randn(6, channels, 2, generator=generator, dtype=torch.float64) ** 3
+    values[:, ::5] += 1e3
+    x = values.gather(0, index[..., None].expand(-1, -1, 2))
+    exact = torch.zeros(channels, dtype=torch.float64)
+    for atom in range(6):
+        p, q = ((index[labels == k] == atom).double().mean(0) for k in (0, 1))
+        exact += (p - q).abs() / 2
+    moments = ops.class_moments(
+        x, labels, 2, statistic=("mean", "max"), witness="vector", layout="nchw", backend=backend
+    )
+    ours = ops.one_vs_rest(moments, bound=bound, backend=backend)
+    assert not ours.isnan().any()
+    assert float((ours - exact[:, None]).max()) <= 1e-9
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,3 +1,4 @@
+import json
 import warnings
 
 import pytest
@@ -6,8 +7,8 @@ import torch
 from discedit import Moments, Scores, ops, score
 
 
-def moments_of(x, labels, classes):
-    moments = Moments(classes)
+def moments_of(x, labels, classes, **settings):
+    moments = Moments(classes, **settings)
     moments.update("layer", x, labels)
     return moments
 
@@ -27,6 +28,57 @@ def test_direction_is_the_side_of_the_class_mean():
     )
     direction = score(moments_of(x, labels, 3)).direction["layer"]
     assert direction.tolist() == [[1, -1, -1], [0, 0, 0], [-1, 1, -1]]
+
+
+VECTOR = {"statistic": ["max", "mean"], "witness": "vector"}
+
+
+def test_direction_of_exp_is_that_of_the_statistic():
+    """exp(-scale t) falls as t grows: its mean is smaller where the component is more active."""
+    labels = torch.arange(60) % 3
+    x = torch.rand(60, 8, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 2.0, 1.0])[labels][:, None]
+    x[:, 0] = 0.3
+    plain = score(moments_of(x, labels, 3)).direction["layer"]
+    assert torch.equal(score(moments_of(x, labels, 3, witness="exp", scale=1e-3)).direction["layer"], plain)
+    assert plain.tolist() == [[0, 0, 0], *([-1, 1, row[2]] for row in plain[1:].tolist())]
+
+
+def test_direction_of_a_vector_is_that_of_its_first_statistic():
+    labels = torch.arange(60) % 3
+    x = torch.randn(60, 8, 5, 5, generator=torch.Generator().manual_seed(0)) * (1 + labels)[:, None, None, None]
+    vector = score(moments_of(x, labels, 3, **VECTOR)).direction["layer"]
+    assert torch.equal(vector, score(moments_of(x, labels, 3, statistic="max")).direction["layer"])
+    assert not torch.equal(vector, score(moments_of(x, labels, 3, statistic="mean")).direction["layer"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "serves"),
+    [
+        ({}, ("quadratic", "linear")),
+        ({"statistic": "max", "witness": "linear"}, ("quadratic", "linear")),
+        ({"witness": "exp", "scale": 0.5}, ("exp",)),
+        ({"witness": "exp", "scale": {"layer": 0.5}}, ("exp",)),
+        (VECTOR, ("vector",)),
+    ],
+)
+def test_the_witness_is_one_that_the_moments_serve(settings, serves, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    moments = moments_of(torch.rand(60, 4, 3, 3, generator=generator), torch.arange(60) % 3, 3, **settings)
+    default = score(moments)
+    assert (default.witness, default.statistic, default.scale) == (serves[0], moments.statistic, moments.scale)
+    for witness in ("quadratic", "linear", "exp", "vector"):
+        if witness in serves:
+            ours = score(moments, witness=witness, bound="fisher")
+            assert torch.equal(ours["layer"], ops.one_vs_rest(moments["layer"], bound="fisher", witness=witness))
+            ours.save(tmp_path / "s.safetensors")
+            loaded = Scores.load(tmp_path / "s.safetensors")
+            assert loaded.settings == ours.settings
+            assert (loaded.statistic, loaded.scale) == (ours.statistic, ours.scale)
+            assert json.loads(json.dumps(ours.settings)) == ours.settings
+        else:
+            message = rf"score: witness must be one of {', '.join(map(repr, serves))} for moments .* got '{witness}'"
+            with pytest.raises(ValueError, match=message):
+                score(moments, witness=witness)
 
 
 def test_reduce():
