@@ -25,8 +25,9 @@ format: $(VENV)/.installed
 	find csrc -name '*.?pp' | xargs $(BIN)/clang-format -i
 
 bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[bench]' --no-build-isolation
 	$(BIN)/python -m benchmarks.bench_cifar --write
-	$(BIN)/python -m pytest benchmarks/bench_class_moments.py benchmarks/bench_one_vs_rest.py --benchmark-only -s
+	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only -s --write-readme
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info discedit/*.so discedit/_build.json out

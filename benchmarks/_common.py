@@ -1,50 +1,71 @@
-"""Timing and machine facts shared by the benchmarks."""
+"""Timing, machine facts and tables shared by the benchmarks."""
 
 from __future__ import annotations
 
 import platform
+import re
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from discedit import _backends
 
+README = Path(__file__).with_name("README.md")
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
 
 def best_of(run: Callable[[], object], repeats: int = 7) -> float:
     """Shortest of several runs, in seconds: what the machine can do when nobody disturbs it."""
     run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(seconds(run) for _ in range(repeats))
 
 
 def paired_ratio(ours: Callable[[], object], theirs: Callable[[], object], repeats: int = 7) -> tuple[float, float]:
-    """Median and spread (largest minus smallest quartile) of ours / theirs, runs taken in turns."""
+    """Median and spread (largest minus smallest quartile) of ours / theirs in time, runs taken in turns."""
     ours()
     theirs()
     ratios = []
     for _ in range(repeats):
-        start = time.perf_counter()
-        theirs()
-        middle = time.perf_counter()
-        ours()
-        ratios.append((time.perf_counter() - middle) / (middle - start))
+        reference = seconds(theirs)
+        ratios.append(seconds(ours) / reference)
     quartiles = statistics.quantiles(ratios, n=4)
     return statistics.median(ratios), quartiles[2] - quartiles[0]
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of a plain streaming read (a float32 sum over 400 MB) with the threads that torch has."""
-    x = torch.ones(100_000_000)
-    return x.numel() * x.element_size() / best_of(lambda: x.sum(), 5)
+class PlainRead:
+    """A streaming read with the threads that torch has (a float32 sum over 200 MB): the ceiling of what reads a map."""
+
+    def __init__(self) -> None:
+        self.x = torch.ones(50_000_000)
+        self.bytes = self.x.numel() * self.x.element_size()
+
+    def __call__(self) -> None:
+        self.x.sum()
+
+    def rate(self) -> float:
+        """Bytes per second, the best of several."""
+        return self.bytes / best_of(self, 5)
+
+
+def against(benchmark: Any, ours: Callable[[], object], ceiling: Callable[[], object], rounds: int = 11) -> list[float]:
+    """Runs `ours` under pytest-benchmark, `ceiling` before each round; ceiling time / our time of each round."""
+    reference: list[float] = []
+    ours()
+    ceiling()
+    benchmark.pedantic(ours, setup=lambda: reference.append(seconds(ceiling)), rounds=rounds, warmup_rounds=0)
+    return [theirs / mine for theirs, mine in zip(reference, benchmark.stats.stats.data, strict=True)]
 
 
 def machine() -> str:
@@ -52,9 +73,39 @@ def machine() -> str:
     module, _ = _backends.cpu_module()
     level = module.instruction_set() if module else "no extension"
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"], cwd=README.parent, capture_output=True, text=True, check=False
     ).stdout.strip()
     return (
         f"{platform.machine()} ({level}), {torch.get_num_threads()} threads, Python {platform.python_version()}, "
         f"torch {torch.__version__}, discedit {version('discedit')} at {commit or 'no commit'}"
     )
+
+
+@dataclass
+class Table:
+    """A table of benchmarks/README.md, filled by the tests of one file and written by `--write-readme`."""
+
+    section: str
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add(self, *cells: str) -> None:
+        assert len(cells) == len(self.columns), cells
+        self.rows.append(cells)
+        print("\n" + "  ".join(f"{name}: {cell}" for name, cell in zip(self.columns, cells, strict=True)))
+
+    def markdown(self) -> str:
+        lines = [self.columns, tuple("---" for _ in self.columns), *self.rows]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return f"### {self.title}\n\n{self.note}\n\n{table}\n\nMeasured on {machine()}.\n"
+
+    def write(self) -> None:
+        """Replaces this section, and nothing else, in benchmarks/README.md."""
+        begin, end = f"<!-- begin {self.section} -->", f"<!-- end {self.section} -->"
+        text = README.read_text()
+        pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise ValueError(f"{README.name} must have one section between {begin} and {end}.")
+        README.write_text(pattern.sub(lambda _: f"{begin}\n{self.markdown()}{end}", text))

@@ -1,0 +1,188 @@
+"""What scoring costs beside running the model: time of collect_moments over the bare forward pass, and peak memory.
+
+python -m pytest benchmarks/bench_scoring_pass.py --benchmark-only -s
+"""
+
+from __future__ import annotations
+
+import statistics as stats
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import discedit
+from benchmarks._common import Table, against
+from discedit import zoo
+from discedit._batches import call, undisturbed
+
+TIME = Table(
+    "scoring_pass",
+    "collect_moments over the bare forward pass",
+    "Time of the pass that collects the moments of every layer, over that of the same batches through the bare model "
+    "(eval mode, no gradients). Random weights; 10 classes. Median and quartile spread of 11 pairs, run in "
+    "turns. Read: "
+    "share of the bare pass that a plain read of all maps that are pooled would take.",
+    ("model", "input", "type", "batch", "bare pass, s", "ratio", "spread", "read"),
+)
+MEMORY = Table(
+    "scoring_memory",
+    "Peak memory of scoring",
+    "ResNet-50, 1,000 classes, all seen. Peak resident memory of a process that collects moments, beyond that of "
+    "one that "
+    "runs the same batches through the bare model; then what `score` adds to it at most, its result included.",
+    ("step", "state, MB", "result, MB", "extra, MB", "of state"),
+)
+
+
+class Logits(nn.Module):
+    """A transformers classifier as a plain module: logits out."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.inner(x).logits
+        return logits
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "ResNet56":
+        return zoo.CifarResNet(zoo.RESNET_BLOCKS["resnet56"]).eval()
+    transformers = pytest.importorskip("transformers")
+    if name == "ResNet-50":
+        return Logits(transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=1000))).eval()
+    return Logits(transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000))).eval()
+
+
+CASES = {"ResNet-50": (224, 16, 2), "ViT-B/16": (224, 16, 2), "ResNet56": (32, 128, 4)}
+
+
+def batches(size: int, samples: int, count: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(samples, 3, size, size, generator=generator).to(dtype), torch.arange(samples) % 10)
+        for _ in range(count)
+    ]
+
+
+def bare(model: nn.Module, data: Iterable[Any]) -> None:
+    with undisturbed(model):
+        for inputs, _ in data:
+            call(model, inputs)
+
+
+def bytes_pooled(model: nn.Module, data: list[tuple[Tensor, Tensor]], layers: Iterable[str]) -> int:
+    """Bytes of the maps that the pass reads."""
+    total = 0
+
+    def count(_: nn.Module, __: Any, output: Tensor) -> None:
+        nonlocal total
+        total += output.numel() * output.element_size()
+
+    handles = [model.get_submodule(layer).register_forward_hook(count) for layer in layers]
+    bare(model, data)
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_time(benchmark: Any, table: Callable[[Table], Table], read: Any, name: str, dtype: str) -> None:
+    size, samples, count = CASES[name]
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    model = build(name).to(kind)
+    data = batches(size, samples, count, kind)
+    moments = discedit.collect_moments(model, data, 10)
+    assert moments.samples == samples * count
+    check(model, data, moments)
+
+    ratios = against(benchmark, lambda: discedit.collect_moments(model, data, 10), lambda: bare(model, data))
+
+    quartiles = stats.quantiles([1 / ratio for ratio in ratios], n=4)
+    seconds = stats.median(benchmark.stats.stats.data) / quartiles[1]
+    share = bytes_pooled(model, data, [moments.norms.get(layer, layer) for layer in moments]) / read.rate() / seconds
+    table(TIME).add(
+        name,
+        f"{size} x {size}",
+        dtype,
+        f"{count} x {samples}",
+        f"{seconds:.2f}",
+        f"{quartiles[1]:.3f}",
+        f"{quartiles[2] - quartiles[0]:.3f}",
+        f"{share:.1%}",
+    )
+
+
+def check(model: nn.Module, data: list[tuple[Tensor, Tensor]], moments: discedit.Moments) -> None:
+    """The last layer's means against torch in float64, from the maps of a bare pass."""
+    layer = list(moments)[-1]
+    maps: list[Tensor] = []
+    module = model.get_submodule(moments.norms.get(layer, layer))
+    axis = 1 if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) else -1
+    handle = module.register_forward_hook(lambda _, __, output: maps.append(output.double()))
+    bare(model, data)
+    handle.remove()
+    pooled = torch.cat([m.movedim(axis, 1).flatten(2).mean(2) for m in maps])
+    labels = torch.cat([classes for _, classes in data])
+    exact = torch.stack([pooled[labels == k].mean(0) for k in range(10)])
+    torch.testing.assert_close(moments[layer].mean, exact, rtol=1e-9, atol=1e-9)
+
+
+PEAK = """
+    import resource, threading
+    import torch
+    import discedit
+    from benchmarks.bench_scoring_pass import bare, build
+    def resident():
+        return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+    def peak_of(run):
+        peak, done = resident(), threading.Event()
+        def watch():
+            nonlocal peak
+            while not done.wait(0.002):
+                peak = max(peak, resident())
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        result = run()
+        done.set()
+        watcher.join()
+        return max(peak, resident()), result
+    model = build("ResNet-50")
+    data = [(torch.randn(50, 3, 64, 64), torch.arange(50 * i, 50 * i + 50)) for i in range(20)]
+    bare(model, data[:2])
+    if {collect}:
+        peak, moments = peak_of(lambda: discedit.collect_moments(model, data, 1000))
+        state = sum(t.numel() * t.element_size() for s in moments.values() for t in s.tensors())
+        start = resident()
+        after, scores = peak_of(lambda: discedit.score(moments))
+        result = sum(t.numel() * t.element_size() for k in scores for t in (scores[k], scores.direction[k]))
+        print(peak, state, after - start, result)
+    else:
+        print(peak_of(lambda: bare(model, data))[0])
+"""
+
+
+def measured(collect: bool) -> list[float]:
+    code = textwrap.dedent(PEAK).format(collect=collect)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return [float(part) for part in run.stdout.split()]
+
+
+def test_memory(benchmark: Any, table: Callable[[Table], Table]) -> None:
+    pytest.importorskip("transformers")
+    (without,) = benchmark.pedantic(lambda: measured(False), rounds=1)
+    peak, state, scoring, result = measured(True)
+    rows = table(MEMORY)
+    rows.add(
+        "collect_moments", f"{state / 1e6:.0f}", "", f"{(peak - without) / 1e6:.0f}", f"{(peak - without) / state:.2f}"
+    )
+    rows.add("score", f"{state / 1e6:.0f}", f"{result / 1e6:.0f}", f"{scoring / 1e6:.0f}", f"{scoring / state:.2f}")
