@@ -77,7 +77,7 @@ class State {
                     channels,
                     count,
                     contiguous_data<double>(mean, d * size, op, "mean"),
-                    contiguous_data<double>(arrays_[2]->view, triangle(d) * size, op, "scatter")};
+                    contiguous_data<double>(arrays_[2]->view, lower(d, 0) * size, op, "scatter")};
     } else {
       of_scalar_ = {classes,
                     channels,
@@ -115,8 +115,8 @@ void bind_pool(const py::object& x, int channel_axis, const py::sequence& statis
   const Array map(x, "pool", "x"), result(out, "pool", "out", true);
   check_map(map.view, channel_axis, "pool");
   const Statistics wanted = statistics_named(statistics, "pool");
-  double* data = contiguous_data<double>(
-      result.view, wanted.count * map.view.shape[0] * map.view.shape[channel_axis], "pool", "out");
+  double* data = contiguous_data<double>(result.view, wanted.count * map.view.shape[0] * map.view.shape[channel_axis],
+                                         "pool", "out");
   const py::gil_scoped_release release;
   ops().pool(map.view, channel_axis, wanted, data, threads);
 }

@@ -17,9 +17,9 @@ namespace {
 
 // ---- traits ---------------------------------------------------------------------------------------------------------
 
-constexpr int together = 2;                       // registers of channels folded at once: two chains of additions
-constexpr int tile = 8 * together;                // channels of a work item: a multiple of every register's lanes
-constexpr std::int64_t chunk_values = 1 << 13;    // pooled values that a thread takes at a time
+constexpr int together = 2;                     // registers of channels folded at once: two chains of additions
+constexpr int tile = 8 * together;              // channels of a work item: a multiple of every register's lanes
+constexpr std::int64_t chunk_values = 1 << 13;  // pooled values that a thread takes at a time
 static_assert(8 % pack_lanes == 0, "tiles hold whole registers");
 
 // ---- kernels --------------------------------------------------------------------------------------------------------
@@ -30,22 +30,15 @@ struct Channels {
   int width;
 
   DISCEDIT_INLINE void load(const double* from, Pack (&to)[Packs]) const {
-    if constexpr (Full) {
-      for (int p = 0; p < Packs; ++p) to[p] = Pack::load(from + p * pack_lanes);
-    } else {
-      double padded[Packs * pack_lanes] = {};
-      for (int c = 0; c < width; ++c) padded[c] = from[c];
-      for (int p = 0; p < Packs; ++p) to[p] = Pack::load(padded + p * pack_lanes);
-    }
+    for (int p = 0; p < Packs; ++p) to[p] = load_some(from + p * pack_lanes, width_of(p));
   }
   DISCEDIT_INLINE void store(const Pack (&from)[Packs], double* to) const {
-    if constexpr (Full) {
-      for (int p = 0; p < Packs; ++p) from[p].store(to + p * pack_lanes);
-    } else {
-      double padded[Packs * pack_lanes];
-      for (int p = 0; p < Packs; ++p) from[p].store(padded + p * pack_lanes);
-      for (int c = 0; c < width; ++c) to[c] = padded[c];
-    }
+    for (int p = 0; p < Packs; ++p) store_some(from[p], to + p * pack_lanes, width_of(p));
+  }
+
+ private:
+  DISCEDIT_INLINE int width_of(int p) const {
+    return Full ? pack_lanes : std::clamp(width - p * pack_lanes, 0, pack_lanes);
   }
 };
 
@@ -123,7 +116,7 @@ DISCEDIT_INLINE void fold_vector(const Channels<1, Full>& at, const double* pool
                                  std::int64_t plane, const Members& members, const VectorState& state,
                                  std::int64_t index, double seen) {
   const Pack n(static_cast<double>(members.count));
-  Pack mean[D][1], x[D][1], residual[D], scatter[triangle(D)];
+  Pack mean[D][1], x[D][1], residual[D], scatter[lower(D, 0)];
   for (int i = 0; i < D; ++i) {
     mean_of(at, pooled + i * plane, channels, members, mean[i]);
     residual[i] = Pack(0.0);
@@ -193,8 +186,7 @@ void fold_batch(const double* pooled, const SampleOrder& sorted, const MomentSta
       for (int c = 0; c < width; c += step) {
         if (width - c >= step)
           fold(Channels<together, true>{step}, pooled + first + c, channels, members, state, index + c, seen);
-        else
-          fold(Channels<together, false>{width - c}, pooled + first + c, channels, members, state, index + c, seen);
+        else fold(Channels<together, false>{width - c}, pooled + first + c, channels, members, state, index + c, seen);
       }
     }
   });
@@ -215,8 +207,7 @@ void fold_vector_batch(const double* pooled, const SampleOrder& sorted, const Ve
         const double* from = pooled + first + c;
         if (width - c >= pack_lanes)
           fold_vector<D>(Channels<1, true>{pack_lanes}, from, channels, plane, members, state, index + c, seen);
-        else
-          fold_vector<D>(Channels<1, false>{width - c}, from, channels, plane, members, state, index + c, seen);
+        else fold_vector<D>(Channels<1, false>{width - c}, from, channels, plane, members, state, index + c, seen);
       }
     }
   });
@@ -240,8 +231,7 @@ void exponentials(const double* from, double scale, std::int64_t size, double* t
   parallel_for((size + 7) / 8, chunk_values / 8, threads, [&](std::int64_t begin, std::int64_t end) {
     const std::int64_t last = std::min(end * 8, size);
     std::int64_t i = begin * 8;
-    for (; i + pack_lanes <= last; i += pack_lanes)
-      exponential(Pack::load(from + i) * Pack(-scale)).store(to + i);
+    for (; i + pack_lanes <= last; i += pack_lanes) exponential(Pack::load(from + i) * Pack(-scale)).store(to + i);
     for (; i < last; ++i) {
       double lanes[pack_lanes] = {from[i]};
       exponential(Pack::load(lanes) * Pack(-scale)).store(lanes);

@@ -16,8 +16,8 @@ struct Labels {
 
 // Pools the feature map and merges the batch's per-class moments into the state. `scale` != 0: of exp(-scale t) instead
 // of t (scalar states only). A vector state has one dimension per statistic.
-using ClassMoments = void(const TensorView& x, int channel_axis, Statistic statistic, double scale, const Labels& labels,
-                          const MomentState& state, int threads);
+using ClassMoments = void(const TensorView& x, int channel_axis, Statistic statistic, double scale,
+                          const Labels& labels, const MomentState& state, int threads);
 using ClassVectorMoments = void(const TensorView& x, int channel_axis, const Statistics& statistics,
                                 const Labels& labels, const VectorState& state, int threads);
 // The same from pooled features: pooled[(statistic * samples + sample) * channels + channel].

@@ -8,10 +8,20 @@
 namespace discedit {
 namespace {
 
-#define DISCEDIT_OPS_OF(level, name)                                                                            \
-  {name, level::pool, level::class_moments, level::class_vector_moments, level::fold_moments,                  \
-   level::fold_vector_moments, level::merge_moments, level::merge_vector_moments, level::one_vs_rest,          \
-   level::one_vs_rest_vector, level::pairwise_min, level::pairwise_min_vector, level::batched_bound}
+#define DISCEDIT_OPS_OF(level, name) \
+  {name,                             \
+   level::pool,                      \
+   level::class_moments,             \
+   level::class_vector_moments,      \
+   level::fold_moments,              \
+   level::fold_vector_moments,       \
+   level::merge_moments,             \
+   level::merge_vector_moments,      \
+   level::one_vs_rest,               \
+   level::one_vs_rest_vector,        \
+   level::pairwise_min,              \
+   level::pairwise_min_vector,       \
+   level::batched_bound}
 
 struct Level {
   Ops ops;

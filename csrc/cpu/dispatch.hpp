@@ -33,20 +33,20 @@ struct Ops {
 // std::invalid_argument where that is unknown or cannot run here.
 const Ops& ops();
 
-#define DISCEDIT_DECLARE_OPS(level)            \
-  namespace level {                            \
-  Pool pool;                                   \
-  ClassMoments class_moments;                  \
-  ClassVectorMoments class_vector_moments;     \
-  FoldMoments fold_moments;                    \
-  FoldVectorMoments fold_vector_moments;       \
-  MergeMoments merge_moments;                  \
-  MergeVectorMoments merge_vector_moments;     \
-  OneVsRest one_vs_rest;                       \
-  OneVsRestVector one_vs_rest_vector;          \
-  PairwiseMin pairwise_min;                    \
-  PairwiseMinVector pairwise_min_vector;       \
-  BatchedBound batched_bound;                  \
+#define DISCEDIT_DECLARE_OPS(level)        \
+  namespace level {                        \
+  Pool pool;                               \
+  ClassMoments class_moments;              \
+  ClassVectorMoments class_vector_moments; \
+  FoldMoments fold_moments;                \
+  FoldVectorMoments fold_vector_moments;   \
+  MergeMoments merge_moments;              \
+  MergeVectorMoments merge_vector_moments; \
+  OneVsRest one_vs_rest;                   \
+  OneVsRestVector one_vs_rest_vector;      \
+  PairwiseMin pairwise_min;                \
+  PairwiseMinVector pairwise_min_vector;   \
+  BatchedBound batched_bound;              \
   }
 DISCEDIT_DECLARE_OPS(baseline)
 DISCEDIT_DECLARE_OPS(avx2)

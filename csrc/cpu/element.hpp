@@ -56,9 +56,7 @@ DISCEDIT_INLINE Float widen_half_bits(Integer half) {
   return as<Float>(special | (half & 0x8000) << 16);
 }
 
-DISCEDIT_INLINE double widen(Float16 value) {
-  return widen_half_bits<float>(static_cast<std::uint32_t>(value.bits));
-}
+DISCEDIT_INLINE double widen(Float16 value) { return widen_half_bits<float>(static_cast<std::uint32_t>(value.bits)); }
 
 // ---- vectors --------------------------------------------------------------------------------------------------------
 
@@ -112,8 +110,8 @@ DISCEDIT_INLINE Vector<float> widen_halves(const Float16* from) {
 }
 
 // ---- blocks ---------------------------------------------------------------------------------------------------------
-// A block is 32 neighbouring elements. Its elements pair up: (2i, 2i + 1) for BFloat16, whose neighbours come apart with
-// a shift and a mask, (i, i + 16) for the others. Part v of a block is `singles` such pairs.
+// A block is 32 neighbouring elements. Its elements pair up: (2i, 2i + 1) for BFloat16, whose neighbours come apart
+// with a shift and a mask, (i, i + 16) for the others. Part v of a block is `singles` such pairs.
 
 constexpr int block = 32;
 constexpr int block_pairs = block / 2;
@@ -141,7 +139,6 @@ DISCEDIT_INLINE Pairs load_pairs(const BFloat16* from, int part) {
 DISCEDIT_INLINE Pairs load_pairs(const Float16* from, int part) {
   return {widen_halves(from + part * singles), widen_halves(from + block_pairs + part * singles)};
 }
-
 
 struct WidePairs {
   Vector<double> first[2], second[2];

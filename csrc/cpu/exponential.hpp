@@ -20,11 +20,20 @@ DISCEDIT_INLINE Pack exponential(Pack x) {
   const Pack k = within * Pack(log2_e) + Pack(shift) - Pack(shift);
   const Pack r = within - k * Pack(ln2_high) - k * Pack(ln2_low);  // the first product is exact
   // Taylor up to r^13 / 13!: |r| <= ln 2 / 2 leaves 4e-18.
-  constexpr double inverse_factorial[] = {1.6059043836821613e-10, 2.08767569878681e-09,   2.505210838544172e-08,
-                                          2.755731922398589e-07,  2.7557319223985893e-06, 2.48015873015873e-05,
-                                          1.984126984126984e-04,  1.388888888888889e-03,  8.333333333333333e-03,
-                                          4.1666666666666664e-02, 1.6666666666666666e-01, 0.5,
-                                          1.0,                    1.0};
+  constexpr double inverse_factorial[] = {1.6059043836821613e-10,
+                                          2.08767569878681e-09,
+                                          2.505210838544172e-08,
+                                          2.755731922398589e-07,
+                                          2.7557319223985893e-06,
+                                          2.48015873015873e-05,
+                                          1.984126984126984e-04,
+                                          1.388888888888889e-03,
+                                          8.333333333333333e-03,
+                                          4.1666666666666664e-02,
+                                          1.6666666666666666e-01,
+                                          0.5,
+                                          1.0,
+                                          1.0};
   Pack sum(inverse_factorial[0]);
   for (int i = 1; i < 14; ++i) sum = sum * r + Pack(inverse_factorial[i]);
   // In two factors, so that results in the subnormal range come out as well.

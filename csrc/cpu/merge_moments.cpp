@@ -14,24 +14,6 @@ namespace {
 constexpr int tile = 512;              // channels of one class merged together
 constexpr std::int64_t grain = 16384;  // merges that pay for a thread
 
-// A pack of channels from memory and back. At the last channels of a row it is filled up with zeros.
-struct Channels {
-  int width;
-
-  DISCEDIT_INLINE Pack load(const double* from) const {
-    if (width == pack_lanes) return Pack::load(from);
-    double padded[pack_lanes] = {};
-    std::copy_n(from, width, padded);
-    return Pack::load(padded);
-  }
-  DISCEDIT_INLINE void store(double* to, Pack value) const {
-    if (width == pack_lanes) return value.store(to);
-    double padded[pack_lanes];
-    value.store(padded);
-    std::copy_n(padded, width, to);
-  }
-};
-
 template <typename State, typename Merge>
 void run(const State& into, const State& from, int threads, const Merge& merge_pack) {
   const std::int64_t tiles = (into.channels + tile - 1) / tile;
@@ -41,7 +23,7 @@ void run(const State& into, const State& from, int threads, const Merge& merge_p
       if (from.count[cls] == 0) continue;
       const std::int64_t last = std::min(into.channels, (item % tiles + 1) * tile);
       for (std::int64_t channel = item % tiles * tile; channel < last; channel += pack_lanes)
-        merge_pack(cls, channel, Channels{static_cast<int>(std::min<std::int64_t>(pack_lanes, last - channel))});
+        merge_pack(cls, channel, static_cast<int>(std::min<std::int64_t>(pack_lanes, last - channel)));
     }
   });
   for (std::int64_t cls = 0; cls < into.classes; ++cls) into.count[cls] += from.count[cls];
@@ -49,35 +31,35 @@ void run(const State& into, const State& from, int threads, const Merge& merge_p
 
 template <int Size>
 void run_vector(const VectorState& into, const VectorState& from, int threads) {
-  run(into, from, threads, [&, d = into.dimension](std::int64_t cls, std::int64_t channel, Channels channels) {
+  run(into, from, threads, [&, d = into.dimension](std::int64_t cls, std::int64_t channel, int width) {
     const auto at = [&](int i) { return (i * into.classes + cls) * into.channels + channel; };
     const auto load = [&](const VectorState& state) {
       VectorMomentsOf<Pack, Size> law;
       law.n = static_cast<double>(state.count[cls]);
-      for (int i = 0; i < d; ++i) law.mean[i] = channels.load(state.mean + at(i));
-      for (int i = 0; i < lower(d, 0); ++i) law.scatter[i] = channels.load(state.scatter + at(i));
+      for (int i = 0; i < d; ++i) law.mean[i] = load_some(state.mean + at(i), width);
+      for (int i = 0; i < lower(d, 0); ++i) law.scatter[i] = load_some(state.scatter + at(i), width);
       return law;
     };
     const VectorMomentsOf<Pack, Size> merged = merge(load(into), load(from), d);
-    for (int i = 0; i < d; ++i) channels.store(into.mean + at(i), merged.mean[i]);
-    for (int i = 0; i < lower(d, 0); ++i) channels.store(into.scatter + at(i), merged.scatter[i]);
+    for (int i = 0; i < d; ++i) store_some(merged.mean[i], into.mean + at(i), width);
+    for (int i = 0; i < lower(d, 0); ++i) store_some(merged.scatter[i], into.scatter + at(i), width);
   });
 }
 
 }  // namespace
 
 void merge_moments(const MomentState& into, const MomentState& from, int threads) {
-  run(into, from, threads, [&](std::int64_t cls, std::int64_t channel, Channels channels) {
+  run(into, from, threads, [&](std::int64_t cls, std::int64_t channel, int width) {
     const std::int64_t at = cls * into.channels + channel;
     const auto load = [&](const MomentState& state) -> MomentsOf<Pack> {
-      return {static_cast<double>(state.count[cls]), channels.load(state.mean + at), channels.load(state.m2 + at),
-              channels.load(state.m3 + at), channels.load(state.m4 + at)};
+      return {static_cast<double>(state.count[cls]), load_some(state.mean + at, width), load_some(state.m2 + at, width),
+              load_some(state.m3 + at, width), load_some(state.m4 + at, width)};
     };
     const MomentsOf<Pack> merged = merge(load(into), load(from));
-    channels.store(into.mean + at, merged.mean);
-    channels.store(into.m2 + at, merged.m2);
-    channels.store(into.m3 + at, merged.m3);
-    channels.store(into.m4 + at, merged.m4);
+    store_some(merged.mean, into.mean + at, width);
+    store_some(merged.m2, into.m2 + at, width);
+    store_some(merged.m3, into.m3 + at, width);
+    store_some(merged.m4, into.m4 + at, width);
   });
 }
 

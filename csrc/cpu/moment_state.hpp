@@ -16,10 +16,10 @@ struct MomentState {
 };
 
 constexpr int max_vector = 8;
-constexpr int triangle(int d) { return d * (d + 1) / 2; }  // entries of the lower triangle, row by row
 
 // Of a vector of `dimension` statistics: mean[(i * classes + cls) * channels + channel]; scatter, the sums of products
-// of deviations, with i running over the entries of the lower triangle.
+// of deviations, with i running over the lower(dimension, 0)
+// entries of the lower triangle, row by row.
 struct VectorState {
   int dimension;
   std::int64_t classes, channels;

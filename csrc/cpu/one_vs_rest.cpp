@@ -17,14 +17,6 @@ namespace {
 constexpr int group = 8;              // channels that one thread takes: a cache line of each row
 constexpr std::int64_t grain = 4096;  // bounds that pay for a thread
 
-// A pack of channels; at the last channels of a row, filled up with zeros.
-DISCEDIT_INLINE Pack load_channels(const double* from, int width) {
-  if (width == pack_lanes) return Pack::load(from);
-  double padded[pack_lanes] = {};
-  std::copy_n(from, width, padded);
-  return Pack::load(padded);
-}
-
 // ---- traits: how one class's law is read, merged and compared -------------------------------------------------------
 
 template <Witness witness>
@@ -34,9 +26,8 @@ struct ScalarLaw {
 
   DISCEDIT_INLINE Moments load(std::int64_t cls, std::int64_t channel, int width) const {
     const std::int64_t at = cls * state.channels + channel;
-    return {static_cast<double>(state.count[cls]), load_channels(state.mean + at, width),
-            load_channels(state.m2 + at, width), load_channels(state.m3 + at, width),
-            load_channels(state.m4 + at, width)};
+    return {static_cast<double>(state.count[cls]), load_some(state.mean + at, width), load_some(state.m2 + at, width),
+            load_some(state.m3 + at, width), load_some(state.m4 + at, width)};
   }
   DISCEDIT_INLINE Moments merged(const Moments& a, const Moments& b) const { return merge(a, b); }
   DISCEDIT_INLINE Pack between(Bound bound, const Moments& a, const Moments& b) const {
@@ -55,8 +46,8 @@ struct VectorLaw {
     const auto at = [&](int i) { return (i * state.classes + cls) * state.channels + channel; };
     Moments law;
     law.n = static_cast<double>(state.count[cls]);
-    for (int i = 0; i < dimension(); ++i) law.mean[i] = load_channels(state.mean + at(i), width);
-    for (int i = 0; i < lower(dimension(), 0); ++i) law.scatter[i] = load_channels(state.scatter + at(i), width);
+    for (int i = 0; i < dimension(); ++i) law.mean[i] = load_some(state.mean + at(i), width);
+    for (int i = 0; i < lower(dimension(), 0); ++i) law.scatter[i] = load_some(state.scatter + at(i), width);
     return law;
   }
   DISCEDIT_INLINE Moments merged(const Moments& a, const Moments& b) const { return merge(a, b, dimension()); }

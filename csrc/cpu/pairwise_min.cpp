@@ -50,7 +50,7 @@ double reach_of(double value) {
 // Moments of `strip` pairs, one field after the other.
 struct Batch {
   double n[2][strip];
-  double fields[2][max_vector + triangle(max_vector)][strip];
+  double fields[2][max_vector + lower(max_vector, 0)][strip];
 };
 
 template <Witness witness>

@@ -19,10 +19,10 @@ namespace {
 
 // ---- traits ---------------------------------------------------------------------------------------------------------
 
-constexpr std::int64_t row_span = 1 << 16;     // elements of one row that are summed as one; depends on shapes alone
-constexpr std::int64_t sweep_span = 1 << 18;   // elements of one sample swept as one
+constexpr std::int64_t row_span = 1 << 16;    // elements of one row that are summed as one; depends on shapes alone
+constexpr std::int64_t sweep_span = 1 << 18;  // elements of one sample swept as one
 constexpr std::int64_t most_positions = 1 << 14;
-constexpr int channel_tile = 1024;             // channels swept together: their accumulators stay in L1
+constexpr int channel_tile = 1024;                // channels swept together: their accumulators stay in L1
 constexpr std::int64_t chunk_elements = 1 << 16;  // what a thread takes at a time
 constexpr int row_prefetch = 4096;                // bytes ahead: beyond the page that the hardware's own reach ends at
 static_assert(row_span / block < (1 << 15) && most_positions < (1 << 15), "16-bit lanes count the positive elements");
@@ -127,8 +127,11 @@ struct Strip {
     }
   }
   double* of(int part) {
-    return part == Parts::sum ? sum : part == Parts::square ? square : part == Parts::top ? top
-           : part == Parts::peak ? peak : positive;
+    return part == Parts::sum      ? sum
+           : part == Parts::square ? square
+           : part == Parts::top    ? top
+           : part == Parts::peak   ? peak
+                                   : positive;
   }
 };
 
@@ -275,7 +278,7 @@ struct Row {
       for (int part = 0; part < registers / 2; ++part) {
         const WidePairs x = load_wide(from, part);
         for (int half = 0; half < 2; ++half) {
-if constexpr (parts & Parts::sum)
+          if constexpr (parts & Parts::sum)
             sum[2 * part + half] = add_value<T>(sum[2 * part + half], x.first[half] + x.second[half]);
           if constexpr (parts & Parts::square)
             square[2 * part + half] += add_square<T>(x.first[half] * x.first[half], x.second[half]);
@@ -363,8 +366,7 @@ struct Sweep {
     if constexpr (parts & Parts::sum) std::memset(sum, 0, count * sizeof sum[0]);
     if constexpr (parts & Parts::square) std::memset(square, 0, count * sizeof square[0]);
     if constexpr (parts & Parts::top) std::memset(top, 0, count * sizeof top[0]);
-    if constexpr (parts & Parts::peak)
-      std::fill(peak[0], peak[used], std::numeric_limits<Integer>::min());
+    if constexpr (parts & Parts::peak) std::fill(peak[0], peak[used], std::numeric_limits<Integer>::min());
     if constexpr (parts & Parts::positive) std::memset(positive, 0, count * sizeof positive[0]);
   }
 
@@ -507,8 +509,7 @@ DISCEDIT_INLINE void sweep_positions(const T* map, const Layout& layout, int wid
     const T* from = map + layout.offset(position);
     const auto count = static_cast<int>(std::min<std::int64_t>(wide, (end - position) * width));
     for (int index = 0; index * block < count; ++index) {
-      if (count - index * block >= block)
-        sweep.template add<parts, 1>(index, {from}, {from}, index * block);
+      if (count - index * block >= block) sweep.template add<parts, 1>(index, {from}, {from}, index * block);
       else add_padded(index, from + index * block, count - index * block);
     }
   }
@@ -532,8 +533,8 @@ DISCEDIT_INLINE void sweep_positions(const T* map, const Layout& layout, int wid
 struct Cut {
   std::int64_t outputs, spans, span;
   bool sweeps;
-  int tile;           // channels of a sweep's strip, or rows of a strip
-  std::int64_t tiles; // strips per sample, or in all
+  int tile;            // channels of a sweep's strip, or rows of a strip
+  std::int64_t tiles;  // strips per sample, or in all
 
   std::int64_t strips(const Layout& layout) const { return sweeps ? layout.samples * tiles : tiles; }
 };
@@ -549,8 +550,8 @@ Cut cut_of(const Layout& layout) {
     const std::int64_t width = std::min<std::int64_t>(cut.tile, layout.channels);
     cut.span = std::clamp<std::int64_t>(sweep_span / width / block * block, block, most_positions);
   } else {
-    cut.tile = static_cast<int>(std::clamp<std::int64_t>(chunk_elements / std::max<std::int64_t>(1, layout.elements), 1,
-                                                         channel_tile));
+    cut.tile = static_cast<int>(
+        std::clamp<std::int64_t>(chunk_elements / std::max<std::int64_t>(1, layout.elements), 1, channel_tile));
     cut.tiles = (cut.outputs + cut.tile - 1) / cut.tile;
     cut.span = row_span;
   }

@@ -70,7 +70,8 @@ struct Mask {  // one bit per lane
   friend DISCEDIT_INLINE bool any(Mask a) { return a.bits != 0; }
   DISCEDIT_INLINE bool operator[](int lane) const { return (bits >> lane & 1) != 0; }
 };
-#define DISCEDIT_COMPARE(a, b, symbol, predicate) Mask{_mm512_cmp_pd_mask((a).lanes, (b).lanes, predicate)}
+#define DISCEDIT_COMPARE(a, b, symbol, predicate) \
+  Mask { _mm512_cmp_pd_mask((a).lanes, (b).lanes, predicate) }
 #else
 struct Mask {  // all ones or all zeros per lane
   Vector<std::int64_t> bits;
@@ -87,7 +88,8 @@ struct Mask {  // all ones or all zeros per lane
   }
   DISCEDIT_INLINE bool operator[](int lane) const { return bits[lane] != 0; }
 };
-#define DISCEDIT_COMPARE(a, b, symbol, predicate) Mask{(a).lanes symbol (b).lanes}
+#define DISCEDIT_COMPARE(a, b, symbol, predicate) \
+  Mask { (a).lanes symbol(b).lanes }
 #endif
 
 struct Pack {
@@ -140,5 +142,21 @@ struct Pack {
 #endif
   }
 };
+
+// ---- ends of rows ---------------------------------------------------------------------------------------------------
+
+// The first `width` doubles at `from`, filled up with zeros; and the other way.
+DISCEDIT_INLINE Pack load_some(const double* from, int width) {
+  if (width == pack_lanes) return Pack::load(from);
+  double padded[pack_lanes] = {};
+  for (int lane = 0; lane < width; ++lane) padded[lane] = from[lane];
+  return Pack::load(padded);
+}
+DISCEDIT_INLINE void store_some(Pack value, double* to, int width) {
+  if (width == pack_lanes) return value.store(to);
+  double padded[pack_lanes];
+  value.store(padded);
+  for (int lane = 0; lane < width; ++lane) to[lane] = padded[lane];
+}
 
 }  // namespace discedit::DISCEDIT_LEVEL
