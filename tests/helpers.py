@@ -48,6 +48,7 @@ def hostile_maps() -> dict[str, Tensor]:
         "bfloat16 channels_last": randn(12, 40, 9, 9).bfloat16().to(memory_format=torch.channels_last),
         "float16": randn(12, 5, 9, 9).half(),
         "float16 subnormal": (randn(12, 5, 9, 9) * 1e-6).half(),
+        "float16 channels_last": randn(12, 70, 9, 9).half().to(memory_format=torch.channels_last),
         "float64": randn(12, 5, 9, 9).double(),
     }
 

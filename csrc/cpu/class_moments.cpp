@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "../common/moments.hpp"
 #include "dispatch.hpp"
@@ -18,9 +19,11 @@ namespace {
 // ---- traits ---------------------------------------------------------------------------------------------------------
 
 constexpr int together = 2;                     // registers of channels folded at once: two chains of additions
-constexpr int tile = 8 * together;              // channels of a work item: a multiple of every register's lanes
+constexpr int least_tile = 8 * together;        // channels: a multiple of every register's lanes
+constexpr int tile = 64;                        // channels of a work item: whole cache lines, several side by side
+constexpr std::int64_t near_values = 1 << 12;   // pooled values brought together in L1
 constexpr std::int64_t chunk_values = 1 << 13;  // pooled values that a thread takes at a time
-static_assert(8 % pack_lanes == 0, "tiles hold whole registers");
+static_assert(8 % pack_lanes == 0 && tile % least_tile == 0, "tiles hold whole registers");
 
 // ---- kernels --------------------------------------------------------------------------------------------------------
 
@@ -42,37 +45,72 @@ struct Channels {
   }
 };
 
-// The samples of one class in the batch.
+// Values of the samples of one class: sample i, channel c at values[order[i] * stride + c], where no order means 0, 1,
+// 2, ..; those of the next statistic lie `plane` further on.
 struct Members {
+  const double* values;
   const std::int64_t* order;
-  std::int64_t count;
+  std::int64_t count, stride, plane;
+
+  DISCEDIT_INLINE const double* of(std::int64_t sample) const {
+    return values + (order ? order[sample] : sample) * stride;
+  }
+  Members from_channel(std::int64_t channel) const { return {values + channel, order, count, stride, plane}; }
 };
 
-// Mean of each channel, as first sample + mean deviation from it: a constant channel gets its exact value.
-template <int Packs, bool Full>
-DISCEDIT_INLINE void mean_of(const Channels<Packs, Full>& at, const double* pooled, std::int64_t channels,
-                             const Members& members, Pack (&mean)[Packs]) {
-  Pack first[Packs], x[Packs], residual[Packs];
-  at.load(pooled + members.order[0] * channels, first);
-  for (Pack& sum : residual) sum = Pack(0.0);
-  for (std::int64_t i = 1; i < members.count; ++i) {
-    at.load(pooled + members.order[i] * channels, x);
-    for (int p = 0; p < Packs; ++p) residual[p] += x[p] - first[p];
+// Both passes over a class's samples go over a copy in L1: strides of a power of two would throw each other out.
+struct Near {
+  alignas(64) double values[near_values];
+
+  // Widest number of channels that fits; 0 where even the least does not.
+  static std::int64_t width(std::int64_t count, int statistics) {
+    return std::min<std::int64_t>(tile, near_values / (count * statistics) / least_tile * least_tile);
   }
-  for (int p = 0; p < Packs; ++p) mean[p] = first[p] + residual[p] / Pack(static_cast<double>(members.count));
+  Members copy(const Members& from, std::int64_t width, int statistics) {
+    const std::int64_t stride = (width + 7) / 8 * 8;
+    for (int k = 0; k < statistics; ++k)
+      for (std::int64_t i = 0; i < from.count; ++i) {
+        const double* row = from.of(i) + k * from.plane;
+        double* to = values + (k * from.count + i) * stride;
+        std::int64_t c = 0;
+        for (; c + pack_lanes <= width; c += pack_lanes) Pack::load(row + c).store(to + c);
+        for (; c < width; ++c) to[c] = row[c];
+      }
+    return {values, nullptr, from.count, stride, from.count * stride};
+  }
+};
+
+// Mean of each channel and statistic, as first sample + mean deviation from it: a constant channel gets its exact
+// value.
+template <int D, int Packs, bool Full>
+DISCEDIT_INLINE void means_of(const Channels<Packs, Full>& at, const Members& members, Pack (&mean)[D][Packs]) {
+  Pack first[D][Packs], x[Packs], residual[D][Packs];
+  for (int k = 0; k < D; ++k) {
+    at.load(members.of(0) + k * members.plane, first[k]);
+    for (Pack& sum : residual[k]) sum = Pack(0.0);
+  }
+  for (std::int64_t i = 1; i < members.count; ++i)
+    for (int k = 0; k < D; ++k) {
+      at.load(members.of(i) + k * members.plane, x);
+      for (int p = 0; p < Packs; ++p) residual[k][p] += x[p] - first[k][p];
+    }
+  const Pack n(static_cast<double>(members.count));
+  for (int k = 0; k < D; ++k)
+    for (int p = 0; p < Packs; ++p) mean[k][p] = first[k][p] + residual[k][p] / n;
 }
 
 // Moments of one class's samples, merged into the state at element `index`.
 template <int Packs, bool Full>
-DISCEDIT_INLINE void fold(const Channels<Packs, Full>& at, const double* pooled, std::int64_t channels,
-                          const Members& members, const MomentState& state, std::int64_t index, double seen) {
+DISCEDIT_INLINE void fold(const Channels<Packs, Full>& at, const Members& members, const MomentState& state,
+                          std::int64_t index, double seen) {
   const Pack n(static_cast<double>(members.count));
-  Pack mean[Packs], x[Packs], residual[Packs], m2[Packs], m3[Packs], m4[Packs];
-  mean_of(at, pooled, channels, members, mean);
+  Pack means[1][Packs], x[Packs], residual[Packs], m2[Packs], m3[Packs], m4[Packs];
+  means_of(at, members, means);
+  Pack(&mean)[Packs] = means[0];
   for (int p = 0; p < Packs; ++p) residual[p] = m2[p] = m3[p] = m4[p] = Pack(0.0);
   // A single sample is its own mean, up to the sign of a NaN.
   for (std::int64_t i = 0; i < members.count; ++i) {
-    at.load(pooled + members.order[i] * channels, x);
+    at.load(members.of(i), x);
     for (int p = 0; p < Packs; ++p) {
       const Pack d = x[p] - mean[p], d2 = d * d;
       residual[p] += d;
@@ -110,21 +148,18 @@ DISCEDIT_INLINE void fold(const Channels<Packs, Full>& at, const double* pooled,
   at.store(m4, state.m4 + index);
 }
 
-// The same for vectors of D statistics; `plane` values lie between those of one statistic and the next.
+// The same for vectors of D statistics.
 template <int D, bool Full>
-DISCEDIT_INLINE void fold_vector(const Channels<1, Full>& at, const double* pooled, std::int64_t channels,
-                                 std::int64_t plane, const Members& members, const VectorState& state,
+DISCEDIT_INLINE void fold_vector(const Channels<1, Full>& at, const Members& members, const VectorState& state,
                                  std::int64_t index, double seen) {
   const Pack n(static_cast<double>(members.count));
   Pack mean[D][1], x[D][1], residual[D], scatter[lower(D, 0)];
-  for (int i = 0; i < D; ++i) {
-    mean_of(at, pooled + i * plane, channels, members, mean[i]);
-    residual[i] = Pack(0.0);
-  }
+  means_of(at, members, mean);
+  for (Pack& sum : residual) sum = Pack(0.0);
   for (Pack& sum : scatter) sum = Pack(0.0);
   for (std::int64_t sample = 0; sample < members.count; ++sample) {
     for (int i = 0; i < D; ++i) {
-      at.load(pooled + i * plane + members.order[sample] * channels, x[i]);
+      at.load(members.of(sample) + i * members.plane, x[i]);
       x[i][0] -= mean[i][0];
       residual[i] += x[i][0];
     }
@@ -159,59 +194,53 @@ DISCEDIT_INLINE void fold_vector(const Channels<1, Full>& at, const double* pool
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
-// Calls body(first channel, width) for tiles of channels on several threads.
-template <typename Body>
-void over_tiles(std::int64_t samples, std::int64_t channels, int threads, const Body& body) {
-  parallel_for((channels + tile - 1) / tile, chunk_values / std::max<std::int64_t>(1, samples * tile), threads,
-               [&](std::int64_t begin, std::int64_t end) {
-                 for (std::int64_t t = begin; t < end; ++t)
-                   body(t * tile, static_cast<int>(std::min<std::int64_t>(tile, channels - t * tile)));
-               });
-}
-
-template <typename State>
-void add_counts(const SampleOrder& sorted, const State& state) {
+// Calls body(members, width, index of the state, samples seen before) for each class of the batch and each stretch of
+// `width` <= tile channels, on several threads, and adds the counts.
+template <typename State, typename Body>
+void over_classes(const double* pooled, int statistics, const SampleOrder& sorted, const State& state, int threads,
+                  const Body& body) {
+  const std::int64_t channels = state.channels;
+  const auto samples = static_cast<std::int64_t>(sorted.order.size());
+  const std::int64_t work = std::max<std::int64_t>(1, samples * statistics * tile);
+  parallel_for((channels + tile - 1) / tile, chunk_values / work, threads, [&](std::int64_t begin, std::int64_t end) {
+    Near near;
+    for (const auto& group : sorted.groups) {
+      const std::int64_t count = group.end - group.begin, fits = Near::width(count, statistics);
+      const std::int64_t step = fits ? fits : tile, last = std::min(end * tile, channels);
+      for (std::int64_t first = begin * tile; first < last; first += step) {
+        const std::int64_t width = std::min(step, last - first);
+        const Members far{pooled + first, sorted.order.data() + group.begin, count, channels, samples * channels};
+        body(fits && count > 1 ? near.copy(far, width, statistics) : far, static_cast<int>(width),
+             group.cls * channels + first, static_cast<double>(state.count[group.cls]));
+      }
+    }
+  });
   for (const auto& group : sorted.groups) state.count[group.cls] += group.end - group.begin;
 }
 
 void fold_batch(const double* pooled, const SampleOrder& sorted, const MomentState& state, int threads) {
-  const std::int64_t channels = state.channels;
-  const auto samples = static_cast<std::int64_t>(sorted.order.size());
-  over_tiles(samples, channels, threads, [&](std::int64_t first, int width) {
-    for (const auto& group : sorted.groups) {
-      const Members members{sorted.order.data() + group.begin, group.end - group.begin};
-      const std::int64_t index = group.cls * channels + first;
-      const auto seen = static_cast<double>(state.count[group.cls]);
-      constexpr int step = together * pack_lanes;
-      for (int c = 0; c < width; c += step) {
-        if (width - c >= step)
-          fold(Channels<together, true>{step}, pooled + first + c, channels, members, state, index + c, seen);
-        else fold(Channels<together, false>{width - c}, pooled + first + c, channels, members, state, index + c, seen);
-      }
-    }
-  });
-  add_counts(sorted, state);
+  over_classes(pooled, 1, sorted, state, threads,
+               [&](const Members& members, int width, std::int64_t index, double seen) {
+                 constexpr int step = together * pack_lanes;
+                 for (int c = 0; c < width; c += step) {
+                   const Members here = members.from_channel(c);
+                   if (width - c >= step) fold(Channels<together, true>{step}, here, state, index + c, seen);
+                   else fold(Channels<together, false>{width - c}, here, state, index + c, seen);
+                 }
+               });
 }
 
 template <int D>
 void fold_vector_batch(const double* pooled, const SampleOrder& sorted, const VectorState& state, int threads) {
-  const std::int64_t channels = state.channels;
-  const auto samples = static_cast<std::int64_t>(sorted.order.size());
-  const std::int64_t plane = samples * channels;
-  over_tiles(samples * D, channels, threads, [&](std::int64_t first, int width) {
-    for (const auto& group : sorted.groups) {
-      const Members members{sorted.order.data() + group.begin, group.end - group.begin};
-      const std::int64_t index = group.cls * channels + first;
-      const auto seen = static_cast<double>(state.count[group.cls]);
-      for (int c = 0; c < width; c += pack_lanes) {
-        const double* from = pooled + first + c;
-        if (width - c >= pack_lanes)
-          fold_vector<D>(Channels<1, true>{pack_lanes}, from, channels, plane, members, state, index + c, seen);
-        else fold_vector<D>(Channels<1, false>{width - c}, from, channels, plane, members, state, index + c, seen);
-      }
-    }
-  });
-  add_counts(sorted, state);
+  over_classes(pooled, D, sorted, state, threads,
+               [&](const Members& members, int width, std::int64_t index, double seen) {
+                 for (int c = 0; c < width; c += pack_lanes) {
+                   const Members here = members.from_channel(c);
+                   if (width - c >= pack_lanes)
+                     fold_vector<D>(Channels<1, true>{pack_lanes}, here, state, index + c, seen);
+                   else fold_vector<D>(Channels<1, false>{width - c}, here, state, index + c, seen);
+                 }
+               });
 }
 
 void fold_vector_of_any(const double* pooled, const SampleOrder& sorted, const VectorState& state, int threads) {

@@ -135,6 +135,19 @@ struct Strip {
   }
 };
 
+// Which sums of BFloat16 elements float32 may not have held. It overflows where they do not: that shows. Squares are
+// rounded to multiples of 2^-149: nothing beside one of 2^-80.
+template <int parts>
+DISCEDIT_INLINE int doubtful(const Strip& strip, int i) {
+  int result = 0;
+  if constexpr (parts & Parts::sum) result |= std::isfinite(strip.sum[i]) ? 0 : Parts::sum;
+  if constexpr (parts & Parts::square) {
+    const double top = strip.top[i];
+    result |= top == 0 || (top >= 0x1p-40 && top <= 0x1p62) ? 0 : Parts::square;
+  }
+  return result;
+}
+
 // From accumulators to statistics, for `width` neighbouring outputs of maps of `elements` elements.
 DISCEDIT_INLINE void finish(const Strip& strip, int width, double elements, const Statistics& statistics, double* out,
                             std::int64_t plane) {
@@ -199,42 +212,31 @@ constexpr int registers_of_block = block * static_cast<int>(sizeof(T)) / vector_
 template <typename T>
 constexpr int raw_lanes = vector_bytes / static_cast<int>(sizeof(T));
 
-template <typename V, std::size_t... Lane>
-DISCEDIT_INLINE auto halves(V value, std::index_sequence<Lane...>) {
-  struct {
-    decltype(__builtin_shufflevector(value, value, Lane...)) low, high;
-  } both{__builtin_shufflevector(value, value, Lane...),
-         __builtin_shufflevector(value, value, (Lane + sizeof...(Lane))...)};
-  return both;
+// ---- across lanes: `doubles` rows at once, each in one register of 64-bit lanes ----
+
+// Of two registers whose lanes form segments of one row each: the first halves of all segments with the second halves.
+template <int segment, typename V, typename Combine, std::size_t... Lane>
+DISCEDIT_INLINE V halve_segments(V a, V b, Combine combine, std::index_sequence<Lane...>) {
+  constexpr auto half = segment / 2;
+  return combine(V(__builtin_shufflevector(a, b, (Lane / half * segment + Lane % half)...)),
+                 V(__builtin_shufflevector(a, b, (Lane / half * segment + Lane % half + half)...)));
 }
 
-// Lanes l and l + half first, then on down: the same tree for every width of register.
-template <int lanes, typename V, typename Combine>
-DISCEDIT_INLINE auto reduce(V value, Combine combine) {
-  if constexpr (lanes == 2) {
-    return combine(value[0], value[1]);
+// Lane r of the result: the lanes of row r. Lanes l and l + half first, then on down: with what came before, the same
+// tree for every width of register.
+template <int segment = doubles, typename V, typename Combine>
+DISCEDIT_INLINE V across(V* rows, Combine combine) {
+  if constexpr (segment == 1) {
+    return rows[0];
   } else {
-    const auto both = halves(value, std::make_index_sequence<lanes / 2>());
-    return reduce<lanes / 2>(combine(both.low, both.high), combine);
+    for (int i = 0; i < segment / 2; ++i)
+      rows[i] = halve_segments<segment>(rows[2 * i], rows[2 * i + 1], combine, std::make_index_sequence<doubles>());
+    return across<segment / 2>(rows, combine);
   }
-}
-
-template <typename Integer, typename V>
-DISCEDIT_INLINE Integer greatest(V value) {
-  const auto most = [](auto a, auto b) { return a > b ? a : b; };
-#if defined(__SSE4_1__)
-  if constexpr (sizeof(V) == 16 && sizeof(Integer) == 2) {  // the processor knows the smallest of eight unsigned ones
-    const __m128i turned = _mm_xor_si128(as<__m128i>(value), _mm_set1_epi16(0x7fff));
-    return static_cast<Integer>(_mm_cvtsi128_si32(_mm_minpos_epu16(turned)) ^ 0x7fff);
-  } else if constexpr (sizeof(V) > 16) {
-    const auto both = halves(value, std::make_index_sequence<sizeof(V) / sizeof(Integer) / 2>());
-    return greatest<Integer>(most(both.low, both.high));
-  }
-#endif
-  return reduce<static_cast<int>(sizeof(V) / sizeof(Integer))>(value, most);
 }
 
 // The first `count` elements of a block, and neutral ones after them: zeros, and minus infinity for the maximum.
+// Up to `limit` memory is readable.
 template <typename T>
 struct Padded {
   alignas(vector_bytes) T zeros[block];
@@ -242,16 +244,22 @@ struct Padded {
 
   DISCEDIT_INLINE Padded(const T* from, int count, const T* limit, bool with_lowest) {
     using Raw = Vector<BitsOf<T>>;
-    if (limit - from < block) {  // reading on would leave the tensor
+#if defined(__AVX512F__)  // a masked load does not touch what it leaves out
+    (void)limit;
+    constexpr bool readable = true;
+#else
+    const bool readable = limit - from >= block;
+#endif
+    if (!readable) {
       std::memset(zeros, 0, sizeof zeros);
       std::memcpy(zeros, from, static_cast<std::size_t>(count) * sizeof(T));
-      from = zeros;
     }
     for (int i = 0; i < registers_of_block<T>; ++i) {
-      const Raw keep = lane_numbers<T>() < static_cast<BitsOf<T>>(count - i * raw_lanes<T>);
-      const Raw bits = load<Raw>(from + i * raw_lanes<T>);
-      DISCEDIT_LEVEL::store(zeros + i * raw_lanes<T>, bits & keep);
-      if (with_lowest) DISCEDIT_LEVEL::store(lowest + i * raw_lanes<T>, keep ? bits : Raw{} + minus_infinity<T>);
+      const int lane = i * raw_lanes<T>;
+      const Raw keep = lane_numbers<T>() < static_cast<BitsOf<T>>(count - lane);
+      const Raw bits = readable ? load_where(from + lane, keep) : load<Raw>(zeros + lane);
+      DISCEDIT_LEVEL::store(zeros + lane, bits);
+      if (with_lowest) DISCEDIT_LEVEL::store(lowest + lane, keep ? bits : Raw{} + minus_infinity<T>);
     }
   }
 
@@ -264,17 +272,41 @@ struct Padded {
   DISCEDIT_INLINE static Vector<BitsOf<U>> lane_numbers() {
     return counted<U>(std::make_index_sequence<raw_lanes<U>>());
   }
+  DISCEDIT_INLINE static Vector<BitsOf<T>> load_where(const T* from, Vector<BitsOf<T>> keep) {
+#if defined(__AVX512F__)
+    const __m512i all = as<__m512i>(keep);
+    if constexpr (sizeof(T) == 2)
+      return as<Vector<BitsOf<T>>>(_mm512_maskz_loadu_epi16(_mm512_movepi16_mask(all), from));
+    else if constexpr (sizeof(T) == 4)
+      return as<Vector<BitsOf<T>>>(_mm512_maskz_loadu_epi32(_mm512_movepi32_mask(all), from));
+    else return as<Vector<BitsOf<T>>>(_mm512_maskz_loadu_epi64(_mm512_movepi64_mask(all), from));
+#else
+    return load<Vector<BitsOf<T>>>(from) & keep;
+#endif
+  }
 };
 
-// One row, block by block.
-template <typename T, int parts>
+// One row, block by block; `fours`: two blocks at a time, where there are two.
+template <typename T, int parts, bool fours>
 struct Row {
   static constexpr int registers = block_pairs / doubles;
   Vector<double> sum[registers] = {}, square[registers] = {};
   Vector<BitsOf<T>> top{}, peak = Vector<BitsOf<T>>{} + std::numeric_limits<BitsOf<T>>::min(), positive{};
 
+  template <int blocks>
   DISCEDIT_INLINE void add(const T* from, const T* lowest) {
-    if constexpr (parts & (Parts::sum | Parts::square)) {
+    if constexpr (fours && (parts & (Parts::sum | Parts::square))) {
+      for (int part = 0; part < registers / 2; ++part) {
+        Vector<float> x[2 * blocks];
+        for (int i = 0; i < blocks; ++i) {
+          const Pairs pairs = load_pairs(from + i * block, part);
+          x[2 * i] = pairs.first;
+          x[2 * i + 1] = pairs.second;
+        }
+        if constexpr (parts & Parts::sum) add_halves(sum, part, sum_of(x));
+        if constexpr (parts & Parts::square) add_halves(square, part, squares_of<T>(x));
+      }
+    } else if constexpr (parts & (Parts::sum | Parts::square)) {
       for (int part = 0; part < registers / 2; ++part) {
         const WidePairs x = load_wide(from, part);
         for (int half = 0; half < 2; ++half) {
@@ -286,50 +318,97 @@ struct Row {
       }
     }
     if constexpr (parts & ~(Parts::sum | Parts::square)) {
-      for (int i = 0; i < registers_of_block<T>; ++i)
+      for (int i = 0; i < blocks * registers_of_block<T>; ++i)
         add_raw<T, parts>(from + i * raw_lanes<T>, lowest + i * raw_lanes<T>, top, peak, positive);
     }
   }
 
-  // `count` neighbouring elements; all but the last call of a row give whole blocks. Up to `limit` memory is readable.
+  // `count` neighbouring elements; all but the last call of a row give an even number of whole blocks.
   DISCEDIT_INLINE void add_run(const T* from, std::int64_t count, const T* limit) {
-    for (; count >= block; count -= block, from += block) {
-      for (int line = 0; line < block * static_cast<int>(sizeof(T)); line += 64)
+    constexpr int blocks = fours ? 2 : 1;
+    for (; count >= blocks * block; count -= blocks * block, from += blocks * block) {
+      for (int line = 0; line < blocks * block * static_cast<int>(sizeof(T)); line += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(from) + row_prefetch + line);
-      add(from, from);
+      add<blocks>(from, from);
+    }
+    if (count >= block) {
+      add<1>(from, from);
+      count -= block;
+      from += block;
     }
     if (count > 0) {
-      Padded<T> padded(from, static_cast<int>(count), limit, parts & Parts::peak);
-      add(padded.zeros, padded.lowest);
-    }
-  }
-
-  DISCEDIT_INLINE void store(Strip& strip, int i) {
-    const auto plus = [](auto a, auto b) { return a + b; };
-    if constexpr (parts & Parts::sum) strip.sum[i] = total(sum, plus);
-    if constexpr (parts & Parts::square) strip.square[i] = total(square, plus);
-    if constexpr (parts & Parts::top) strip.top[i] = value_of<T>(greatest<BitsOf<T>>(top));
-    if constexpr (parts & Parts::peak)
-      strip.peak[i] = value_of<T>(static_cast<BitsOf<T>>(ordered<T>(greatest<BitsOf<T>>(peak))));
-    if constexpr (parts & Parts::positive) {
-      std::int64_t count = 0;
-      for (int lane = 0; lane < raw_lanes<T>; ++lane) count += positive[lane];
-      strip.positive[i] = static_cast<double>(count);
+      const Padded<T> padded(from, static_cast<int>(count), limit, parts & Parts::peak);
+      add<1>(padded.zeros, padded.lowest);
     }
   }
 
  private:
-  template <typename Plus>
-  DISCEDIT_INLINE static double total(Vector<double> (&lanes)[registers], Plus plus) {
-    for (int width = registers / 2; width > 0; width /= 2)
-      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    return reduce<doubles>(lanes[0], plus);
+  DISCEDIT_INLINE static void add_halves(Vector<double> (&lanes)[registers], int part, Vector<float> terms) {
+    lanes[2 * part] = add_value<T>(lanes[2 * part], low_half(terms));
+    lanes[2 * part + 1] = add_value<T>(lanes[2 * part + 1], high_half(terms));
+  }
+};
+
+// Rows beside each other, one per 64-bit lane of a register.
+template <typename T, int parts>
+struct Rows {
+  Vector<double> sum[doubles], square[doubles];
+  Vector<std::int64_t> top[doubles], peak[doubles];
+  double positive[doubles];
+
+  template <bool fours>
+  DISCEDIT_INLINE void put(int lane, const Row<T, parts, fours>& row) {
+    if constexpr (parts & Parts::sum) sum[lane] = folded(row.sum);
+    if constexpr (parts & Parts::square) square[lane] = folded(row.square);
+    if constexpr (parts & Parts::top) top[lane] = as<Vector<std::int64_t>>(row.top);
+    if constexpr (parts & Parts::peak) peak[lane] = as<Vector<std::int64_t>>(row.peak);
+    if constexpr (parts & Parts::positive) {
+      std::int64_t count = 0;
+      for (int i = 0; i < raw_lanes<T>; ++i) count += row.positive[i];
+      positive[lane] = static_cast<double>(count);
+    }
+  }
+
+  // As outputs `to`.. of the strip.
+  DISCEDIT_INLINE void unload(Strip& strip, int to) {
+    const auto plus = [](auto a, auto b) { return a + b; };
+    if constexpr (parts & Parts::sum) DISCEDIT_LEVEL::store(strip.sum + to, across(sum, plus));
+    if constexpr (parts & Parts::square) DISCEDIT_LEVEL::store(strip.square + to, across(square, plus));
+    if constexpr (parts & Parts::top) {
+      const auto greatest = greatest_of(top);
+      for (int i = 0; i < doubles; ++i) strip.top[to + i] = value_of<T>(static_cast<BitsOf<T>>(greatest[i]));
+    }
+    if constexpr (parts & Parts::peak) {
+      const auto greatest = greatest_of(peak);
+      for (int i = 0; i < doubles; ++i)
+        strip.peak[to + i] = value_of<T>(static_cast<BitsOf<T>>(ordered<T>(static_cast<BitsOf<T>>(greatest[i]))));
+    }
+    if constexpr (parts & Parts::positive) std::copy(positive, positive + doubles, strip.positive + to);
+  }
+
+ private:
+  template <int registers>
+  DISCEDIT_INLINE static Vector<double> folded(const Vector<double> (&lanes)[registers]) {
+    Vector<double> half[registers / 2];
+    for (int i = 0; i < registers / 2; ++i) half[i] = lanes[i] + lanes[i + registers / 2];
+    if constexpr (registers == 2) return half[0];
+    else return folded(half);
+  }
+
+  // In the low bits of each 64-bit lane.
+  DISCEDIT_INLINE static Vector<std::int64_t> greatest_of(Vector<std::int64_t>* rows) {
+    using Raw = Vector<BitsOf<T>>;
+    using Wide = Vector<std::int64_t>;
+    const auto most = [](Wide a, Wide b) { return as<Wide>(greater_of<Raw>(as<Raw>(a), as<Raw>(b))); };
+    Wide greatest = across(rows, most);
+    for (int bits = 32; bits >= 8 * static_cast<int>(sizeof(T)); bits /= 2) greatest = most(greatest, greatest >> bits);
+    return greatest;
   }
 };
 
 // Elements [begin, end) of the map at `map`. What is not contiguous goes through a small buffer.
-template <typename T, int parts>
-DISCEDIT_INLINE void add_elements(Row<T, parts>& row, const T* map, const Layout& layout, std::int64_t begin,
+template <typename T, int parts, bool fours>
+DISCEDIT_INLINE void add_elements(Row<T, parts, fours>& row, const T* map, const Layout& layout, std::int64_t begin,
                                   std::int64_t end, const T* limit) {
   const std::int64_t inner = layout.inner(), stride = layout.inner_stride();
   if (layout.axes <= 1 && (stride == 1 || inner == 1)) return row.add_run(map + begin, end - begin, limit);
@@ -371,7 +450,7 @@ struct Sweep {
   }
 
   // The block at `offset` of `together` positions at once: the accumulators are loaded and stored once for all.
-  template <int parts, int together>
+  template <int parts, int together, bool fours>
   DISCEDIT_INLINE void add(int index, const T* const (&position)[together], const T* const (&lowest)[together],
                            std::int64_t offset) {
     if constexpr (parts & (Parts::sum | Parts::square)) {
@@ -384,14 +463,34 @@ struct Sweep {
           if constexpr (parts & Parts::sum) s[i] = load<Vector<double>>(sums + place);
           if constexpr (parts & Parts::square) q[i] = load<Vector<double>>(squares + place);
         }
-        for (int p = 0; p < together; ++p) {
-          const WidePairs x = load_wide(position[p] + offset, part);
-          const Vector<double> wide[4] = {x.first[0], x.first[1], x.second[0], x.second[1]};
-          for (int i = 0; i < 4; ++i) {
-            if constexpr (parts & Parts::sum) s[i] = add_value<T>(s[i], wide[i]);
-            if constexpr (parts & Parts::square) q[i] = add_square<T>(q[i], wide[i]);
+        if constexpr (fours) {
+          for (int p = 0; p < together; p += 4) {
+            Vector<float> first[4], second[4];
+            for (int i = 0; i < 4; ++i) {
+              const Pairs x = load_pairs(position[p + i] + offset, part);
+              first[i] = x.first;
+              second[i] = x.second;
+            }
+            if constexpr (parts & Parts::sum) {
+              const Vector<float> low = sum_of(first), high = sum_of(second);
+              const Vector<double> wide[4] = {low_half(low), high_half(low), low_half(high), high_half(high)};
+              for (int i = 0; i < 4; ++i) s[i] = add_value<T>(s[i], wide[i]);
+            }
+            if constexpr (parts & Parts::square) {
+              const Vector<float> low = squares_of<T>(first), high = squares_of<T>(second);
+              const Vector<double> wide[4] = {low_half(low), high_half(low), low_half(high), high_half(high)};
+              for (int i = 0; i < 4; ++i) q[i] = add_value<T>(q[i], wide[i]);
+            }
           }
-        }
+        } else
+          for (int p = 0; p < together; ++p) {
+            const WidePairs x = load_wide(position[p] + offset, part);
+            const Vector<double> wide[4] = {x.first[0], x.first[1], x.second[0], x.second[1]};
+            for (int i = 0; i < 4; ++i) {
+              if constexpr (parts & Parts::sum) s[i] = add_value<T>(s[i], wide[i]);
+              if constexpr (parts & Parts::square) q[i] = add_square<T>(q[i], wide[i]);
+            }
+          }
         for (int i = 0; i < 4; ++i) {
           const int place = (i / 2) * block_pairs + (i % 2) * doubles;
           if constexpr (parts & Parts::sum) DISCEDIT_LEVEL::store(sums + place, s[i]);
@@ -450,13 +549,13 @@ template <int parts>
 constexpr int several_wide = parts == Parts::sum || parts == Parts::square ? 1 : 2;
 
 // Positions [begin, end) of the map at `map`, whose `width` channels lie side by side, into the strip.
-template <typename T, int parts>
+template <typename T, int parts, bool fours>
 DISCEDIT_INLINE void sweep_positions(const T* map, const Layout& layout, int width, std::int64_t begin,
                                      std::int64_t end, Strip& strip) {
   Sweep<T> sweep;
   const auto add_padded = [&](int index, const T* from, int count) {
     const Padded<T> padded(from, count, from + count, parts & Parts::peak);
-    sweep.template add<parts, 1>(index, {padded.zeros}, {padded.lowest}, 0);
+    sweep.template add<parts, 1, false>(index, {padded.zeros}, {padded.lowest}, 0);
   };
 
   if (width >= block) {
@@ -473,7 +572,7 @@ DISCEDIT_INLINE void sweep_positions(const T* map, const Layout& layout, int wid
     // other is what memory likes best.
     const auto sweep_by = [&](auto several) {
       constexpr int together = decltype(several)::value;
-      const std::int64_t ahead = even ? together * layout.inner_stride() : 0;
+      const std::int64_t ahead = even ? 2 * together * layout.inner_stride() : 0;
       for (; position + together <= end; position += together) {
         const T* rows[together];
         for (int i = 0; i < together; ++i) rows[i] = at(position + i);
@@ -481,15 +580,18 @@ DISCEDIT_INLINE void sweep_positions(const T* map, const Layout& layout, int wid
           for (int i = 0; i < together; ++i)
             for (int line = 0; line < block * static_cast<int>(sizeof(T)); line += 64)
               __builtin_prefetch(reinterpret_cast<const char*>(rows[i] + ahead + offset(index)) + line);
-          sweep.template add<parts, together>(index, rows, rows, offset(index));
+          sweep.template add<parts, together, fours && together % 4 == 0>(index, rows, rows, offset(index));
         }
       }
     };
     if (sizeof(T) > 2) sweep_by(std::integral_constant<int, several_wide<parts>>());
-    else sweep_by(std::integral_constant<int, 8>());
+    else {
+      sweep_by(std::integral_constant<int, 8>());
+      sweep_by(std::integral_constant<int, 4>());
+    }
     for (; position < end; ++position) {
       const T* const row[1] = {at(position)};
-      for (int index = 0; index < blocks; ++index) sweep.template add<parts, 1>(index, row, row, offset(index));
+      for (int index = 0; index < blocks; ++index) sweep.template add<parts, 1, false>(index, row, row, offset(index));
     }
     for (int index = 0; index < blocks; ++index) {
       const int skip = index * block - offset(index);
@@ -509,7 +611,7 @@ DISCEDIT_INLINE void sweep_positions(const T* map, const Layout& layout, int wid
     const T* from = map + layout.offset(position);
     const auto count = static_cast<int>(std::min<std::int64_t>(wide, (end - position) * width));
     for (int index = 0; index * block < count; ++index) {
-      if (count - index * block >= block) sweep.template add<parts, 1>(index, {from}, {from}, index * block);
+      if (count - index * block >= block) sweep.template add<parts, 1, false>(index, {from}, {from}, index * block);
       else add_padded(index, from + index * block, count - index * block);
     }
   }
@@ -580,6 +682,25 @@ void launch(const T* data, const Layout& layout, const Statistics& statistics, d
         cut.sweeps ? layout.channels - strip % cut.tiles * cut.tile : cut.outputs - strip * cut.tile;
     return static_cast<int>(std::min<std::int64_t>(cut.tile, left));
   };
+  // Elements [from, to) of the maps of `width` outputs.
+  const auto accumulate = [&](auto fours, Strip& strip, std::int64_t output, int width, std::int64_t from,
+                              std::int64_t to) {
+    constexpr bool by_four = decltype(fours)::value;
+    std::int64_t channel = output % layout.channels;
+    const T* sample = data + output / layout.channels * layout.sample_stride;
+    if (cut.sweeps) return sweep_positions<T, parts, by_four>(sample + channel, layout, width, from, to, strip);
+    Rows<T, parts> rows{};
+    for (int i = 0; i < width; ++i) {
+      Row<T, parts, by_four> row;
+      add_elements(row, sample + channel * layout.channel_stride, layout, from, to, limit);
+      rows.put(i % doubles, row);
+      if (i % doubles == doubles - 1 || i == width - 1) rows.unload(strip, i / doubles * doubles);
+      if (++channel == layout.channels) {
+        channel = 0;
+        sample += layout.sample_stride;
+      }
+    }
+  };
   const std::int64_t strips = cut.strips(layout);
   const std::int64_t work = std::max<std::int64_t>(1, std::min(cut.span, layout.elements) * cut.tile);
 
@@ -591,19 +712,17 @@ void launch(const T* data, const Layout& layout, const Statistics& statistics, d
       const std::int64_t to = span + 1 == cut.spans ? layout.elements : from + cut.span;
       const std::int64_t output = first_output(index);
       const int width = width_of(index);
-      if (cut.sweeps) {
-        const T* map = data + output / layout.channels * layout.sample_stride + output % layout.channels;
-        sweep_positions<T, parts>(map, layout, width, from, to, strip);
-      } else {
-        std::int64_t channel = output % layout.channels;
-        const T* sample = data + output / layout.channels * layout.sample_stride;
-        for (int i = 0; i < width; ++i) {
-          Row<T, parts> row;
-          add_elements(row, sample + channel * layout.channel_stride, layout, from, to, limit);
-          row.store(strip, i);
-          if (++channel == layout.channels) {
-            channel = 0;
-            sample += layout.sample_stride;
+      accumulate(std::bool_constant<in_fours<T>>(), strip, output, width, from, to);
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        int doubts = 0;
+        for (int i = 0; i < width; ++i) doubts |= doubtful<parts>(strip, i);
+        if (doubts) {
+          Strip exact;
+          accumulate(std::false_type(), exact, output, width, from, to);
+          for (int i = 0; i < width; ++i) {
+            doubts = doubtful<parts>(strip, i);
+            if (doubts & Parts::sum) strip.sum[i] = exact.sum[i];
+            if (doubts & Parts::square) strip.square[i] = exact.square[i];
           }
         }
       }
@@ -638,11 +757,12 @@ template <typename T>
 void launch(const TensorView& x, int channel_axis, const Statistics& statistics, double* out, int threads) {
   const T* data = static_cast<const T*>(x.data);
   const Layout layout = layout_of(x, channel_axis);
-  constexpr int sums = Parts::sum | Parts::square, all = 31;
+  constexpr int squares = Parts::square | (std::is_same_v<T, BFloat16> ? Parts::top : 0);  // to tell what is doubtful
+  constexpr int sums = Parts::sum | squares, all = 31;
   const int parts = parts_of(statistics);
   const auto fits = [&](int kernel) { return (parts & ~kernel) == 0; };
   if (fits(Parts::sum)) return launch<T, Parts::sum>(data, layout, statistics, out, threads);
-  if (fits(Parts::square)) return launch<T, Parts::square>(data, layout, statistics, out, threads);
+  if (fits(squares)) return launch<T, squares>(data, layout, statistics, out, threads);
   if (fits(sums)) return launch<T, sums>(data, layout, statistics, out, threads);
   if (fits(Parts::top)) return launch<T, Parts::top>(data, layout, statistics, out, threads);
   if (fits(sums | Parts::top)) return launch<T, sums | Parts::top>(data, layout, statistics, out, threads);
