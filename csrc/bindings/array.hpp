@@ -1,4 +1,5 @@
-// Borrows a TensorView from anything that speaks DLPack, or from a NumPy array (read-only ones too), for one call.
+// Borrows a TensorView from anything that speaks DLPack, a capsule of it, or a NumPy array (read-only ones too), for
+// one call.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -46,7 +47,8 @@ class Array {
 
   Array(const py::object& source, const char* op, const char* argument, bool written = false) {
     if (py::isinstance<py::array>(source)) from_numpy(py::reinterpret_borrow<py::array>(source), op, argument, written);
-    else if (py::hasattr(source, "__dlpack__")) from_dlpack(source, op, argument);
+    else if (py::isinstance<py::capsule>(source)) from_capsule(source, op, argument);
+    else if (py::hasattr(source, "__dlpack__")) from_capsule(source.attr("__dlpack__")(), op, argument);
     else
       throw py::type_error(std::string(op) + ": " + argument + " must be a NumPy array or support DLPack, got " +
                            std::string(py::str(py::type::handle_of(source).attr("__name__"))) + ".");
@@ -96,8 +98,7 @@ class Array {
     keep_ = array;
   }
 
-  void from_dlpack(const py::object& source, const char* op, const char* argument) {
-    const py::object capsule = source.attr("__dlpack__")();
+  void from_capsule(const py::object& capsule, const char* op, const char* argument) {
     managed_ = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
     if (!managed_) throw py::error_already_set();
     PyCapsule_SetName(capsule.ptr(), "used_dltensor");  // ours to delete now
