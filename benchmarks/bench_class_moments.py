@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks._common import PlainRead, Table, against, best_of
 from discedit import ops, reference
+from discedit._backends import select
 
 CLASSES = 10
 SHAPES = {"56x56x256": (64, 256, 56, 56), "14x14x1024": (256, 1024, 14, 14), "197x768": (256, 768, 197)}
@@ -146,6 +147,52 @@ def test_class_moments(
         f"{share:.2f}",
         f"{times[fastest] / seconds:.1f}",
         fastest,
+    )
+
+
+LIMITS = Table(
+    "class_moments_limits",
+    "What the instructions alone allow",
+    "One sample of 14x14x1024 pooled 16 times over on one core, from its own cache, and the fold of 32 samples' pooled "
+    "features likewise. Last column: what all cores would then read over the plain read, if memory gave everything at "
+    "once. Where it is well above 1 and the cell above stays below, the rest is memory: streams that several rows share, "
+    "and pooled features that leave the cache before they are folded.",
+    ("type", "layout", "statistics", "pool, GB/s per core", "fold, ns per value", "all cores over plain read"),
+)
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_limits(
+    benchmark: Any, read: PlainRead, table: Callable[[Table], Table], dtype: str, layout: str, statistics: str
+) -> None:
+    cores, names = torch.get_num_threads(), STATISTICS[statistics]
+    x = feature_map((1, *SHAPES["14x14x1024"][1:]), DTYPES[dtype], layout)[0].expand(16, -1, -1, -1)
+    planes = torch.empty(len(names), *x.shape[:2], dtype=torch.float64)
+    pooled = torch.randn(len(names), 32, x.shape[1], dtype=torch.float64)
+    labels = torch.arange(pooled.shape[1]) % CLASSES
+    shape = (CLASSES, x.shape[1])
+    state = ops.VectorMoments.empty(len(names), *shape) if len(names) > 1 else ops.ClassMoments.empty(*shape)
+    pool, fold = (select(op, "cpp", x.device) for op in ("pool", "fold_moments"))
+    torch.set_num_threads(1)
+    try:
+        folding = best_of(lambda: fold(pooled, 0.0, labels, state), 50) / pooled.numel()
+        benchmark.pedantic(lambda: pool(x, 1, names, planes), rounds=100, warmup_rounds=5)
+    finally:
+        torch.set_num_threads(cores)
+    assert int(state.count.sum()) == 51 * pooled.shape[1]
+    torch.testing.assert_close(planes, reference.pool(x, 1, names), rtol=1e-6, atol=1e-6)
+    pooling = benchmark.stats.stats.min
+    size, values = x.numel() * x.element_size(), x.shape[1] * len(names)
+    rate = cores * size / (pooling + folding * values)
+    table(LIMITS).add(
+        dtype,
+        layout,
+        statistics,
+        f"{size / pooling / 1e9:.1f}",
+        f"{folding * 1e9:.2f}",
+        f"{rate / read.rate():.2f}",
     )
 
 

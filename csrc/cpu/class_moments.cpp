@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "../common/moments.hpp"
 #include "dispatch.hpp"

@@ -26,7 +26,7 @@ constexpr int channel_tile = 1024;                // channels swept together: th
 constexpr std::int64_t chunk_elements = 1 << 16;  // what a thread takes at a time
 constexpr int row_prefetch = 4096;                // bytes ahead: beyond the page that the hardware's own reach ends at
 static_assert(row_span / block < (1 << 15) && most_positions < (1 << 15), "16-bit lanes count the positive elements");
-static_assert(row_span % block == 0, "only the last block of a row is partial");
+static_assert(row_span % (2 * block) == 0, "only the last two blocks of a row are partial");
 
 // What is accumulated. NaN shows in `top` as bits above those of infinity, and in sums by itself.
 enum Parts : int { sum = 1, square = 2, top = 4, peak = 8, positive = 16 };
@@ -482,7 +482,7 @@ struct Sweep {
               for (int i = 0; i < 4; ++i) q[i] = add_value<T>(q[i], wide[i]);
             }
           }
-        } else
+        } else {
           for (int p = 0; p < together; ++p) {
             const WidePairs x = load_wide(position[p] + offset, part);
             const Vector<double> wide[4] = {x.first[0], x.first[1], x.second[0], x.second[1]};
@@ -491,6 +491,7 @@ struct Sweep {
               if constexpr (parts & Parts::square) q[i] = add_square<T>(q[i], wide[i]);
             }
           }
+        }
         for (int i = 0; i < 4; ++i) {
           const int place = (i / 2) * block_pairs + (i % 2) * doubles;
           if constexpr (parts & Parts::sum) DISCEDIT_LEVEL::store(sums + place, s[i]);
