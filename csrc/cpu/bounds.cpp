@@ -21,6 +21,22 @@ struct Laws {
   }
 };
 
+// Asks for what a later pack will read: gathers across pairs hide the order of memory from the processor. Large pairs
+// compute for longer than they load.
+DISCEDIT_INLINE void prefetch(const Laws& laws, int d) {
+  constexpr int line = 64 / sizeof(double), most = 4;
+  if (d > most) return;
+  const int mean = d * pack_lanes, cov = d * mean, ahead = 64 / d / d;
+  for (int i = 0; i < mean; i += line) {
+    __builtin_prefetch(laws.mean1 + ahead * mean + i);
+    __builtin_prefetch(laws.mean2 + ahead * mean + i);
+  }
+  for (int i = 0; i < cov; i += line) {
+    __builtin_prefetch(laws.cov1 + ahead * cov + i);
+    __builtin_prefetch(laws.cov2 + ahead * cov + i);
+  }
+}
+
 // One element of each of a pack's pairs, `stride` apart.
 template <int... lane>
 DISCEDIT_INLINE Pack gather(const double* from, std::int64_t stride, std::integer_sequence<int, lane...>) {
@@ -54,6 +70,7 @@ void run(Bound bound, std::int64_t pairs, int dimension, const Laws& laws, doubl
     for (std::int64_t pack = begin; pack < end; ++pack) {
       const std::int64_t pair = pack * pack_lanes, left = pairs - pair;
       if (left >= pack_lanes) {
+        prefetch(laws.from(pair, d), d);
         bound_of_pack<Size>(bound, laws.from(pair, d), d).store(out + pair);
         continue;
       }
