@@ -155,8 +155,8 @@ LIMITS = Table(
     "What the instructions alone allow",
     "One sample of 14x14x1024 pooled 16 times over on one core, from its own cache, and the fold of 32 samples' pooled "
     "features likewise. Last column: what all cores would then read over the plain read, if memory gave everything at "
-    "once. Where it is well above 1 and the cell above stays below, the rest is memory: streams that several rows share, "
-    "and pooled features that leave the cache before they are folded.",
+    "once. Where it is well above 1 and the cell above stays below, the rest is memory: streams that several rows "
+    "share, and pooled features that leave the cache before they are folded.",
     ("type", "layout", "statistics", "pool, GB/s per core", "fold, ns per value", "all cores over plain read"),
 )
 

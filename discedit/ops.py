@@ -47,8 +47,8 @@ def pool(x: Tensor, *, statistic: str | Names = "mean", layout: str = "auto", ba
         Float64, of shape (samples, channels) for a name and (samples, channels, statistics) for several, then a view
         of contiguous planes, one per statistic. Accumulated in float64, which backend "cpp" enters with sums of four
         where elements have 16 bits: within 2^-22 of the sum of the absolute terms. Subnormal numbers count in full; the
-        same bits for every number of threads. NaN in a map makes every statistic of that map NaN ("cls": NaN in its own token);
-        Inf counts as a value. No map affects another's statistics.
+        same bits for every number of threads. NaN in a map makes every statistic of that map NaN ("cls": NaN in its own
+        token); Inf counts as a value. No map affects another's statistics.
 
     Raises:
         TypeError: x is no tensor, or statistic neither a name nor a tuple or list.
