@@ -68,13 +68,19 @@ def against(benchmark: Any, ours: Callable[[], object], ceiling: Callable[[], ob
     return [theirs / mine for theirs, mine in zip(reference, benchmark.stats.stats.data, strict=True)]
 
 
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=README.parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+
 def machine() -> str:
     """One line on what the numbers were measured on; no absolute time is comparable without it."""
     module, _ = _backends.cpu_module()
     level = module.instruction_set() if module else "no extension"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=README.parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = _git("describe", "--always")
+    if _git("status", "--porcelain", "--", ":/", ":!/benchmarks/*.md"):  # the tables themselves do not count
+        commit += "-dirty"
     return (
         f"{platform.machine()} ({level}), {torch.get_num_threads()} threads, Python {platform.python_version()}, "
         f"torch {torch.__version__}, discedit {version('discedit')} at {commit or 'no commit'}"
