@@ -109,8 +109,9 @@ class Moments(Mapping[str, State]):
             labels: class index of each sample, shape (samples,).
 
         Raises:
-            ValueError: labels or shape do not fit, the map holds NaN or Inf, exp(-scale t) is too large, or a mapping
-                of scales lacks the layer. The state is then unchanged.
+            ValueError: labels or shape do not fit, a statistic is NaN or infinite (NaN in a map makes it so, Inf unless
+                the statistic passes it over, as "max" does -Inf), exp(-scale t) is too large, or a mapping of scales
+                lacks the layer. The state is then unchanged.
         """
         try:
             pooled = ops.pool(x, statistic=self.statistic, layout=layout, backend=self.backend)
