@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import platform
 import re
+import resource
 import statistics
 import subprocess
+import sys
+import textwrap
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from discedit import _backends
 
+Result = TypeVar("Result")
 README = Path(__file__).with_name("README.md")
 
 
@@ -85,6 +90,36 @@ def machine() -> str:
         f"{platform.machine()} ({level}), {torch.get_num_threads()} threads, Python {platform.python_version()}, "
         f"torch {torch.__version__}, discedit {version('discedit')} at {commit or 'no commit'}"
     )
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_of(run: Callable[[], Result]) -> tuple[int, Result]:
+    """Most that was resident while `run` ran, looked at every 2 ms, and what it returned."""
+    peak, done = resident(), threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        result = run()
+    finally:
+        done.set()
+        watcher.join()
+    return max(peak, resident()), result
+
+
+def in_a_fresh_process(code: str) -> list[float]:
+    """The numbers that Python code prints."""
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    return [float(part) for part in run.stdout.split()]
 
 
 @dataclass

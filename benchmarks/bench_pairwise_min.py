@@ -9,9 +9,6 @@ the process beyond state and outputs, measured in a fresh process.
 from __future__ import annotations
 
 import statistics as stats
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks._common import Table, best_of
+from benchmarks._common import Table, best_of, in_a_fresh_process
 from discedit import ops
 from discedit._state import ClassMoments
 
@@ -88,33 +85,21 @@ def over_every_pair(moments: ClassMoments, channel: int, bound: str) -> float:
 
 
 PEAK = """
-    import resource, sys, threading
+    from benchmarks._common import peak_of, resident
     from benchmarks.bench_pairwise_min import state
     from discedit import ops
     moments = state({channels}, "{data}")
     ops.pairwise_min(state(8, "{data}"), bound="{bound}")  # threads and code are there
-    def resident():
-        return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-    before = peak = resident()
-    done = threading.Event()
-    def watch():
-        global peak
-        while not done.wait(0.002):
-            peak = max(peak, resident())
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    result = ops.pairwise_min(moments, bound="{bound}")
-    done.set()
-    watcher.join()
-    print((max(peak, resident()) - before) / 1e6)
+    before = resident()
+    peak, _ = peak_of(lambda: ops.pairwise_min(moments, bound="{bound}"))
+    print((peak - before) / 1e6)
 """
 
 
 def peak_memory(channels: int, data: str, bound: str) -> float:
     """MB that a call adds to a fresh process, its small outputs included."""
-    code = textwrap.dedent(PEAK).format(channels=channels, data=data, bound=bound)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(run.stdout)
+    (megabytes,) = in_a_fresh_process(PEAK.format(channels=channels, data=data, bound=bound))
+    return megabytes
 
 
 @pytest.fixture(scope="module")

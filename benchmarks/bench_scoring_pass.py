@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import copy
 import statistics as stats
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import discedit
-from benchmarks._common import Table, seconds
+from benchmarks._common import Table, in_a_fresh_process, seconds
 from discedit import zoo
 from discedit._batches import call, undisturbed
 
@@ -170,24 +167,10 @@ def check(model: nn.Module, data: list[tuple[Tensor, Tensor]], moments: discedit
 
 
 PEAK = """
-    import resource, threading
     import torch
     import discedit
+    from benchmarks._common import peak_of, resident
     from benchmarks.bench_scoring_pass import bare, build
-    def resident():
-        return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-    def peak_of(run):
-        peak, done = resident(), threading.Event()
-        def watch():
-            nonlocal peak
-            while not done.wait(0.002):
-                peak = max(peak, resident())
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        result = run()
-        done.set()
-        watcher.join()
-        return max(peak, resident()), result
     model = build("ResNet-50")
     data = [(torch.randn(50, 3, 64, 64), torch.arange(50 * i, 50 * i + 50)) for i in range(20)]
     bare(model, data[:2])
@@ -203,16 +186,10 @@ PEAK = """
 """
 
 
-def measured(collect: bool) -> list[float]:
-    code = textwrap.dedent(PEAK).format(collect=collect)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return [float(part) for part in run.stdout.split()]
-
-
 def test_memory(benchmark: Any, table: Callable[[Table], Table]) -> None:
     pytest.importorskip("transformers")
-    (without,) = benchmark.pedantic(lambda: measured(False), rounds=1)
-    peak, state, scoring, result = measured(True)
+    (without,) = benchmark.pedantic(lambda: in_a_fresh_process(PEAK.format(collect=False)), rounds=1)
+    peak, state, scoring, result = in_a_fresh_process(PEAK.format(collect=True))
     rows = table(MEMORY)
     rows.add(
         "collect_moments", f"{state / 1e6:.0f}", "", f"{(peak - without) / 1e6:.0f}", f"{(peak - without) / state:.2f}"

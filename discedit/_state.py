@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -22,7 +23,7 @@ def triangle(dimension: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class _State:
+class _State(ABC):
     """What both kinds share. The last two axes of all but ``count`` are classes and channels."""
 
     count: Tensor
@@ -42,13 +43,14 @@ class _State:
     def device(self) -> torch.device:
         return self.mean.device
 
+    @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+        """All of them, in the order of the fields."""
 
     @staticmethod
+    @abstractmethod
     def shapes(*mean: int) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor, by name and in the order of `tensors`, from the axes of the mean."""
-        raise NotImplementedError
 
     @classmethod
     def with_mean(cls, mean: Iterable[int], device: torch.device | str | None) -> Self:

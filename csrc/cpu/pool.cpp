@@ -256,7 +256,7 @@ struct Padded {
     }
     for (int i = 0; i < registers_of_block<T>; ++i) {
       const int lane = i * raw_lanes<T>;
-      const Raw keep = lane_numbers<T>() < static_cast<BitsOf<T>>(count - lane);
+      const Raw keep = counted(std::make_index_sequence<raw_lanes<T>>()) < static_cast<BitsOf<T>>(count - lane);
       const Raw bits = readable ? load_where(from + lane, keep) : load<Raw>(zeros + lane);
       DISCEDIT_LEVEL::store(zeros + lane, bits);
       if (with_lowest) DISCEDIT_LEVEL::store(lowest + lane, keep ? bits : Raw{} + minus_infinity<T>);
@@ -264,13 +264,9 @@ struct Padded {
   }
 
  private:
-  template <typename U, std::size_t... Lane>
-  DISCEDIT_INLINE static Vector<BitsOf<U>> counted(std::index_sequence<Lane...>) {
-    return Vector<BitsOf<U>>{static_cast<BitsOf<U>>(Lane)...};
-  }
-  template <typename U>
-  DISCEDIT_INLINE static Vector<BitsOf<U>> lane_numbers() {
-    return counted<U>(std::make_index_sequence<raw_lanes<U>>());
+  template <std::size_t... Lane>
+  DISCEDIT_INLINE static Vector<BitsOf<T>> counted(std::index_sequence<Lane...>) {
+    return Vector<BitsOf<T>>{static_cast<BitsOf<T>>(Lane)...};
   }
   DISCEDIT_INLINE static Vector<BitsOf<T>> load_where(const T* from, Vector<BitsOf<T>> keep) {
 #if defined(__AVX512F__)
@@ -471,16 +467,12 @@ struct Sweep {
               first[i] = x.first;
               second[i] = x.second;
             }
-            if constexpr (parts & Parts::sum) {
-              const Vector<float> low = sum_of(first), high = sum_of(second);
+            const auto add_halves = [](Vector<double>(&to)[4], Vector<float> low, Vector<float> high) {
               const Vector<double> wide[4] = {low_half(low), high_half(low), low_half(high), high_half(high)};
-              for (int i = 0; i < 4; ++i) s[i] = add_value<T>(s[i], wide[i]);
-            }
-            if constexpr (parts & Parts::square) {
-              const Vector<float> low = squares_of<T>(first), high = squares_of<T>(second);
-              const Vector<double> wide[4] = {low_half(low), high_half(low), low_half(high), high_half(high)};
-              for (int i = 0; i < 4; ++i) q[i] = add_value<T>(q[i], wide[i]);
-            }
+              for (int i = 0; i < 4; ++i) to[i] = add_value<T>(to[i], wide[i]);
+            };
+            if constexpr (parts & Parts::sum) add_halves(s, sum_of(first), sum_of(second));
+            if constexpr (parts & Parts::square) add_halves(q, squares_of<T>(first), squares_of<T>(second));
           }
         } else {
           for (int p = 0; p < together; ++p) {
@@ -581,12 +573,13 @@ DISCEDIT_INLINE void sweep_positions(const T* map, const Layout& layout, int wid
           for (int i = 0; i < together; ++i)
             for (int line = 0; line < block * static_cast<int>(sizeof(T)); line += 64)
               __builtin_prefetch(reinterpret_cast<const char*>(rows[i] + ahead + offset(index)) + line);
-          sweep.template add<parts, together, fours && together % 4 == 0>(index, rows, rows, offset(index));
+          sweep.template add<parts, together, fours>(index, rows, rows, offset(index));
         }
       }
     };
-    if (sizeof(T) > 2) sweep_by(std::integral_constant<int, several_wide<parts>>());
-    else {
+    if constexpr (sizeof(T) > 2) {
+      sweep_by(std::integral_constant<int, several_wide<parts>>());
+    } else {
       sweep_by(std::integral_constant<int, 8>());
       sweep_by(std::integral_constant<int, 4>());
     }
@@ -668,11 +661,10 @@ void launch(const T* data, const Layout& layout, const Statistics& statistics, d
   const Cut cut = cut_of(layout);
   const T* const limit = data + layout.reach();
   const auto elements = static_cast<double>(layout.elements);
-  // Of maps in several spans, each span's accumulators: partial[(part * spans + span) * outputs + output].
+  // Of maps in several spans, each span's accumulators: partial[(bit of the part * spans + span) * outputs + output].
   double* partial = cut.spans > 1 ? scratch(1, static_cast<std::size_t>(5 * cut.spans * cut.outputs)) : nullptr;
   const auto place = [&](int part, std::int64_t span) {
-    const int row = part == 1 ? 0 : part == 2 ? 1 : part == 4 ? 2 : part == 8 ? 3 : 4;
-    return partial + (row * cut.spans + span) * cut.outputs;
+    return partial + (__builtin_ctz(static_cast<unsigned>(part)) * cut.spans + span) * cut.outputs;
   };
   const auto first_output = [&](std::int64_t strip) {
     if (!cut.sweeps) return strip * cut.tile;
