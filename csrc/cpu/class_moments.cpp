@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../common/moments.hpp"
 #include "dispatch.hpp"
 #include "exponential.hpp"
+#include "law.hpp"
 #include "parallel.hpp"
 #include "sample_order.hpp"
 #include "scratch.hpp"
@@ -34,11 +34,6 @@ struct Channels {
   DISCEDIT_INLINE void load(const double* from, Pack (&to)[Packs]) const {
     for (int p = 0; p < Packs; ++p) to[p] = load_some(from + p * pack_lanes, width_of(p));
   }
-  DISCEDIT_INLINE void store(const Pack (&from)[Packs], double* to) const {
-    for (int p = 0; p < Packs; ++p) store_some(from[p], to + p * pack_lanes, width_of(p));
-  }
-
- private:
   DISCEDIT_INLINE int width_of(int p) const {
     return Full ? pack_lanes : std::clamp(width - p * pack_lanes, 0, pack_lanes);
   }
@@ -98,20 +93,25 @@ DISCEDIT_INLINE void means_of(const Channels<Packs, Full>& at, const Members& me
     for (int p = 0; p < Packs; ++p) mean[k][p] = first[k][p] + residual[k][p] / n;
 }
 
-// Moments of one class's samples, merged into the state at element `index`.
+// Where a class's samples go.
+struct Target {
+  std::int64_t cls, channel;
+  bool seen;  // the class has samples already
+};
+
+// Moments of one class's samples, merged into the state.
 template <int Packs, bool Full>
 DISCEDIT_INLINE void fold(const Channels<Packs, Full>& at, const Members& members, const MomentState& state,
-                          std::int64_t index, double seen) {
+                          const Target& target) {
   const Pack n(static_cast<double>(members.count));
-  Pack means[1][Packs], x[Packs], residual[Packs], m2[Packs], m3[Packs], m4[Packs];
-  means_of(at, members, means);
-  Pack(&mean)[Packs] = means[0];
+  Pack mean[1][Packs], x[Packs], residual[Packs], m2[Packs], m3[Packs], m4[Packs];
+  means_of(at, members, mean);
   for (int p = 0; p < Packs; ++p) residual[p] = m2[p] = m3[p] = m4[p] = Pack(0.0);
   // A single sample is its own mean, up to the sign of a NaN.
   for (std::int64_t i = 0; i < members.count; ++i) {
     at.load(members.of(i), x);
     for (int p = 0; p < Packs; ++p) {
-      const Pack d = x[p] - mean[p], d2 = d * d;
+      const Pack d = x[p] - mean[0][p], d2 = d * d;
       residual[p] += d;
       m2[p] += d2;
       m3[p] += d2 * d;
@@ -119,82 +119,57 @@ DISCEDIT_INLINE void fold(const Channels<Packs, Full>& at, const Members& member
     }
   }
   // The stored mean is rounded; what that leaves in the deviations is known and taken out to first order.
+  MomentsOf<Pack> law[Packs];
   for (int p = 0; p < Packs; ++p) {
     const Pack r = residual[p] / n;
     m4[p] -= Pack(4.0) * r * m3[p];
     m3[p] -= Pack(3.0) * r * m2[p];
     const Pack central = m2[p] - r * residual[p];
-    m2[p] = select(central < Pack(0.0), Pack(0.0), central);
+    law[p] = {n, mean[0][p], select(central < Pack(0.0), Pack(0.0), central), m3[p], m4[p]};
   }
-  if (seen > 0) {
-    Pack old[4][Packs];
-    at.load(state.mean + index, old[0]);
-    at.load(state.m2 + index, old[1]);
-    at.load(state.m3 + index, old[2]);
-    at.load(state.m4 + index, old[3]);
-    for (int p = 0; p < Packs; ++p) {
-      const MomentsOf<Pack> before{Pack(seen), old[0][p], old[1][p], old[2][p], old[3][p]};
-      const MomentsOf<Pack> merged = merge(before, MomentsOf<Pack>{n, mean[p], m2[p], m3[p], m4[p]});
-      mean[p] = merged.mean;
-      m2[p] = merged.m2;
-      m3[p] = merged.m3;
-      m4[p] = merged.m4;
-    }
+  // Loads first: the compiler must take every store for one that later loads depend on.
+  const auto channel = [&](int p) { return target.channel + p * pack_lanes; };
+  if (target.seen) {
+    MomentsOf<Pack> before[Packs];
+    for (int p = 0; p < Packs; ++p) before[p] = load_law(state, target.cls, channel(p), at.width_of(p));
+    for (int p = 0; p < Packs; ++p) law[p] = merge(before[p], law[p]);
   }
-  at.store(mean, state.mean + index);
-  at.store(m2, state.m2 + index);
-  at.store(m3, state.m3 + index);
-  at.store(m4, state.m4 + index);
+  for (int p = 0; p < Packs; ++p) store_law(law[p], state, target.cls, channel(p), at.width_of(p));
 }
 
 // The same for vectors of D statistics.
 template <int D, bool Full>
 DISCEDIT_INLINE void fold_vector(const Channels<1, Full>& at, const Members& members, const VectorState& state,
-                                 std::int64_t index, double seen) {
-  const Pack n(static_cast<double>(members.count));
-  Pack mean[D][1], x[D][1], residual[D], scatter[lower(D, 0)];
+                                 const Target& target) {
+  Pack mean[D][1], x[D][1], residual[D];
+  VectorMomentsOf<Pack, D> law;
   means_of(at, members, mean);
   for (Pack& sum : residual) sum = Pack(0.0);
-  for (Pack& sum : scatter) sum = Pack(0.0);
+  for (Pack& sum : law.scatter) sum = Pack(0.0);
   for (std::int64_t sample = 0; sample < members.count; ++sample) {
     for (int i = 0; i < D; ++i) {
       at.load(members.of(sample) + i * members.plane, x[i]);
       x[i][0] -= mean[i][0];
       residual[i] += x[i][0];
     }
-    for (int i = 0, entry = 0; i < D; ++i)
-      for (int j = 0; j <= i; ++j, ++entry) scatter[entry] += x[i][0] * x[j][0];
+    for (int i = 0; i < D; ++i)
+      for (int j = 0; j <= i; ++j) law.scatter[lower(i, j)] += x[i][0] * x[j][0];
   }
-  const std::int64_t state_plane = state.classes * state.channels;
-  Pack delta[D];
+  law.n = static_cast<double>(members.count);
   for (int i = 0; i < D; ++i) {
-    delta[i] = Pack(0.0);
-    if (seen > 0) {
-      Pack old[1];
-      at.load(state.mean + i * state_plane + index, old);
-      delta[i] = mean[i][0] - old[0];
-      mean[i][0] = old[0] + delta[i] * (n / (n + Pack(seen)));
-    }
-    at.store(mean[i], state.mean + i * state_plane + index);
+    law.mean[i] = mean[i][0];
+    for (int j = 0; j <= i; ++j) law.scatter[lower(i, j)] -= residual[i] * (residual[j] / law.n);
+    Pack& own = law.scatter[lower(i, i)];
+    own = select(own < Pack(0.0), Pack(0.0), own);
   }
-  const Pack pair = n * (Pack(seen) / (n + Pack(seen)));
-  for (int i = 0, entry = 0; i < D; ++i)
-    for (int j = 0; j <= i; ++j, ++entry) {
-      Pack sum[1] = {scatter[entry] - residual[i] * (residual[j] / n)};
-      if (i == j) sum[0] = select(sum[0] < Pack(0.0), Pack(0.0), sum[0]);
-      if (seen > 0) {
-        Pack old[1];
-        at.load(state.scatter + entry * state_plane + index, old);
-        sum[0] = old[0] + sum[0] + delta[i] * delta[j] * pair;
-      }
-      at.store(sum, state.scatter + entry * state_plane + index);
-    }
+  if (target.seen) law = merge(load_law<D>(state, D, target.cls, target.channel, at.width_of(0)), law, D);
+  store_law(law, state, D, target.cls, target.channel, at.width_of(0));
 }
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
-// Calls body(members, width, index of the state, samples seen before) for each class of the batch and each stretch of
-// `width` <= tile channels, on several threads, and adds the counts.
+// Calls body(members, width, target) for each class of the batch and each stretch of `width` <= tile channels, on
+// several threads, and adds the counts.
 template <typename State, typename Body>
 void over_classes(const double* pooled, int statistics, const SampleOrder& sorted, const State& state, int threads,
                   const Body& body) {
@@ -210,7 +185,7 @@ void over_classes(const double* pooled, int statistics, const SampleOrder& sorte
         const std::int64_t width = std::min(step, last - first);
         const Members far{pooled + first, sorted.order.data() + group.begin, count, channels, samples * channels};
         body(fits && count > 1 ? near.copy(far, width, statistics) : far, static_cast<int>(width),
-             group.cls * channels + first, static_cast<double>(state.count[group.cls]));
+             Target{group.cls, first, state.count[group.cls] > 0});
       }
     }
   });
@@ -218,28 +193,27 @@ void over_classes(const double* pooled, int statistics, const SampleOrder& sorte
 }
 
 void fold_batch(const double* pooled, const SampleOrder& sorted, const MomentState& state, int threads) {
-  over_classes(pooled, 1, sorted, state, threads,
-               [&](const Members& members, int width, std::int64_t index, double seen) {
-                 constexpr int step = together * pack_lanes;
-                 for (int c = 0; c < width; c += step) {
-                   const Members here = members.from_channel(c);
-                   if (width - c >= step) fold(Channels<together, true>{step}, here, state, index + c, seen);
-                   else fold(Channels<together, false>{width - c}, here, state, index + c, seen);
-                 }
-               });
+  over_classes(pooled, 1, sorted, state, threads, [&](const Members& members, int width, const Target& target) {
+    constexpr int step = together * pack_lanes;
+    for (int c = 0; c < width; c += step) {
+      const Members here = members.from_channel(c);
+      const Target there{target.cls, target.channel + c, target.seen};
+      if (width - c >= step) fold(Channels<together, true>{step}, here, state, there);
+      else fold(Channels<together, false>{width - c}, here, state, there);
+    }
+  });
 }
 
 template <int D>
 void fold_vector_batch(const double* pooled, const SampleOrder& sorted, const VectorState& state, int threads) {
-  over_classes(pooled, D, sorted, state, threads,
-               [&](const Members& members, int width, std::int64_t index, double seen) {
-                 for (int c = 0; c < width; c += pack_lanes) {
-                   const Members here = members.from_channel(c);
-                   if (width - c >= pack_lanes)
-                     fold_vector<D>(Channels<1, true>{pack_lanes}, here, state, index + c, seen);
-                   else fold_vector<D>(Channels<1, false>{width - c}, here, state, index + c, seen);
-                 }
-               });
+  over_classes(pooled, D, sorted, state, threads, [&](const Members& members, int width, const Target& target) {
+    for (int c = 0; c < width; c += pack_lanes) {
+      const Members here = members.from_channel(c);
+      const Target there{target.cls, target.channel + c, target.seen};
+      if (width - c >= pack_lanes) fold_vector<D>(Channels<1, true>{pack_lanes}, here, state, there);
+      else fold_vector<D>(Channels<1, false>{width - c}, here, state, there);
+    }
+  });
 }
 
 void fold_vector_of_any(const double* pooled, const SampleOrder& sorted, const VectorState& state, int threads) {

@@ -3,10 +3,9 @@
 
 #include <algorithm>
 
-#include "../common/moments.hpp"
 #include "dispatch.hpp"
+#include "law.hpp"
 #include "parallel.hpp"
-#include "simd.hpp"
 
 namespace discedit::DISCEDIT_LEVEL {
 namespace {
@@ -32,17 +31,8 @@ void run(const State& into, const State& from, int threads, const Merge& merge_p
 template <int Size>
 void run_vector(const VectorState& into, const VectorState& from, int threads) {
   run(into, from, threads, [&, d = into.dimension](std::int64_t cls, std::int64_t channel, int width) {
-    const auto at = [&](int i) { return (i * into.classes + cls) * into.channels + channel; };
-    const auto load = [&](const VectorState& state) {
-      VectorMomentsOf<Pack, Size> law;
-      law.n = static_cast<double>(state.count[cls]);
-      for (int i = 0; i < d; ++i) law.mean[i] = load_some(state.mean + at(i), width);
-      for (int i = 0; i < lower(d, 0); ++i) law.scatter[i] = load_some(state.scatter + at(i), width);
-      return law;
-    };
-    const VectorMomentsOf<Pack, Size> merged = merge(load(into), load(from), d);
-    for (int i = 0; i < d; ++i) store_some(merged.mean[i], into.mean + at(i), width);
-    for (int i = 0; i < lower(d, 0); ++i) store_some(merged.scatter[i], into.scatter + at(i), width);
+    const auto load = [&](const VectorState& state) { return load_law<Size>(state, d, cls, channel, width); };
+    store_law(merge(load(into), load(from), d), into, d, cls, channel, width);
   });
 }
 
@@ -50,16 +40,8 @@ void run_vector(const VectorState& into, const VectorState& from, int threads) {
 
 void merge_moments(const MomentState& into, const MomentState& from, int threads) {
   run(into, from, threads, [&](std::int64_t cls, std::int64_t channel, int width) {
-    const std::int64_t at = cls * into.channels + channel;
-    const auto load = [&](const MomentState& state) -> MomentsOf<Pack> {
-      return {static_cast<double>(state.count[cls]), load_some(state.mean + at, width), load_some(state.m2 + at, width),
-              load_some(state.m3 + at, width), load_some(state.m4 + at, width)};
-    };
-    const MomentsOf<Pack> merged = merge(load(into), load(from));
-    store_some(merged.mean, into.mean + at, width);
-    store_some(merged.m2, into.m2 + at, width);
-    store_some(merged.m3, into.m3 + at, width);
-    store_some(merged.m4, into.m4 + at, width);
+    const auto load = [&](const MomentState& state) { return load_law(state, cls, channel, width); };
+    store_law(merge(load(into), load(from)), into, cls, channel, width);
   });
 }
 

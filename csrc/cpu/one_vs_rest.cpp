@@ -8,8 +8,8 @@
 
 #include "../common/witness.hpp"
 #include "dispatch.hpp"
+#include "law.hpp"
 #include "parallel.hpp"
-#include "simd.hpp"
 
 namespace discedit::DISCEDIT_LEVEL {
 namespace {
@@ -25,9 +25,7 @@ struct ScalarLaw {
   const MomentState& state;
 
   DISCEDIT_INLINE Moments load(std::int64_t cls, std::int64_t channel, int width) const {
-    const std::int64_t at = cls * state.channels + channel;
-    return {static_cast<double>(state.count[cls]), load_some(state.mean + at, width), load_some(state.m2 + at, width),
-            load_some(state.m3 + at, width), load_some(state.m4 + at, width)};
+    return load_law(state, cls, channel, width);
   }
   DISCEDIT_INLINE Moments merged(const Moments& a, const Moments& b) const { return merge(a, b); }
   DISCEDIT_INLINE Pack between(Bound bound, const Moments& a, const Moments& b) const {
@@ -43,12 +41,7 @@ struct VectorLaw {
 
   DISCEDIT_INLINE int dimension() const { return Fixed ? Size : state.dimension; }
   DISCEDIT_INLINE Moments load(std::int64_t cls, std::int64_t channel, int width) const {
-    const auto at = [&](int i) { return (i * state.classes + cls) * state.channels + channel; };
-    Moments law;
-    law.n = static_cast<double>(state.count[cls]);
-    for (int i = 0; i < dimension(); ++i) law.mean[i] = load_some(state.mean + at(i), width);
-    for (int i = 0; i < lower(dimension(), 0); ++i) law.scatter[i] = load_some(state.scatter + at(i), width);
-    return law;
+    return load_law<Size>(state, dimension(), cls, channel, width);
   }
   DISCEDIT_INLINE Moments merged(const Moments& a, const Moments& b) const { return merge(a, b, dimension()); }
   DISCEDIT_INLINE Pack between(Bound bound, const Moments& a, const Moments& b) const {
