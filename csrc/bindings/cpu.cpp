@@ -115,10 +115,10 @@ void bind_pool(const py::object& x, int channel_axis, const py::sequence& statis
   const Array map(x, "pool", "x"), result(out, "pool", "out", true);
   check_map(map.view, channel_axis, "pool");
   const Statistics wanted = statistics_named(statistics, "pool");
-  double* data = contiguous_data<double>(result.view, wanted.count * map.view.shape[0] * map.view.shape[channel_axis],
-                                         "pool", "out");
+  const std::int64_t channels = map.view.shape[channel_axis], plane = map.view.shape[0] * channels;
+  double* data = contiguous_data<double>(result.view, wanted.count * plane, "pool", "out");
   const py::gil_scoped_release release;
-  ops().pool(map.view, channel_axis, wanted, data, threads);
+  ops().pool(map.view, channel_axis, wanted, {data, channels, plane}, threads);
 }
 
 void check_state(const State& state, std::int64_t channels, std::int64_t statistics, const char* op) {
@@ -156,11 +156,12 @@ void bind_fold_moments(const py::object& pooled, double scale, const py::object&
                           features.view.shape_text() + ".");
   check_state(into, features.view.shape[2], features.view.shape[0], op);
   const std::int64_t samples = features.view.shape[1];
-  const auto* data = contiguous_data<double>(features.view, features.view.size(), op, "pooled");
+  const Planes<const double> planes{contiguous_data<double>(features.view, features.view.size(), op, "pooled"),
+                                    into.channels, samples * into.channels};
   const Labels given{contiguous_data<std::int64_t>(classes.view, samples, op, "labels"), samples};
   const py::gil_scoped_release release;
-  if (into.vector()) ops().fold_vector_moments(data, given, *into.vector(), threads);
-  else ops().fold_moments(data, scale, given, into.scalar(), threads);
+  if (into.vector()) ops().fold_vector_moments(planes, given, *into.vector(), threads);
+  else ops().fold_moments(planes, scale, given, into.scalar(), threads);
 }
 
 void bind_merge_moments(const py::tuple& into, const py::tuple& other, int threads) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "dispatch.hpp"
 #include "exponential.hpp"
@@ -50,9 +51,14 @@ struct Members {
     return values + (order ? order[sample] : sample) * stride;
   }
   Members from_channel(std::int64_t channel) const { return {values + channel, order, count, stride, plane}; }
+  DISCEDIT_INLINE void prefetch(int statistics, int channels) const {
+    for (int k = 0; k < statistics; ++k)
+      for (std::int64_t i = 0; i < count; ++i)
+        for (int c = 0; c < channels; c += 8) __builtin_prefetch(of(i) + k * plane + c, 0, 2);
+  }
 };
 
-// Both passes over a class's samples go over a copy in L1: strides of a power of two would throw each other out.
+// A copy of a class's samples in L1, for rows so far apart that they would throw each other out of it.
 struct Near {
   alignas(64) double values[near_values];
 
@@ -65,14 +71,21 @@ struct Near {
     for (int k = 0; k < statistics; ++k)
       for (std::int64_t i = 0; i < from.count; ++i) {
         const double* row = from.of(i) + k * from.plane;
-        double* to = values + (k * from.count + i) * stride;
-        std::int64_t c = 0;
-        for (; c + pack_lanes <= width; c += pack_lanes) Pack::load(row + c).store(to + c);
-        for (; c < width; ++c) to[c] = row[c];
+        std::memcpy(values + (k * from.count + i) * stride, row, static_cast<std::size_t>(width) * sizeof(double));
       }
     return {values, nullptr, from.count, stride, from.count * stride};
   }
 };
+
+// Rows whose first channels share few of L1's sets, which are chosen by 6 bits of the number of the cache line.
+bool rows_collide(std::int64_t row) { return row % 64 == 0; }
+
+// Pooled features in this thread's scratch memory. Rows are an odd number of cache lines.
+Planes<double> scratch_planes(std::int64_t statistics, std::int64_t samples, std::int64_t channels) {
+  const std::int64_t row = ((channels + 7) / 8 | 1) * 8;
+  return {scratch(0, static_cast<std::size_t>(statistics * samples * row)), row, samples * row};
+}
+Planes<const double> read_only(const Planes<double>& planes) { return {planes.data, planes.row, planes.plane}; }
 
 // Mean of each channel and statistic, as first sample + mean deviation from it: a constant channel gets its exact
 // value.
@@ -168,55 +181,64 @@ DISCEDIT_INLINE void fold_vector(const Channels<1, Full>& at, const Members& mem
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
-// Calls body(members, width, target) for each class of the batch and each stretch of `width` <= tile channels, on
+// Calls body(members, width, target) for each class of the batch and each stretch of `width` <= step channels, on
 // several threads, and adds the counts.
-template <typename State, typename Body>
-void over_classes(const double* pooled, int statistics, const SampleOrder& sorted, const State& state, int threads,
-                  const Body& body) {
-  const std::int64_t channels = state.channels;
+template <int step, typename State, typename Body>
+void over_classes(const Planes<const double>& pooled, int statistics, const SampleOrder& sorted, const State& state,
+                  int threads, const Body& body) {
   const auto samples = static_cast<std::int64_t>(sorted.order.size());
   const std::int64_t work = std::max<std::int64_t>(1, samples * statistics * tile);
-  parallel_for((channels + tile - 1) / tile, chunk_values / work, threads, [&](std::int64_t begin, std::int64_t end) {
+  const std::int64_t tiles = (state.channels + tile - 1) / tile;
+  const bool collide = rows_collide(pooled.row);
+  const auto members_of = [&](const SampleOrder::Group& group, std::int64_t channel) {
+    return Members{pooled.data + channel, sorted.order.data() + group.begin, group.end - group.begin, pooled.row,
+                   pooled.plane};
+  };
+  parallel_for(tiles, chunk_values / work, threads, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t last = std::min(end * tile, state.channels);
     Near near;
-    for (const auto& group : sorted.groups) {
-      const std::int64_t count = group.end - group.begin, fits = Near::width(count, statistics);
-      const std::int64_t step = fits ? fits : tile, last = std::min(end * tile, channels);
-      for (std::int64_t first = begin * tile; first < last; first += step) {
-        const std::int64_t width = std::min(step, last - first);
-        const Members far{pooled + first, sorted.order.data() + group.begin, count, channels, samples * channels};
-        body(fits && count > 1 ? near.copy(far, width, statistics) : far, static_cast<int>(width),
-             Target{group.cls, first, state.count[group.cls] > 0});
+    for (std::size_t g = 0; g < sorted.groups.size(); ++g) {
+      const auto& group = sorted.groups[g];
+      const std::int64_t count = group.end - group.begin;
+      const std::int64_t fits = collide && count > 1 ? Near::width(count, statistics) : 0;
+      const std::int64_t at_once = fits ? fits : tile;
+      for (std::int64_t first = begin * tile; first < last; first += at_once) {
+        const int width = static_cast<int>(std::min(at_once, last - first));
+        const Members far = members_of(group, first);
+        const Members members = fits ? near.copy(far, width, statistics) : far;
+        for (int c = 0; c < width; c += step) {
+          const std::int64_t channel = first + c;
+          // The next class's samples lie scattered over the batch: the hardware does not see them coming.
+          if (g + 1 < sorted.groups.size()) members_of(sorted.groups[g + 1], channel).prefetch(statistics, step);
+          body(members.from_channel(c), std::min(step, width - c),
+               Target{group.cls, channel, state.count[group.cls] > 0});
+        }
       }
     }
   });
   for (const auto& group : sorted.groups) state.count[group.cls] += group.end - group.begin;
 }
 
-void fold_batch(const double* pooled, const SampleOrder& sorted, const MomentState& state, int threads) {
-  over_classes(pooled, 1, sorted, state, threads, [&](const Members& members, int width, const Target& target) {
-    constexpr int step = together * pack_lanes;
-    for (int c = 0; c < width; c += step) {
-      const Members here = members.from_channel(c);
-      const Target there{target.cls, target.channel + c, target.seen};
-      if (width - c >= step) fold(Channels<together, true>{step}, here, state, there);
-      else fold(Channels<together, false>{width - c}, here, state, there);
-    }
+void fold_batch(const Planes<const double>& pooled, const SampleOrder& sorted, const MomentState& state, int threads) {
+  constexpr int step = together * pack_lanes;
+  over_classes<step>(pooled, 1, sorted, state, threads, [&](const Members& members, int width, const Target& target) {
+    if (width == step) fold(Channels<together, true>{step}, members, state, target);
+    else fold(Channels<together, false>{width}, members, state, target);
   });
 }
 
 template <int D>
-void fold_vector_batch(const double* pooled, const SampleOrder& sorted, const VectorState& state, int threads) {
-  over_classes(pooled, D, sorted, state, threads, [&](const Members& members, int width, const Target& target) {
-    for (int c = 0; c < width; c += pack_lanes) {
-      const Members here = members.from_channel(c);
-      const Target there{target.cls, target.channel + c, target.seen};
-      if (width - c >= pack_lanes) fold_vector<D>(Channels<1, true>{pack_lanes}, here, state, there);
-      else fold_vector<D>(Channels<1, false>{width - c}, here, state, there);
-    }
+void fold_vector_batch(const Planes<const double>& pooled, const SampleOrder& sorted, const VectorState& state,
+                       int threads) {
+  constexpr int step = pack_lanes;
+  over_classes<step>(pooled, D, sorted, state, threads, [&](const Members& members, int width, const Target& target) {
+    if (width == step) fold_vector<D>(Channels<1, true>{step}, members, state, target);
+    else fold_vector<D>(Channels<1, false>{width}, members, state, target);
   });
 }
 
-void fold_vector_of_any(const double* pooled, const SampleOrder& sorted, const VectorState& state, int threads) {
+void fold_vector_of_any(const Planes<const double>& pooled, const SampleOrder& sorted, const VectorState& state,
+                        int threads) {
   switch (state.dimension) {
     case 1: return fold_vector_batch<1>(pooled, sorted, state, threads);
     case 2: return fold_vector_batch<2>(pooled, sorted, state, threads);
@@ -229,16 +251,16 @@ void fold_vector_of_any(const double* pooled, const SampleOrder& sorted, const V
   }
 }
 
-void exponentials(const double* from, double scale, std::int64_t size, double* to, int threads) {
-  parallel_for((size + 7) / 8, chunk_values / 8, threads, [&](std::int64_t begin, std::int64_t end) {
-    const std::int64_t last = std::min(end * 8, size);
-    std::int64_t i = begin * 8;
-    for (; i + pack_lanes <= last; i += pack_lanes) exponential(Pack::load(from + i) * Pack(-scale)).store(to + i);
-    for (; i < last; ++i) {
-      double lanes[pack_lanes] = {from[i]};
-      exponential(Pack::load(lanes) * Pack(-scale)).store(lanes);
-      to[i] = lanes[0];
-    }
+// exp(-scale t) of one statistic's features.
+void exponentials(const Planes<const double>& from, double scale, std::int64_t samples, std::int64_t channels,
+                  const Planes<double>& to, int threads) {
+  parallel_for(samples, chunk_values / channels, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t sample = begin; sample < end; ++sample)
+      for (std::int64_t c = 0; c < channels; c += pack_lanes) {
+        const int width = static_cast<int>(std::min<std::int64_t>(pack_lanes, channels - c));
+        const Pack t = load_some(from.data + sample * from.row + c, width);
+        store_some(exponential(t * Pack(-scale)), to.data + sample * to.row + c, width);
+      }
   });
 }
 
@@ -246,40 +268,38 @@ void exponentials(const double* from, double scale, std::int64_t size, double* t
 
 // ---- dispatch -------------------------------------------------------------------------------------------------------
 
-void fold_moments(const double* pooled, double scale, const Labels& labels, const MomentState& state, int threads) {
+void fold_moments(const Planes<const double>& pooled, double scale, const Labels& labels, const MomentState& state,
+                  int threads) {
   const SampleOrder sorted = order_by_class(labels, state.classes);
-  if (scale != 0) {
-    const std::int64_t size = labels.samples * state.channels;
-    double* transformed = scratch(0, static_cast<std::size_t>(size));
-    exponentials(pooled, scale, size, transformed, threads);
-    pooled = transformed;
-  }
-  fold_batch(pooled, sorted, state, threads);
+  if (scale == 0) return fold_batch(pooled, sorted, state, threads);
+  const Planes<double> transformed = scratch_planes(1, labels.samples, state.channels);
+  exponentials(pooled, scale, labels.samples, state.channels, transformed, threads);
+  fold_batch(read_only(transformed), sorted, state, threads);
 }
 
-void fold_vector_moments(const double* pooled, const Labels& labels, const VectorState& state, int threads) {
+void fold_vector_moments(const Planes<const double>& pooled, const Labels& labels, const VectorState& state,
+                         int threads) {
   fold_vector_of_any(pooled, order_by_class(labels, state.classes), state, threads);
 }
 
 void class_moments(const TensorView& x, int channel_axis, Statistic statistic, double scale, const Labels& labels,
                    const MomentState& state, int threads) {
   const SampleOrder sorted = order_by_class(labels, state.classes);
-  const std::int64_t size = labels.samples * state.channels;
-  double* pooled = scratch(0, static_cast<std::size_t>(size));
+  const Planes<double> pooled = scratch_planes(1, labels.samples, state.channels);
   Statistics only;
   only.count = 1;
   only.list[0] = statistic;
   DISCEDIT_LEVEL::pool(x, channel_axis, only, pooled, threads);
-  if (scale != 0) exponentials(pooled, scale, size, pooled, threads);
-  fold_batch(pooled, sorted, state, threads);
+  if (scale != 0) exponentials(read_only(pooled), scale, labels.samples, state.channels, pooled, threads);
+  fold_batch(read_only(pooled), sorted, state, threads);
 }
 
 void class_vector_moments(const TensorView& x, int channel_axis, const Statistics& statistics, const Labels& labels,
                           const VectorState& state, int threads) {
   const SampleOrder sorted = order_by_class(labels, state.classes);
-  double* pooled = scratch(0, static_cast<std::size_t>(labels.samples * state.channels * state.dimension));
+  const Planes<double> pooled = scratch_planes(state.dimension, labels.samples, state.channels);
   DISCEDIT_LEVEL::pool(x, channel_axis, statistics, pooled, threads);
-  fold_vector_of_any(pooled, sorted, state, threads);
+  fold_vector_of_any(read_only(pooled), sorted, state, threads);
 }
 
 }  // namespace discedit::DISCEDIT_LEVEL

@@ -20,9 +20,10 @@ using ClassMoments = void(const TensorView& x, int channel_axis, Statistic stati
                           const Labels& labels, const MomentState& state, int threads);
 using ClassVectorMoments = void(const TensorView& x, int channel_axis, const Statistics& statistics,
                                 const Labels& labels, const VectorState& state, int threads);
-// The same from pooled features: pooled[(statistic * samples + sample) * channels + channel].
-using FoldMoments = void(const double* pooled, double scale, const Labels& labels, const MomentState& state,
-                         int threads);
-using FoldVectorMoments = void(const double* pooled, const Labels& labels, const VectorState& state, int threads);
+// The same from pooled features.
+using FoldMoments = void(const Planes<const double>& pooled, double scale, const Labels& labels,
+                         const MomentState& state, int threads);
+using FoldVectorMoments = void(const Planes<const double>& pooled, const Labels& labels, const VectorState& state,
+                               int threads);
 
 }  // namespace discedit

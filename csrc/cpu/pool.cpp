@@ -24,7 +24,7 @@ constexpr std::int64_t sweep_span = 1 << 18;  // elements of one sample swept as
 constexpr std::int64_t most_positions = 1 << 14;
 constexpr int channel_tile = 1024;                // channels swept together: their accumulators stay in L1
 constexpr std::int64_t chunk_elements = 1 << 16;  // what a thread takes at a time
-constexpr int row_prefetch = 4096;                // bytes ahead: beyond the page that the hardware's own reach ends at
+constexpr int prefetch_ahead = 4096;              // bytes: beyond the page that the hardware's own reach ends at
 static_assert(row_span / block < (1 << 15) && most_positions < (1 << 15), "16-bit lanes count the positive elements");
 static_assert(row_span % (2 * block) == 0, "only the last two blocks of a row are partial");
 
@@ -136,43 +136,48 @@ struct Strip {
 };
 
 // Which sums of BFloat16 elements float32 may not have held. It overflows where they do not: that shows. Squares are
-// rounded to multiples of 2^-149: nothing beside one of 2^-80.
+// rounded to multiples of 2^-149: nothing beside one of 2^-80. Compared as integers, free of branches: it is asked of
+// every output.
 template <int parts>
-DISCEDIT_INLINE int doubtful(const Strip& strip, int i) {
-  int result = 0;
-  if constexpr (parts & Parts::sum) result |= std::isfinite(strip.sum[i]) ? 0 : Parts::sum;
+DISCEDIT_INLINE std::int64_t doubtful(const Strip& strip, int i) {
+  const auto infinity = as<std::int64_t>(std::numeric_limits<double>::infinity());
+  const auto low = as<std::int64_t>(0x1p-40), high = as<std::int64_t>(0x1p62);
+  std::int64_t result = 0;
+  if constexpr (parts & Parts::sum) result |= (as<std::int64_t>(strip.sum[i]) & infinity) == infinity ? Parts::sum : 0;
   if constexpr (parts & Parts::square) {
-    const double top = strip.top[i];
-    result |= top == 0 || (top >= 0x1p-40 && top <= 0x1p62) ? 0 : Parts::square;
+    const auto top = as<std::int64_t>(strip.top[i]);
+    result |= (top < low) & (top != 0) ? Parts::square : 0;
+    result |= top > high ? Parts::square : 0;
   }
   return result;
 }
 
-// From accumulators to statistics, for `width` neighbouring outputs of maps of `elements` elements.
-DISCEDIT_INLINE void finish(const Strip& strip, int width, double elements, const Statistics& statistics, double* out,
-                            std::int64_t plane) {
+// From accumulators to statistics, for outputs [from, to) of the strip, of maps of `elements` elements.
+DISCEDIT_INLINE void finish(const Strip& strip, int from, int to, double elements, const Statistics& statistics,
+                            double* out, std::int64_t plane) {
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   for (int k = 0; k < statistics.count; ++k, out += plane) switch (statistics.list[k]) {
       case Statistic::mean:
-        for (int i = 0; i < width; ++i) out[i] = strip.sum[i] / elements;
+        for (int i = from; i < to; ++i) out[i - from] = strip.sum[i] / elements;
         break;
       case Statistic::sum:
-        for (int i = 0; i < width; ++i) out[i] = strip.sum[i];
+        for (int i = from; i < to; ++i) out[i - from] = strip.sum[i];
         break;
       case Statistic::l2:
-        for (int i = 0; i < width; ++i) out[i] = std::sqrt(strip.square[i]);
+        for (int i = from; i < to; ++i) out[i - from] = std::sqrt(strip.square[i]);
         break;
       case Statistic::rms:
-        for (int i = 0; i < width; ++i) out[i] = std::sqrt(strip.square[i] / elements);
+        for (int i = from; i < to; ++i) out[i - from] = std::sqrt(strip.square[i] / elements);
         break;
       case Statistic::absmax:
-        for (int i = 0; i < width; ++i) out[i] = strip.top[i];
+        for (int i = from; i < to; ++i) out[i - from] = strip.top[i];
         break;
       case Statistic::max:
-        for (int i = 0; i < width; ++i) out[i] = strip.top[i] == strip.top[i] ? strip.peak[i] : nan;
+        for (int i = from; i < to; ++i) out[i - from] = strip.top[i] == strip.top[i] ? strip.peak[i] : nan;
         break;
       case Statistic::positive_fraction:
-        for (int i = 0; i < width; ++i) out[i] = strip.top[i] == strip.top[i] ? strip.positive[i] / elements : nan;
+        for (int i = from; i < to; ++i)
+          out[i - from] = strip.top[i] == strip.top[i] ? strip.positive[i] / elements : nan;
         break;
     }
 }
@@ -187,6 +192,22 @@ DISCEDIT_INLINE Integer ordered(Integer bits) {
 template <typename T>
 DISCEDIT_INLINE double value_of(BitsOf<T> bits) {
   return widen(as<T>(bits));
+}
+// The elements whose bits are the low ones of each lane.
+template <typename T>
+DISCEDIT_INLINE Vector<double> values_of(Vector<std::int64_t> bits) {
+  if constexpr (std::is_same_v<T, double>) {
+    return as<Vector<double>>(bits);
+  } else {
+    using Half = Vector<std::uint32_t, vector_bytes / 2>;
+    using Float = Vector<float, vector_bytes / 2>;
+    const Half low = __builtin_convertvector(bits, Half);
+    Float value;
+    if constexpr (std::is_same_v<T, float>) value = as<Float>(low);
+    else if constexpr (std::is_same_v<T, BFloat16>) value = as<Float>(low << 16);
+    else value = widen_half_bits<Float>(low);
+    return __builtin_convertvector(value, Vector<double>);
+  }
 }
 template <typename T>
 constexpr BitsOf<T> minus_infinity = static_cast<BitsOf<T>>(std::numeric_limits<BitsOf<T>>::min() | Bits<T>::infinity);
@@ -324,7 +345,7 @@ struct Row {
     constexpr int blocks = fours ? 2 : 1;
     for (; count >= blocks * block; count -= blocks * block, from += blocks * block) {
       for (int line = 0; line < blocks * block * static_cast<int>(sizeof(T)); line += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(from) + row_prefetch + line);
+        __builtin_prefetch(reinterpret_cast<const char*>(from) + prefetch_ahead + line);
       add<blocks>(from, from);
     }
     if (count >= block) {
@@ -370,15 +391,9 @@ struct Rows {
     const auto plus = [](auto a, auto b) { return a + b; };
     if constexpr (parts & Parts::sum) DISCEDIT_LEVEL::store(strip.sum + to, across(sum, plus));
     if constexpr (parts & Parts::square) DISCEDIT_LEVEL::store(strip.square + to, across(square, plus));
-    if constexpr (parts & Parts::top) {
-      const auto greatest = greatest_of(top);
-      for (int i = 0; i < doubles; ++i) strip.top[to + i] = value_of<T>(static_cast<BitsOf<T>>(greatest[i]));
-    }
-    if constexpr (parts & Parts::peak) {
-      const auto greatest = greatest_of(peak);
-      for (int i = 0; i < doubles; ++i)
-        strip.peak[to + i] = value_of<T>(static_cast<BitsOf<T>>(ordered<T>(static_cast<BitsOf<T>>(greatest[i]))));
-    }
+    if constexpr (parts & Parts::top) DISCEDIT_LEVEL::store(strip.top + to, values_of<T>(greatest_of(top)));
+    if constexpr (parts & Parts::peak)
+      DISCEDIT_LEVEL::store(strip.peak + to, values_of<T>(ordered_lanes(greatest_of(peak))));
     if constexpr (parts & Parts::positive) std::copy(positive, positive + doubles, strip.positive + to);
   }
 
@@ -391,6 +406,9 @@ struct Rows {
     else return folded(half);
   }
 
+  DISCEDIT_INLINE static Vector<std::int64_t> ordered_lanes(Vector<std::int64_t> bits) {
+    return as<Vector<std::int64_t>>(ordered<T>(as<Vector<BitsOf<T>>>(bits)));
+  }
   // In the low bits of each 64-bit lane.
   DISCEDIT_INLINE static Vector<std::int64_t> greatest_of(Vector<std::int64_t>* rows) {
     using Raw = Vector<BitsOf<T>>;
@@ -507,33 +525,66 @@ struct Sweep {
     }
   }
 
-  // Block `index` as outputs `to`.. of the strip, its first `skip` channels left out.
+  // Block `index` as outputs `to`.. of the strip.
   template <int parts>
-  DISCEDIT_INLINE void unload(int index, int skip, int count, Strip& strip, int to) const {
-    double wide[block];
-    const auto put = [&](double* out) {
-      for (int i = 0; i < count; ++i) out[to + i] = wide[skip + i];
-    };
-    const auto put_sums = [&](const double* lanes, double* out) {
-      for (int pair = 0; pair < block_pairs; ++pair) {
-        wide[first_of_pair<T>(pair)] = lanes[pair];
-        wide[second_of_pair<T>(pair)] = lanes[block_pairs + pair];
+  DISCEDIT_INLINE void unload(int index, Strip& strip, int to) const {
+    if constexpr (parts & Parts::sum) put_pairs(sum[index], strip.sum + to);
+    if constexpr (parts & Parts::square) put_pairs(square[index], strip.square + to);
+    for (int i = 0; i < block; ++i) {
+      if constexpr (parts & Parts::top) strip.top[to + i] = value_of<T>(top[index][i]);
+      if constexpr (parts & Parts::peak)
+        strip.peak[to + i] = value_of<T>(static_cast<Integer>(ordered<T>(peak[index][i])));
+      if constexpr (parts & Parts::positive) strip.positive[to + i] = static_cast<double>(positive[index][i]);
+    }
+  }
+
+ private:
+  DISCEDIT_INLINE static void put_pairs(const double* lanes, double* to) {
+    for (int pair = 0; pair < block_pairs; pair += doubles) {
+      const auto first = load<Vector<double>>(lanes + pair), second = load<Vector<double>>(lanes + block_pairs + pair);
+      if constexpr (first_of_pair<T>(1) == 1) {
+        DISCEDIT_LEVEL::store(to + pair, first);
+        DISCEDIT_LEVEL::store(to + block_pairs + pair, second);
+      } else {
+        constexpr auto lane = std::make_index_sequence<doubles>();
+        DISCEDIT_LEVEL::store(to + 2 * pair, zipped<0>(first, second, lane));
+        DISCEDIT_LEVEL::store(to + 2 * pair + doubles, zipped<doubles / 2>(first, second, lane));
       }
-      put(out);
-    };
-    if constexpr (parts & Parts::sum) put_sums(sum[index], strip.sum);
-    if constexpr (parts & Parts::square) put_sums(square[index], strip.square);
-    if constexpr (parts & Parts::top) {
-      for (int i = 0; i < block; ++i) wide[i] = value_of<T>(top[index][i]);
-      put(strip.top);
     }
-    if constexpr (parts & Parts::peak) {
-      for (int i = 0; i < block; ++i) wide[i] = value_of<T>(static_cast<Integer>(ordered<T>(peak[index][i])));
-      put(strip.peak);
+  }
+  // a[from], b[from], a[from + 1], b[from + 1], ..
+  template <int from, std::size_t... Lane>
+  DISCEDIT_INLINE static Vector<double> zipped(Vector<double> a, Vector<double> b, std::index_sequence<Lane...>) {
+    return __builtin_shufflevector(a, b, (from + Lane / 2 + Lane % 2 * doubles)...);
+  }
+};
+
+// Prefetches rows of `bytes` bytes, `stride` bytes apart, `distance` bytes ahead, in the order in which they lie in
+// memory: that is what it likes best, also where several rows are read side by side.
+struct Ahead {
+  std::int64_t stride, gap;
+  const char *end, *line;
+
+  DISCEDIT_INLINE Ahead(const void* first, std::int64_t bytes, std::int64_t stride_bytes, std::int64_t distance)
+      : stride(stride_bytes),
+        gap(stride_bytes - bytes),
+        end(static_cast<const char*>(first) + distance / bytes * stride_bytes + bytes),
+        line(end - bytes + distance % bytes) {}
+
+  template <int lines>
+  DISCEDIT_INLINE void fetch() {
+    for (int i = 0; i < lines; ++i) {
+      __builtin_prefetch(line);
+      next();
     }
-    if constexpr (parts & Parts::positive) {
-      for (int i = 0; i < block; ++i) wide[i] = static_cast<double>(positive[index][i]);
-      put(strip.positive);
+  }
+
+ private:
+  DISCEDIT_INLINE void next() {
+    line += 64;
+    if (line >= end) {
+      line += gap;
+      end += stride;
     }
   }
 };
@@ -561,36 +612,29 @@ DISCEDIT_INLINE void sweep_positions(const T* map, const Layout& layout, int wid
       return map + (even ? position * layout.inner_stride() : layout.offset(position));
     };
     std::int64_t position = begin;
-    // Several positions at once spare accumulator traffic, which counts where the elements are small; one after the
-    // other is what memory likes best.
-    const auto sweep_by = [&](auto several) {
-      constexpr int together = decltype(several)::value;
-      const std::int64_t ahead = even ? 2 * together * layout.inner_stride() : 0;
+    // Several positions at once spare accumulator traffic, which counts where the elements are small.
+    constexpr int several = sizeof(T) > 2 ? several_wide<parts> : 8;
+    const auto size = static_cast<std::int64_t>(sizeof(T));
+    Ahead ahead(at(begin), width * size, (even ? layout.inner_stride() : width) * size,
+                several * width * size + prefetch_ahead);
+    const auto sweep_by = [&](auto count) {
+      constexpr int together = decltype(count)::value;
       for (; position + together <= end; position += together) {
         const T* rows[together];
         for (int i = 0; i < together; ++i) rows[i] = at(position + i);
         for (int index = 0; index < blocks; ++index) {
-          for (int i = 0; i < together; ++i)
-            for (int line = 0; line < block * static_cast<int>(sizeof(T)); line += 64)
-              __builtin_prefetch(reinterpret_cast<const char*>(rows[i] + ahead + offset(index)) + line);
+          ahead.template fetch<together * block * sizeof(T) / 64>();
           sweep.template add<parts, together, fours>(index, rows, rows, offset(index));
         }
       }
     };
-    if constexpr (sizeof(T) > 2) {
-      sweep_by(std::integral_constant<int, several_wide<parts>>());
-    } else {
-      sweep_by(std::integral_constant<int, 8>());
-      sweep_by(std::integral_constant<int, 4>());
-    }
+    sweep_by(std::integral_constant<int, several>());
+    if constexpr (several > 4) sweep_by(std::integral_constant<int, 4>());
     for (; position < end; ++position) {
       const T* const row[1] = {at(position)};
       for (int index = 0; index < blocks; ++index) sweep.template add<parts, 1, false>(index, row, row, offset(index));
     }
-    for (int index = 0; index < blocks; ++index) {
-      const int skip = index * block - offset(index);
-      sweep.template unload<parts>(index, skip, block - skip, strip, index * block);
-    }
+    for (int index = 0; index < blocks; ++index) sweep.template unload<parts>(index, strip, offset(index));
     return;
   }
 
@@ -611,7 +655,7 @@ DISCEDIT_INLINE void sweep_positions(const T* map, const Layout& layout, int wid
   }
   Strip one;
   for (int index = 0; index < blocks; ++index) {
-    sweep.template unload<parts>(index, 0, block, one, 0);
+    sweep.template unload<parts>(index, one, 0);
     for (int i = 0; i < block && index * block + i < wide; ++i) {
       const int lane = index * block + i, channel = lane % width;
       for (int part = 1; part <= Parts::positive; part *= 2) {
@@ -657,7 +701,7 @@ Cut cut_of(const Layout& layout) {
 }
 
 template <typename T, int parts>
-void launch(const T* data, const Layout& layout, const Statistics& statistics, double* out, int threads) {
+void launch(const T* data, const Layout& layout, const Statistics& statistics, const Planes<double>& out, int threads) {
   const Cut cut = cut_of(layout);
   const T* const limit = data + layout.reach();
   const auto elements = static_cast<double>(layout.elements);
@@ -694,6 +738,15 @@ void launch(const T* data, const Layout& layout, const Statistics& statistics, d
       }
     }
   };
+  const auto finish_all = [&](const Strip& strip, std::int64_t output, int width) {
+    for (int from = 0, to; from < width; from = to) {
+      const std::int64_t sample = (output + from) / layout.channels, channel = (output + from) % layout.channels;
+      to = out.row == layout.channels
+               ? width
+               : static_cast<int>(std::min<std::int64_t>(width, from + layout.channels - channel));
+      finish(strip, from, to, elements, statistics, out.data + sample * out.row + channel, out.plane);
+    }
+  };
   const std::int64_t strips = cut.strips(layout);
   const std::int64_t work = std::max<std::int64_t>(1, std::min(cut.span, layout.elements) * cut.tile);
 
@@ -707,7 +760,7 @@ void launch(const T* data, const Layout& layout, const Statistics& statistics, d
       const int width = width_of(index);
       accumulate(std::bool_constant<in_fours<T>>(), strip, output, width, from, to);
       if constexpr (std::is_same_v<T, BFloat16>) {
-        int doubts = 0;
+        std::int64_t doubts = 0;
         for (int i = 0; i < width; ++i) doubts |= doubtful<parts>(strip, i);
         if (doubts) {
           Strip exact;
@@ -720,7 +773,7 @@ void launch(const T* data, const Layout& layout, const Statistics& statistics, d
         }
       }
       if (!partial) {
-        finish(strip, width, elements, statistics, out + output, cut.outputs);
+        finish_all(strip, output, width);
       } else {
         for (int part = 1; part <= Parts::positive; part *= 2)
           if (parts & part) std::memcpy(place(part, span) + output, strip.of(part), sizeof(double) * width);
@@ -740,14 +793,15 @@ void launch(const T* data, const Layout& layout, const Statistics& statistics, d
         for (std::int64_t span = 1; span < cut.spans; ++span)
           for (int i = 0; i < width; ++i) strip.add(part, i, place(part, span)[output + i]);
       }
-      finish(strip, width, elements, statistics, out + output, cut.outputs);
+      finish_all(strip, output, width);
     }
   });
 }
 
 // One kernel for each usual set of accumulators; any other set runs in the next larger.
 template <typename T>
-void launch(const TensorView& x, int channel_axis, const Statistics& statistics, double* out, int threads) {
+void launch(const TensorView& x, int channel_axis, const Statistics& statistics, const Planes<double>& out,
+            int threads) {
   const T* data = static_cast<const T*>(x.data);
   const Layout layout = layout_of(x, channel_axis);
   constexpr int squares = Parts::square | (std::is_same_v<T, BFloat16> ? Parts::top : 0);  // to tell what is doubtful
@@ -766,7 +820,7 @@ void launch(const TensorView& x, int channel_axis, const Statistics& statistics,
 
 // ---- dispatch -------------------------------------------------------------------------------------------------------
 
-void pool(const TensorView& x, int channel_axis, const Statistics& statistics, double* out, int threads) {
+void pool(const TensorView& x, int channel_axis, const Statistics& statistics, const Planes<double>& out, int threads) {
   switch (x.dtype) {
     case DType::float32: return launch<float>(x, channel_axis, statistics, out, threads);
     case DType::float64: return launch<double>(x, channel_axis, statistics, out, threads);

@@ -14,8 +14,16 @@ struct Statistics {
   Statistic list[max_statistics] = {};
 };
 
-// Statistics over every axis but 0 (samples) and `channel_axis`, in one read of x and in float64:
-// out[(statistic * samples + sample) * channels + channel]. NaN in a map makes each of its statistics NaN.
-using Pool = void(const TensorView& x, int channel_axis, const Statistics& statistics, double* out, int threads);
+// Pooled features: that of a statistic, sample and channel at data[statistic * plane + sample * row + channel].
+template <typename Float64>
+struct Planes {
+  Float64* data;
+  std::int64_t row, plane;
+};
+
+// Statistics over every axis but 0 (samples) and `channel_axis`, in one read of x and in float64. NaN in a map makes
+// each of its statistics NaN.
+using Pool = void(const TensorView& x, int channel_axis, const Statistics& statistics, const Planes<double>& out,
+                  int threads);
 
 }  // namespace discedit
