@@ -344,22 +344,28 @@ struct Row {
   DISCEDIT_INLINE void add_run(const T* from, std::int64_t count, const T* limit) {
     constexpr int blocks = fours ? 2 : 1;
     for (; count >= blocks * block; count -= blocks * block, from += blocks * block) {
-      for (int line = 0; line < blocks * block * static_cast<int>(sizeof(T)); line += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(from) + prefetch_ahead + line);
+      prefetch<blocks * block>(from);
       add<blocks>(from, from);
     }
     if (count >= block) {
+      prefetch<block>(from);
       add<1>(from, from);
       count -= block;
       from += block;
     }
     if (count > 0) {
+      prefetch<block>(from);
       const Padded<T> padded(from, static_cast<int>(count), limit, parts & Parts::peak);
       add<1>(padded.zeros, padded.lowest);
     }
   }
 
  private:
+  template <int count>
+  DISCEDIT_INLINE static void prefetch(const T* from) {
+    for (std::size_t line = 0; line < count * sizeof(T); line += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + prefetch_ahead + line);
+  }
   DISCEDIT_INLINE static void add_halves(Vector<double> (&lanes)[registers], int part, Vector<float> terms) {
     lanes[2 * part] = add_value<T>(lanes[2 * part], low_half(terms));
     lanes[2 * part + 1] = add_value<T>(lanes[2 * part + 1], high_half(terms));
