@@ -21,19 +21,15 @@ struct Laws {
   }
 };
 
-// Asks for what a later pack will read: gathers across pairs hide the order of memory from the processor. Large pairs
-// compute for longer than they load.
-DISCEDIT_INLINE void prefetch(const Laws& laws, int d) {
-  constexpr int line = 64 / sizeof(double), most = 4;
-  if (d > most) return;
-  const int mean = d * pack_lanes, cov = d * mean, ahead = 64 / d / d;
-  for (int i = 0; i < mean; i += line) {
-    __builtin_prefetch(laws.mean1 + ahead * mean + i);
-    __builtin_prefetch(laws.mean2 + ahead * mean + i);
-  }
-  for (int i = 0; i < cov; i += line) {
-    __builtin_prefetch(laws.cov1 + ahead * cov + i);
-    __builtin_prefetch(laws.cov2 + ahead * cov + i);
+// Asks for a part of what a later pack will read, row `i` of `d` of each array: gathers across pairs hide the order of
+// memory from the processor, and asking for everything at once would stall it.
+DISCEDIT_INLINE void prefetch_row(const Laws& later, int i, int d) {
+  constexpr int line = 64 / sizeof(double);
+  __builtin_prefetch(later.mean1 + i * pack_lanes);
+  __builtin_prefetch(later.mean2 + i * pack_lanes);
+  for (int c = 0; c < d * pack_lanes; c += line) {
+    __builtin_prefetch(later.cov1 + i * d * pack_lanes + c);
+    __builtin_prefetch(later.cov2 + i * d * pack_lanes + c);
   }
 }
 
@@ -44,12 +40,13 @@ DISCEDIT_INLINE Pack gather(const double* from, std::int64_t stride, std::intege
 }
 
 template <int Size>
-DISCEDIT_INLINE Pack bound_of_pack(Bound bound, const Laws& laws, int d) {
+DISCEDIT_INLINE Pack bound_of_pack(Bound bound, const Laws& laws, const Laws& later, int d) {
   const auto element = [](const double* from, std::int64_t stride) {
     return gather(from, stride, std::make_integer_sequence<int, pack_lanes>());
   };
   LawPair<Pack, Size> pair;
   for (int i = 0; i < d; ++i) {
+    prefetch_row(later, i, d);
     const Pack first = element(laws.mean1 + i, d), second = element(laws.mean2 + i, d);
     pair.delta[i] = first - second;
     pair.noise[i] = rounding_of_moments * absolute(first) + rounding_of_moments * absolute(second);
@@ -67,11 +64,12 @@ void run(Bound bound, std::int64_t pairs, int dimension, const Laws& laws, doubl
   const std::int64_t packs = (pairs + pack_lanes - 1) / pack_lanes;
   parallel_for(packs, 1024 / (Size * Size) + 4, threads, [&](std::int64_t begin, std::int64_t end) {
     const int d = Fixed ? Size : dimension;
+    const std::int64_t ahead = std::max(32 / (d * d), 1);
     for (std::int64_t pack = begin; pack < end; ++pack) {
       const std::int64_t pair = pack * pack_lanes, left = pairs - pair;
       if (left >= pack_lanes) {
-        prefetch(laws.from(pair, d), d);
-        bound_of_pack<Size>(bound, laws.from(pair, d), d).store(out + pair);
+        const Laws here = laws.from(pair, d), later = laws.from(pair + ahead * pack_lanes, d);
+        bound_of_pack<Size>(bound, here, later, d).store(out + pair);
         continue;
       }
       // The rest in a pack filled up with laws that are constant and equal.
@@ -84,7 +82,8 @@ void run(Bound bound, std::int64_t pairs, int dimension, const Laws& laws, doubl
       std::copy_n(rest.cov1, left * d * d, matrices.data());
       std::copy_n(rest.cov2, left * d * d, cov2);
       double padded[pack_lanes];
-      bound_of_pack<Size>(bound, {vectors.data(), matrices.data(), mean2, cov2}, d).store(padded);
+      const Laws filled{vectors.data(), matrices.data(), mean2, cov2};
+      bound_of_pack<Size>(bound, filled, filled, d).store(padded);
       std::copy_n(padded, left, out + pair);
     }
   });
