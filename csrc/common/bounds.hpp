@@ -14,6 +14,7 @@
 namespace discedit {
 
 enum class Bound { fisher, minimax };
+constexpr int max_dimension = 32;
 
 namespace detail {
 

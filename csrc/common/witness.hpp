@@ -6,6 +6,8 @@
 
 namespace discedit {
 
+enum class Witness { linear, quadratic };  // of a scalar statistic
+
 namespace detail {
 
 template <typename Real>

@@ -2,17 +2,11 @@
 
 #include <cstdint>
 
+#include "../common/moment_state.hpp"
 #include "../common/tensor_view.hpp"
-#include "moment_state.hpp"
 #include "pool.hpp"
 
 namespace discedit {
-
-// One class index per sample; checked to lie in [0, classes) before any state is touched.
-struct Labels {
-  const std::int64_t* data;
-  std::int64_t samples;
-};
 
 // Pools the feature map and merges the batch's per-class moments into the state. `scale` != 0: of exp(-scale t) instead
 // of t (scalar states only). A vector state has one dimension per statistic.

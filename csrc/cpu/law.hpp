@@ -2,8 +2,8 @@
 // channels exist, the lanes beyond them are zeros.
 #pragma once
 
+#include "../common/moment_state.hpp"
 #include "../common/moments.hpp"
-#include "moment_state.hpp"
 #include "simd.hpp"
 
 namespace discedit::DISCEDIT_LEVEL {

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "moment_state.hpp"
+#include "../common/moment_state.hpp"
 
 namespace discedit {
 

@@ -1,11 +1,10 @@
 #pragma once
 
 #include "../common/bounds.hpp"
-#include "moment_state.hpp"
+#include "../common/moment_state.hpp"
+#include "../common/witness.hpp"
 
 namespace discedit {
-
-enum class Witness { linear, quadratic };
 
 // Bound between each class and the union of the others: out[channel * classes + class]. NaN where either has no sample.
 using OneVsRest = void(const MomentState& state, Bound bound, Witness witness, double* out, int threads);
