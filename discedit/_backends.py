@@ -7,8 +7,10 @@ import importlib.util
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,25 +48,44 @@ def _cpp(name: str) -> Any:
     return getattr(module, name)
 
 
-def _cpp_pool(x: Tensor, channel_axis: int, statistics: tuple[str, ...], out: Tensor | None = None) -> Tensor:
-    if out is None:
-        out = torch.empty(len(statistics), x.shape[0], x.shape[channel_axis], dtype=torch.float64)
-    if "cls" not in statistics:
-        data, target = _borrowed(x, out)
-        _cpp("pool")(data, channel_axis, statistics, target, torch.get_num_threads())
+Pool = Callable[..., Tensor]
+
+
+def _with_first_token(run: Pool) -> Pool:
+    """`run`, which knows all statistics but "cls", with that one too."""
+
+    def pool(x: Tensor, channel_axis: int, statistics: tuple[str, ...], out: Tensor | None = None) -> Tensor:
+        if out is None:
+            shape = (len(statistics), x.shape[0], x.shape[channel_axis])
+            out = torch.empty(shape, dtype=torch.float64, device=x.device)
+        if "cls" not in statistics:
+            return run(x, channel_axis, statistics, out)
+        place = statistics.index("cls")
+        others = statistics[:place] + statistics[place + 1 :]
+        if others:
+            planes = pool(x, channel_axis, others)
+            out[:place], out[place + 1 :] = planes[:place], planes[place:]
+        run(_first_token(x), channel_axis, ("mean",), out[place : place + 1])
         return out
-    place = statistics.index("cls")
-    others = statistics[:place] + statistics[place + 1 :]
-    if others:
-        planes = _cpp_pool(x, channel_axis, others)
-        out[:place], out[place + 1 :] = planes[:place], planes[place:]
-    _cpp_pool(_first_token(x), channel_axis, ("mean",), out[place : place + 1])
-    return out
+
+    return pool
 
 
 def _first_token(x: Tensor) -> Tensor:
     """Maps of one token, whose mean is "cls"."""
     return x[:, :1]
+
+
+# ---- cpp ------------------------------------------------------------------------------------------------------------
+
+
+def _cpp_pool_all(x: Tensor, channel_axis: int, statistics: tuple[str, ...], out: Tensor) -> Tensor:
+    data, target = _borrowed(x, out)
+    _cpp("pool")(data, channel_axis, statistics, target, torch.get_num_threads())
+    return out
+
+
+_cpp_pool = _with_first_token(_cpp_pool_all)
 
 
 def _cpp_class_moments(
@@ -103,20 +124,30 @@ def _borrowed(*tensors: Tensor) -> tuple[Any, ...]:
 def _in_place(state: State, write: Callable[[tuple[Any, ...]], None]) -> None:
     arrays = _contiguous(state)
     write(_borrowed(*arrays))
+    _give_back(arrays, state)
+
+
+def _give_back(arrays: tuple[Tensor, ...], state: State) -> None:
+    """Into the state's own tensors, where they were not contiguous."""
     for source, target in zip(arrays, state.tensors(), strict=True):
         if source is not target:
             target.copy_(source)
 
 
+def _flat_laws(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> list[Tensor]:
+    """Means (pairs, d) and covariances (pairs, d, d), contiguous, in float64."""
+    pairs, d = mean1.shape[:-1].numel(), mean1.shape[-1]
+    shapes = ((pairs, d), (pairs, d, d)) * 2
+    laws = zip((mean1, cov1, mean2, cov2), shapes, strict=True)
+    return [law.detach().double().reshape(shape).contiguous() for law, shape in laws]
+
+
 def _cpp_bound(bound: str) -> Callable[..., Tensor]:
     def run(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
-        d = mean1.shape[-1]
         out = torch.empty(mean1.shape[:-1], dtype=torch.float64)
-        shapes = ((-1, d), (-1, d, d), (-1, d), (-1, d, d))
-        laws = (mean1, cov1, mean2, cov2)
-        wide = (law.detach().double().reshape(shape).contiguous() for law, shape in zip(laws, shapes, strict=True))
+        laws = _flat_laws(mean1, cov1, mean2, cov2)
         if out.numel():
-            _cpp("bound")(bound, *_borrowed(*wide, out.view(-1)), torch.get_num_threads())
+            _cpp("bound")(bound, *_borrowed(*laws, out.view(-1)), torch.get_num_threads())
         return out
 
     return run
@@ -137,6 +168,71 @@ def _cpp_pairwise_min(moments: State, bound: str, witness: str) -> tuple[Tensor,
     return values, pairs
 
 
+# ---- triton ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def triton_interprets() -> bool:
+    """Whether the kernels run in Triton's interpreter, on CPU tensors; for tests."""
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+def _triton(op: str, name: str) -> Callable[..., Any]:
+    """A launcher of `discedit.kernels`, imported when first used: Triton takes a while."""
+
+    def run(first: Tensor | State, *others: Any) -> Any:
+        launch = getattr(importlib.import_module(f"discedit.kernels.{op}"), name)
+        with _on(first.device):
+            return launch(_resolved(first), *(_resolved(other) for other in others))
+
+    return run
+
+
+def _resolved(argument: Any) -> Any:
+    """Triton reads a tensor's memory as it is, without the sign of a view that torch has negated."""
+    return argument.resolve_neg() if isinstance(argument, Tensor) else argument
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Where kernels are launched, which is not always the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+_triton_pool = _with_first_token(_triton("pool", "pool"))
+_triton_fold = _triton("class_moments", "fold_moments")
+
+
+def _triton_class_moments(
+    x: Tensor, channel_axis: int, statistics: tuple[str, ...], scale: float, labels: Tensor, state: State
+) -> None:
+    _triton_fold_moments(_triton_pool(x, channel_axis, statistics), scale, labels, state)
+
+
+def _triton_fold_moments(pooled: Tensor, scale: float, labels: Tensor, state: State) -> None:
+    if labels.device.type == "cpu":
+        _checks.label_range("class_moments", labels, state.num_classes)
+    arrays = _contiguous(state)
+    _triton_fold(pooled.contiguous(), scale, labels, type(state)(*arrays))
+    _give_back(arrays, state)
+
+
+_triton_bound = _triton("bounds", "bound")
+_triton_pairs = _triton("pairwise_min", "pairwise_min")
+
+
+def _triton_bound_named(bound: str) -> Callable[..., Tensor]:
+    def run(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
+        bounds: Tensor = _triton_bound(*_flat_laws(mean1, cov1, mean2, cov2), bound)
+        return bounds.view(mean1.shape[:-1])
+
+    return run
+
+
+def _triton_pairwise_min(moments: State, bound: str, witness: str) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _triton_pairs(type(moments)(*_contiguous(moments)), bound, witness)
+    return result
+
+
 IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "cpp": {
         "pool": _cpp_pool,
@@ -149,13 +245,24 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "fold_moments": _cpp_fold_moments,
     },
     "cuda": {},
-    "triton": {},
+    "triton": {
+        "pool": _triton_pool,
+        "class_moments": _triton_class_moments,
+        "fold_moments": _triton_fold_moments,
+        "fisher_bound": _triton_bound_named("fisher"),
+        "minimax_bound": _triton_bound_named("minimax"),
+        "pairwise_min": _triton_pairwise_min,
+    },
     "reference": {op: getattr(reference, op) for op in (*OPS, *STEPS)},
 }
 
 
-def why_not(backend: str, op: str, device: torch.device) -> str:
-    """Why `backend` cannot run `op` on tensors of `device`; empty when it can."""
+# Up to which dimension a backend's bounds go, where not to all.
+MOST_DIMENSIONS = {"triton": 2}
+
+
+def why_not(backend: str, op: str, device: torch.device, dimension: int = 1) -> str:
+    """Why `backend` cannot run `op` on tensors of `device`, for bounds in this dimension; empty when it can."""
     if op not in IMPLEMENTATIONS[backend]:
         return f"this version of discedit has no {backend} implementation of {op}"
     if backend == "cpp":
@@ -164,11 +271,18 @@ def why_not(backend: str, op: str, device: torch.device) -> str:
             return f"discedit._cpu {reason}"
         if device.type != "cpu":
             return f"it takes CPU tensors, and these are on {device}"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device.type != "cuda" and not (device.type == "cpu" and triton_interprets()):
+            return f"it takes CUDA tensors, and these are on {device}"
+    if dimension > MOST_DIMENSIONS.get(backend, dimension):
+        return f"its bounds go up to {MOST_DIMENSIONS[backend]} dimensions, these have {dimension}"
     return ""
 
 
-def select(op: str, backend: str, device: torch.device) -> Callable[..., Any]:
-    """The implementation that runs.
+def select(op: str, backend: str, device: torch.device, dimension: int = 1) -> Callable[..., Any]:
+    """The implementation that runs; `dimension` counts for bounds.
 
     Raises:
         ValueError: `backend` is no backend's name.
@@ -176,12 +290,14 @@ def select(op: str, backend: str, device: torch.device) -> Callable[..., Any]:
     """
     _checks.choice(op, "backend", backend, ("auto", *NAMES))
     if backend != "auto":
-        reason = why_not(backend, op, device)
+        reason = why_not(backend, op, device, dimension)
         if reason:
             raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}.")
         return IMPLEMENTATIONS[backend][op]
     for name in NAMES:
-        if not why_not(name, op, device):
+        if name == "triton" and device.type == "cpu":  # the interpreter is there to be asked for
+            continue
+        if not why_not(name, op, device, dimension):
             if name == "reference" and device.type == "cpu":
                 _warn_of_fallback()
             return IMPLEMENTATIONS[name][op]
@@ -212,14 +328,17 @@ def status() -> list[Status]:
     """Every backend: whether it can run on this machine, and why not if it cannot."""
     module, reason = cpu_module()
     cpp = f"discedit._cpu, {module.instruction_set()}, {torch.get_num_threads()} threads" if module else reason
-    if torch.cuda.is_available():
-        device = f"{torch.cuda.get_device_name()} is present, but this version of discedit has no kernels for it"
-    else:
-        device = "this version of discedit has no CUDA kernels, and torch finds no CUDA device"
-    triton = "is installed" if importlib.util.find_spec("triton") else "is not installed"
+    present = torch.cuda.get_device_name() if torch.cuda.is_available() else "torch finds no CUDA device"
+    installed = importlib.util.find_spec("triton") is not None
+    triton = f"triton {version('triton')}, {present}" if installed else "triton is not installed"
     return [
         Status("cpp", module is not None, cpp, OPS if module else ()),
-        Status("cuda", False, device, ()),
-        Status("triton", False, f"this version of discedit has no Triton kernels (triton {triton})", ()),
+        Status("cuda", False, f"this version of discedit has no CUDA kernels ({present})", ()),
+        Status(
+            "triton",
+            installed and torch.cuda.is_available(),
+            triton,
+            tuple(op for op in OPS if op in IMPLEMENTATIONS["triton"]) if installed else (),
+        ),
         Status("reference", True, f"torch {torch.__version__}, float64, any device", OPS),
     ]

@@ -190,7 +190,9 @@ def labels(op: str, value: Any, x: Tensor) -> Tensor:
             f"{op}: labels must hold one class index per sample: x has {x.shape[0]} samples (shape {shape_of(x)}), "
             f"labels has shape {shape_of(value)}."
         )
-    return value.to(x.device, torch.int64).contiguous()
+    if value.device != x.device:
+        raise ValueError(f"{op}: labels must be on the device of x, {x.device}, got {value.device}.")
+    return value.to(torch.int64).contiguous()
 
 
 def label_range(op: str, labels: Tensor, num_classes: int) -> None:

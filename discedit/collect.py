@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -18,9 +19,10 @@ from tqdm.auto import tqdm
 from discedit import _checks
 from discedit._backends import select
 from discedit._batches import call, checked_labels, device_of, first_tensor, split, undisturbed
-from discedit.moments import Moments, Statistic
+from discedit.moments import GREATEST_EXPONENT, Moments, Statistic
 
 OP = "collect_moments"
+NEVER = torch.iinfo(torch.int64).max  # of a batch that is not sound
 
 
 def collect_moments(
@@ -86,6 +88,7 @@ def collect_moments(
     device = device_of(model)
     if progress is None:
         progress = sys.stderr.isatty()
+    watch = _Watch(device)
     batch_index = -1
     with undisturbed(model), reader:
         for batch_index, batch in enumerate(tqdm(loader, desc="moments", unit="batch", disable=not progress)):
@@ -94,15 +97,53 @@ def collect_moments(
             output = reader.run(inputs)
             if classes is None:
                 classes = _predicted(output, num_classes)
+            classes = classes.to(device)
             for layer, planes in reader.take(output):
                 try:
-                    moments.fold_planes(layer, planes, classes)
+                    moments.fold_planes(layer, planes, classes, checked=watch.defers)
                 except ValueError as error:
                     raise ValueError(f"{OP}: layer {layer!r}, batch {batch_index}: {error}") from error
+                if watch.defers:
+                    watch.note(layer, moments.sentinel(layer, planes))
+            watch.end_batch(batch_index)
     if batch_index < 0:
         raise ValueError(f"{OP}: loader must give at least one batch, it gave none.")
+    watch.check()
     moments.norms = reader.norms
     return moments
+
+
+class _Watch:
+    """Finds batches that are not to be folded after they were, so that nobody waits for the device in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.defers = device.type != "cpu"  # where asking costs nothing, each batch is asked
+        self._batch: dict[str, Tensor] = {}
+        self._layers: list[str] = []
+        self._first: Tensor | None = None  # of each layer, the first batch that was not sound
+
+    def note(self, layer: str, sentinel: Tensor) -> None:
+        self._batch[layer] = sentinel
+
+    def end_batch(self, index: int) -> None:
+        if not self._batch:
+            return
+        sound = torch.stack(list(self._batch.values())).isfinite()
+        if self._first is None or self._layers != list(self._batch):
+            self.check()
+            self._layers = list(self._batch)
+            self._first = torch.full_like(sound, NEVER, dtype=torch.int64)
+        self._first = torch.where(sound | (self._first < NEVER), self._first, index)
+        self._batch.clear()
+
+    def check(self) -> None:
+        if self._first is None or int(self._first.min()) == NEVER:
+            return
+        index, layer = min(zip(self._first.tolist(), self._layers, strict=True))
+        raise ValueError(
+            f"{OP}: layer {layer!r}, batch {index}: feature maps must be finite, and exp(-scale t) below "
+            f"exp({GREATEST_EXPONENT:g}) for the witness 'exp'; found NaN, Inf or more."
+        )
 
 
 class _Place:

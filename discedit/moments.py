@@ -141,11 +141,15 @@ class Moments(Mapping[str, State]):
         pooled = pooled.detach()
         self.fold_planes(layer, pooled.permute(2, 0, 1) if several else pooled[None], labels)
 
-    def fold_planes(self, layer: str, planes: Tensor, labels: Tensor) -> None:
-        """`fold` from the layout of the kernels: one plane per statistic, shape (statistics, samples, channels)."""
+    def fold_planes(self, layer: str, planes: Tensor, labels: Tensor, *, checked: bool = False) -> None:
+        """`fold` from the layout of the kernels: one plane per statistic, shape (statistics, samples, channels).
+
+        ``checked`` leaves the values to the caller, to whom `sentinel` tells whether they are sound.
+        """
         labels = _checks.labels("class_moments", labels, planes[0])
         scale = self._scale_of(layer)
-        _check_range(planes, scale)
+        if not checked:
+            _check_range(planes, scale)
         state = self._layers.get(layer)
         if state is None:
             state = self._kind.with_mean(self._mean_shape(planes.shape[2]), planes.device)
@@ -156,6 +160,15 @@ class Moments(Mapping[str, State]):
             )
         select("fold_moments", self.backend, planes.device)(planes.contiguous(), scale, labels, state)
         self._layers[layer] = state
+
+    def sentinel(self, layer: str, planes: Tensor) -> Tensor:
+        """One number, on the device of the planes, that is not finite where `fold` would refuse them."""
+        if planes.numel() == 0:
+            return planes.new_zeros(())
+        greatest, scale = planes.abs().amax(), self._scale_of(layer)
+        if scale:
+            greatest = greatest.masked_fill(planes.amin() * scale < -GREATEST_EXPONENT, torch.nan)
+        return greatest
 
     def _scale_of(self, layer: str) -> float:
         """The scale of a layer; 0 for every witness but "exp"."""

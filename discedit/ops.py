@@ -263,7 +263,7 @@ def minimax_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, b
 def _bound(op: str, mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, backend: str) -> Tensor:
     _checks.law_pairs(op, mean1, cov1, mean2, cov2)
     with torch.no_grad():
-        bound: Tensor = select(op, backend, mean1.device)(mean1, cov1, mean2, cov2)
+        bound: Tensor = select(op, backend, mean1.device, mean1.shape[-1])(mean1, cov1, mean2, cov2)
     return bound.to(mean1.dtype)
 
 
@@ -338,4 +338,5 @@ def _scored(op: str, moments: State, bound: str, witness: str | None, backend: s
     _checks.state(op, "moments", moments)
     _checks.choice(op, "bound", bound, _checks.BOUNDS)
     witness = _checks.witness_of(op, moments, witness)
-    return select(op, backend, moments.device)(moments, bound, witness)
+    dimension = moments.dimension if isinstance(moments, VectorMoments) else 1
+    return select(op, backend, moments.device, dimension)(moments, bound, witness)

@@ -1,1 +1,1 @@
-"""Triton kernels of discedit, one module per op, named as in `discedit.ops`. This version has none yet."""
+"""Triton kernels of discedit, one module per op, named as in `discedit.ops`. Importing one takes Triton."""

@@ -11,6 +11,7 @@ from discedit import ops
 from discedit._state import ClassMoments, State, VectorMoments
 
 BACKENDS = ["cpp", "reference"]
+POOLING_BACKENDS = [*BACKENDS, "triton"]  # what has `pool` and `class_moments`; Triton in its interpreter
 Kind = TypeVar("Kind", ClassMoments, VectorMoments)
 
 

@@ -51,8 +51,26 @@ def test_a_named_backend_never_falls_back(without_extension):
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("op", _backends.OPS)
 def test_missing_kernels_are_named(backend, op):
+    if op in _backends.IMPLEMENTATIONS[backend]:
+        with pytest.raises(RuntimeError, match=rf"{op}: backend '{backend}' cannot run: .* these are on meta"):
+            _backends.select(op, backend, torch.device("meta"))
+        return
     with pytest.raises(RuntimeError, match=rf"{op}: backend '{backend}' cannot run: .* no {backend} implementation"):
         _backends.select(op, backend, torch.device("cpu"))
+
+
+def test_auto_never_takes_the_interpreter():
+    assert _backends.triton_interprets() or torch.cuda.is_available()
+    for op in _backends.OPS:
+        chosen = _backends.select(op, "auto", torch.device("cpu"))
+        assert chosen is _backends.IMPLEMENTATIONS["cpp"][op]
+
+
+def test_auto_goes_on_where_a_backend_ends():
+    law = torch.zeros(1, 3), torch.eye(3)[None], torch.ones(1, 3), torch.eye(3)[None]
+    with pytest.raises(RuntimeError, match="'triton' cannot run: its bounds go up to 2 dimensions, these have 3"):
+        ops.fisher_bound(*law, backend="triton")
+    assert _backends.select("fisher_bound", "auto", torch.device("cpu"), 3)(*law).shape == (1,)
 
 
 def test_other_devices_are_not_for_cpp():

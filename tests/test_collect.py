@@ -2,11 +2,12 @@ import copy
 
 import pytest
 import torch
+from helpers import same_bits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import discedit
-from discedit import collect_moments, ops, zoo
+from discedit import collect, collect_moments, ops, zoo
 
 
 def small_model():
@@ -282,6 +283,41 @@ def test_not_finite_names_layer_and_batch(value, labels):
     message = r"layer '0', batch 2: feature maps must be finite, found NaN or Inf in the map of sample 5, channel \d"
     with pytest.raises(ValueError, match=message):
         collect_moments(small_model(), loader, 5, labels=labels)
+
+
+@pytest.fixture
+def deferred(monkeypatch):
+    """As on a device that nobody waits for between batches."""
+
+    class Deferring(collect._Watch):
+        def __init__(self, device):
+            super().__init__(device)
+            self.defers = True
+
+    monkeypatch.setattr(collect, "_Watch", Deferring)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite_is_found_after_the_pass_too(deferred, value):
+    x, y = small_data().tensors
+    x = x.clone()
+    x[15, 0, 4, 4] = x[25] = value
+    loader = [(x[i : i + 10], y[i : i + 10]) for i in range(0, 40, 10)]
+    with pytest.raises(ValueError, match=r"layer '0', batch 1: feature maps must be finite"):
+        collect_moments(small_model(), loader, 5)
+
+
+def test_what_is_checked_later_gives_the_same_moments(deferred, monkeypatch):
+    later = collect_moments(small_model(), DataLoader(small_data(), 15), 5)
+    monkeypatch.undo()
+    at_once = collect_moments(small_model(), DataLoader(small_data(), 15), 5)
+    assert all(same_bits(later[layer], at_once[layer]) for layer in at_once)
+
+
+def test_a_scale_too_large_is_found_after_the_pass_too(deferred):
+    loader = DataLoader(small_data(), 15)
+    with pytest.raises(ValueError, match=r"batch 0: feature maps must be finite, and exp\(-scale t\) below exp\(350\)"):
+        collect_moments(small_model(), loader, 5, witness="exp", scale=1e6)
 
 
 X, Y = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
