@@ -42,9 +42,9 @@ TABLE = Table(
 )
 
 
-def feature_map(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> tuple[Tensor, str]:
+def feature_map(shape: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int = 0) -> tuple[Tensor, str]:
     """A map, and what `ops` calls its layout."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).add_(0.5).to(dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).add_(0.5).to(dtype)
     if layout == "tokens":
         return x.flatten(2).transpose(1, 2).contiguous(), "tokens"
     if layout == "channels_last":
@@ -58,7 +58,7 @@ def rivals(x: Tensor, layout: str, names: tuple[str, ...]) -> dict[str, Callable
     flat = x if layout == "tokens" else x.flatten(2)
     axis = 1 if layout == "tokens" else 2
     length = flat.shape[axis]
-    ones = torch.ones(length, dtype=x.dtype)
+    ones = torch.ones(length, dtype=x.dtype, device=x.device)
 
     def total(values: Tensor) -> Tensor:
         return ones @ values if layout == "tokens" else values @ ones
@@ -95,7 +95,7 @@ def torch_state(pooled: list[Tensor], labels: Tensor) -> list[Tensor]:
         if len(wide) == 1
         else wide + [wide[i] * wide[j] for i in range(len(wide)) for j in range(i + 1)]
     )
-    return [torch.zeros(CLASSES, f.shape[1], dtype=torch.float64).index_add_(0, labels, f) for f in features]
+    return [f.new_zeros(CLASSES, f.shape[1]).index_add_(0, labels, f) for f in features]
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,8 @@ def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def moved(inputs: Any, device: torch.device) -> Any:
-    return map_tensors(inputs, lambda tensor: tensor.to(device))
+    """On a GPU without waiting for the copy, which its stream waits for; on the CPU nobody else would."""
+    return map_tensors(inputs, lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

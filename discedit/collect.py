@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from discedit import _checks
 from discedit._backends import select
-from discedit._batches import call, checked_labels, device_of, first_tensor, split, undisturbed
+from discedit._batches import call, checked_labels, device_of, first_tensor, moved, split, undisturbed
 from discedit.moments import GREATEST_EXPONENT, Moments, Statistic
 
 OP = "collect_moments"
@@ -97,7 +97,7 @@ def collect_moments(
             output = reader.run(inputs)
             if classes is None:
                 classes = _predicted(output, num_classes)
-            classes = classes.to(device)
+            classes = moved(classes, device)
             for layer, planes in reader.take(output):
                 try:
                     moments.fold_planes(layer, planes, classes, checked=watch.defers)

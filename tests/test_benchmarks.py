@@ -1,8 +1,11 @@
 """The benchmarks still run, on as little data as shows it."""
 
-import pytest
+import json
 
-from benchmarks import bench_cifar
+import pytest
+import torch
+
+from benchmarks import bench_cifar, gpu
 
 
 @pytest.mark.data
@@ -11,3 +14,33 @@ def test_bench_cifar_writes_its_tables(cifar):
     for heading in ("Cost of scoring", "Accuracy after pruning", "Unlearning each class", "mean over the ten classes"):
         assert heading in text
     assert text.count("| resnet20 |") == 1 + 2 + 10 + 10 + 5
+
+
+def test_what_the_gpu_gate_measures_and_prints(monkeypatch):
+    """On the CPU, with its own kernels and maps of nothing: that it runs, checks its answers and fits into JSON."""
+    monkeypatch.setattr(gpu, "KERNELS", ("cpp",))
+    clock = gpu.Clock("cpu", repeats=3, flush=1)
+    ceilings = gpu.ceilings(clock, 1 << 16)
+    figures = [
+        *gpu.class_moments(clock, {"tiny": (12, 8, 3, 3)}, ceilings["read, bytes/s"], compiled=False),
+        *gpu.small_maps(clock, (12, 8, 3, 3)),
+        *gpu.pairs(clock, 12, (5,)),
+    ]
+    assert len(figures) == 2 * 3 * 2 + 1 + 2
+    assert all(row["seconds"] > 0 for row in figures)
+    assert {row["bytes"] for row in figures if row.get("dtype") == "torch.bfloat16"} == {12 * 8 * 9 * 2}
+    assert json.loads(json.dumps(figures)) == figures
+    lines = gpu.table(figures).splitlines()
+    assert len(lines) == len(figures)
+    assert "class_moments cpp" in lines[0]
+    assert "of read" in lines[0]
+    assert "pairs/s" in lines[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
+def test_the_gpu_gate_writes_nothing_without_a_gpu(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    assert gpu.main() == 2
+    assert "no CUDA device here; nothing was measured" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    BACKENDS,
     POOLING_BACKENDS,
     assert_no_worse_than,
     hostile_maps,
@@ -21,6 +22,11 @@ CLASSES = 6
 MAPS = hostile_maps()
 EPSILON = torch.finfo(torch.float64).eps
 NAMES = ("mean", "l2", "absmax", "max")
+
+
+def scoring(backend):
+    """A backend that has `one_vs_rest`."""
+    return backend if backend in BACKENDS else "auto"
 
 
 def exact_moments(x, labels):
@@ -113,6 +119,8 @@ def exact_vector(pooled, labels):
 )
 @pytest.mark.parametrize("name", MAPS)
 def test_vector_matches_its_definition(backend, names, name):
+    if backend == "triton" and name == "many channels":
+        pytest.skip("a minute in the interpreter; the work has the shape of 'channels_last'")
     x = MAPS[name]
     labels = labels_for(len(x))
     ours = ops.class_moments(x, labels, CLASSES, statistic=names, witness="vector", backend=backend)
@@ -368,13 +376,13 @@ def test_strided_states_are_handled(backend):
     for ours, theirs in zip(strided.tensors(), expected.tensors(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(
-        ops.one_vs_rest(strided, backend=backend), ops.one_vs_rest(expected, backend=backend), equal_nan=True
+        *(ops.one_vs_rest(state, backend=scoring(backend)) for state in (strided, expected)), equal_nan=True
     )
     for ours, theirs in zip(
         ops.pairwise_min(strided, backend=backend), ops.pairwise_min(expected, backend=backend), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
-    doubled = ops.merge_moments(strided, strided, backend=backend)
+    doubled = ops.merge_moments(strided, strided, backend=scoring(backend))
     assert torch.equal(doubled.count, 2 * expected.count)
 
 
@@ -392,9 +400,15 @@ def test_strided_vector_states_are_handled(backend):
     assert same_bits(strided, expected)
     for function in (ops.one_vs_rest, lambda state, **backend: ops.pairwise_min(state, **backend)[0]):
         torch.testing.assert_close(
-            function(strided, backend=backend), function(expected, backend=backend), rtol=0, atol=0, equal_nan=True
+            function(strided, backend=scoring(backend)),
+            function(expected, backend=scoring(backend)),
+            rtol=0,
+            atol=0,
+            equal_nan=True,
         )
-    assert same_bits(ops.merge_moments(strided, strided, backend=backend), ops.merge_moments(expected, expected))
+    assert same_bits(
+        ops.merge_moments(strided, strided, backend=scoring(backend)), ops.merge_moments(expected, expected)
+    )
 
 
 def test_states_that_do_not_fit_together_are_refused():

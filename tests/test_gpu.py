@@ -1,0 +1,222 @@
+"""What only a GPU can show: the kernels compiled and run, against the reference in float64 on the same device.
+
+`python -m benchmarks.gpu` runs these before it measures; compute-sanitizer repeats those named `small`.
+"""
+
+import pytest
+import torch
+from helpers import hostile_maps, labels_for, poisoned_state, poisoned_vector, same_bits
+from torch import nn
+
+import discedit
+from discedit import _backends, ops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
+
+CLASSES = 6
+KERNELS = ("cuda", "triton")
+MAPS = hostile_maps()
+NAMES = ("mean", "sum", "l2", "rms", "absmax", "max", "positive_fraction")
+VECTOR = {"statistic": ("mean", "max", "l2"), "witness": "vector"}
+
+
+def needs(backend, op):
+    reason = _backends.why_not(backend, op, torch.device("cuda"))
+    if reason:
+        pytest.skip(f"{op}: backend {backend!r} cannot run: {reason}")
+
+
+def close(ours, theirs, rtol, atol=0.0):
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", MAPS)
+def test_pool_small(backend, name):
+    needs(backend, "pool")
+    x = MAPS[name].cuda() if MAPS[name].is_contiguous() else on_gpu(MAPS[name])
+    ours = ops.pool(x, layout="nchw", statistic=NAMES, backend=backend)
+    exact = ops.pool(x, layout="nchw", statistic=NAMES, backend="reference")
+    size = ops.pool(x.abs(), layout="nchw", statistic=("mean", "sum"), backend="reference")
+    close(ours[..., 2:], exact[..., 2:], 1e-13)
+    # float16 may be summed in fours in float32.
+    share = 2.0**-22 if x.element_size() == 2 else 1e-13
+    assert bool(((ours - exact)[..., :2].abs() <= share * size).all())
+
+
+def on_gpu(x):
+    """The same view of a copy of its memory."""
+    storage = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype)
+    storage.untyped_storage().copy_(x.untyped_storage())
+    return storage.cuda().as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", ["plain", "channels_last", "bfloat16", "float16 channels_last", "features"])
+@pytest.mark.parametrize("options", [{}, {"witness": "exp", "scale": 0.3}, VECTOR], ids=["quadratic", "exp", "vector"])
+def test_class_moments_small(backend, name, options):
+    needs(backend, "class_moments")
+    x = on_gpu(MAPS[name])
+    labels = labels_for(len(x)).cuda()
+    make = (
+        (lambda: poisoned_vector(3, CLASSES, x.shape[1]))
+        if "vector" in str(options)
+        else (lambda: poisoned_state(CLASSES, x.shape[1]))
+    )
+    ours, exact = (make().to("cuda") for _ in range(2))
+    for _ in range(2):
+        ops.class_moments(x, labels, CLASSES, layout="nchw", out=ours, backend=backend, **options)
+        ops.class_moments(x, labels, CLASSES, layout="nchw", out=exact, backend="reference", **options)
+    seen = exact.count > 0
+    assert torch.equal(ours.count, exact.count)
+    for mine, theirs in zip(ours.tensors()[1:], exact.tensors()[1:], strict=True):
+        scale = float(theirs[..., seen, :].abs().max())
+        close(mine[..., seen, :], theirs[..., seen, :], 1e-5 if x.element_size() == 2 else 1e-9, 1e-6 * scale)
+        assert bool(mine[..., ~seen, :].isnan().all())  # untouched
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dimension", [1, 2, 3, 4, 8, 11])
+@pytest.mark.parametrize("bound", ["fisher", "minimax"])
+def test_bounds_small(backend, dimension, bound):
+    op = f"{bound}_bound"
+    reason = _backends.why_not(backend, op, torch.device("cuda"), dimension)
+    if reason:
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(0)
+    mean1, mean2 = torch.randn(2, 300, dimension, generator=generator, dtype=torch.float64).cuda()
+    factors = torch.randn(2, 300, dimension, dimension, generator=generator, dtype=torch.float64).cuda()
+    cov1, cov2 = factors @ factors.mT
+    cov1[::7] = 0
+    cov2[::5] = 0
+    function = getattr(ops, op)
+    ours = function(mean1, cov1, mean2, cov2, backend=backend)
+    close(ours.cpu(), function(*(t.cpu() for t in (mean1, cov1, mean2, cov2)), backend="cpp"), 1e-9, 1e-12)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("bound", ["fisher", "minimax"])
+def test_pairwise_min_small(backend, bound):
+    needs(backend, "pairwise_min")
+    x = torch.randn(400, 37, 3, dtype=torch.float64)
+    labels = torch.arange(400) % 23
+    labels[labels == 4] = 3
+    moments = ops.class_moments(x, labels, 23, layout="nchw")
+    values, pairs = ops.pairwise_min(moments.to("cuda"), bound=bound, backend=backend)
+    expected = ops.pairwise_min(moments, bound=bound, backend="reference")
+    close(values.cpu(), expected[0], 1e-9, 1e-12)
+    assert torch.equal(pairs.cpu(), expected[1])
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("layout", ["nchw", "tokens"])
+def test_maps_of_more_than_2_to_the_31_elements(backend, layout):
+    needs(backend, "pool")
+    shape = (3, 1 << 10, (1 << 20) + 5)
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * shape[0] * shape[1] * shape[2]:
+        pytest.skip("needs 20 GB of GPU memory")
+    x = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+    x[-1, -1, -1] = 3.0
+    x[1, 5, 77] = -2.0
+    total, most = ops.pool(x, layout=layout, statistic=("sum", "absmax"), backend=backend).unbind(-1)
+    axis = 2 if layout == "nchw" else 1
+    assert torch.equal(total, x.sum(axis).double())
+    assert torch.equal(most, x.abs().amax(axis).double())
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_the_same_batch_gives_the_same_bits(backend):
+    needs(backend, "class_moments")
+    x = torch.randn(256, 300, 13, 13, device="cuda")
+    labels = torch.randint(0, CLASSES, (256,), device="cuda")
+    states = [ops.class_moments(x, labels, CLASSES, backend=backend) for _ in range(5)]
+    assert all(same_bits(states[0], state) for state in states[1:])
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_nothing_waits_and_the_current_stream_is_used(backend):
+    needs(backend, "class_moments")
+    x = torch.randn(64, 30, 9, 9, device="cuda")
+    labels = torch.arange(64, device="cuda") % CLASSES
+    expected = ops.class_moments(x, labels, CLASSES, backend="reference")
+    state = ops.class_moments(x, labels, CLASSES, backend=backend)  # compiles
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(x)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(x)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            state = ops.class_moments(late, labels, CLASSES, backend=backend)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    for ours, theirs in zip(state.tensors(), expected.tensors(), strict=True):
+        close(ours, theirs, 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_captures_into_a_graph(backend):
+    needs(backend, "class_moments")
+    x = torch.randn(64, 30, 9, 9, device="cuda")
+    labels = torch.arange(64, device="cuda") % CLASSES
+    state = ops.class_moments(x, labels, CLASSES, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.class_moments(x, labels, CLASSES, out=state, backend=backend)
+    assert int(state.count.sum()) == 64
+    x.normal_()
+    graph.replay()
+    graph.replay()
+    assert int(state.count.sum()) == 3 * 64
+    close(state.mean.mean(), ops.pool(x).mean(), 0.0, 0.05)
+
+
+def test_other_devices_are_refused():
+    x = torch.randn(4, 3, 2, 2, device="cuda")
+    with pytest.raises(ValueError, match="labels must be on the device of x, cuda:0, got cpu"):
+        ops.class_moments(x, torch.zeros(4, dtype=torch.int64), 2)
+
+
+def test_a_pass_does_not_wait_for_the_device_between_batches():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten())
+    model = nn.Sequential(model, nn.Linear(4 * 16, 5)).cuda().eval()
+    data = [(torch.randn(20, 3, 8, 8), torch.arange(20) % 5) for _ in range(6)]
+    on_device = [(x.cuda(), y) for x, y in data]
+
+    def loader():
+        for index, (x, y) in enumerate(on_device):
+            if index == 2:  # kernels are compiled, layers are known
+                torch.cuda.set_sync_debug_mode("error")
+            yield x, y
+        torch.cuda.set_sync_debug_mode("default")
+
+    try:
+        ours = discedit.collect_moments(model, loader(), 5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    exact = discedit.collect_moments(model.double(), [(x.double(), y.cuda()) for x, y in on_device], 5)
+    for layer in exact:
+        assert ours[layer].device.type == "cuda"
+        close(ours[layer].mean, exact[layer].mean, 1e-3, 1e-4)
+
+
+def test_a_pass_over_maps_that_are_not_finite_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5)).cuda()
+    x = torch.randn(4, 3, 8, 8)
+    bad = x.clone()
+    bad[2] = float("nan")
+    labels = torch.arange(4)
+    with pytest.raises(ValueError, match="layer '0', batch 1: feature maps must be finite"):
+        discedit.collect_moments(model, [(x, labels), (bad, labels), (x, labels)], 5)
