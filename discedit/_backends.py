@@ -30,12 +30,22 @@ STEPS = ("fold_moments",)  # parts of ops that other modules run by themselves
 @lru_cache(maxsize=1)
 def cpu_module() -> tuple[ModuleType | None, str]:
     """The compiled CPU core, or None and the reason why it is missing."""
+    return _extension("cpu")
+
+
+@lru_cache(maxsize=1)
+def cuda_module() -> tuple[ModuleType | None, str]:
+    """The compiled CUDA kernels, or None and the reason why they are missing."""
+    return _extension("cuda")
+
+
+def _extension(name: str) -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("discedit._cpu"), ""
+        return importlib.import_module(f"discedit._{name}"), ""
     except ImportError as error:
         note = Path(__file__).with_name("_build.json")
         if note.exists():
-            record = json.loads(note.read_text())["cpu"]
+            record = json.loads(note.read_text()).get(name, {"built": False, "reason": "was not built"})
             if not record["built"]:
                 return None, record["reason"]
         return None, f"cannot be imported: {error}"
@@ -45,6 +55,13 @@ def _cpp(name: str) -> Any:
     module, reason = cpu_module()
     if module is None:
         raise RuntimeError(f"backend 'cpp' cannot run: discedit._cpu {reason}.")
+    return getattr(module, name)
+
+
+def _cuda(name: str) -> Any:
+    module, reason = cuda_module()
+    if module is None:
+        raise RuntimeError(f"backend 'cuda' cannot run: discedit._cuda {reason}.")
     return getattr(module, name)
 
 
@@ -168,6 +185,77 @@ def _cpp_pairwise_min(moments: State, bound: str, witness: str) -> tuple[Tensor,
     return values, pairs
 
 
+# ---- cuda -----------------------------------------------------------------------------------------------------------
+
+UNSORTED = 4096  # samples up to which a class's members are found by looking at every label
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _cuda_scratch(size: int, device: torch.device) -> Any:
+    """Working memory of so many float64, from torch's own allocator."""
+    return _borrowed(torch.empty(size, dtype=torch.float64, device=device))[0] if size else None
+
+
+def _cuda_pool_all(x: Tensor, channel_axis: int, statistics: tuple[str, ...], out: Tensor) -> Tensor:
+    scratch = _cuda_scratch(_cuda("pool_scratch")(*_borrowed(x), channel_axis, statistics), x.device)
+    data, target = _borrowed(x, out)
+    _cuda("pool")(data, channel_axis, statistics, target, scratch, _stream(x.device))
+    return out
+
+
+_cuda_pool = _with_first_token(_cuda_pool_all)
+
+
+def _cuda_class_moments(
+    x: Tensor, channel_axis: int, statistics: tuple[str, ...], scale: float, labels: Tensor, state: State
+) -> None:
+    _cuda_fold_moments(_cuda_pool(x, channel_axis, statistics), scale, labels, state)
+
+
+def _cuda_fold_moments(pooled: Tensor, scale: float, labels: Tensor, state: State) -> None:
+    order = _borrowed(torch.sort(labels, stable=True).indices)[0] if len(labels) > UNSORTED else None
+    data, classes = _borrowed(pooled.contiguous(), labels)
+    stream = _stream(labels.device)
+    _in_place(state, lambda arrays: _cuda("fold_moments")(data, scale, classes, order, arrays, stream))
+
+
+def _cuda_merge_moments(into: State, other: State) -> None:
+    stream = _stream(into.device)
+    _in_place(into, lambda arrays: _cuda("merge_moments")(arrays, _borrowed(*_contiguous(other)), stream))
+
+
+def _cuda_bound(bound: str) -> Callable[..., Tensor]:
+    def run(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
+        out = torch.empty(mean1.shape[:-1], dtype=torch.float64, device=mean1.device)
+        laws = _flat_laws(mean1, cov1, mean2, cov2)
+        if out.numel():
+            _cuda("bound")(bound, *_borrowed(*laws, out.view(-1)), _stream(out.device))
+        return out
+
+    return run
+
+
+def _cuda_one_vs_rest(moments: State, bound: str, witness: str) -> Tensor:
+    arrays, device = _contiguous(moments), moments.device
+    out = torch.empty(moments.channels, moments.num_classes, dtype=torch.float64, device=device)
+    scratch = _cuda_scratch(_cuda("one_vs_rest_scratch")(_borrowed(*arrays)), device)
+    _cuda("one_vs_rest")(_borrowed(*arrays), bound, witness, *_borrowed(out), scratch, _stream(device))
+    return out
+
+
+def _cuda_pairwise_min(moments: State, bound: str, witness: str) -> tuple[Tensor, Tensor]:
+    arrays, device = _contiguous(moments), moments.device
+    values = torch.empty(moments.channels, dtype=torch.float64, device=device)
+    pairs = torch.empty(moments.channels, 2, dtype=torch.int64, device=device)
+    scratch = _cuda_scratch(_cuda("pairwise_min_scratch")(_borrowed(*arrays)), device)
+    targets = _borrowed(values, pairs)
+    _cuda("pairwise_min")(_borrowed(*arrays), bound, witness, *targets, scratch, _stream(device))
+    return values, pairs
+
+
 # ---- triton ---------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +332,16 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "pairwise_min": _cpp_pairwise_min,
         "fold_moments": _cpp_fold_moments,
     },
-    "cuda": {},
+    "cuda": {
+        "pool": _cuda_pool,
+        "class_moments": _cuda_class_moments,
+        "merge_moments": _cuda_merge_moments,
+        "fisher_bound": _cuda_bound("fisher"),
+        "minimax_bound": _cuda_bound("minimax"),
+        "one_vs_rest": _cuda_one_vs_rest,
+        "pairwise_min": _cuda_pairwise_min,
+        "fold_moments": _cuda_fold_moments,
+    },
     "triton": {
         "pool": _triton_pool,
         "class_moments": _triton_class_moments,
@@ -271,6 +368,12 @@ def why_not(backend: str, op: str, device: torch.device, dimension: int = 1) -> 
             return f"discedit._cpu {reason}"
         if device.type != "cpu":
             return f"it takes CPU tensors, and these are on {device}"
+    if backend == "cuda":
+        module, reason = cuda_module()
+        if module is None:
+            return f"discedit._cuda {reason}"
+        if device.type != "cuda" or torch.version.hip:
+            return f"it takes tensors of an NVIDIA GPU, and these are on {device}"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
@@ -328,12 +431,16 @@ def status() -> list[Status]:
     """Every backend: whether it can run on this machine, and why not if it cannot."""
     module, reason = cpu_module()
     cpp = f"discedit._cpu, {module.instruction_set()}, {torch.get_num_threads()} threads" if module else reason
+    kernels, missing = cuda_module()
+    cuda = kernels is not None and torch.cuda.is_available() and not torch.version.hip
     present = torch.cuda.get_device_name() if torch.cuda.is_available() else "torch finds no CUDA device"
     installed = importlib.util.find_spec("triton") is not None
     triton = f"triton {version('triton')}, {present}" if installed else "triton is not installed"
     return [
         Status("cpp", module is not None, cpp, OPS if module else ()),
-        Status("cuda", False, f"this version of discedit has no CUDA kernels ({present})", ()),
+        Status(
+            "cuda", cuda, f"discedit._cuda {missing}" if missing else f"discedit._cuda, {present}", OPS if cuda else ()
+        ),
         Status(
             "triton",
             installed and torch.cuda.is_available(),
