@@ -106,7 +106,7 @@ class Moments(Mapping[str, State]):
         Args:
             layer: name of the layer; a new name starts a new state.
             x, layout: feature map, as for `discedit.ops.pool`.
-            labels: class index of each sample, shape (samples,).
+            labels: class index of each sample, shape (samples,), on the device of x.
 
         Raises:
             ValueError: labels or shape do not fit, a statistic is NaN or infinite (NaN in a map makes it so, Inf unless
@@ -126,7 +126,7 @@ class Moments(Mapping[str, State]):
             layer: name of the layer; a new name starts a new state.
             pooled: as `discedit.ops.pool` gives it for this object's statistic: shape (samples, channels), or (samples,
                 channels, statistics) for several; float64.
-            labels: class index of each sample, shape (samples,).
+            labels: class index of each sample, shape (samples,), on the device of x.
 
         Raises:
             ValueError: as `update`.

@@ -113,7 +113,7 @@ def class_moments(
 
     Args:
         x: feature map, as for `pool`.
-        labels: class index of each sample, shape (samples,), any integer type, in 0..num_classes-1.
+        labels: class index of each sample, shape (samples,), any integer type, in 0..num_classes-1, on the device of x.
         num_classes: number of classes; classes without samples are fine.
         statistic, layout: as for `pool`; several statistics for the witness "vector".
         witness: what the moments are of. "quadratic" and "linear": the statistic t itself, which serves both. "exp":
@@ -124,14 +124,17 @@ def class_moments(
 
     Returns:
         `ClassMoments`: count, mean and central moment sums up to order 4, float64; for the witness "vector"
-        `VectorMoments`: count, mean vector and scatter matrix. On the CPU deterministic: the same batches in the same
-        order give the same bits, for every number of threads and every instruction set. NaN or Inf in a map, or
+        `VectorMoments`: count, mean vector and scatter matrix. Deterministic: the same batches in the same order give
+        the same bits, on the CPU for every number of threads and every instruction set, on a GPU for the same backend.
+        NaN or Inf in a map, or
         exp(-scale t) beyond the range of float64, makes the moments of that class and channel non-finite.
 
     Raises:
         TypeError: x, labels or out is of another type.
-        ValueError: labels of the wrong length or type or outside the range (`out` is then unchanged), a statistic or
-            scale that does not fit the witness, a state of another shape, and whatever `pool` refuses.
+        ValueError: labels of the wrong length or type, on another device or outside the range (`out` is then
+            unchanged), a statistic or scale that does not fit the witness, a state of another shape, and whatever
+            `pool` refuses. On a GPU nothing waits to see the labels: one outside the range is a device-side assertion,
+            as in torch's own indexing.
         RuntimeError: `backend` names a backend that cannot run here.
 
     Equivalent to ``t = pool(x)``, then for class k ``own = t[labels == k]``, ``own.mean(0)`` and
