@@ -126,8 +126,8 @@ def class_moments(
         `ClassMoments`: count, mean and central moment sums up to order 4, float64; for the witness "vector"
         `VectorMoments`: count, mean vector and scatter matrix. Deterministic: the same batches in the same order give
         the same bits, on the CPU for every number of threads and every instruction set, on a GPU for the same backend.
-        NaN or Inf in a map, or
-        exp(-scale t) beyond the range of float64, makes the moments of that class and channel non-finite.
+        NaN or Inf in a map, or exp(-scale t) beyond the range of float64, makes the moments of that class and channel
+        non-finite.
 
     Raises:
         TypeError: x, labels or out is of another type.
