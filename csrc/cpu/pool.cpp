@@ -3,12 +3,12 @@
 #include "pool.hpp"
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
 
+#include "../common/map_layout.hpp"
 #include "dispatch.hpp"
 #include "element.hpp"
 #include "parallel.hpp"
@@ -27,90 +27,6 @@ constexpr std::int64_t chunk_elements = 1 << 16;  // what a thread takes at a ti
 constexpr int prefetch_ahead = 4096;              // bytes: beyond the page that the hardware's own reach ends at
 static_assert(row_span / block < (1 << 15) && most_positions < (1 << 15), "16-bit lanes count the positive elements");
 static_assert(row_span % (2 * block) == 0, "only the last two blocks of a row are partial");
-
-// What is accumulated. NaN shows in `top` as bits above those of infinity, and in sums by itself.
-enum Parts : int { sum = 1, square = 2, top = 4, peak = 8, positive = 16 };
-
-int parts_of(const Statistics& statistics) {
-  int parts = 0;
-  for (int i = 0; i < statistics.count; ++i) switch (statistics.list[i]) {
-      case Statistic::mean:
-      case Statistic::sum: parts |= sum; break;
-      case Statistic::l2:
-      case Statistic::rms: parts |= square; break;
-      case Statistic::absmax: parts |= top; break;
-      case Statistic::max: parts |= peak | top; break;
-      case Statistic::positive_fraction: parts |= positive | top; break;
-    }
-  return parts;
-}
-
-struct Layout {  // the axes that are pooled over, neighbours fused, innermost (smallest stride) last
-  std::int64_t samples, channels, elements;
-  std::int64_t sample_stride, channel_stride;
-  int axes;
-  std::int64_t size[TensorView::max_axes];
-  std::int64_t stride[TensorView::max_axes];
-
-  std::int64_t inner() const { return axes ? size[axes - 1] : 1; }
-  std::int64_t inner_stride() const { return axes ? stride[axes - 1] : 1; }
-
-  // Offset of the end of the tensor's last element in memory; 0 where some stride is negative.
-  std::int64_t reach() const {
-    std::int64_t last = (samples - 1) * sample_stride + (channels - 1) * channel_stride;
-    bool forward = sample_stride >= 0 && channel_stride >= 0;
-    for (int axis = 0; axis < axes; ++axis) {
-      last += (size[axis] - 1) * stride[axis];
-      forward = forward && stride[axis] >= 0;
-    }
-    return forward ? last + 1 : 0;
-  }
-
-  // Offset of element `index` of a map.
-  std::int64_t offset(std::int64_t index) const {
-    std::int64_t result = 0;
-    for (int axis = axes - 1; axis >= 0; --axis) {
-      result += (index % size[axis]) * stride[axis];
-      index /= size[axis];
-    }
-    return result;
-  }
-};
-
-Layout layout_of(const TensorView& x, int channel_axis) {
-  Layout layout{};
-  layout.samples = x.shape[0];
-  layout.sample_stride = x.stride[0];
-  layout.channels = x.shape[channel_axis];
-  layout.channel_stride = x.stride[channel_axis];
-  layout.elements = 1;
-  struct Axis {
-    std::int64_t size, stride;
-  };
-  Axis kept[TensorView::max_axes];
-  int count = 0;
-  for (int axis = 1; axis < x.axes; ++axis) {
-    if (axis == channel_axis) continue;
-    layout.elements *= x.shape[axis];
-    if (x.shape[axis] == 1) continue;
-    int place = count++;  // insertion keeps the order of equal strides
-    for (; place > 0 && std::llabs(kept[place - 1].stride) < std::llabs(x.stride[axis]); --place)
-      kept[place] = kept[place - 1];
-    kept[place] = {x.shape[axis], x.stride[axis]};
-  }
-  for (int i = 0; i < count; ++i) {
-    const Axis& axis = kept[i];
-    if (layout.axes && layout.stride[layout.axes - 1] == axis.stride * axis.size) {
-      layout.size[layout.axes - 1] *= axis.size;
-      layout.stride[layout.axes - 1] = axis.stride;
-    } else {
-      layout.size[layout.axes] = axis.size;
-      layout.stride[layout.axes] = axis.stride;
-      ++layout.axes;
-    }
-  }
-  return layout;
-}
 
 // Accumulators of neighbouring outputs, in their order, each complete or of one span.
 struct Strip {
@@ -688,7 +604,7 @@ struct Cut {
 Cut cut_of(const Layout& layout) {
   Cut cut{};
   cut.outputs = layout.samples * layout.channels;
-  cut.sweeps = layout.channel_stride == 1 && layout.channels > 1 && (layout.axes == 0 || layout.inner_stride() != 1);
+  cut.sweeps = layout.by_columns();
   if (cut.sweeps) {
     cut.tiles = (layout.channels + channel_tile - 1) / channel_tile;
     const std::int64_t blocks = (layout.channels + block - 1) / block;
