@@ -48,7 +48,7 @@ inline void check_map(const TensorView& x, int channel_axis, const char* op) {
 // One layer's state, borrowed: (count, mean, m2, m3, m4) of a scalar statistic or (count, mean, scatter) of a vector.
 class State {
  public:
-  State(const py::tuple& arrays, const char* op, bool written) {
+  State(const py::tuple& arrays, const char* op, bool written, Memory memory = Memory::host) {
     constexpr const char* of_scalar[] = {"count", "mean", "m2", "m3", "m4"};
     constexpr const char* of_vector[] = {"count", "mean", "scatter"};
     vector_ = arrays.size() == 3;
@@ -57,7 +57,8 @@ class State {
                             "(count, mean, scatter), got " + std::to_string(arrays.size()) + " entries.");
     for (std::size_t i = 0; i < arrays.size(); ++i)
       arrays_[i].emplace(py::reinterpret_borrow<py::object>(arrays[i]), op, (vector_ ? of_vector : of_scalar)[i],
-                         written);
+                         written, memory);
+    for (std::size_t i = 1; i < arrays.size(); ++i) common_device(op, {&*arrays_[0], &*arrays_[i]});
     const TensorView& mean = arrays_[1]->view;
     if (mean.axes != (vector_ ? 3 : 2))
       throw py::value_error(std::string(op) + ": mean must have shape " +
@@ -92,6 +93,8 @@ class State {
   std::int64_t classes, channels;
   const VectorState* vector() const { return vector_ ? &of_vector_ : nullptr; }
   const MomentState& scalar() const { return of_scalar_; }
+  int dimension() const { return vector_ ? of_vector_.dimension : 0; }  // 0: scalar
+  const Array& count() const { return *arrays_[0]; }                    // all arrays are on its device
 
  private:
   std::optional<Array> arrays_[5];

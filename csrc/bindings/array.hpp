@@ -5,6 +5,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <initializer_list>
 #include <string>
 #include <utility>
 
@@ -37,18 +38,25 @@ struct Managed {
   void* context;
   void (*deleter)(Managed*);
 };
-constexpr std::int32_t cpu = 1, cuda_host = 3;
+constexpr std::int32_t cpu = 1, cuda = 2, cuda_host = 3, cuda_managed = 13;
 constexpr std::uint8_t signed_integer = 0, ieee_float = 2, brain_float = 4;
 }  // namespace dlpack
+
+// Where an op needs its arrays.
+enum class Memory { host, device };
 
 class Array {
  public:
   TensorView view;
+  const char* name;  // of the argument
+  int device = 0;    // number among those of its kind
 
-  Array(const py::object& source, const char* op, const char* argument, bool written = false) {
+  Array(const py::object& source, const char* op, const char* argument, bool written = false,
+        Memory memory = Memory::host)
+      : name(argument), memory_(memory) {
     if (py::isinstance<py::array>(source)) from_numpy(py::reinterpret_borrow<py::array>(source), op, argument, written);
     else if (py::isinstance<py::capsule>(source)) from_capsule(source, op, argument);
-    else if (py::hasattr(source, "__dlpack__")) from_capsule(source.attr("__dlpack__")(), op, argument);
+    else if (py::hasattr(source, "__dlpack__")) from_capsule(exported(source), op, argument);
     else
       throw py::type_error(std::string(op) + ": " + argument + " must be a NumPy array or support DLPack, got " +
                            std::string(py::str(py::type::handle_of(source).attr("__name__"))) + ".");
@@ -60,11 +68,27 @@ class Array {
   }
 
  private:
+  Memory memory_;
   dlpack::Managed* managed_ = nullptr;
   py::object keep_;
 
+  // The CUDA kernels compiled for the host (tests/cuda_on_host) run on its memory.
+  bool on_device() const {
+#if defined(DISCEDIT_CUDA_ON_HOST)
+    return false;
+#else
+    return memory_ == Memory::device;
+#endif
+  }
+
   [[noreturn]] static void refuse(const char* op, const char* argument, const std::string& why) {
     throw py::value_error(std::string(op) + ": " + argument + " " + why + ".");
+  }
+
+  // -1: the exporter must not wait for a stream; work on the caller's stream comes after what wrote the tensor there.
+  py::object exported(const py::object& source) const {
+    if (!on_device()) return source.attr("__dlpack__")();
+    return source.attr("__dlpack__")(py::arg("stream") = -1);
   }
 
   void set_axes(const char* op, const char* argument, std::int64_t axes) {
@@ -74,6 +98,7 @@ class Array {
   }
 
   void from_numpy(const py::array& array, const char* op, const char* argument, bool written) {
+    if (on_device()) refuse(op, argument, "must be in CUDA memory, got a NumPy array");
     const py::dtype dtype = array.dtype();
     const char order = dtype.byteorder();
     if (order != '=' && order != '|') refuse(op, argument, "must have native byte order");
@@ -111,8 +136,14 @@ class Array {
   }
 
   void read(const dlpack::Tensor& tensor, const char* op, const char* argument) {
-    if (tensor.device.type != dlpack::cpu && tensor.device.type != dlpack::cuda_host)
-      refuse(op, argument, "must be in CPU memory, got DLPack device type " + std::to_string(tensor.device.type));
+    const std::int32_t kind = tensor.device.type;
+    const bool host = kind == dlpack::cpu || kind == dlpack::cuda_host;
+    const bool on_gpu = kind == dlpack::cuda || kind == dlpack::cuda_managed;
+    if (memory_ == Memory::host && !host)
+      refuse(op, argument, "must be in CPU memory, got DLPack device type " + std::to_string(kind));
+    if (memory_ == Memory::device && !on_gpu && !(host && !on_device()))
+      refuse(op, argument, "must be in CUDA memory, got DLPack device type " + std::to_string(kind));
+    device = tensor.device.id;
     const dlpack::DataType type = tensor.dtype;
     if (type.lanes != 1) refuse(op, argument, "must have scalar elements");
     if (type.code == dlpack::ieee_float && type.bits == 16) view.dtype = DType::float16;
@@ -134,5 +165,16 @@ class Array {
     view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   }
 };
+
+// The device that all arrays of a call lie on.
+inline int common_device(const char* op, std::initializer_list<const Array*> arrays) {
+  const Array& first = **arrays.begin();
+  for (const Array* other : arrays)
+    if (other->device != first.device)
+      throw py::value_error(std::string(op) + ": " + first.name + " and " + other->name +
+                            " must be on the same device, got cuda:" + std::to_string(first.device) +
+                            " and cuda:" + std::to_string(other->device) + ".");
+  return first.device;
+}
 
 }  // namespace discedit
