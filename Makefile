@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.?pp') CMakeLists.txt setup.py pyproject.toml
+NATIVE := find csrc -name '*.?pp' -o -name '*.cu'
+SOURCES := $(shell $(NATIVE)) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test lint format bench clean
 
@@ -17,12 +18,12 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy discedit kernels
-	find csrc -name '*.?pp' | xargs $(BIN)/clang-format --dry-run --Werror
+	{ $(NATIVE); echo tests/cuda_on_host/cuda_runtime.h; } | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.?pp' | xargs $(BIN)/clang-format -i
+	{ $(NATIVE); echo tests/cuda_on_host/cuda_runtime.h; } | xargs $(BIN)/clang-format -i
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[bench]' --no-build-isolation

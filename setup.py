@@ -2,7 +2,9 @@
 
 Environment:
     DISCEDIT_BUILD   auto (default): build where that works, else install with the reference backend and say why;
-                     require: fail where it does not; off: do not build.
+                     require: fail where it does not (of `_cuda`: where there is a CUDA compiler and it fails);
+                     off: do not build.
+    DISCEDIT_CUDA    auto (default): build `_cuda` too where there is a CUDA compiler (CUDACXX, or nvcc); off: do not.
     CMAKE_ARGS       passed on to CMake.
 """
 
@@ -31,13 +33,26 @@ def find_compiler() -> str | None:
     return next((path for path in map(shutil.which, COMPILERS) if path), None)
 
 
+def find_cuda_compiler() -> str | None:
+    """The CUDA compiler that CMake would use, or None."""
+    chosen = os.environ.get("CUDACXX")
+    if chosen:
+        return shutil.which(chosen)
+    folders = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    places = [os.environ.get("PATH", ""), *(str(Path(folder, "bin")) for folder in folders if folder)]
+    return shutil.which("nvcc", path=os.pathsep.join(places))
+
+
 class CMakeBuild(build_ext):
-    """Configures, builds and installs `_cpu`; leaves a note (`_build.json`) of what was built or why not."""
+    """Configures, builds and installs `_cpu` and `_cuda`; notes in `_build.json` what was built, or why not."""
 
     def run(self) -> None:
         mode = os.environ.get("DISCEDIT_BUILD", "auto")
         if mode not in ("auto", "require", "off"):
             raise SystemExit(f"DISCEDIT_BUILD must be auto, require or off, got {mode!r}.")
+        cuda_mode = os.environ.get("DISCEDIT_CUDA", "auto")
+        if cuda_mode not in ("auto", "off"):
+            raise SystemExit(f"DISCEDIT_CUDA must be auto or off, got {cuda_mode!r}.")
         compiler = find_compiler()
         if mode == "off":
             reason = "not built: DISCEDIT_BUILD=off when discedit was installed"
@@ -52,7 +67,7 @@ class CMakeBuild(build_ext):
             print(f"discedit: _cpu {reason}. The torch reference backend will be used.", file=sys.stderr)
         else:
             try:
-                self.build_with_cmake()
+                self.build_with_cmake("_cpu", "-DDISCEDIT_CUDA=off")
             except (subprocess.CalledProcessError, OSError) as error:
                 # A compiler alone is not enough: the Python headers may be missing, say.
                 reason = (
@@ -64,14 +79,36 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath("discedit._cpu")).parent
         target.mkdir(parents=True, exist_ok=True)
         note = {"cpu": {"built": not reason, "reason": reason, "compiler": Path(compiler).name if compiler else None}}
+        note["cuda"] = self.build_cuda(mode, cuda_mode, bool(reason))
         (target / "_build.json").write_text(json.dumps(note, indent=1) + "\n")
 
-    def build_with_cmake(self) -> None:
+    def build_cuda(self, mode: str, cuda_mode: str, no_cpu: bool) -> dict[str, object]:
+        """Builds `_cuda` by itself: whatever goes wrong there leaves `_cpu` as it is."""
+        compiler, reason = find_cuda_compiler(), ""
+        if mode == "off" or cuda_mode == "off":
+            variable = "DISCEDIT_BUILD" if mode == "off" else "DISCEDIT_CUDA"
+            reason = f"not built: {variable}=off when discedit was installed"
+        elif no_cpu:
+            reason = "not built: _cpu could not be built when discedit was installed"
+        elif compiler is None:
+            reason = "not built: no CUDA compiler (nvcc) found when discedit was installed"
+        else:
+            try:
+                self.build_with_cmake("_cuda", "-DDISCEDIT_CUDA=on", f"-DCMAKE_CUDA_COMPILER={compiler}")
+            except (subprocess.CalledProcessError, OSError) as error:
+                reason = f"not built: building with {compiler} failed when discedit was installed ({error})"
+                if mode == "require":
+                    raise SystemExit(f"discedit: DISCEDIT_BUILD=require, but _cuda was {reason}.") from error
+        if reason:
+            print(f"discedit: _cuda {reason}.", file=sys.stderr)
+        return {"built": not reason, "reason": reason, "compiler": Path(compiler).name if compiler else None}
+
+    def build_with_cmake(self, target: str, *definitions: str) -> None:
         import pybind11
 
         output = Path(self.get_ext_fullpath("discedit._cpu")).resolve().parent
         # CMake remembers its build tool's path; an isolated pip build has a new one each time, so nothing is reused.
-        build = Path(self.build_temp).resolve() / "cmake"
+        build = Path(self.build_temp).resolve() / f"cmake{target}"
         shutil.rmtree(build, ignore_errors=True)
         build.mkdir(parents=True)
         configure = [
@@ -81,17 +118,19 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_INSTALL_PREFIX={output}",
             "-DCMAKE_BUILD_TYPE=Release",
+            *definitions,
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         if shutil.which("ninja"):
             configure.append("-GNinja")
         subprocess.run(configure, cwd=build, check=True)
-        subprocess.run(["cmake", "--build", ".", "--config", "Release", "--parallel"], cwd=build, check=True)
-        subprocess.run(["cmake", "--install", ".", "--config", "Release"], cwd=build, check=True)
+        steps = (["--build", ".", "--target", target, "--parallel"], ["--install", ".", "--component", target[1:]])
+        for step in steps:
+            subprocess.run(["cmake", *step, "--config", "Release"], cwd=build, check=True)
 
     def get_outputs(self) -> list[str]:
-        target = Path(self.get_ext_fullpath("discedit._cpu"))
-        return [str(path) for path in (target, target.parent / "_build.json") if path.exists()]
+        modules = [Path(self.get_ext_fullpath(name)) for name in ("discedit._cpu", "discedit._cuda")]
+        return [str(path) for path in (*modules, modules[0].parent / "_build.json") if path.exists()]
 
 
 # Metadata lives in pyproject.toml; what depends on the folder layout and the build lives here.

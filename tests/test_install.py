@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -9,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from setuptools import Distribution
 
 ROOT = Path(__file__).parent.parent
 NEEDED = [
@@ -63,7 +66,8 @@ def run_in(unpacked: Path, code: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("built"), DISCEDIT_BUILD="require")[0]
+    # Without a CUDA compiler: tests/test_cuda_build.py builds `_cuda`, which takes a while.
+    return build(tmp_path_factory.mktemp("built"), DISCEDIT_BUILD="require", CUDACXX="no-such-nvcc")[0]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,14 @@ def test_the_wheel_holds_everything(built):
     assert {"discedit/py.typed", "discedit/_cpu.pyi", "discedit/kernels/__init__.py", "discedit/_build.json"} <= names
     assert any(name.startswith("discedit/_cpu.") and name.endswith((".so", ".pyd")) for name in names)
     assert not any(name.startswith(("tests", "benchmarks", "kernels", "csrc")) for name in names)
-    assert json.loads((built / "discedit" / "_build.json").read_text())["cpu"]["built"]
+    note = json.loads((built / "discedit" / "_build.json").read_text())
+    assert note["cpu"]["built"]
+    assert "discedit/_cuda.pyi" in names
+    assert note["cuda"] == {
+        "built": False,
+        "reason": "not built: no CUDA compiler (nvcc) found when discedit was installed",
+        "compiler": None,
+    }
 
 
 def test_the_built_wheel_runs(built):
@@ -120,6 +131,45 @@ def test_a_compiler_that_fails_is_no_dead_end(tmp_path):
     assert note["reason"].startswith("not built: building with false failed when discedit was installed")
 
 
+@pytest.fixture
+def build_ext(monkeypatch):
+    """The command that setup.py gives to setuptools."""
+    given = {}
+    monkeypatch.setattr("setuptools.setup", lambda **options: given.update(options))
+    runpy.run_path(str(ROOT / "setup.py"))
+    return given["cmdclass"]["build_ext"](Distribution())
+
+
+def test_a_cuda_compiler_that_fails_is_no_dead_end(build_ext, monkeypatch):
+    monkeypatch.setenv("CUDACXX", "false")
+
+    def fail(target, *definitions):
+        assert target == "_cuda"
+        assert "-DDISCEDIT_CUDA=on" in definitions
+        raise subprocess.CalledProcessError(1, "cmake")
+
+    monkeypatch.setattr(build_ext, "build_with_cmake", fail)
+    note = build_ext.build_cuda("auto", "auto", no_cpu=False)
+    assert not note["built"]
+    assert note["compiler"] == "false"
+    assert re.match(r"not built: building with \S*false failed when discedit was installed", note["reason"])
+    with pytest.raises(SystemExit, match="DISCEDIT_BUILD=require, but _cuda was not built: building with"):
+        build_ext.build_cuda("require", "auto", no_cpu=False)
+
+
+@pytest.mark.parametrize(
+    ("modes", "compiler", "reason"),
+    [
+        (("auto", "off"), "false", "not built: DISCEDIT_CUDA=off when discedit was installed"),
+        (("off", "auto"), "false", "not built: DISCEDIT_BUILD=off when discedit was installed"),
+        (("require", "auto"), "no-such-nvcc", "not built: no CUDA compiler (nvcc) found when discedit was installed"),
+    ],
+)
+def test_why_cuda_was_not_built(build_ext, monkeypatch, modes, compiler, reason):
+    monkeypatch.setenv("CUDACXX", compiler)
+    assert build_ext.build_cuda(*modes, no_cpu=False)["reason"] == reason
+
+
 def test_the_source_distribution_builds(tmp_path):
     command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
     source = tmp_path / "source"
@@ -128,7 +178,14 @@ def test_the_source_distribution_builds(tmp_path):
     subprocess.run(command, cwd=source, capture_output=True, check=True)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"CMakeLists.txt", "csrc/cpu/pool.cpp", "csrc/common/bounds.hpp", "kernels/__init__.py", "LICENSE"} <= names
+    assert {
+        "CMakeLists.txt",
+        "csrc/cpu/pool.cpp",
+        "csrc/cuda/pool.cu",
+        "csrc/common/bounds.hpp",
+        "kernels/__init__.py",
+        "LICENSE",
+    } <= names
 
 
 def test_a_required_build_fails_without_a_compiler(tmp_path):
