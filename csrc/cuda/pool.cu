@@ -310,14 +310,13 @@ __global__ void __launch_bounds__(threads, 4)
     Totals totals = sums.totals();
     reduce_lanes<parts>(totals, 1, lanes < 32 ? lanes : 32);
     if (lanes > 32) {
-      __shared__ Totals of_warp[warps];
-      if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = totals;
+      __shared__ double of_warp[warps][5];
+      if (threadIdx.x % 32 == 0) for_each_part([&](auto i) { of_warp[threadIdx.x / 32][i()] = totals.part[i()]; });
       __syncthreads();
       if (threadIdx.x == 0)
         for (int warp = 1; warp < warps; ++warp)
           for_each_part([&](auto i) {
-            if constexpr (parts & (1 << i()))
-              totals.part[i()] = merged<1 << i()>(totals.part[i()], of_warp[warp].part[i()]);
+            if constexpr (parts & (1 << i())) totals.part[i()] = merged<1 << i()>(totals.part[i()], of_warp[warp][i()]);
           });
       __syncthreads();
     }
