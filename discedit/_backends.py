@@ -355,7 +355,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
 
 
 # Up to which dimension a backend's bounds go, where not to all.
-MOST_DIMENSIONS = {"triton": 2}
+MOST_DIMENSIONS = {"cuda": 8, "triton": 2}
 
 
 def why_not(backend: str, op: str, device: torch.device, dimension: int = 1) -> str:

@@ -3,6 +3,9 @@
 `python -m benchmarks.gpu` runs these before it measures; compute-sanitizer repeats those named `small`.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import hostile_maps, labels_for, poisoned_state, poisoned_vector, same_bits
@@ -181,6 +184,20 @@ def test_captures_into_a_graph(backend):
     graph.replay()
     assert int(state.count.sum()) == 3 * 64
     close(state.mean.mean(), ops.pool(x).mean(), 0.0, 0.05)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("label", [-1, 2])
+def test_labels_out_of_range_are_asserted_on_the_device(backend, label):
+    """In a process of its own, which ends with it."""
+    needs(backend, "class_moments")
+    script = (
+        f"import torch; from discedit import ops; labels = torch.tensor([0, {label}, 1]).cuda(); "
+        f"ops.class_moments(torch.ones(3, 4).cuda(), labels, 2, backend={backend!r}); torch.cuda.synchronize()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "device-side assert triggered" in done.stderr
 
 
 def test_other_devices_are_refused():

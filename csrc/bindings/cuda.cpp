@@ -155,8 +155,8 @@ void bind_bound(const std::string& bound, const py::object& mean1, const py::obj
   const Bound which = bound_named(bound);
   const DeviceArray a(mean1, op, "mean1"), b(cov1, op, "cov1"), c(mean2, op, "mean2"), e(cov2, op, "cov2");
   const DeviceArray result(out, op, "out", true);
-  if (a.view.axes != 2 || a.view.shape[1] < 1 || a.view.shape[1] > max_dimension)
-    throw py::value_error("bound: mean1 must have shape (pairs, d) with d in 1..32, got " + a.view.shape_text() + ".");
+  if (a.view.axes != 2 || a.view.shape[1] < 1 || a.view.shape[1] > cuda::most_dimensions)
+    throw py::value_error("bound: mean1 must have shape (pairs, d) with d in 1..8, got " + a.view.shape_text() + ".");
   const std::int64_t pairs = a.view.shape[0], d = a.view.shape[1];
   const auto* first = contiguous_data<double>(a.view, pairs * d, op, "mean1");
   const auto* second = contiguous_data<double>(b.view, pairs * d * d, op, "cov1");

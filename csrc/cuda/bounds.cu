@@ -42,7 +42,7 @@ __device__ __forceinline__ void read_triangles(const double* cov, int d, std::in
 // local memory: 832 bytes per thread
 template <int Size>
 __global__ void __launch_bounds__(threads, 4)
-    bound_of_fixed(Bound bound, std::int64_t pairs, int d, Laws laws, double* out) {
+    bound_of_pairs(Bound bound, std::int64_t pairs, int d, Laws laws, double* out) {
   const std::int64_t items = (pairs + threads - 1) / threads;
   for (std::int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const std::int64_t first = item * threads, index = first + threadIdx.x;
@@ -61,43 +61,17 @@ __global__ void __launch_bounds__(threads, 4)
   }
 }
 
-// Any dimension up to Size, in local memory; neighbouring lanes read d * d apart, which the caches make good.
-// occupancy: 4 blocks of 64 threads per SM
-// local memory: 36864 bytes per thread
-template <int Size>
-__global__ void __launch_bounds__(threads, 4)
-    bound_of_any(Bound bound, std::int64_t pairs, int d, Laws laws, double* out) {
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * threads;
-  for (std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * threads + threadIdx.x; index < pairs;
-       index += step) {
-    LawPair<double, Size> pair;
-    const double *cov1 = laws.cov1 + index * d * d, *cov2 = laws.cov2 + index * d * d;
-    for (int i = 0; i < d; ++i) {
-      const double one = laws.mean1[index * d + i], two = laws.mean2[index * d + i];
-      pair.delta[i] = one - two;
-      pair.noise[i] = rounding_of_moments * absolute(one) + rounding_of_moments * absolute(two);
-      for (int j = 0; j <= i; ++j) {
-        pair.cov1[lower(i, j)] = cov1[i * d + j];
-        pair.cov2[lower(i, j)] = cov2[i * d + j];
-      }
-    }
-    out[index] = bound_of(bound, pair, d);
-  }
-}
-
 }  // namespace
 
 // ---- dispatch -------------------------------------------------------------------------------------------------------
 
 void batched_bound(Bound bound, std::int64_t pairs, int d, const double* mean1, const double* cov1, const double* mean2,
                    const double* cov2, double* out, Stream stream) {
-  const auto kernel = d == 1    ? bound_of_fixed<1>
-                      : d == 2  ? bound_of_fixed<2>
-                      : d == 3  ? bound_of_fixed<3>
-                      : d == 4  ? bound_of_fixed<4>
-                      : d <= 8  ? bound_of_fixed<8>
-                      : d <= 16 ? bound_of_any<16>
-                                : bound_of_any<max_dimension>;
+  const auto kernel = d == 1   ? bound_of_pairs<1>
+                      : d == 2 ? bound_of_pairs<2>
+                      : d == 3 ? bound_of_pairs<3>
+                      : d == 4 ? bound_of_pairs<4>
+                               : bound_of_pairs<most_dimensions>;
   launch("bound", kernel, ceil_div(pairs, threads), threads, stream, bound, pairs, d, Laws{mean1, cov1, mean2, cov2},
          out);
 }

@@ -3,6 +3,9 @@
 // class's samples in turn, its lanes the channels.
 #include "class_moments.hpp"
 
+#undef NDEBUG  // the assertion is for users
+#include <cassert>
+
 #include "law.hpp"
 
 namespace discedit::cuda {
@@ -90,13 +93,19 @@ __device__ __forceinline__ double over_warps(double value, double (&memory)[lane
   return sums[0];
 }
 
+// Labels outside the classes are refused on the device, as torch's own indexing does it: nobody waits to see them. The
+// kernel that follows leaves them out.
 // occupancy: 8 blocks of 256 threads per SM
 __global__ void __launch_bounds__(threads, 8)
     add_counts(const std::int64_t* labels, std::int64_t samples, std::int64_t classes, std::int64_t* count) {
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * threads;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * threads + threadIdx.x; i < samples; i += step)
-    if (labels[i] >= 0 && labels[i] < classes)
-      atomicAdd(reinterpret_cast<unsigned long long*>(count + labels[i]), 1ull);
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * threads + threadIdx.x; i < samples; i += step) {
+    const bool in_range = labels[i] >= 0 && labels[i] < classes;
+#if defined(__CUDA_ARCH__)
+    assert(in_range && "class_moments: labels must lie in 0..num_classes - 1");
+#endif
+    if (in_range) atomicAdd(reinterpret_cast<unsigned long long*>(count + labels[i]), 1ull);
+  }
 }
 
 // Merges one class's samples into the state, whose counts hold them already. The mean is first sample + mean deviation
