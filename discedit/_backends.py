@@ -262,6 +262,8 @@ def _cuda_pairwise_min(moments: State, bound: str, witness: str) -> tuple[Tensor
 @lru_cache(maxsize=1)
 def triton_interprets() -> bool:
     """Whether the kernels run in Triton's interpreter, on CPU tensors; for tests."""
+    if importlib.util.find_spec("triton") is None:
+        return False
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 

@@ -13,6 +13,7 @@ import torch
 from helpers import poisoned_state, poisoned_vector, same_bits
 
 from discedit import ops
+from discedit._backends import triton_interprets
 from discedit._state import ClassMoments
 
 triton = pytest.importorskip("triton")
@@ -22,6 +23,7 @@ pairwise_min = pytest.importorskip("discedit.kernels.pairwise_min")
 
 # What a GPU does without a word, the interpreter's NumPy warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+interpreted = pytest.mark.skipif(not triton_interprets(), reason="Triton compiles for the GPU here: tests/test_gpu.py")
 
 WITNESSES = {
     "linear": {},
@@ -58,6 +60,7 @@ def laws(dimension, pairs=150, seed=0):
     return mean1, cov1, mean2, cov2
 
 
+@interpreted
 @pytest.mark.parametrize("bound", ["fisher", "minimax"])
 @pytest.mark.parametrize("dimension", [1, 2])
 def test_bounds_are_those_of_the_core(bound, dimension):
@@ -71,6 +74,7 @@ def test_bounds_are_those_of_the_core(bound, dimension):
     torch.testing.assert_close(ours, reference, rtol=1e-8, atol=1e-9, equal_nan=True)
 
 
+@interpreted
 def test_bounds_keep_the_shape_of_the_laws():
     mean1, cov1, mean2, cov2 = laws(2, 90)
     shaped = [t.view(9, 10, *t.shape[1:]) for t in (mean1, cov1, mean2, cov2)]
@@ -88,6 +92,7 @@ def moments_of(case, classes, channels, seed=0):
     return ops.class_moments(x, labels, classes, layout="nchw", backend="cpp", **WITNESSES[case])
 
 
+@interpreted
 @pytest.mark.parametrize("bound", ["fisher", "minimax"])
 @pytest.mark.parametrize("case", WITNESSES)
 @pytest.mark.parametrize(("classes", "channels"), [(3, 1), (6, 9), (19, 3)])
@@ -100,6 +105,7 @@ def test_pairwise_min_is_that_of_the_reference(bound, case, classes, channels):
     assert torch.equal(ours[1], theirs[1])
 
 
+@interpreted
 @pytest.mark.parametrize("splits", [1, 2, 7])
 def test_how_pairs_are_split_changes_nothing(monkeypatch, splits):
     moments = moments_of("quadratic", 9, 5)
@@ -115,6 +121,7 @@ def test_how_pairs_are_split_changes_nothing(monkeypatch, splits):
     assert split[1].tolist() == [[2, 3]] * 5
 
 
+@interpreted
 def test_pairwise_min_where_nothing_is_defined():
     moments = moments_of("quadratic", 4, 3)
     alone = ClassMoments(*(t.clone() for t in moments.tensors()))
@@ -130,6 +137,7 @@ def test_pairwise_min_where_nothing_is_defined():
         assert torch.equal(pairs[:, 0] == -1, pairs[:, 1] == -1)
 
 
+@interpreted
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_maps_cut_into_spans(monkeypatch, dtype, memory_format):
@@ -147,6 +155,7 @@ def test_maps_cut_into_spans(monkeypatch, dtype, memory_format):
     assert cut[0, 1].isnan().all()
 
 
+@interpreted
 def test_axes_that_do_not_fuse():
     x = torch.randn(3, 4, 8, 9, 10)[:, :, ::2, ::3, ::2]
     torch.testing.assert_close(ops.pool(x, backend="triton"), x.double().mean((2, 3, 4)), rtol=1e-13, atol=1e-13)
@@ -155,6 +164,7 @@ def test_axes_that_do_not_fuse():
         ops.pool(odd, layout="nchw", backend="triton")
 
 
+@interpreted
 @pytest.mark.parametrize("samples", [1, 5, 70])
 def test_sorted_and_unsorted_labels_are_folded_alike(monkeypatch, samples):
     generator = torch.Generator().manual_seed(0)
@@ -169,6 +179,7 @@ def test_sorted_and_unsorted_labels_are_folded_alike(monkeypatch, samples):
                 torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@interpreted
 def test_a_million_classes_cost_no_more_than_their_samples():
     classes = 1 << 20
     x = torch.randn(6, 1, 3)
@@ -183,6 +194,7 @@ def test_a_million_classes_cost_no_more_than_their_samples():
         assert torch.equal((~state.mean.isnan()).nonzero()[:, -2], seen)
 
 
+@interpreted
 def test_the_same_batch_gives_the_same_bits():
     x = torch.randn(40, 33, 5, 5)
     labels = torch.randint(0, 3, (40,))
