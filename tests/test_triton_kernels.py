@@ -212,7 +212,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from discedit.kernels import bounds, class_moments, pairwise_min, pool
-from discedit.kernels._launch import COMPILE
+from discedit.kernels._launch import COMPILE, Layout
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -233,7 +233,26 @@ def compile_for(target, kernel, pointers, **constants):
     print(kernel.fn.__name__, constants)
 
 
+# Axes, tile, block and cut that the launcher picks for maps of all kinds.
+def choices():
+    found = set()
+    for channels in (1, 3, 24, 700):
+        for elements in (1, 7, 49, 196, 3136, 1 << 20):
+            for strides in ((elements, 1), (1, channels), (4 * elements, 2)):
+                for samples in (1, 256):
+                    for axes in (1, 2, 3) if channels == 24 else (1,):
+                        layout = Layout(samples, channels, elements, channels * elements, strides[0], axes,
+                                        (1, 1, elements), (1, 1, strides[1]))
+                        tile, block = pool.tile_of(layout)
+                        spans, _ = pool.spans_of(layout, samples * -(-channels // tile), block)
+                        found.add((axes, tile, block, spans > 1))
+    return sorted(found)
+
+
 target = TARGETS[sys.argv[1]]
+for axes, tile, block, cut in choices():
+    compile_for(target, pool.pool_kernel, {"x": "*bf16", "out": "*fp64", "partial": "*fp64"}, AXES=axes,
+                PLACES=EVERYTHING, CUT=cut, INTEGER=tl.int16, TILE=tile, BLOCK=block)
 for name, integer in FLOATS.items():
     for axes, tile, block, cut in ((1, 64, 32, False), (1, 2, 1024, True), (2, 1, 512, False), (3, 32, 64, False)):
         for places in (EVERYTHING, (0,) + (-1,) * 6, (-1, -1, 0) + (-1,) * 4, (0, -1, -1, 1, 2, -1, -1)):
