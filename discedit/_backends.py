@@ -159,15 +159,23 @@ def _flat_laws(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> list
     return [law.detach().double().reshape(shape).contiguous() for law, shape in laws]
 
 
-def _cpp_bound(bound: str) -> Callable[..., Tensor]:
+def _compiled_bound(
+    module: Callable[[str], Any], bound: str, where: Callable[[torch.device], int]
+) -> Callable[..., Tensor]:
+    """`bound` of an extension, which runs on so many threads, or on this stream."""
+
     def run(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
-        out = torch.empty(mean1.shape[:-1], dtype=torch.float64)
+        out = torch.empty(mean1.shape[:-1], dtype=torch.float64, device=mean1.device)
         laws = _flat_laws(mean1, cov1, mean2, cov2)
         if out.numel():
-            _cpp("bound")(bound, *_borrowed(*laws, out.view(-1)), torch.get_num_threads())
+            module("bound")(bound, *_borrowed(*laws, out.view(-1)), where(out.device))
         return out
 
     return run
+
+
+def _cpp_bound(bound: str) -> Callable[..., Tensor]:
+    return _compiled_bound(_cpp, bound, lambda _: torch.get_num_threads())
 
 
 def _cpp_one_vs_rest(moments: State, bound: str, witness: str) -> Tensor:
@@ -228,14 +236,7 @@ def _cuda_merge_moments(into: State, other: State) -> None:
 
 
 def _cuda_bound(bound: str) -> Callable[..., Tensor]:
-    def run(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
-        out = torch.empty(mean1.shape[:-1], dtype=torch.float64, device=mean1.device)
-        laws = _flat_laws(mean1, cov1, mean2, cov2)
-        if out.numel():
-            _cuda("bound")(bound, *_borrowed(*laws, out.view(-1)), _stream(out.device))
-        return out
-
-    return run
+    return _compiled_bound(_cuda, bound, _stream)
 
 
 def _cuda_one_vs_rest(moments: State, bound: str, witness: str) -> Tensor:

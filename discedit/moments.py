@@ -126,7 +126,7 @@ class Moments(Mapping[str, State]):
             layer: name of the layer; a new name starts a new state.
             pooled: as `discedit.ops.pool` gives it for this object's statistic: shape (samples, channels), or (samples,
                 channels, statistics) for several; float64.
-            labels: class index of each sample, shape (samples,), on the device of x.
+            labels: class index of each sample, shape (samples,), on the device of pooled.
 
         Raises:
             ValueError: as `update`.

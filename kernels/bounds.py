@@ -16,7 +16,6 @@ from discedit.kernels._launch import COMPILE
 
 # ---- traits ---------------------------------------------------------------------------------------------------------
 
-MOST_DIMENSIONS = 2
 BLOCK = 128  # pairs
 EPSILON = tl.constexpr(2.220446049250313e-16)
 ROUNDING_OF_MOMENTS = tl.constexpr(16 * 2.220446049250313e-16)
@@ -239,6 +238,13 @@ def bound_in_the_plane(delta0, delta1, noise0, noise1, a00, a10, a11, b00, b10, 
     return tl.where(defined, value, float("nan"))
 
 
+@triton.jit
+def bound_on_the_line(delta, noise, a, b, MINIMAX: tl.constexpr):
+    """The same in one dimension: the plane, with a second coordinate that drops out."""
+    nothing = tl.zeros_like(delta)
+    return bound_in_the_plane(delta, nothing, noise, nothing, a, nothing, nothing, b, nothing, nothing, MINIMAX)
+
+
 # ---- kernel ---------------------------------------------------------------------------------------------------------
 
 
@@ -257,12 +263,6 @@ def bound_kernel(
     noise0 = ROUNDING_OF_MOMENTS * tl.abs(first) + ROUNDING_OF_MOMENTS * tl.abs(second)
     a00 = tl.load(cov1 + corner, mask, 0.0)
     b00 = tl.load(cov2 + corner, mask, 0.0)
-    delta1 = tl.zeros_like(delta0)
-    noise1 = tl.zeros_like(delta0)
-    a10 = tl.zeros_like(delta0)
-    a11 = tl.zeros_like(delta0)
-    b10 = tl.zeros_like(delta0)
-    b11 = tl.zeros_like(delta0)
     if DIMENSION == 2:
         first = tl.load(mean1 + at + 1, mask, 0.0)
         second = tl.load(mean2 + at + 1, mask, 0.0)
@@ -272,7 +272,9 @@ def bound_kernel(
         a11 = tl.load(cov1 + corner + 3, mask, 0.0)
         b10 = tl.load(cov2 + corner + 2, mask, 0.0)
         b11 = tl.load(cov2 + corner + 3, mask, 0.0)
-    value = bound_in_the_plane(delta0, delta1, noise0, noise1, a00, a10, a11, b00, b10, b11, MINIMAX)
+        value = bound_in_the_plane(delta0, delta1, noise0, noise1, a00, a10, a11, b00, b10, b11, MINIMAX)
+    else:
+        value = bound_on_the_line(delta0, noise0, a00, b00, MINIMAX)
     tl.store(out + pair, value, mask)
 
 

@@ -27,8 +27,8 @@ UNSORTED = 2048  # samples up to which a class's members are found by looking at
 
 
 @triton.jit
-def _begins_class(labels, position, label, SORTED: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether no earlier position has this label."""
+def _begins_class(labels, position, label, classes, SORTED: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether this is a class's label and no earlier position has it."""
     earlier = tl.zeros([BLOCK], tl.int32)
     if SORTED:
         if position > 0:
@@ -39,7 +39,7 @@ def _begins_class(labels, position, label, SORTED: tl.constexpr, BLOCK: tl.const
             at = start + tl.arange(0, BLOCK)
             other = tl.load(labels + at, at < position, -1)
             earlier += ((other == label) & (at < position)).to(tl.int32)
-    return tl.max(earlier, 0) == 0
+    return (tl.max(earlier, 0) == 0) & (label >= 0) & (label < classes)
 
 
 @triton.jit
@@ -138,76 +138,75 @@ def fold_kernel(
     """Central moment sums of one statistic. `count` already holds the batch."""
     position = tl.program_id(0)
     label = tl.load(labels + position)
-    if (label >= 0) & (label < classes):
-        if _begins_class(labels, position, label, SORTED, BLOCK):
-            channel = tl.program_id(1) * TILE + tl.arange(0, TILE)
-            in_range = channel < channels
-            scale = tl.load(scales) if EXP else 0.0
-            end = _end_of_class(labels, position, label, samples, SORTED, BLOCK)
-            own, n = _mean_of_class(
-                pooled, labels, order, position, end, label, channel, in_range, channels, scale, SORTED, EXP, BLOCK
+    if _begins_class(labels, position, label, classes, SORTED, BLOCK):
+        channel = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        in_range = channel < channels
+        scale = tl.load(scales) if EXP else 0.0
+        end = _end_of_class(labels, position, label, samples, SORTED, BLOCK)
+        own, n = _mean_of_class(
+            pooled, labels, order, position, end, label, channel, in_range, channels, scale, SORTED, EXP, BLOCK
+        )
+        residual = tl.zeros_like(own)
+        s2 = tl.zeros_like(own)
+        s3 = tl.zeros_like(own)
+        s4 = tl.zeros_like(own)
+        for start in range(position, end, BLOCK):
+            d, members = _deviations(
+                pooled,
+                labels,
+                order,
+                start,
+                end,
+                label,
+                own,
+                channel,
+                in_range,
+                channels,
+                scale,
+                SORTED,
+                EXP,
+                BLOCK,
             )
-            residual = tl.zeros_like(own)
-            s2 = tl.zeros_like(own)
-            s3 = tl.zeros_like(own)
-            s4 = tl.zeros_like(own)
-            for start in range(position, end, BLOCK):
-                d, members = _deviations(
-                    pooled,
-                    labels,
-                    order,
-                    start,
-                    end,
-                    label,
-                    own,
-                    channel,
-                    in_range,
-                    channels,
-                    scale,
-                    SORTED,
-                    EXP,
-                    BLOCK,
+            d2 = d * d
+            residual += tl.sum(d, 0)
+            s2 += tl.sum(d2, 0)
+            s3 += tl.sum(d2 * d, 0)
+            s4 += tl.sum(d2 * d2, 0)
+        # The mean is rounded; what that leaves in the deviations is known and taken out to first order.
+        r = residual / n
+        s4 -= 4.0 * r * s3
+        s3 -= 3.0 * r * s2
+        s2 = tl.maximum(s2 - r * residual, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        # Merged with what the class has (Chan, Golub and LeVeque 1979; Pebay 2008).
+        before = tl.load(count + label).to(tl.float64) - n
+        at = label * channels + channel
+        if before > 0:
+            old = tl.load(mean + at, in_range, 0.0)
+            o2 = tl.load(m2 + at, in_range, 0.0)
+            o3 = tl.load(m3 + at, in_range, 0.0)
+            o4 = tl.load(m4 + at, in_range, 0.0)
+            both = before + n
+            wa = before / both
+            wb = n / both
+            pair = before * wb
+            delta = own - old
+            delta2 = delta * delta
+            s4 = (
+                o4
+                + s4
+                + delta
+                * (
+                    delta * (delta2 * pair * (wa * wa - wa * wb + wb * wb) + 6.0 * (wa * wa * s2 + wb * wb * o2))
+                    + 4.0 * (wa * s3 - wb * o3)
                 )
-                d2 = d * d
-                residual += tl.sum(d, 0)
-                s2 += tl.sum(d2, 0)
-                s3 += tl.sum(d2 * d, 0)
-                s4 += tl.sum(d2 * d2, 0)
-            # The mean is rounded; what that leaves in the deviations is known and taken out to first order.
-            r = residual / n
-            s4 -= 4.0 * r * s3
-            s3 -= 3.0 * r * s2
-            s2 = tl.maximum(s2 - r * residual, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            # Merged with what the class has (Chan, Golub and LeVeque 1979; Pebay 2008).
-            before = tl.load(count + label).to(tl.float64) - n
-            at = label * channels + channel
-            if before > 0:
-                old = tl.load(mean + at, in_range, 0.0)
-                o2 = tl.load(m2 + at, in_range, 0.0)
-                o3 = tl.load(m3 + at, in_range, 0.0)
-                o4 = tl.load(m4 + at, in_range, 0.0)
-                both = before + n
-                wa = before / both
-                wb = n / both
-                pair = before * wb
-                delta = own - old
-                delta2 = delta * delta
-                s4 = (
-                    o4
-                    + s4
-                    + delta
-                    * (
-                        delta * (delta2 * pair * (wa * wa - wa * wb + wb * wb) + 6.0 * (wa * wa * s2 + wb * wb * o2))
-                        + 4.0 * (wa * s3 - wb * o3)
-                    )
-                )
-                s3 = o3 + s3 + delta * (delta2 * pair * (wa - wb) + 3.0 * (wa * s2 - wb * o2))
-                s2 = o2 + s2 + delta2 * pair
-                own = old + delta * wb
-            tl.store(mean + at, own, in_range)
-            tl.store(m2 + at, s2, in_range)
-            tl.store(m3 + at, s3, in_range)
-            tl.store(m4 + at, s4, in_range)
+            )
+            s3 = o3 + s3 + delta * (delta2 * pair * (wa - wb) + 3.0 * (wa * s2 - wb * o2))
+            s2 = o2 + s2 + delta2 * pair
+            own = old + delta * wb
+        tl.store(mean + at, own, in_range)
+        tl.store(m2 + at, s2, in_range)
+        tl.store(m3 + at, s3, in_range)
+        tl.store(m4 + at, s4, in_range)
 
 
 @triton.jit
@@ -231,45 +230,44 @@ def fold_scatter_kernel(
     then bring up to date. `count` already holds the batch."""
     position = tl.program_id(0)
     label = tl.load(labels + position)
-    if (label >= 0) & (label < classes):
-        if _begins_class(labels, position, label, SORTED, BLOCK):
-            channel = tl.program_id(1) * TILE + tl.arange(0, TILE)
-            in_range = channel < channels
-            entry = tl.program_id(2)
-            i = tl.load(rows + entry).to(tl.int64)
-            j = tl.load(columns + entry).to(tl.int64)
-            end = _end_of_class(labels, position, label, samples, SORTED, BLOCK)
-            one = pooled + i * samples * channels
-            two = pooled + j * samples * channels
-            mean1, n = _mean_of_class(
-                one, labels, order, position, end, label, channel, in_range, channels, 0.0, SORTED, False, BLOCK
+    if _begins_class(labels, position, label, classes, SORTED, BLOCK):
+        channel = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        in_range = channel < channels
+        entry = tl.program_id(2)
+        i = tl.load(rows + entry).to(tl.int64)
+        j = tl.load(columns + entry).to(tl.int64)
+        end = _end_of_class(labels, position, label, samples, SORTED, BLOCK)
+        one = pooled + i * samples * channels
+        two = pooled + j * samples * channels
+        mean1, n = _mean_of_class(
+            one, labels, order, position, end, label, channel, in_range, channels, 0.0, SORTED, False, BLOCK
+        )
+        mean2, n = _mean_of_class(
+            two, labels, order, position, end, label, channel, in_range, channels, 0.0, SORTED, False, BLOCK
+        )
+        residual1 = tl.zeros_like(mean1)
+        residual2 = tl.zeros_like(mean1)
+        product = tl.zeros_like(mean1)
+        for start in range(position, end, BLOCK):
+            d1, members = _deviations(
+                one, labels, order, start, end, label, mean1, channel, in_range, channels, 0.0, SORTED, False, BLOCK
             )
-            mean2, n = _mean_of_class(
-                two, labels, order, position, end, label, channel, in_range, channels, 0.0, SORTED, False, BLOCK
+            d2, members = _deviations(
+                two, labels, order, start, end, label, mean2, channel, in_range, channels, 0.0, SORTED, False, BLOCK
             )
-            residual1 = tl.zeros_like(mean1)
-            residual2 = tl.zeros_like(mean1)
-            product = tl.zeros_like(mean1)
-            for start in range(position, end, BLOCK):
-                d1, members = _deviations(
-                    one, labels, order, start, end, label, mean1, channel, in_range, channels, 0.0, SORTED, False, BLOCK
-                )
-                d2, members = _deviations(
-                    two, labels, order, start, end, label, mean2, channel, in_range, channels, 0.0, SORTED, False, BLOCK
-                )
-                residual1 += tl.sum(d1, 0)
-                residual2 += tl.sum(d2, 0)
-                product += tl.sum(d1 * d2, 0)
-            product -= residual1 * (residual2 / n)
-            if i == j:
-                product = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            before = tl.load(count + label).to(tl.float64) - n
-            at = (entry.to(tl.int64) * classes + label) * channels + channel
-            if before > 0:
-                delta1 = mean1 - tl.load(mean + (i * classes + label) * channels + channel, in_range, 0.0)
-                delta2 = mean2 - tl.load(mean + (j * classes + label) * channels + channel, in_range, 0.0)
-                product += tl.load(scatter + at, in_range, 0.0) + delta1 * delta2 * (before * (n / (before + n)))
-            tl.store(scatter + at, product, in_range)
+            residual1 += tl.sum(d1, 0)
+            residual2 += tl.sum(d2, 0)
+            product += tl.sum(d1 * d2, 0)
+        product -= residual1 * (residual2 / n)
+        if i == j:
+            product = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        before = tl.load(count + label).to(tl.float64) - n
+        at = (entry.to(tl.int64) * classes + label) * channels + channel
+        if before > 0:
+            delta1 = mean1 - tl.load(mean + (i * classes + label) * channels + channel, in_range, 0.0)
+            delta2 = mean2 - tl.load(mean + (j * classes + label) * channels + channel, in_range, 0.0)
+            product += tl.load(scatter + at, in_range, 0.0) + delta1 * delta2 * (before * (n / (before + n)))
+        tl.store(scatter + at, product, in_range)
 
 
 @triton.jit
@@ -289,33 +287,32 @@ def fold_mean_kernel(
     """One statistic's means of vectors of statistics. `count` already holds the batch."""
     position = tl.program_id(0)
     label = tl.load(labels + position)
-    if (label >= 0) & (label < classes):
-        if _begins_class(labels, position, label, SORTED, BLOCK):
-            channel = tl.program_id(1) * TILE + tl.arange(0, TILE)
-            in_range = channel < channels
-            statistic = tl.program_id(2).to(tl.int64)
-            end = _end_of_class(labels, position, label, samples, SORTED, BLOCK)
-            own, n = _mean_of_class(
-                pooled + statistic * samples * channels,
-                labels,
-                order,
-                position,
-                end,
-                label,
-                channel,
-                in_range,
-                channels,
-                0.0,
-                SORTED,
-                False,
-                BLOCK,
-            )
-            before = tl.load(count + label).to(tl.float64) - n
-            at = (statistic * classes + label) * channels + channel
-            if before > 0:
-                old = tl.load(mean + at, in_range, 0.0)
-                own = old + (own - old) * (n / (before + n))
-            tl.store(mean + at, own, in_range)
+    if _begins_class(labels, position, label, classes, SORTED, BLOCK):
+        channel = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        in_range = channel < channels
+        statistic = tl.program_id(2).to(tl.int64)
+        end = _end_of_class(labels, position, label, samples, SORTED, BLOCK)
+        own, n = _mean_of_class(
+            pooled + statistic * samples * channels,
+            labels,
+            order,
+            position,
+            end,
+            label,
+            channel,
+            in_range,
+            channels,
+            0.0,
+            SORTED,
+            False,
+            BLOCK,
+        )
+        before = tl.load(count + label).to(tl.float64) - n
+        at = (statistic * classes + label) * channels + channel
+        if before > 0:
+            old = tl.load(mean + at, in_range, 0.0)
+            own = old + (own - old) * (n / (before + n))
+        tl.store(mean + at, own, in_range)
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from discedit._state import State, VectorMoments
 from discedit.kernels._launch import COMPILE
-from discedit.kernels.bounds import ROUNDING_OF_MOMENTS, bound_in_the_plane, larger, positive_part
+from discedit.kernels.bounds import ROUNDING_OF_MOMENTS, bound_in_the_plane, bound_on_the_line, larger, positive_part
 
 # ---- traits ---------------------------------------------------------------------------------------------------------
 
-MOST_DIMENSIONS = 2
 CHANNELS = 8  # of a program: neighbours in memory
 CLASSES = 16  # compared with one at a time
 ENOUGH_PROGRAMS = 2048
@@ -67,20 +66,21 @@ def bound_of_scalars(n1, mean1, p2, p3, p4, n2, mean2, q2, q3, q4, QUADRATIC: tl
     inverse = tl.where(scale < 2.2250738585072014e-308, 0.0, 1.0 / tl.where(usable, scale, scale + 1.0))
     shift1, var1, third1, fourth1, noise1 = _standardise(n1, mean1, p2, p3, p4, gap * -0.5, inverse)
     shift2, var2, third2, fourth2, noise2 = _standardise(n2, mean2, q2, q3, q4, gap * 0.5, inverse)
-    delta1 = tl.zeros_like(gap)
-    noise = tl.zeros_like(gap)
-    a10 = tl.zeros_like(gap)
-    a11 = tl.zeros_like(gap)
-    b10 = tl.zeros_like(gap)
-    b11 = tl.zeros_like(gap)
+    delta = shift1 - shift2
+    noise = noise1 + noise2
     if QUADRATIC:
         sound = _sound(var1, third1, fourth1) & _sound(var2, third2, fourth2)
         # The squared shifts are equal by choice of the midpoint.
-        delta1 = tl.where(sound, var1 - var2, 0.0)
-        noise = tl.where(sound, ROUNDING_OF_MOMENTS * (var1 + var2), 0.0)
+        delta_of_square = tl.where(sound, var1 - var2, 0.0)
+        noise_of_square = tl.where(sound, ROUNDING_OF_MOMENTS * (var1 + var2), 0.0)
         a10, a11 = _square(shift1, var1, third1, fourth1, sound)
         b10, b11 = _square(shift2, var2, third2, fourth2, sound)
-    return bound_in_the_plane(shift1 - shift2, delta1, noise1 + noise2, noise, var1, a10, a11, var2, b10, b11, MINIMAX)
+        value = bound_in_the_plane(
+            delta, delta_of_square, noise, noise_of_square, var1, a10, a11, var2, b10, b11, MINIMAX
+        )
+    else:
+        value = bound_on_the_line(delta, noise, var1, var2, MINIMAX)
+    return value
 
 
 # ---- kernel ---------------------------------------------------------------------------------------------------------
@@ -139,25 +139,20 @@ def pairwise_min_kernel(
                     f2 = tl.load(fourth + at, mask, 0.0)
                     value = bound_of_scalars(n1, m1, s1, t1, f1, n2, m2, s2, t2, f2, QUADRATIC, MINIMAX)
                 else:
-                    delta1 = tl.zeros_like(n1)
-                    noise1 = tl.zeros_like(n1)
-                    a10 = tl.zeros_like(n1)
-                    a11 = tl.zeros_like(n1)
-                    b10 = tl.zeros_like(n1)
-                    b11 = tl.zeros_like(n1)
+                    noise0 = ROUNDING_OF_MOMENTS * tl.abs(m1) + ROUNDING_OF_MOMENTS * tl.abs(m2)
                     if DIMENSION == 2:
                         o1 = tl.load(mean + plane + own, in_range, 0.0) + tl.zeros_like(n1)
                         o2 = tl.load(mean + plane + at, mask, 0.0)
-                        delta1 = o1 - o2
                         noise1 = ROUNDING_OF_MOMENTS * tl.abs(o1) + ROUNDING_OF_MOMENTS * tl.abs(o2)
-                        a10 += tl.load(second + plane + own, in_range, 0.0) / n1
-                        a11 += tl.load(second + 2 * plane + own, in_range, 0.0) / n1
-                        b10 += tl.load(second + plane + at, mask, 0.0) / n2
-                        b11 += tl.load(second + 2 * plane + at, mask, 0.0) / n2
-                    noise0 = ROUNDING_OF_MOMENTS * tl.abs(m1) + ROUNDING_OF_MOMENTS * tl.abs(m2)
-                    value = bound_in_the_plane(
-                        m1 - m2, delta1, noise0, noise1, s1 / n1, a10, a11, s2 / n2, b10, b11, MINIMAX
-                    )
+                        a10 = tl.load(second + plane + own, in_range, 0.0) / n1
+                        a11 = tl.load(second + 2 * plane + own, in_range, 0.0) / n1
+                        b10 = tl.load(second + plane + at, mask, 0.0) / n2
+                        b11 = tl.load(second + 2 * plane + at, mask, 0.0) / n2
+                        value = bound_in_the_plane(
+                            m1 - m2, o1 - o2, noise0, noise1, s1 / n1, a10, a11, s2 / n2, b10, b11, MINIMAX
+                        )
+                    else:
+                        value = bound_on_the_line(m1 - m2, noise0, s1 / n1, s2 / n2, MINIMAX)
                 # Classes ascend within a lane: the first of equals stays.
                 less = mask & (value < best)
                 best = tl.where(less, value, best)
