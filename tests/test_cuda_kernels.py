@@ -334,6 +334,28 @@ def test_a_million_classes(cuda, ordered):
     assert int(state.count.sum()) == 4
 
 
+@pytest.mark.parametrize("dimension", [0, 2])
+@pytest.mark.parametrize("before", [0, 2**40])
+def test_counts_of_a_state_of_many_tiles(cuda, dimension, before, order_of_threads):
+    """While a batch is folded, a count's upper bits hold how many tiles are done."""
+    channels = 32 * 300 + 1
+    pooled, labels = features(5, channels, max(1, dimension)), torch.tensor([2, 0, 2, 2, 5])
+    state = empty(dimension, CLASSES, channels)
+    state.count[:] = torch.tensor([before, before, before, 0, before, before])
+    fold(cuda, pooled, labels, state)
+    assert (state.count - torch.tensor([before, before, before, 0, before, before])).tolist() == [1, 0, 3, 0, 0, 1]
+    exact = empty(dimension, CLASSES, channels)
+    exact.count[:] = torch.tensor([before, before, before, 0, before, before])
+    reference.fold_moments(pooled, 0.0, labels, exact)
+    torch.testing.assert_close(state.mean, exact.mean, rtol=1e-9, atol=1e-24)
+
+
+@pytest.mark.parametrize("dimension", [0, 2])
+def test_counts_of_a_state_without_channels(cuda, dimension):
+    state = fold(cuda, features(3, 0, max(1, dimension)), torch.tensor([1, 1, 0]), empty(dimension, 2, 0))
+    assert state.count.tolist() == [1, 2]
+
+
 def test_no_samples_change_nothing(cuda):
     state = fold(cuda, features(20, 5), labels_for(20), empty(0, CLASSES, 5))
     before = state.clone()

@@ -18,6 +18,12 @@ constexpr int lanes = 8;  // samples side by side: one for each warp
 constexpr int threads = tile * lanes;
 static_assert((lanes & (lanes - 1)) == 0, "lanes are merged in pairs");
 
+// How the work is cut: a block's worth for each sample and tile.
+struct Cut {
+  std::int64_t items, tiles;
+  int shift;  // bits of a count that are left beside one more than `tiles`, without the sign
+};
+
 // ---- kernels --------------------------------------------------------------------------------------------------------
 
 // The samples of one class, `threads` positions of the batch at a time. All threads of the block call every function.
@@ -93,32 +99,48 @@ __device__ __forceinline__ double over_warps(double value, double (&memory)[lane
   return sums[0];
 }
 
-// Labels outside the classes are refused on the device, as torch's own indexing does it: nobody waits to see them. The
-// kernel that follows leaves them out.
-// occupancy: 8 blocks of 256 threads per SM
-__global__ void __launch_bounds__(threads, 8)
-    add_counts(const std::int64_t* labels, std::int64_t samples, std::int64_t classes, std::int64_t* count) {
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * threads;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * threads + threadIdx.x; i < samples; i += step) {
-    const bool in_range = labels[i] >= 0 && labels[i] < classes;
+// Labels outside the classes are refused on the device, as torch's own indexing does it: nobody waits to see them.
+// Where assertions are off, their samples are left out.
+__device__ __forceinline__ void check_label(bool in_range) {
 #if defined(__CUDA_ARCH__)
-    assert(in_range && "class_moments: labels must lie in 0..num_classes - 1");
+  assert(in_range && "class_moments: labels must lie in 0..num_classes - 1");
+#else
+  (void)in_range;
 #endif
-    if (in_range) atomicAdd(reinterpret_cast<unsigned long long*>(count + labels[i]), 1ull);
-  }
 }
 
-// Merges one class's samples into the state, whose counts hold them already. The mean is first sample + mean deviation
-// from it, so that a constant channel gets its exact value.
+// A class's count in the state, which the blocks of all its tiles read and the last of them raises. Until then the
+// upper bits say how many are done: no second kernel, no memory of its own, and nothing that depends on their order.
+struct Count {
+  std::int64_t* at;
+  std::int64_t tiles;
+  int shift;  // the lower bits hold the count
+
+  // All lanes of a warp call.
+  __device__ __forceinline__ double before() const {
+    const std::int64_t read = threadIdx.x % 32 == 0 ? *static_cast<volatile std::int64_t*>(at) : 0;
+    return static_cast<double>(__shfl_sync(whole_warp, read, 0) & ((std::int64_t{1} << shift) - 1));
+  }
+  // One thread of a block calls, the one that read.
+  __device__ __forceinline__ void add(std::int64_t samples) const {
+    auto* bits = reinterpret_cast<unsigned long long*>(at);
+    const auto done = static_cast<std::int64_t>(atomicAdd(bits, 1ull << shift) >> shift) + 1;
+    if (done == tiles) atomicAdd(bits, static_cast<unsigned long long>(samples - (tiles << shift)));
+  }
+};
+
+// Merges one class's samples into the state. The mean is first sample + mean deviation from it, so that a constant
+// channel gets its exact value.
 // occupancy: 3 blocks of 256 threads per SM
 __global__ void __launch_bounds__(threads, 3)
-    fold(const double* pooled, double scale, Members members, MomentState state, std::int64_t items) {
+    fold(const double* pooled, double scale, Members members, MomentState state, Cut cut) {
   __shared__ std::int64_t found[threads];
   __shared__ double memory[lanes][tile];
   const std::int64_t samples = members.labels.samples;
-  for (std::int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+  for (std::int64_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
     const std::int64_t position = item % samples, channel = item / samples * tile + threadIdx.x % 32;
     const std::int64_t cls = members.label_at(position);
+    check_label(cls >= 0);
     if (cls < 0 || !members.is_first(position, cls)) continue;
     const bool exists = channel < state.channels;
     const auto value = [&](std::int64_t sample) {
@@ -152,10 +174,15 @@ __global__ void __launch_bounds__(threads, 3)
     law.m3 -= 3 * r * law.m2;
     law.m2 -= r * residual;
     law.m2 = law.m2 < 0 ? 0 : law.m2;
-    if (threadIdx.x / 32 == 0 && exists) {
-      Moments before = load_law(state, cls, channel);
-      before.n -= law.n;
-      store_law(merge(before, law), state, cls, channel);
+    if (threadIdx.x / 32 == 0) {
+      const Count total{state.count + cls, cut.tiles, cut.shift};
+      const double n = total.before();
+      if (exists) {
+        Moments before = load_law(state, cls, channel);
+        before.n = n;
+        store_law(merge(before, law), state, cls, channel);
+      }
+      if (threadIdx.x == 0) total.add(count);
     }
   }
 }
@@ -165,13 +192,14 @@ __global__ void __launch_bounds__(threads, 3)
 // local memory: 256 bytes per thread
 template <int Size>
 __global__ void __launch_bounds__(threads, Size <= 4 ? 2 : 1)
-    fold_vector(const double* pooled, Members members, VectorState state, std::int64_t items) {
+    fold_vector(const double* pooled, Members members, VectorState state, Cut cut) {
   __shared__ std::int64_t found[threads];
   __shared__ double memory[lanes][tile];
   const std::int64_t samples = members.labels.samples, plane = samples * state.channels;
-  for (std::int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+  for (std::int64_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
     const std::int64_t position = item % samples, channel = item / samples * tile + threadIdx.x % 32;
     const std::int64_t cls = members.label_at(position);
+    check_label(cls >= 0);
     if (cls < 0 || !members.is_first(position, cls)) continue;
     const bool exists = channel < state.channels;
     const auto value = [&](std::int64_t sample, int i) {
@@ -214,22 +242,27 @@ __global__ void __launch_bounds__(threads, Size <= 4 ? 2 : 1)
         if (i == j) entry = entry < 0 ? 0 : entry;
       }
     }
-    if (threadIdx.x / 32 == 0 && exists) {
-      VectorMomentsOf<double, Size> before = load_law<Size>(state, cls, channel);
-      before.n -= law.n;
-      store_law(merge(before, law, Size), state, cls, channel);
+    if (threadIdx.x / 32 == 0) {
+      const Count total{state.count + cls, cut.tiles, cut.shift};
+      const double n = total.before();
+      if (exists) {
+        VectorMomentsOf<double, Size> before = load_law<Size>(state, cls, channel);
+        before.n = n;
+        store_law(merge(before, law, Size), state, cls, channel);
+      }
+      if (threadIdx.x == 0) total.add(count);
     }
   }
 }
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
-// The counts first: a block takes its own class's samples off again, so that none depends on when another reads them.
-template <typename State>
-std::int64_t count_and_items(const Labels& labels, const State& state, Stream stream) {
-  launch("fold_moments", add_counts, ceil_div(labels.samples, threads), threads, stream, labels.data, labels.samples,
-         state.classes, state.count);
-  return labels.samples * ceil_div(state.channels, tile);
+// A state without channels has a tile all the same, for its counts.
+Cut cut_of(std::int64_t samples, std::int64_t channels) {
+  const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(channels, tile));
+  Cut cut{samples * tiles, tiles, 62};
+  while (tiles >> (63 - cut.shift)) --cut.shift;
+  return cut;
 }
 
 }  // namespace
@@ -238,16 +271,16 @@ std::int64_t count_and_items(const Labels& labels, const State& state, Stream st
 
 void fold_moments(const double* pooled, double scale, const Labels& labels, const std::int64_t* order,
                   const MomentState& state, Stream stream) {
-  const std::int64_t items = count_and_items(labels, state, stream);
-  launch("fold_moments", fold, items, threads, stream, pooled, scale, Members{labels, order, state.classes}, state,
-         items);
+  const Cut cut = cut_of(labels.samples, state.channels);
+  launch("fold_moments", fold, cut.items, threads, stream, pooled, scale, Members{labels, order, state.classes}, state,
+         cut);
 }
 
 void fold_vector_moments(const double* pooled, const Labels& labels, const std::int64_t* order,
                          const VectorState& state, Stream stream) {
-  const std::int64_t items = count_and_items(labels, state, stream);
+  const Cut cut = cut_of(labels.samples, state.channels);
   const auto kernel = state.dimension <= 2 ? fold_vector<2> : state.dimension <= 4 ? fold_vector<4> : fold_vector<8>;
-  launch("fold_moments", kernel, items, threads, stream, pooled, Members{labels, order, state.classes}, state, items);
+  launch("fold_moments", kernel, cut.items, threads, stream, pooled, Members{labels, order, state.classes}, state, cut);
 }
 
 }  // namespace discedit::cuda

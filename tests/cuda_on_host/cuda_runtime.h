@@ -211,6 +211,10 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T value, int lanes) {
   return cuda_on_host::exchange(value, cuda_on_host::Machine::get().lane() ^ static_cast<unsigned>(lanes));
 }
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return cuda_on_host::exchange(value, static_cast<unsigned>(lane));
+}
 inline unsigned __ballot_sync(unsigned, int predicate) { return cuda_on_host::Machine::get().ballot(predicate != 0); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <typename T>
