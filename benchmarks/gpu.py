@@ -304,7 +304,9 @@ def table(figures: list[Row]) -> str:
         where = " ".join(str(row[key]) for key in ("shape", "dtype", "layout", "statistics", "channels") if key in row)
         shown = [f"{row['seconds'] * 1e3:9.3f} ms"]
         shown += [
-            f"{key} {row[key]:.3g}" for key in ("of read", "x torch", "x mean", "x mean, host", "pairs/s", "x bare") if key in row
+            f"{key} {row[key]:.3g}"
+            for key in ("of read", "x torch", "x mean", "x mean, host", "pairs/s", "x bare")
+            if key in row
         ]
         lines.append(f"{what:34} {where:70} {'  '.join(shown)}")
     return "\n".join(lines)
