@@ -8,8 +8,9 @@ there, then the figures. Everything goes to benchmarks/results/<device>-<date>.j
 exit status is 0 only where the tests passed; figures of a run whose tests failed are not written.
 
 Times are medians of CUDA events, of the device alone: it is kept busy until the host has asked for everything. Before
-each, a buffer larger than the L2 cache is overwritten, and inputs are random and take turns. Rates are in bytes that must move, each element of the map once in its own type, and are compared with
-what a plain read (`torch.sum` of 2 GB of float32) reaches in the same run.
+each, a buffer larger than the L2 cache is overwritten, and inputs are random and take turns. Rates are in bytes that
+must move, each element of the map once in its own type, and are compared with what a plain read (`torch.sum` of 2 GB of
+float32) reaches in the same run.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from benchmarks._common import machine, seconds
 from benchmarks.bench_class_moments import CLASSES, feature_map, rivals, torch_state
 from discedit import _backends, ops, reference
 from discedit._batches import call, undisturbed
+from discedit._checks import Rule
 from discedit._state import ClassMoments
 
 ROOT = Path(__file__).parent.parent
@@ -187,7 +189,7 @@ def pairs(clock: Clock, classes: int = 1000, channels: tuple[int, ...] = (2048, 
             for bound in ("fisher", "minimax"):
                 sample = ClassMoments(state.count, *(t[:, :4].contiguous() for t in state.tensors()[1:]))
                 ours = ops.pairwise_min(sample, bound=bound, backend=backend)[0]
-                theirs = reference.pairwise_min(sample, bound, "quadratic")[0]
+                theirs = reference.pairwise_min(sample, Rule(bound), "quadratic")[0]
                 torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
                 taken = clock([lambda b=backend, n=bound: ops.pairwise_min(state, bound=n, backend=b)])  # noqa: B023
                 yield {

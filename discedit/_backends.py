@@ -20,10 +20,25 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # public, but re-exported without saying so
 
 from discedit import _checks, reference
+from discedit._checks import Rule
 from discedit._state import State
 
 NAMES = ("cpp", "cuda", "triton", "reference")
-OPS = ("pool", "class_moments", "merge_moments", "fisher_bound", "minimax_bound", "one_vs_rest", "pairwise_min")
+OPS = (
+    "pool",
+    "class_moments",
+    "merge_moments",
+    "fisher_bound",
+    "minimax_bound",
+    "minimax_published_bound",
+    "robust_bound",
+    "hellinger_bound",
+    "witness_bound",
+    "one_vs_rest",
+    "one_vs_one",
+    "pairwise_min",
+    "pairwise_mean",
+)
 STEPS = ("fold_moments",)  # parts of ops that other modules run by themselves
 
 
@@ -178,19 +193,106 @@ def _cpp_bound(bound: str) -> Callable[..., Tensor]:
     return _compiled_bound(_cpp, bound, lambda _: torch.get_num_threads())
 
 
-def _cpp_one_vs_rest(moments: State, bound: str, witness: str) -> Tensor:
-    out = torch.empty(moments.channels, moments.num_classes, dtype=torch.float64)
-    arrays, (target,) = _borrowed(*_contiguous(moments)), _borrowed(out)
-    _cpp("one_vs_rest")(arrays, bound, witness, target, torch.get_num_threads())
+def _cpp_published(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
+    return _cpp_member(Rule("minimax_published"), mean1, cov1, mean2, cov2)
+
+
+def _cpp_hellinger(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
+    return _cpp_member(Rule("hellinger"), mean1, cov1, mean2, cov2)
+
+
+def _cpp_robust(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, radius: Tensor, rho: float) -> Tensor:
+    return _cpp_member(Rule("robust", rho=rho), mean1, cov1, mean2, cov2, radius)
+
+
+def _cpp_member(
+    rule: Rule, mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, radius: Tensor | None = None
+) -> Tensor:
+    out = torch.empty(mean1.shape[:-1], dtype=torch.float64)
+    laws = _flat_laws(mean1, cov1, mean2, cov2)
+    if out.numel():
+        ball = None if radius is None else _borrowed(radius.contiguous().view(-1))[0]
+        _cpp("member")(rule, *_borrowed(*laws), ball, *_borrowed(out.view(-1)), torch.get_num_threads())
     return out
 
 
-def _cpp_pairwise_min(moments: State, bound: str, witness: str) -> tuple[Tensor, Tensor]:
+def _cpp_witness(mean1: Tensor, second1: Tensor, mean2: Tensor, second2: Tensor, published: bool) -> Tensor:
+    out = torch.empty(mean1.shape, dtype=torch.float64)
+    moments = [moment.detach().double().contiguous() for moment in (mean1, second1, mean2, second2)]
+    _cpp("witness")(published, *_borrowed(*moments, out), torch.get_num_threads())
+    return out
+
+
+# Bounds with kernels of their own; the others compare one pair after the other.
+FAST = ("fisher", "minimax")
+
+
+def _cpp_one_vs_rest(moments: State, rule: Rule, witness: str) -> Tensor:
+    out = torch.empty(moments.channels, moments.num_classes, dtype=torch.float64)
+    if rule.name not in FAST:
+        return _cpp_compare(moments, rule, witness, "with_rest", out)
+    arrays, (target,) = _borrowed(*_contiguous(moments)), _borrowed(out)
+    _cpp("one_vs_rest")(arrays, rule.name, witness, target, torch.get_num_threads())
+    return out
+
+
+def _cpp_one_vs_one(moments: State, rule: Rule, witness: str) -> Tensor:
+    out = torch.empty(moments.channels, moments.num_classes, moments.num_classes, dtype=torch.float64)
+    return _cpp_compare(moments, rule, witness, "all_pairs", out)
+
+
+def _cpp_pairwise_mean(moments: State, rule: Rule, witness: str) -> Tensor:
+    return _cpp_compare(moments, rule, witness, "mean", torch.empty(moments.channels, dtype=torch.float64))
+
+
+def _cpp_compare(
+    moments: State, rule: Rule, witness: str, comparison: str, out: Tensor, pairs: Tensor | None = None
+) -> Tensor:
+    arrays, targets = _borrowed(*_contiguous(moments)), _borrowed(out)
+    classes = None if pairs is None else _borrowed(pairs)[0]
+    _cpp("one_vs_one")(arrays, rule, witness, comparison, *targets, classes, torch.get_num_threads())
+    return out
+
+
+def _cpp_pairwise_min(moments: State, rule: Rule, witness: str) -> tuple[Tensor, Tensor]:
     values = torch.empty(moments.channels, dtype=torch.float64)
     pairs = torch.empty(moments.channels, 2, dtype=torch.int64)
+    if rule.name not in FAST:
+        return _cpp_compare(moments, rule, witness, "least", values, pairs), pairs
     arrays, targets = _borrowed(*_contiguous(moments)), _borrowed(values, pairs)
-    _cpp("pairwise_min")(arrays, bound, witness, *targets, torch.get_num_threads())
+    _cpp("pairwise_min")(arrays, rule.name, witness, *targets, torch.get_num_threads())
     return values, pairs
+
+
+# minimax_published rises with minimax: what knows one of them knows the other.
+
+
+def _published_bound(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def minimax_published(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
+        return reference.published(run(mean1, cov1, mean2, cov2))
+
+    return minimax_published
+
+
+def _published_rest(run: Callable[[State, Rule, str], Tensor]) -> Callable[[State, Rule, str], Tensor]:
+    def one_vs_rest(moments: State, rule: Rule, witness: str) -> Tensor:
+        if rule.name == "minimax_published":
+            return reference.published(run(moments, Rule("minimax"), witness))
+        return run(moments, rule, witness)
+
+    return one_vs_rest
+
+
+def _published_pairs(
+    run: Callable[[State, Rule, str], tuple[Tensor, Tensor]],
+) -> Callable[[State, Rule, str], tuple[Tensor, Tensor]]:
+    def pairwise_min(moments: State, rule: Rule, witness: str) -> tuple[Tensor, Tensor]:
+        if rule.name == "minimax_published":
+            values, pairs = run(moments, Rule("minimax"), witness)
+            return reference.published(values), pairs
+        return run(moments, rule, witness)
+
+    return pairwise_min
 
 
 # ---- cuda -----------------------------------------------------------------------------------------------------------
@@ -239,21 +341,21 @@ def _cuda_bound(bound: str) -> Callable[..., Tensor]:
     return _compiled_bound(_cuda, bound, _stream)
 
 
-def _cuda_one_vs_rest(moments: State, bound: str, witness: str) -> Tensor:
+def _cuda_one_vs_rest(moments: State, rule: Rule, witness: str) -> Tensor:
     arrays, device = _contiguous(moments), moments.device
     out = torch.empty(moments.channels, moments.num_classes, dtype=torch.float64, device=device)
     scratch = _cuda_scratch(_cuda("one_vs_rest_scratch")(_borrowed(*arrays)), device)
-    _cuda("one_vs_rest")(_borrowed(*arrays), bound, witness, *_borrowed(out), scratch, _stream(device))
+    _cuda("one_vs_rest")(_borrowed(*arrays), rule.name, witness, *_borrowed(out), scratch, _stream(device))
     return out
 
 
-def _cuda_pairwise_min(moments: State, bound: str, witness: str) -> tuple[Tensor, Tensor]:
+def _cuda_pairwise_min(moments: State, rule: Rule, witness: str) -> tuple[Tensor, Tensor]:
     arrays, device = _contiguous(moments), moments.device
     values = torch.empty(moments.channels, dtype=torch.float64, device=device)
     pairs = torch.empty(moments.channels, 2, dtype=torch.int64, device=device)
     scratch = _cuda_scratch(_cuda("pairwise_min_scratch")(_borrowed(*arrays)), device)
     targets = _borrowed(values, pairs)
-    _cuda("pairwise_min")(_borrowed(*arrays), bound, witness, *targets, scratch, _stream(device))
+    _cuda("pairwise_min")(_borrowed(*arrays), rule.name, witness, *targets, scratch, _stream(device))
     return values, pairs
 
 
@@ -319,8 +421,8 @@ def _triton_bound_named(bound: str) -> Callable[..., Tensor]:
     return run
 
 
-def _triton_pairwise_min(moments: State, bound: str, witness: str) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _triton_pairs(type(moments)(*_contiguous(moments)), bound, witness)
+def _triton_pairwise_min(moments: State, rule: Rule, witness: str) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _triton_pairs(type(moments)(*_contiguous(moments)), rule.name, witness)
     return result
 
 
@@ -331,8 +433,14 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "merge_moments": _cpp_merge_moments,
         "fisher_bound": _cpp_bound("fisher"),
         "minimax_bound": _cpp_bound("minimax"),
+        "minimax_published_bound": _cpp_published,
+        "robust_bound": _cpp_robust,
+        "hellinger_bound": _cpp_hellinger,
+        "witness_bound": _cpp_witness,
         "one_vs_rest": _cpp_one_vs_rest,
-        "pairwise_min": _cpp_pairwise_min,
+        "one_vs_one": _cpp_one_vs_one,
+        "pairwise_min": _published_pairs(_cpp_pairwise_min),
+        "pairwise_mean": _cpp_pairwise_mean,
         "fold_moments": _cpp_fold_moments,
     },
     "cuda": {
@@ -341,8 +449,9 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "merge_moments": _cuda_merge_moments,
         "fisher_bound": _cuda_bound("fisher"),
         "minimax_bound": _cuda_bound("minimax"),
-        "one_vs_rest": _cuda_one_vs_rest,
-        "pairwise_min": _cuda_pairwise_min,
+        "minimax_published_bound": _published_bound(_cuda_bound("minimax")),
+        "one_vs_rest": _published_rest(_cuda_one_vs_rest),
+        "pairwise_min": _published_pairs(_cuda_pairwise_min),
         "fold_moments": _cuda_fold_moments,
     },
     "triton": {
@@ -351,7 +460,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "fold_moments": _triton_fold_moments,
         "fisher_bound": _triton_bound_named("fisher"),
         "minimax_bound": _triton_bound_named("minimax"),
-        "pairwise_min": _triton_pairwise_min,
+        "minimax_published_bound": _published_bound(_triton_bound_named("minimax")),
+        "pairwise_min": _published_pairs(_triton_pairwise_min),
     },
     "reference": {op: getattr(reference, op) for op in (*OPS, *STEPS)},
 }
@@ -359,10 +469,12 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
 
 # Up to which dimension a backend's bounds go, where not to all.
 MOST_DIMENSIONS = {"cuda": 8, "triton": 2}
+# Which bounds a backend compares classes by, where not by all.
+ONLY_BOUNDS = {"cuda": (*FAST, "minimax_published"), "triton": (*FAST, "minimax_published")}
 
 
-def why_not(backend: str, op: str, device: torch.device, dimension: int = 1) -> str:
-    """Why `backend` cannot run `op` on tensors of `device`, for bounds in this dimension; empty when it can."""
+def why_not(backend: str, op: str, device: torch.device, dimension: int = 1, bound: str = "minimax") -> str:
+    """Why `backend` cannot run `op` on tensors of `device`, with this bound in this dimension; empty when it can."""
     if op not in IMPLEMENTATIONS[backend]:
         return f"this version of discedit has no {backend} implementation of {op}"
     if backend == "cpp":
@@ -384,11 +496,15 @@ def why_not(backend: str, op: str, device: torch.device, dimension: int = 1) -> 
             return f"it takes CUDA tensors, and these are on {device}"
     if dimension > MOST_DIMENSIONS.get(backend, dimension):
         return f"its bounds go up to {MOST_DIMENSIONS[backend]} dimensions, these have {dimension}"
+    if bound not in ONLY_BOUNDS.get(backend, (bound,)):
+        return f"it compares classes by {_checks.quoted(ONLY_BOUNDS[backend])}, not by {bound!r}"
     return ""
 
 
-def select(op: str, backend: str, device: torch.device, dimension: int = 1) -> Callable[..., Any]:
-    """The implementation that runs; `dimension` counts for bounds.
+def select(
+    op: str, backend: str, device: torch.device, dimension: int = 1, bound: str = "minimax"
+) -> Callable[..., Any]:
+    """The implementation that runs; `dimension` counts for bounds, `bound` for what compares classes.
 
     Raises:
         ValueError: `backend` is no backend's name.
@@ -396,14 +512,14 @@ def select(op: str, backend: str, device: torch.device, dimension: int = 1) -> C
     """
     _checks.choice(op, "backend", backend, ("auto", *NAMES))
     if backend != "auto":
-        reason = why_not(backend, op, device, dimension)
+        reason = why_not(backend, op, device, dimension, bound)
         if reason:
             raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}.")
         return IMPLEMENTATIONS[backend][op]
     for name in NAMES:
         if name == "triton" and device.type == "cpu":  # the interpreter is there to be asked for
             continue
-        if not why_not(name, op, device, dimension):
+        if not why_not(name, op, device, dimension, bound):
             if name == "reference" and device.type == "cpu":
                 _warn_of_fallback()
             return IMPLEMENTATIONS[name][op]

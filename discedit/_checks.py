@@ -5,22 +5,47 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from discedit._state import MAX_STATISTICS, State, VectorMoments
+from discedit._state import MAX_STATISTICS, ClassMoments, State, VectorMoments
 
 STATISTICS = ("mean", "sum", "l2", "rms", "absmax", "max", "positive_fraction", "cls")
 WITNESSES = ("linear", "quadratic", "exp", "vector")
 SCALAR_WITNESSES = ("linear", "quadratic", "exp")
-BOUNDS = ("fisher", "minimax")
+BOUNDS = (
+    "fisher",
+    "minimax",
+    "minimax_published",
+    "robust",
+    "hellinger",
+    "witness",
+    "witness_published",
+    "certified",
+)
+OF_ONE_NUMBER = ("witness", "witness_published", "certified")  # bounds of a scalar witness
+OPTIONS: dict[str, dict[str, Any]] = {
+    "robust": {"radius": 2.0, "rho": 0.0},
+    "certified": {"alpha": 0.05, "value_range": None, "comparisons": None},
+}
 LAYOUTS = ("auto", "nchw", "tokens")
 MAX_DIMENSION = 32
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Rule(NamedTuple):
+    """A bound by name, and what it needs beyond two laws; csrc/common/family.hpp has the same."""
+
+    name: str
+    radius: float = 0.0  # robust: in standard errors of the mean
+    rho: float = 0.0  # robust: in units of the summed variance
+    log_term: float = 0.0  # certified: ln(1 / probability of one of its events)
+    low: float = 0.0  # certified: the range of the witness
+    high: float = 1.0
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -99,17 +124,92 @@ def scale(op: str, value: Any) -> float:
     return float(value)
 
 
-def witness_of(op: str, moments: State, value: str | None) -> str:
+def witness_of(op: str, moments: State, value: str | None, bound: str = "minimax") -> str:
     """The witness to compute: the state's kind must fit. The state of "exp" holds the moments of a linear one."""
     if isinstance(moments, VectorMoments):
         if value not in (None, "vector"):
             raise ValueError(f"{op}: witness must be 'vector' for VectorMoments, got {value!r}.")
-        return "vector"
-    if value is None:
-        return "quadratic"
-    if value not in SCALAR_WITNESSES:
+        value = "vector"
+    elif value is None:
+        value = "linear" if bound in OF_ONE_NUMBER else "quadratic"
+    elif value not in SCALAR_WITNESSES:
         raise ValueError(f"{op}: witness must be one of {quoted(SCALAR_WITNESSES)} for ClassMoments, got {value!r}.")
+    fits(op, bound, value)
     return "linear" if value == "exp" else value
+
+
+def fits(op: str, bound: str, witness: str) -> None:
+    """Whether the bound makes sense for the witness."""
+    if bound in OF_ONE_NUMBER and witness not in ("linear", "exp"):
+        numbers_of = "(t, t^2)" if witness == "quadratic" else "a vector of statistics"
+        raise ValueError(
+            f"{op}: witness must be 'linear' or 'exp' for bound={bound!r}, which compares the moments of one number: "
+            f"witness={witness!r} is {numbers_of}."
+        )
+
+
+def rule(op: str, bound: str, options: Mapping[str, Any], moments: State, witness: str | None, values: int) -> Rule:
+    """The bound with its options checked; `values` is how many numbers it is asked for together."""
+    choice(op, "bound", bound, BOUNDS)
+    known = OPTIONS.get(bound, {})
+    for name in options:
+        if name not in known:
+            takes = f"takes {quoted(known)}" if known else "takes no options"
+            raise TypeError(f"{op}: {name!r} is no option of bound={bound!r}, which {takes}.")
+    given = {**known, **options}
+    if bound == "robust":
+        return Rule(bound, at_least_zero(op, "radius", given["radius"]), at_least_zero(op, "rho", given["rho"]))
+    if bound != "certified":
+        return Rule(bound)
+    level = alpha(op, given["alpha"])
+    comparisons = values if given["comparisons"] is None else positive_integer(op, "comparisons", given["comparisons"])
+    low, high = _value_range(op, given["value_range"], witness)
+    if isinstance(moments, ClassMoments):
+        _within(op, moments, low, high)
+    return Rule(bound, log_term=math.log(6 * max(1, comparisons) / level), low=low, high=high)
+
+
+def alpha(op: str, value: Any) -> float:
+    if not is_number(value) or not 0 < value < 1:
+        raise ValueError(f"{op}: alpha must be a probability above 0 and below 1, got {value!r}.")
+    return float(value)
+
+
+def at_least_zero(op: str, argument: str, value: Any) -> float:
+    if not is_number(value) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{op}: {argument} must be a finite number of at least 0, got {value!r}.")
+    return float(value)
+
+
+def _value_range(op: str, value: Any, witness: str | None) -> tuple[float, float]:
+    if value is None:
+        if witness == "exp":
+            return 0.0, 1.0
+        raise ValueError(
+            f"{op}: value_range must be given for bound='certified' unless witness='exp': the least and the greatest "
+            f"value that t can ever take, such as (0, 1) for the statistic 'positive_fraction'."
+        )
+    pair = tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(pair) != 2 or not all(is_number(end) and math.isfinite(end) for end in pair) or not pair[0] < pair[1]:
+        raise ValueError(f"{op}: value_range must be two finite numbers, the lower one first, got {value!r}.")
+    return float(pair[0]), float(pair[1])
+
+
+def _within(op: str, moments: ClassMoments, low: float, high: float) -> None:
+    """Refuses moments that no law on [low, high] has: var <= (mean - low) (high - mean)."""
+    seen = moments.count > 0
+    mean, n = moments.mean[seen], moments.count[seen].double()[:, None]
+    slack = 1e-9 * (high - low)
+    room = (mean - low + slack) * (high - mean + slack)
+    wrong = (mean < low - slack) | (mean > high + slack) | (moments.m2[seen] / n > room)
+    if bool(wrong.any()):
+        row, channel = wrong.nonzero()[0].tolist()
+        cls = int(seen.nonzero()[row, 0])
+        raise ValueError(
+            f"{op}: value_range must hold every value of the witness, ({low:g}, {high:g}) does not: class {cls}, "
+            f"channel {channel} has mean {float(mean[row, channel]):g} and standard deviation "
+            f"{float((moments.m2[seen] / n)[row, channel].sqrt()):g}."
+        )
 
 
 def state(op: str, argument: str, moments: Any) -> State:
@@ -203,6 +303,43 @@ def label_range(op: str, labels: Tensor, num_classes: int) -> None:
             f"{op}: labels must lie in 0..{num_classes - 1} (num_classes={num_classes}), found {int(labels[position])} "
             f"at position {position}."
         )
+
+
+def radius(op: str, argument: str, value: Any, mean: Tensor) -> Tensor:
+    """A radius for every pair of laws, float64: from one number, or from a tensor of the means' batch shape."""
+    batch = mean.shape[:-1]
+    if is_number(value):
+        number = torch.tensor(at_least_zero(op, argument, value), dtype=torch.float64, device=mean.device)
+        return number.expand(batch)
+    tensor(op, argument, value, (torch.float32, torch.float64))
+    if value.shape != batch or value.device != mean.device:
+        raise ValueError(
+            f"{op}: {argument} must be a number or have shape {tuple(batch)} on {mean.device}, got shape "
+            f"{shape_of(value)} on {value.device}."
+        )
+    if not bool(((value >= 0) & value.isfinite()).all()):
+        raise ValueError(f"{op}: {argument} must be finite and at least 0 everywhere, got {float(value.min())!r}.")
+    ball: Tensor = value.detach().double()
+    return ball
+
+
+def witness_moments(op: str, mean1: Any, second1: Any, mean2: Any, second2: Any) -> None:
+    given = {"mean1": mean1, "second1": second1, "mean2": mean2, "second2": second2}
+    for argument, value in given.items():
+        tensor(op, argument, value, (torch.float32, torch.float64))
+        if value.dtype != mean1.dtype or value.device != mean1.device or value.shape != mean1.shape:
+            raise ValueError(
+                f"{op}: {argument} must have the shape, type and device of mean1: mean1 is {mean1.dtype} "
+                f"{shape_of(mean1)} on {mean1.device}, {argument} is {value.dtype} {shape_of(value)} on {value.device}."
+            )
+    for mean, second, argument in ((mean1, second1, "second1"), (mean2, second2, "second2")):
+        # Below the square by more than rounding, of the given type.
+        least = mean.double().square() * (1 - 8 * torch.finfo(mean.dtype).eps)
+        if bool((second.double() < least).any()):
+            raise ValueError(
+                f"{op}: {argument} must be at least the square of its mean, E f^2 >= (E f)^2; it is below by up to "
+                f"{float((least - second.double()).max()):g}."
+            )
 
 
 def law_pairs(op: str, mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> int:

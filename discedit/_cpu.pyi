@@ -21,3 +21,16 @@ def pairwise_min(
     state: tuple[Any, ...], bound: str, witness: str, values: Any, pairs: Any, threads: int = 1
 ) -> None: ...
 def bound(bound: str, mean1: Any, cov1: Any, mean2: Any, cov2: Any, out: Any, threads: int = 1) -> None: ...
+
+# A rule is (name, radius, rho, log_term, low, high): a member of the family of bounds and what it needs.
+Rule = tuple[str, float, float, float, float, float]
+
+def member(
+    rule: Rule, mean1: Any, cov1: Any, mean2: Any, cov2: Any, radius: Any, out: Any, threads: int = 1
+) -> None: ...
+def witness(
+    published: bool, mean1: Any, second1: Any, mean2: Any, second2: Any, out: Any, threads: int = 1
+) -> None: ...
+def one_vs_one(
+    state: tuple[Any, ...], rule: Rule, witness: str, comparison: str, out: Any, pairs: Any, threads: int = 1
+) -> None: ...

@@ -20,11 +20,16 @@ __all__ = [
     "VectorMoments",
     "class_moments",
     "fisher_bound",
+    "hellinger_bound",
     "merge_moments",
     "minimax_bound",
+    "one_vs_one",
     "one_vs_rest",
+    "pairwise_mean",
     "pairwise_min",
     "pool",
+    "robust_bound",
+    "witness_bound",
 ]
 
 Names = tuple[str, ...] | list[str]
@@ -244,13 +249,19 @@ def fisher_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, ba
     return _bound("fisher_bound", mean1, cov1, mean2, cov2, backend)
 
 
-def minimax_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, backend: str = "auto") -> Tensor:
+def minimax_bound(
+    mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, published: bool = False, backend: str = "auto"
+) -> Tensor:
     """The best lower bound on the total variation that a linear function of the witness can give from two moments.
 
     k^2 / (1 + k^2), k = max over u of u'(mean1 - mean2) / (sqrt(u'cov1 u) + sqrt(u'cov2 u)). Sharp in one dimension:
     some pair of laws with these moments attains it. Never below `fisher_bound`.
 
-    Args, Returns, Raises: as `fisher_bound`.
+    Args:
+        mean1, cov1, mean2, cov2: as `fisher_bound`.
+        published: (k / (sqrt 2 + k))^2 instead, the far looser form of the published code; for comparison only.
+
+    Returns, Raises: as `fisher_bound`.
 
     Equivalent to a second-order cone program (maximise k); solved by a one-dimensional root find on the curve
     u(l) = ((1 - l) cov1 + l cov2)^-1 (mean1 - mean2).
@@ -260,51 +271,215 @@ def minimax_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, b
     >>> minimax_bound(torch.tensor([2.0]), torch.tensor([[1.0]]), torch.tensor([0.0]), torch.tensor([[0.0]]))
     tensor(0.8000)
     """
-    return _bound("minimax_bound", mean1, cov1, mean2, cov2, backend)
+    op = "minimax_published_bound" if published else "minimax_bound"
+    return _bound(op, mean1, cov1, mean2, cov2, backend)
+
+
+def robust_bound(
+    mean1: Tensor,
+    cov1: Tensor,
+    mean2: Tensor,
+    cov2: Tensor,
+    *,
+    radius1: float | Tensor = 0.0,
+    radius2: float | Tensor = 0.0,
+    rho: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """`fisher_bound` at the worst moments within reach of the given ones: for moments that are estimates.
+
+    The least F / (2 + F) over all means within radius1 of mean1 and radius2 of mean2, with rho added to every variance
+    of cov1 + cov2. Never above `fisher_bound`, and equal to it at radius 0 and rho 0.
+
+    Args:
+        mean1, cov1, mean2, cov2: as `fisher_bound`.
+        radius1, radius2: of the balls around the means in the Euclidean norm, in the units of the means, at least 0: a
+            number, or a tensor of shape (...).
+        rho: in the units of the covariances, at least 0.
+
+    Returns:
+        As `fisher_bound`. 0 where the balls touch: ||mean1 - mean2|| <= radius1 + radius2.
+
+    Raises:
+        ValueError: as `fisher_bound`; a radius or rho that is negative or not finite, or a radius of another shape.
+        RuntimeError: `backend` names a backend that cannot run here.
+
+    Equivalent to ``min F(mean1 + a, mean2 + b)`` over ``||a|| <= radius1, ||b|| <= radius2``; solved by the secular
+    equation mu ||u|| = radius1 + radius2, u = (cov1 + cov2 + (rho + mu) I)^-1 (mean1 - mean2).
+
+    Source: Kim, Magnani and Boyd 2006; the equation as in More and Sorensen 1983.
+
+    >>> one = torch.ones(1, 1)
+    >>> robust_bound(torch.tensor([3.0]), one, torch.tensor([0.0]), one, radius1=0.5, radius2=0.5)
+    tensor(0.5000)
+    """
+    op = "robust_bound"
+    _checks.law_pairs(op, mean1, cov1, mean2, cov2)
+    rho = _checks.at_least_zero(op, "rho", rho)
+    radius = torch.zeros(mean1.shape[:-1], dtype=torch.float64, device=mean1.device)
+    for argument, value in (("radius1", radius1), ("radius2", radius2)):
+        radius += _checks.radius(op, argument, value, mean1)
+    with torch.no_grad():
+        bound: Tensor = select(op, backend, mean1.device)(mean1, cov1, mean2, cov2, radius, rho)
+    return bound.to(mean1.dtype)
+
+
+def hellinger_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, backend: str = "auto") -> Tensor:
+    """1 - BC, the squared Hellinger distance, of the Gaussians with these moments: TVSPrune's score.
+
+    A lower bound on the total variation of Gaussians. Of other laws with these moments it is **none**: a baseline.
+
+    Args:
+        mean1, cov1, mean2, cov2: as `fisher_bound`.
+
+    Returns:
+        Shape (...), in [0, 1], the type of the inputs, computed in float64. A direction in which neither law varies
+        drops out where the means agree along it, and gives 1 where they do not; one in which a single law varies gives
+        1, because such Gaussians have no mass in common. NaN for non-finite moments.
+
+    Raises:
+        ValueError, RuntimeError: as `fisher_bound`.
+
+    Equivalent to ``1 - (det(cov1) det(cov2)) ** 0.25 / det((cov1 + cov2) / 2) ** 0.5 * exp(-F / 4)`` with F as in
+    `fisher_bound`.
+
+    Source: Murti, Narshana and Bhattacharyya, TVSPrune, ICLR 2023.
+
+    >>> one = torch.ones(1, 1, dtype=torch.float64)
+    >>> hellinger_bound(torch.tensor([2.0]).double(), one, torch.tensor([0.0]).double(), one)
+    tensor(0.3935, dtype=torch.float64)
+    """
+    return _bound("hellinger_bound", mean1, cov1, mean2, cov2, backend)
+
+
+def witness_bound(
+    mean1: Tensor,
+    second1: Tensor,
+    mean2: Tensor,
+    second2: Tensor,
+    *,
+    published: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Lower bound on the total variation from the mean and the raw second moment of one function f under two laws.
+
+    (E1 f - E2 f)^2 / (sqrt(E1 f^2) + sqrt(E2 f^2))^2. Not the same for f + b: the best b gives `minimax_bound` of one
+    dimension, so this is never above that.
+
+    Args:
+        mean1, mean2: E f under each law, shape (...), float32 or float64.
+        second1, second2: E f^2, same shape, type and device, at least mean^2.
+        published: (E1 f - E2 f)^2 / (2 (E1 f^2 + E2 f^2)) instead, the looser published form.
+
+    Returns:
+        Shape (...), in [0, 1], the type of the inputs, computed in float64 with rounding charged as in `fisher_bound`.
+        NaN for non-finite moments.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: shapes, types or devices differ, or a second moment is below the square of its mean.
+        RuntimeError: `backend` names a backend that cannot run here.
+
+    Equivalent to ``(mean1 - mean2) ** 2 / (second1.sqrt() + second2.sqrt()) ** 2``.
+
+    Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (the published form); the tighter one by Cauchy-Schwarz on
+    the parts of p - q of either sign.
+
+    >>> witness_bound(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(0.0), torch.tensor(1.0))
+    tensor(0.2500)
+    """
+    op = "witness_bound"
+    _checks.witness_moments(op, mean1, second1, mean2, second2)
+    with torch.no_grad():
+        bound: Tensor = select(op, backend, mean1.device)(mean1, second1, mean2, second2, published)
+    return bound.to(mean1.dtype)
 
 
 def _bound(op: str, mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, backend: str) -> Tensor:
-    _checks.law_pairs(op, mean1, cov1, mean2, cov2)
+    _checks.law_pairs(op.replace("_published", ""), mean1, cov1, mean2, cov2)
     with torch.no_grad():
         bound: Tensor = select(op, backend, mean1.device, mean1.shape[-1])(mean1, cov1, mean2, cov2)
     return bound.to(mean1.dtype)
 
 
-def one_vs_rest(moments: State, *, bound: str = "minimax", witness: str | None = None, backend: str = "auto") -> Tensor:
+def one_vs_rest(
+    moments: State, *, bound: str = "minimax", witness: str | None = None, backend: str = "auto", **options: Any
+) -> Tensor:
     """Bound on the total variation between each class and the union of all others, per channel.
 
     Args:
         moments: state of one layer.
-        bound: "fisher" or "minimax".
+        bound: "fisher" or "minimax"; "minimax_published" and "witness_published", the looser published forms of
+            "minimax" and "witness"; "robust", fisher at the worst means within reach; "witness" (see `witness_bound`);
+            "hellinger", which assumes Gaussians and is a baseline, no bound; or "certified", which holds with
+            probability 1 - alpha over the sample for all values returned together. docs/bounds.md has all of them.
         witness: for `ClassMoments` "linear" (t), "quadratic" (t, t^2; the default), or "exp", which names "linear"
-            where the state is of exp(-scale t). For `VectorMoments` "vector", the default. The result does not depend
-            on shift and scale of t, and for "vector" not on those of each statistic.
+            where the state is of exp(-scale t). For `VectorMoments` "vector", the default. The bounds "witness",
+            "witness_published" and "certified" compare one number: "linear" (their default) or "exp" alone.
+        options: for "robust", ``radius``: of the ball around each mean, in its standard errors (square root of the
+            summed variances over the count), in coordinates scaled to unit summed variance, 2 by default; ``rho``:
+            added to those variances, 0 by default. For "certified", ``alpha``: the probability of error, 0.05 by
+            default; ``value_range``: the least and the greatest value that the witness can ever take, (0, 1) by default
+            for "exp", which holds for t >= 0; ``comparisons``: over how many values alpha is shared, by default all
+            that are returned.
 
     Returns:
         Shape (channels, classes), float64, in [0, 1]. NaN in the column of a class without samples, and everywhere
         when fewer than two classes have any. A channel that is constant and equal in a class and the rest scores 0,
-        constant and different 1. "The rest" weighs each class by its sample count. Where t^4 leaves the range of
+        constant and different 1 ("witness": (a - b)^2 / (|a| + |b|)^2; "certified": what so many samples show, 0 for
+        one). "The rest" weighs each class by its sample count. But for "witness" and "certified" the result does not
+        depend on shift and scale of t, and for "vector" not on those of each statistic. Where t^4 leaves the range of
         float64 (spreads below 1e-80 or above 1e76), the quadratic witness falls back to the linear one.
 
     Raises:
-        TypeError: moments is no state.
-        ValueError: unknown bound or witness, or one that the kind of state does not serve.
+        TypeError: moments is no state, or an option is not one of the bound's.
+        ValueError: unknown bound or witness, one that the kind of state does not serve, a bound that makes no sense for
+            the witness, or an option out of range; for "certified", moments that no law on value_range has.
         RuntimeError: `backend` names a backend that cannot run here.
 
-    Equivalent to `minimax_bound` or `fisher_bound` of the witness's moments under each class and under all others.
+    Equivalent to `minimax_bound`, `fisher_bound` or another of the witness's moments under each class and under all
+    others.
 
-    Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024.
+    Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024; "certified": Maurer and Pontil 2009.
 
     >>> x = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
     >>> one_vs_rest(class_moments(x, torch.tensor([0, 0, 1, 1]), 2))
     tensor([[1., 1.]], dtype=torch.float64)
     """
-    out: Tensor = _scored("one_vs_rest", moments, bound, witness, backend)
+    out: Tensor = _scored("one_vs_rest", moments, bound, witness, backend, options)
+    return out
+
+
+def one_vs_one(
+    moments: State, *, bound: str = "minimax", witness: str | None = None, backend: str = "auto", **options: Any
+) -> Tensor:
+    """Bound on the total variation between each two classes, per channel.
+
+    Args:
+        moments, bound, witness, options: as for `one_vs_rest`.
+
+    Returns:
+        Shape (channels, classes, classes), float64, in [0, 1], symmetric, 0 on the diagonal; NaN in the rows and
+        columns of classes without samples. That is channels x classes^2 numbers: for many classes `pairwise_min` and
+        `pairwise_mean` stream the pairs instead.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `one_vs_rest`.
+
+    Equivalent to `minimax_bound` or another of the witness's moments under each two classes.
+
+    >>> x = torch.tensor([[0.0], [0.0], [1.0]])
+    >>> one_vs_one(class_moments(x, torch.tensor([0, 1, 2]), 3))[0]
+    tensor([[0., 0., 1.],
+            [0., 0., 1.],
+            [1., 1., 0.]], dtype=torch.float64)
+    """
+    out: Tensor = _scored("one_vs_one", moments, bound, witness, backend, options)
     return out
 
 
 def pairwise_min(
-    moments: State, *, bound: str = "minimax", witness: str | None = None, backend: str = "auto"
+    moments: State, *, bound: str = "minimax", witness: str | None = None, backend: str = "auto", **options: Any
 ) -> tuple[Tensor, Tensor]:
     """The pair of classes that a channel tells apart least: the smallest bound over all pairs of classes with samples.
 
@@ -312,7 +487,7 @@ def pairwise_min(
     tells others. All pairs are streamed: memory is that of the state, never classes x classes x channels.
 
     Args:
-        moments, bound, witness: as for `one_vs_rest`.
+        moments, bound, witness, options: as for `one_vs_rest`. For "certified", alpha is shared over all pairs.
 
     Returns:
         The bound, shape (channels,), float64, in [0, 1], and the pair that attains it, shape (channels, 2), int64,
@@ -322,7 +497,7 @@ def pairwise_min(
     Raises:
         TypeError, ValueError, RuntimeError: as `one_vs_rest`.
 
-    Equivalent to `minimax_bound` or `fisher_bound` of the witness's moments under each two classes, and their minimum.
+    Equivalent to the minimum of `one_vs_one` over pairs of different classes.
 
     Source: the reduction of TVSPrune (Murti, Narshana and Bhattacharyya, ICLR 2023) and WitnessPrune, over this bound.
 
@@ -333,13 +508,41 @@ def pairwise_min(
     >>> pairs[0]
     tensor([0, 1])
     """
-    values, pairs = _scored("pairwise_min", moments, bound, witness, backend)
+    values, pairs = _scored("pairwise_min", moments, bound, witness, backend, options)
     return values, pairs
 
 
-def _scored(op: str, moments: State, bound: str, witness: str | None, backend: str) -> Any:
+def pairwise_mean(
+    moments: State, *, bound: str = "minimax", witness: str | None = None, backend: str = "auto", **options: Any
+) -> Tensor:
+    """The mean bound over all pairs of classes with samples, per channel. Pairs are streamed, as in `pairwise_min`.
+
+    Args:
+        moments, bound, witness, options: as for `one_vs_rest`. For "certified", alpha is shared over all pairs.
+
+    Returns:
+        Shape (channels,), float64, in [0, 1]. NaN where fewer than two classes have samples, or where the bound of some
+        pair is NaN.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `one_vs_rest`.
+
+    Equivalent to the mean of `one_vs_one` over pairs of different classes.
+
+    >>> x = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
+    >>> pairwise_mean(class_moments(x, torch.tensor([0, 1, 2, 3]), 4))
+    tensor([0.6667], dtype=torch.float64)
+    """
+    out: Tensor = _scored("pairwise_mean", moments, bound, witness, backend, options)
+    return out
+
+
+def _scored(op: str, moments: State, bound: str, witness: str | None, backend: str, options: dict[str, Any]) -> Any:
     _checks.state(op, "moments", moments)
     _checks.choice(op, "bound", bound, _checks.BOUNDS)
-    witness = _checks.witness_of(op, moments, witness)
+    features = _checks.witness_of(op, moments, witness, bound)
+    classes = int((moments.count > 0).sum()) if bound == "certified" else 0
+    values = moments.channels * (classes if op == "one_vs_rest" else classes * (classes - 1) // 2)
+    rule = _checks.rule(op, bound, options, moments, witness, values)
     dimension = moments.dimension if isinstance(moments, VectorMoments) else 1
-    return select(op, backend, moments.device, dimension)(moments, bound, witness)
+    return select(op, backend, moments.device, dimension, bound)(moments, rule, features)

@@ -5,13 +5,14 @@ Runs on any device. Written to be read beside the formulas; inputs are already c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from discedit import _checks
+from discedit._checks import Rule
 from discedit._state import ClassMoments, State, VectorMoments, triangle
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -137,6 +138,36 @@ def minimax_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> T
     return _minimax(*_difference(mean1, mean2), cov1.double(), cov2.double())
 
 
+def minimax_published_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
+    return published(minimax_bound(mean1, cov1, mean2, cov2))
+
+
+def published(minimax: Tensor) -> Tensor:
+    """(k / (sqrt 2 + k))^2 from k^2 / (1 + k^2)."""
+    k = (minimax / (1 - minimax)).sqrt()
+    return torch.where(minimax < 1, (k / (2**0.5 + k)) ** 2, minimax)
+
+
+def hellinger_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
+    return _hellinger(*_difference(mean1, mean2), cov1.double(), cov2.double())
+
+
+def robust_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, radius: Tensor, rho: float) -> Tensor:
+    """`radius`: of both balls together."""
+    return _robust(*_difference(mean1, mean2), cov1.double(), cov2.double(), radius, rho)
+
+
+def witness_bound(mean1: Tensor, second1: Tensor, mean2: Tensor, second2: Tensor, published: bool) -> Tensor:
+    """From raw second moments."""
+    mean1, second1, mean2, second2 = (moment.double() for moment in (mean1, second1, mean2, second2))
+    rounding = ROUNDING_OF_MOMENTS * (mean1.abs() + mean2.abs())
+    gap = ((mean1 - mean2).abs() - rounding).clamp(min=0)
+    below = 2 * (second1 + second2) if published else (second1.sqrt() + second2.sqrt()) ** 2
+    value = torch.where(gap > 0, gap**2 / (below * (1 + 4 * EPSILON + ROUNDING_OF_MOMENTS)), 0.0).clamp(max=1)
+    finite = mean1.isfinite() & mean2.isfinite() & second1.isfinite() & second2.isfinite()
+    return torch.where(finite, value, torch.nan)
+
+
 def _difference(mean1: Tensor, mean2: Tensor) -> tuple[Tensor, Tensor]:
     """Difference of the means, and the rounding that it must be taken to carry."""
     mean1, mean2 = mean1.double(), mean2.double()
@@ -166,6 +197,70 @@ def _minimax(delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor) -> Tensor
         go_up = first / (first + second) > weight
         low, high = torch.where(go_up, weight, low), torch.where(go_up, high, weight)
     return torch.maximum(_finish(best, verdict), _fisher(delta, noise, cov1, cov2))
+
+
+def _minimax_published(delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor) -> Tensor:
+    return published(_minimax(delta, noise, cov1, cov2))
+
+
+def _hellinger(delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor) -> Tensor:
+    """1 - BC of Gaussians, on the eigenvectors of cov1 + cov2 along which there is any variance."""
+    delta, noise, s1, s2, verdict = _scale(delta, noise, cov1, cov2)
+    d = delta.shape[-1]
+    least = 32 * d * EPSILON
+    values, vectors = torch.linalg.eigh(s1 + s2)
+    kept = values > least
+    along = (vectors.mT @ delta[..., None])[..., 0]
+    charge = (vectors.abs().mT @ (noise + 64 * d * EPSILON)[..., None])[..., 0]
+    along = torch.where(kept, along, (along.abs() - charge).clamp(min=0))
+    distance = (along**2 / values.clamp(min=least)).sum(-1)
+    # In units in which s1 + s2 is the identity, s1 has eigenvalues p and s2 has 1 - p; p (1 - p) is at most 1 / 4.
+    whiten = vectors * torch.where(kept, values.clamp(min=least).rsqrt(), 0.0)[..., None, :]
+    left = torch.diag_embed(torch.where(kept, 0.0, 0.5))
+    ratio = torch.ones_like(distance)
+    for cov in (s1, s2):
+        shares = torch.linalg.eigvalsh(whiten.mT @ cov @ whiten + left)
+        ratio = ratio * (2 * torch.where(shares > least, shares, 0.0)).prod(-1)
+    affinity = ratio.clamp(max=1) ** 0.25 * torch.exp(-distance / 4)
+    return torch.where(verdict == 0, (1 - affinity).clamp(min=0), verdict)
+
+
+def _robust(
+    delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor, radius: Tensor | float, rho: Tensor | float
+) -> Tensor:
+    """F / (2 + F) at the worst means within `radius` of each other's, variances raised by rho, by the secular equation
+    mu |u| = radius, u = (cov1 + cov2 + (rho + mu) I)^-1 delta, in the eigenvectors of cov1 + cov2."""
+    total = cov1 + cov2 + rho * torch.eye(delta.shape[-1], dtype=delta.dtype, device=delta.device)
+    radius = torch.as_tensor(radius, dtype=delta.dtype, device=delta.device).expand(delta.shape[:-1])
+    variances = torch.diagonal(total, dim1=-2, dim2=-1)
+    defined = delta.isfinite().all(-1) & total.isfinite().all(-1).all(-1) & radius.isfinite()
+    unit = torch.maximum(variances.clamp(min=0).sqrt().amax(-1), torch.maximum(delta.abs().amax(-1), radius))
+    inverse = torch.where(defined & (unit > 0), 1 / unit, 0.0)[..., None]
+    delta, noise, radius = (
+        torch.where(defined[..., None], x, 0.0) * inverse for x in (delta, noise, radius[..., None])
+    )
+    total = torch.where(defined[..., None, None], total, 0.0) * inverse[..., None] * inverse[..., None]
+    variances = torch.diagonal(total, dim1=-2, dim2=-1).clamp(min=0)
+    alone = (delta.abs() - noise - radius).clamp(min=0)
+    separated = (alone > 1e9 * variances.sqrt()).any(-1)
+    ratio = torch.where(alone > 0, alone**2 / (variances * (1 + 2 * ROUNDING_OF_MOMENTS)), 0.0).amax(-1)
+    values, vectors = torch.linalg.eigh(total)
+    values = values.clamp(min=0) + 2 * delta.shape[-1] * EPSILON * variances.amax(-1, keepdim=True)
+    along = (vectors.mT @ delta[..., None])[..., 0]
+    size = delta.norm(dim=-1, keepdim=True)
+    apart = (size > radius)[..., 0]
+    share = torch.where(apart[..., None], radius / (size - radius), 0.0)
+    low, high = torch.zeros_like(size), values.amax(-1, keepdim=True) * share * (1 + 1e-9)
+    for _ in range(200):  # bisection; the bound is stationary in mu
+        mu = (low + high) / 2
+        short = mu * (along / (values + mu)).norm(dim=-1, keepdim=True) < radius
+        low, high = torch.where(short, mu, low), torch.where(short, high, mu)
+    u = (vectors @ torch.where(values + high > 0, along / (values + high), 0.0)[..., None])[..., 0]
+    u = u / u.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
+    gap = (_gap(u, delta, noise) - radius[..., 0] * (1 + 4 * EPSILON)).clamp(min=0)
+    ratio = torch.maximum(ratio, torch.where(gap > 0, gap**2 / _variance(u, total), 0.0))
+    verdict = torch.where(defined, torch.where(separated & apart, 1.0, 0.0), torch.nan).to(delta.dtype)
+    return torch.where(apart | ~defined, _finish(ratio / 2, verdict), 0.0)
 
 
 def _scale(delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -220,7 +315,7 @@ def _finish(ratio: Tensor, verdict: Tensor) -> Tensor:
 # ---- one against the rest, and every pair ---------------------------------------------------------------------------
 
 
-def one_vs_rest(moments: Kind, bound: str, witness: str) -> Tensor:
+def one_vs_rest(moments: Kind, rule: Rule, witness: str) -> Tensor:
     """Bound between each class and the union of the others: (channels, classes), float64."""
     classes = [_classes(moments, slice(k, k + 1)) for k in range(moments.num_classes)]
     nothing = type(moments)(*(torch.zeros_like(tensor) for tensor in classes[0].tensors()))
@@ -231,23 +326,29 @@ def one_vs_rest(moments: Kind, bound: str, witness: str) -> Tensor:
     before = nothing
     columns = []
     for k, one in enumerate(classes):
-        columns.append(_between(one, _merge(before, after[k + 1]), bound, witness)[0])
+        columns.append(_between(one, _merge(before, after[k + 1]), rule, witness)[0])
         before = _merge(before, one)
     return torch.stack(columns, dim=-1)
 
 
-def pairwise_min(moments: Kind, bound: str, witness: str) -> tuple[Tensor, Tensor]:
-    """Smallest bound over all pairs of classes with samples, (channels,), and a pair that attains it, (channels, 2).
+def one_vs_one(moments: Kind, rule: Rule, witness: str) -> Tensor:
+    """Bound between each two classes: (channels, classes, classes), float64, 0 on the diagonal."""
+    classes = moments.num_classes
+    out = moments.mean.new_full((moments.channels, classes, classes), torch.nan)
+    for one in moments.count.nonzero()[:, 0].tolist():
+        row = _between(_classes(moments, slice(one, one + 1)), moments, rule, witness).T
+        out[:, one, one + 1 :] = out[:, one + 1 :, one] = row[:, one + 1 :]
+        out[:, one, one] = 0
+    return out
 
-    One class against all later ones at a time: memory grows with classes x channels, not with pairs.
-    """
+
+def pairwise_min(moments: Kind, rule: Rule, witness: str) -> tuple[Tensor, Tensor]:
+    """Smallest bound over all pairs of classes with samples, (channels,), and a pair that attains it, (channels, 2)."""
     seen = moments.count.nonzero()[:, 0]
     values = moments.mean.new_full((moments.channels,), torch.inf)
     pairs = torch.full((moments.channels, 2), -1, device=moments.device)
     undefined = torch.full_like(values, len(seen) < 2, dtype=torch.bool)
-    for position in range(1, len(seen)):
-        one, others = seen[position - 1 : position], seen[position:]
-        bounds = _between(_classes(moments, one), _classes(moments, others), bound, witness)
+    for one, others, bounds in _pairs(moments, seen, rule, witness):
         undefined |= bounds.isnan().any(0)
         smallest, index = bounds.min(0)
         better = smallest < values
@@ -256,17 +357,81 @@ def pairwise_min(moments: Kind, bound: str, witness: str) -> tuple[Tensor, Tenso
     return values.masked_fill(undefined, torch.nan), pairs.masked_fill(undefined[:, None], -1)
 
 
+def pairwise_mean(moments: Kind, rule: Rule, witness: str) -> Tensor:
+    """Mean bound over all pairs of classes with samples, (channels,)."""
+    seen = moments.count.nonzero()[:, 0]
+    total = torch.zeros_like(moments.mean.flatten(0, -2)[0])
+    for _, _, bounds in _pairs(moments, seen, rule, witness):
+        total = total + bounds.sum(0)
+    return total / (len(seen) * (len(seen) - 1) / 2) if len(seen) > 1 else torch.full_like(total, torch.nan)
+
+
+def _pairs(moments: Kind, seen: Tensor, rule: Rule, witness: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """One class and all later ones at a time, with their bounds (later classes, channels): memory grows with classes x
+    channels, not with pairs."""
+    for position in range(1, len(seen)):
+        one, others = seen[position - 1 : position], seen[position:]
+        yield one, others, _between(_classes(moments, one), _classes(moments, others), rule, witness)
+
+
 def _classes(moments: Kind, index: slice | Tensor) -> Kind:
     """The state of some classes alone."""
     return type(moments)(moments.count[index], *(tensor[..., index, :] for tensor in moments.tensors()[1:]))
 
 
-def _between(one: Kind, two: Kind, bound: str, witness: str) -> Tensor:
+def _between(one: Kind, two: Kind, rule: Rule, witness: str) -> Tensor:
     """Bound between the classes of two states, one of which may be a single class: (classes, channels)."""
+    value = _of_one_number(one, two, rule) if rule.name in _checks.OF_ONE_NUMBER else _of_laws(one, two, rule, witness)
+    return torch.where(((one.count > 0) & (two.count > 0))[:, None], value, torch.nan)
+
+
+def _of_laws(one: Kind, two: Kind, rule: Rule, witness: str) -> Tensor:
     features = _vector_witness if isinstance(one, VectorMoments) else SCALAR_WITNESSES[witness]
     delta, noise, cov1, cov2, equal = features(one, two)
-    value = torch.where(equal, 0.0, BOUNDS[bound](delta, noise, cov1, cov2))
-    return torch.where(((one.count > 0) & (two.count > 0))[:, None], value, torch.nan)
+    if rule.name == "robust":
+        # Coordinates in units of their summed variance, the radius of a ball in standard errors of its mean.
+        delta, noise, cov1, cov2, verdict = _scale(delta, noise, cov1, cov2)
+        radius = torch.zeros_like(verdict)
+        for cov, law in ((cov1, one), (cov2, two)):
+            trace = torch.diagonal(cov, dim1=-2, dim2=-1).sum(-1)
+            radius = radius + rule.radius * (trace / law.count.clamp(min=1).double()[:, None]).sqrt()
+        value = torch.where(verdict == 0, _robust(delta, noise, cov1, cov2, radius, rule.rho), verdict)
+    else:
+        value = BOUNDS[rule.name](delta, noise, cov1, cov2)
+    return torch.where(equal, 0.0, value)
+
+
+def _of_one_number(one: Kind, two: Kind, rule: Rule) -> Tensor:
+    assert isinstance(one, ClassMoments)
+    assert isinstance(two, ClassMoments)
+    n = [law.count.clamp(min=1).double()[:, None] for law in (one, two)]
+    variances = [law.m2 / size for law, size in zip((one, two), n, strict=True)]
+    if rule.name == "certified":
+        return _certified(one, two, n, rule)
+    unit = torch.maximum(torch.maximum(one.mean.abs(), two.mean.abs()), torch.maximum(*variances).sqrt())
+    inverse = torch.where(unit > 0, 1 / unit, 0.0)
+    means = [law.mean * inverse for law in (one, two)]
+    seconds = [var * inverse * inverse + mean**2 for var, mean in zip(variances, means, strict=True)]
+    return witness_bound(means[0], seconds[0], means[1], seconds[1], rule.name == "witness_published")
+
+
+def _certified(one: ClassMoments, two: ClassMoments, n: list[Tensor], rule: Rule) -> Tensor:
+    """Minimax in one dimension at the worst moments outside six events of probability exp(-log_term): for each law, its
+    deviation above `most` (Maurer and Pontil 2009, Theorem 10), its mean to either side beyond `error` (Bernstein)."""
+    width, log_term = rule.high - rule.low, rule.log_term
+    gap = (one.mean - two.mean).abs() / width
+    gap = gap - ROUNDING_OF_MOMENTS * (one.mean.abs() + two.mean.abs()) / width
+    total = torch.zeros_like(gap)
+    for law, size in zip((one, two), n, strict=True):
+        free = (size - 1).clamp(min=1)
+        most = ((law.m2 / free).sqrt() / width + (2 * log_term / free).sqrt()).clamp(max=0.5)
+        gap = gap - most * (2 * log_term / size).sqrt() - log_term / (3 * size)
+        total = total + most
+    square = (gap.clamp(min=0) / total) ** 2
+    enough = ((one.count > 1) & (two.count > 1))[:, None]
+    finite = (one.mean + two.mean + one.m2 + two.m2).isfinite()
+    value = torch.where(enough, square / (1 + square) * (1 - 16 * EPSILON), 0.0)
+    return torch.where(finite, value, torch.nan)
 
 
 def _standardise(one: ClassMoments, two: ClassMoments) -> tuple[list[dict[str, Tensor]], Tensor]:
@@ -324,5 +489,10 @@ def _vector_witness(one: VectorMoments, two: VectorMoments) -> Features:
     return delta, noise, one.covariance(), two.covariance(), torch.zeros_like(delta[..., 0], dtype=torch.bool)
 
 
-BOUNDS = {"fisher": _fisher, "minimax": _minimax}
+BOUNDS = {
+    "fisher": _fisher,
+    "minimax": _minimax,
+    "minimax_published": _minimax_published,
+    "hellinger": _hellinger,
+}
 SCALAR_WITNESSES = {"linear": _linear_witness, "quadratic": _quadratic_witness}

@@ -14,6 +14,7 @@ from helpers import hostile_maps, labels_for, poisoned, same_bits
 from torch.utils.dlpack import to_dlpack
 
 from discedit import _backends, _cpu, reference
+from discedit._checks import Rule
 from discedit._state import ClassMoments, VectorMoments
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -463,7 +464,7 @@ def moments_of(witness, classes, channels, samples=None, dimension=3, empty_clas
 @pytest.mark.parametrize(("classes", "channels"), [(1, 3), (2, 1), (9, 40), (16, 5), (17, 150), (70, 3)])
 def test_one_vs_rest_matches_the_reference(cuda, bound, witness, classes, channels):
     state = moments_of(witness, classes, channels)
-    exact = reference.one_vs_rest(state, bound, witness)
+    exact = reference.one_vs_rest(state, Rule(bound), witness)
     ours = one_vs_rest(cuda, poisoned_where_empty(state), bound, witness)
     torch.testing.assert_close(ours, exact, rtol=1e-8, atol=1e-11, equal_nan=True)
 
@@ -472,10 +473,10 @@ def test_one_vs_rest_matches_the_reference(cuda, bound, witness, classes, channe
 @pytest.mark.parametrize("dimension", [1, 2, 4, 5, 8])
 def test_vectors_of_every_dimension(cuda, bound, dimension):
     state = moments_of("vector", 8, 6, dimension=dimension, samples=400)
-    exact = reference.one_vs_rest(state, bound, "vector")
+    exact = reference.one_vs_rest(state, Rule(bound), "vector")
     torch.testing.assert_close(one_vs_rest(cuda, state, bound, "vector"), exact, rtol=1e-8, atol=1e-11, equal_nan=True)
     values, pairs = pairwise_min(cuda, state, bound, "vector")
-    least, first = reference.pairwise_min(state, bound, "vector")
+    least, first = reference.pairwise_min(state, Rule(bound), "vector")
     torch.testing.assert_close(values, least, rtol=1e-8, atol=1e-11)
     assert torch.equal(pairs[1:], first[1:])
 
@@ -485,7 +486,7 @@ def test_vectors_of_every_dimension(cuda, bound, dimension):
 def test_pairwise_min_matches_the_reference(cuda, bound, witness, classes, channels):
     state = moments_of(witness, classes, channels)
     values, pairs = pairwise_min(cuda, poisoned_where_empty(state), bound, witness)
-    least, first = reference.pairwise_min(state, bound, witness)
+    least, first = reference.pairwise_min(state, Rule(bound), witness)
     torch.testing.assert_close(values, least, rtol=1e-8, atol=1e-11, equal_nan=True)
     if int((state.count > 0).sum()) < 2:
         assert pairs.tolist() == [[-1, -1]] * channels
@@ -677,14 +678,14 @@ def test_backend_folds_merges_and_scores(backend, monkeypatch, unsorted, dimensi
     witness = "vector" if dimension else "quadratic"
     for bound in ("fisher", "minimax"):
         torch.testing.assert_close(
-            backend["one_vs_rest"](strided, bound, witness),
-            reference.one_vs_rest(exact, bound, witness),
+            backend["one_vs_rest"](strided, Rule(bound), witness),
+            reference.one_vs_rest(exact, Rule(bound), witness),
             rtol=1e-8,
             atol=1e-10,
             equal_nan=True,
         )
-        values, pairs = backend["pairwise_min"](strided, bound, witness)
-        least, attained = reference.pairwise_min(exact, bound, witness)
+        values, pairs = backend["pairwise_min"](strided, Rule(bound), witness)
+        least, attained = reference.pairwise_min(exact, Rule(bound), witness)
         torch.testing.assert_close(values, least, rtol=1e-8, atol=1e-10)
         assert torch.equal(pairs, attained)
 

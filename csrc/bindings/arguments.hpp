@@ -4,7 +4,7 @@
 #include <optional>
 #include <string>
 
-#include "../common/bounds.hpp"
+#include "../common/family.hpp"
 #include "../common/moment_state.hpp"
 #include "../common/statistics.hpp"
 #include "../common/witness.hpp"
@@ -34,6 +34,20 @@ inline Bound bound_named(const std::string& name) {
   if (name == "fisher") return Bound::fisher;
   if (name == "minimax") return Bound::minimax;
   throw py::value_error("bound must be 'fisher' or 'minimax', got '" + name + "'.");
+}
+
+// (name, radius, rho, log_term, low, high), as in common/family.hpp.
+inline Rule rule_named(const py::tuple& of) {
+  constexpr const char* names[] = {"fisher",    "minimax", "minimax_published", "robust",
+                                   "hellinger", "witness", "witness_published", "certified"};
+  if (of.size() != 6) throw py::value_error("rule must be (name, radius, rho, log_term, low, high).");
+  const auto name = py::cast<std::string>(of[0]);
+  for (int i = 0; i < 8; ++i) {
+    if (name != names[i]) continue;
+    const auto number = [&](int at) { return py::cast<double>(of[static_cast<std::size_t>(at)]); };
+    return {static_cast<Member>(i), number(1), number(2), number(3), number(4), number(5)};
+  }
+  throw py::value_error("rule must name a member of the family of bounds, got '" + name + "'.");
 }
 
 inline void check_map(const TensorView& x, int channel_axis, const char* op) {

@@ -107,6 +107,75 @@ void bind_bound(const std::string& bound, const py::object& mean1, const py::obj
   ops().batched_bound(which, pairs, static_cast<int>(d), first, second, third, fourth, data, threads);
 }
 
+void bind_member(const py::tuple& of, const py::object& mean1, const py::object& cov1, const py::object& mean2,
+                 const py::object& cov2, const py::object& radius, const py::object& out, int threads) {
+  const char* op = "member";
+  const Rule rule = rule_named(of);
+  const Array a(mean1, op, "mean1"), b(cov1, op, "cov1"), c(mean2, op, "mean2"), e(cov2, op, "cov2");
+  const Array result(out, op, "out", true);
+  if (rule.member >= Member::witness) throw py::value_error("member: this one takes no covariances.");
+  if (a.view.axes != 2 || a.view.shape[1] < 1 || a.view.shape[1] > max_dimension)
+    throw py::value_error("member: mean1 must have shape (pairs, d) with d in 1..32, got " + a.view.shape_text() + ".");
+  const std::int64_t pairs = a.view.shape[0], d = a.view.shape[1];
+  const auto* first = contiguous_data<double>(a.view, pairs * d, op, "mean1");
+  const auto* second = contiguous_data<double>(b.view, pairs * d * d, op, "cov1");
+  const auto* third = contiguous_data<double>(c.view, pairs * d, op, "mean2");
+  const auto* fourth = contiguous_data<double>(e.view, pairs * d * d, op, "cov2");
+  std::optional<Array> balls;
+  const double* radii = nullptr;
+  if (!radius.is_none()) {
+    balls.emplace(radius, op, "radius");
+    radii = contiguous_data<double>(balls->view, pairs, op, "radius");
+  }
+  double* data = contiguous_data<double>(result.view, pairs, op, "out");
+  const py::gil_scoped_release release;
+  ops().batched_member(rule, pairs, static_cast<int>(d), first, second, third, fourth, radii, data, threads);
+}
+
+void bind_witness(bool published, const py::object& mean1, const py::object& second1, const py::object& mean2,
+                  const py::object& second2, const py::object& out, int threads) {
+  const char* op = "witness";
+  const Array a(mean1, op, "mean1"), b(second1, op, "second1"), c(mean2, op, "mean2"), e(second2, op, "second2");
+  const Array result(out, op, "out", true);
+  const std::int64_t pairs = a.view.size();
+  const auto* first = contiguous_data<double>(a.view, pairs, op, "mean1");
+  const auto* second = contiguous_data<double>(b.view, pairs, op, "second1");
+  const auto* third = contiguous_data<double>(c.view, pairs, op, "mean2");
+  const auto* fourth = contiguous_data<double>(e.view, pairs, op, "second2");
+  double* data = contiguous_data<double>(result.view, pairs, op, "out");
+  const py::gil_scoped_release release;
+  ops().batched_witness(published, pairs, first, second, third, fourth, data, threads);
+}
+
+void bind_one_vs_one(const py::tuple& state, const py::tuple& of, const std::string& witness,
+                     const std::string& comparison, const py::object& out, const py::object& pairs, int threads) {
+  const char* op = "one_vs_one";
+  const State moments(state, op, false);
+  const Rule rule = rule_named(of);
+  const Witness features = witness_named(witness, moments, op);
+  if (rule.member >= Member::witness && (moments.vector() || features != Witness::linear))
+    throw py::value_error("one_vs_one: this bound takes the witness 'linear' alone, got '" + witness + "'.");
+  const Array result(out, op, "out", true);
+  std::int64_t size = moments.channels;
+  Comparison what = Comparison::least;
+  if (comparison == "with_rest") what = Comparison::with_rest, size *= moments.classes;
+  else if (comparison == "all_pairs") what = Comparison::all_pairs, size *= moments.classes * moments.classes;
+  else if (comparison == "mean") what = Comparison::mean;
+  else if (comparison != "least")
+    throw py::value_error("one_vs_one: comparison must be with_rest, all_pairs, mean or least, got '" + comparison +
+                          "'.");
+  double* data = contiguous_data<double>(result.view, size, op, "out");
+  std::optional<Array> classes;
+  std::int64_t* pair = nullptr;
+  if (what == Comparison::least) {
+    classes.emplace(pairs, op, "pairs", true);
+    pair = contiguous_data<std::int64_t>(classes->view, 2 * moments.channels, op, "pairs");
+  }
+  const py::gil_scoped_release release;
+  if (moments.vector()) ops().one_vs_one_vector(*moments.vector(), rule, what, data, pair, threads);
+  else ops().one_vs_one(moments.scalar(), rule, features, what, data, pair, threads);
+}
+
 }  // namespace
 }  // namespace discedit
 
@@ -128,4 +197,10 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("values"), py::arg("pairs"), threads);
   module.def("bound", &bind_bound, py::arg("bound"), py::arg("mean1"), py::arg("cov1"), py::arg("mean2"),
              py::arg("cov2"), py::arg("out"), threads);
+  module.def("member", &bind_member, py::arg("rule"), py::arg("mean1"), py::arg("cov1"), py::arg("mean2"),
+             py::arg("cov2"), py::arg("radius"), py::arg("out"), threads);
+  module.def("witness", &bind_witness, py::arg("published"), py::arg("mean1"), py::arg("second1"), py::arg("mean2"),
+             py::arg("second2"), py::arg("out"), threads);
+  module.def("one_vs_one", &bind_one_vs_one, py::arg("state"), py::arg("rule"), py::arg("witness"),
+             py::arg("comparison"), py::arg("out"), py::arg("pairs"), threads);
 }

@@ -25,6 +25,7 @@ DISCEDIT_HD_INLINE double select(bool where, double yes, double no) { return whe
 DISCEDIT_HD_INLINE bool any(bool value) { return value; }
 DISCEDIT_HD_INLINE double absolute(double value) { return std::fabs(value); }
 DISCEDIT_HD_INLINE double square_root(double value) { return std::sqrt(value); }
+DISCEDIT_HD_INLINE double exponential(double value) { return std::exp(value); }
 
 template <typename Real>
 using MaskOf = decltype(Real() < Real());

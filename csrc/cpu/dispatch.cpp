@@ -21,7 +21,11 @@ namespace {
    level::one_vs_rest_vector,        \
    level::pairwise_min,              \
    level::pairwise_min_vector,       \
-   level::batched_bound}
+   level::batched_bound,             \
+   level::batched_member,            \
+   level::batched_witness,           \
+   level::one_vs_one,                \
+   level::one_vs_one_vector}
 
 struct Level {
   Ops ops;

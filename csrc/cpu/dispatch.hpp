@@ -7,6 +7,7 @@
 #include "bounds.hpp"
 #include "class_moments.hpp"
 #include "merge_moments.hpp"
+#include "one_vs_one.hpp"
 #include "one_vs_rest.hpp"
 #include "pairwise_min.hpp"
 #include "pool.hpp"
@@ -27,6 +28,10 @@ struct Ops {
   PairwiseMin* pairwise_min;
   PairwiseMinVector* pairwise_min_vector;
   BatchedBound* batched_bound;
+  BatchedMember* batched_member;
+  BatchedWitness* batched_witness;
+  OneVsOne* one_vs_one;
+  OneVsOneVector* one_vs_one_vector;
 };
 
 // The fastest that this machine runs, or the one that the environment variable DISCEDIT_INSTRUCTION_SET names. Throws
@@ -47,6 +52,10 @@ const Ops& ops();
   PairwiseMin pairwise_min;                \
   PairwiseMinVector pairwise_min_vector;   \
   BatchedBound batched_bound;              \
+  BatchedMember batched_member;            \
+  BatchedWitness batched_witness;          \
+  OneVsOne one_vs_one;                     \
+  OneVsOneVector one_vs_one_vector;        \
   }
 DISCEDIT_DECLARE_OPS(baseline)
 DISCEDIT_DECLARE_OPS(avx2)
