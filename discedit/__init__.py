@@ -10,8 +10,8 @@ Forward passes only: no gradients, no loss, no training set.
 
 from importlib.metadata import version as _version
 
-from discedit import ops
-from discedit.collect import collect_moments
+from discedit import ops, uncertainty
+from discedit.collect import collect_blocks, collect_moments
 from discedit.moments import Moments
 from discedit.prune import prune
 from discedit.recipe import Edit, Recipe
@@ -19,4 +19,16 @@ from discedit.scores import Scores, score
 from discedit.unlearn import unlearn
 
 __version__ = _version("discedit")
-__all__ = ["Edit", "Moments", "Recipe", "Scores", "collect_moments", "ops", "prune", "score", "unlearn"]
+__all__ = [
+    "Edit",
+    "Moments",
+    "Recipe",
+    "Scores",
+    "collect_blocks",
+    "collect_moments",
+    "ops",
+    "prune",
+    "score",
+    "uncertainty",
+    "unlearn",
+]

@@ -169,9 +169,9 @@ def rule(op: str, bound: str, options: Mapping[str, Any], moments: State, witnes
     return Rule(bound, log_term=math.log(6 * max(1, comparisons) / level), low=low, high=high)
 
 
-def alpha(op: str, value: Any) -> float:
+def alpha(op: str, value: Any, argument: str = "alpha") -> float:
     if not is_number(value) or not 0 < value < 1:
-        raise ValueError(f"{op}: alpha must be a probability above 0 and below 1, got {value!r}.")
+        raise ValueError(f"{op}: {argument} must be a probability above 0 and below 1, got {value!r}.")
     return float(value)
 
 

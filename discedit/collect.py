@@ -7,6 +7,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,25 +80,121 @@ def collect_moments(
     >>> discedit.collect_moments(model, loader, num_classes=2)
     Moments(1 layers, 4 channels, 2 classes, 8 samples)
     """
+    options = _Options(labels, layers, statistic, witness, scale, progress, backend)
+    return _collect(model, loader, num_classes, options, None)
+
+
+def collect_blocks(
+    model: nn.Module,
+    loader: Iterable[Any],
+    num_classes: int,
+    *,
+    blocks: int = 10,
+    labels: str = "given",
+    layers: Iterable[str] | None = None,
+    statistic: Statistic | list[str] = "mean",
+    witness: str = "quadratic",
+    scale: float | Mapping[str, float] | None = None,
+    progress: bool | None = None,
+    backend: str = "auto",
+) -> list[Moments]:
+    """`collect_moments` in disjoint blocks of the samples, each class spread evenly over them, in the same one pass.
+
+    `discedit.score` of the blocks gives the scores of all samples together, with standard errors by the jackknife.
+
+    Args:
+        blocks: number of blocks, at least 2. The samples of a class go to them in turn.
+        model, loader, num_classes, labels, layers, statistic, witness, scale, progress, backend: as for
+            `collect_moments`.
+
+    Returns:
+        One `Moments` for each block. Merged, they are what `collect_moments` returns, up to rounding.
+
+    Raises:
+        ValueError: blocks is no integer of at least 2, and whatever `collect_moments` refuses.
+
+    Memory: that of `collect_moments`, with the state as many times as there are blocks.
+
+    >>> import torch, discedit
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 2))
+    >>> loader = [(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)]
+    >>> [block.samples for block in discedit.collect_blocks(model, loader, num_classes=2, blocks=4)]
+    [2, 2, 2, 2]
+    """
+    number = _checks.index(blocks)
+    if number is None or number < 2:
+        raise ValueError(f"collect_blocks: blocks must be an integer of at least 2, got {blocks!r}.")
+    classes = _checks.positive_integer(OP, "num_classes", num_classes)
+    options = _Options(labels, layers, statistic, witness, scale, progress, backend)
+    turns = _Turns(classes, number)
+    # A class's share of a block is a class of its own.
+    together = _collect(model, loader, classes, options, turns)
+    return [together.rows(slice(block, None, number)) for block in range(number)]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments that `collect_moments` and `collect_blocks` have in common."""
+
+    labels: str
+    layers: Iterable[str] | None
+    statistic: Statistic | list[str]
+    witness: str
+    scale: float | Mapping[str, float] | None
+    progress: bool | None
+    backend: str
+
+
+class _Turns:
+    """Deals the samples of each class to the blocks in turn; nobody waits for the device."""
+
+    def __init__(self, classes: int, blocks: int) -> None:
+        self.rows = classes * blocks
+        self._blocks = blocks
+        self._seen = torch.zeros(classes, dtype=torch.int64)
+
+    def __call__(self, labels: Tensor) -> Tensor:
+        """Class x blocks + block of each sample."""
+        self._seen = self._seen.to(labels.device)
+        ordered, order = torch.sort(labels, stable=True)
+        position = torch.arange(len(labels), device=labels.device)
+        rank = torch.empty_like(position)
+        rank[order] = position - torch.searchsorted(ordered, ordered)
+        turn = (self._seen[labels] + rank) % self._blocks
+        self._seen = self._seen.index_add(0, labels, torch.ones_like(labels))
+        return labels * self._blocks + turn
+
+
+def _collect(
+    model: nn.Module, loader: Iterable[Any], num_classes: int, options: _Options, turns: _Turns | None
+) -> Moments:
     num_classes = _checks.positive_integer(OP, "num_classes", num_classes)
-    _checks.choice(OP, "labels", labels, ("given", "predicted"))
-    names = _checks.statistics(OP, statistic)
-    _checks.witness(OP, witness, statistic, scale)
-    reader = _Reader(model, names, backend, layers)
-    moments = Moments(num_classes, statistic=statistic, witness=witness, scale=scale, backend=backend)
+    _checks.choice(OP, "labels", options.labels, ("given", "predicted"))
+    names = _checks.statistics(OP, options.statistic)
+    _checks.witness(OP, options.witness, options.statistic, options.scale)
+    reader = _Reader(model, names, options.backend, options.layers)
+    moments = Moments(
+        turns.rows if turns else num_classes,
+        statistic=options.statistic,
+        witness=options.witness,
+        scale=options.scale,
+        backend=options.backend,
+    )
     device = device_of(model)
-    if progress is None:
-        progress = sys.stderr.isatty()
+    progress = sys.stderr.isatty() if options.progress is None else options.progress
+    given_labels = options.labels == "given"
     watch = _Watch(device)
     batch_index = -1
     with undisturbed(model), reader:
         for batch_index, batch in enumerate(tqdm(loader, desc="moments", unit="batch", disable=not progress)):
-            inputs, given = split(OP, batch, batch_index, device, labels_needed=labels == "given")
-            classes = checked_labels(OP, given, num_classes, batch_index) if labels == "given" else None
+            inputs, given = split(OP, batch, batch_index, device, labels_needed=given_labels)
+            classes = checked_labels(OP, given, num_classes, batch_index) if given_labels else None
             output = reader.run(inputs)
             if classes is None:
                 classes = _predicted(output, num_classes)
             classes = moved(classes, device)
+            if turns is not None:
+                classes = turns(classes)
             for layer, planes in reader.take(output):
                 try:
                     moments.fold_planes(layer, planes, classes, checked=watch.defers)
@@ -284,7 +381,7 @@ class _Reader:
         if self._repeated:
             warnings.warn(
                 f"{OP}: left out, because they run more than once per forward pass: {sorted(self._repeated)}.",
-                stacklevel=3,
+                stacklevel=4,
             )
             self._order = [layer for layer in self._order if self._place(layer) not in self._repeated]
             self._repeated.clear()
@@ -318,7 +415,7 @@ class _Reader:
         if not self._order:
             raise ValueError(f"{OP}: {needs}, no layer has one: {tokenless}.")
         if tokenless:
-            warnings.warn(f"{OP}: left out, because {needs}: {tokenless}.", stacklevel=4)
+            warnings.warn(f"{OP}: left out, because {needs}: {tokenless}.", stacklevel=5)
         self.norms = {layer: norm for layer, norm in self.norms.items() if layer in self._order}
         self._keep({self._place(layer) for layer in self._order})
         self._outputs.clear()

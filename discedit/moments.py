@@ -228,6 +228,19 @@ class Moments(Mapping[str, State]):
         self.norms = total.norms
         return self
 
+    def rows(self, which: slice) -> Moments:
+        """A copy with some of the classes alone, in their order."""
+        part = Moments(
+            len(range(self.num_classes)[which]),
+            **{name: value for name, value in self.settings.items() if name != "num_classes"},
+            backend=self.backend,
+        )
+        part.norms = dict(self.norms)
+        for layer, state in self.items():
+            sums = (tensor[..., which, :].clone() for tensor in state.tensors()[1:])
+            part._layers[layer] = self._kind(state.count[which].clone(), *sums)
+        return part
+
     def to(self, device: torch.device | str) -> Moments:
         """A copy on another device."""
         copy = self._like()

@@ -317,6 +317,12 @@ def _finish(ratio: Tensor, verdict: Tensor) -> Tensor:
 
 def one_vs_rest(moments: Kind, rule: Rule, witness: str) -> Tensor:
     """Bound between each class and the union of the others: (channels, classes), float64."""
+    columns = [_between(one, rest, rule, witness)[0] for one, rest in classes_and_rest(moments)]
+    return torch.stack(columns, dim=-1)
+
+
+def classes_and_rest(moments: Kind) -> Iterator[tuple[Kind, Kind]]:
+    """Each class, and the merge of all others, as states of one class."""
     classes = [_classes(moments, slice(k, k + 1)) for k in range(moments.num_classes)]
     nothing = type(moments)(*(torch.zeros_like(tensor) for tensor in classes[0].tensors()))
     after = [nothing]
@@ -324,11 +330,9 @@ def one_vs_rest(moments: Kind, rule: Rule, witness: str) -> Tensor:
         after.append(_merge(after[-1], one))
     after.reverse()
     before = nothing
-    columns = []
     for k, one in enumerate(classes):
-        columns.append(_between(one, _merge(before, after[k + 1]), rule, witness)[0])
+        yield one, _merge(before, after[k + 1])
         before = _merge(before, one)
-    return torch.stack(columns, dim=-1)
 
 
 def one_vs_one(moments: Kind, rule: Rule, witness: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,21 @@ import torch
 from torch import Tensor
 
 from discedit import _checks, _files, ops
-from discedit._state import State, VectorMoments
+from discedit._state import ClassMoments, State, VectorMoments
 from discedit.moments import Moments, Scale, Statistic
+from discedit.uncertainty import jackknife, separation, shrink, standard_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+OVER_CLASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda values: values.max(dim=1).values,
     "mean": lambda values: values.mean(dim=1),
     "min": lambda values: values.min(dim=1).values,
 }
+OVER_PAIRS = ("pairwise_min", "pairwise_mean")
+REDUCTIONS = (*OVER_CLASSES, *OVER_PAIRS)
+NEVER_NEGATIVE = ("l2", "rms", "absmax", "positive_fraction")
 
 
 class Scores(Mapping[str, Tensor]):
@@ -35,6 +39,12 @@ class Scores(Mapping[str, Tensor]):
             there are several; for the witness "exp" a smaller mean of exp(-scale t), which falls as t grows.
         counts: samples per class, int64 (classes,).
         bound, witness, statistic, scale: what the numbers are; statistic and scale as in `Moments`.
+        options: those of the bound, as in `ops.one_vs_rest`.
+        pairs: layer name -> (channels, 2) float64: smallest and mean bound over all pairs of classes. Empty unless
+            `score` was asked for them.
+        errors: layer name -> (channels, classes) float64: standard errors of the separation sqrt(b / (1 - b)) of a
+            score b. Empty unless `score` was asked for them.
+        degrees: degrees of freedom of the errors, float64 (classes,).
         norms: as in `Moments`.
     """
 
@@ -49,8 +59,16 @@ class Scores(Mapping[str, Tensor]):
         statistic: Statistic,
         norms: dict[str, str],
         scale: Scale = None,
+        options: dict[str, Any] | None = None,
+        pairs: dict[str, Tensor] | None = None,
+        errors: dict[str, Tensor] | None = None,
+        degrees: Tensor | None = None,
     ) -> None:
         self._values = values
+        self.options = options or {}
+        self.pairs = pairs or {}
+        self.errors = errors or {}
+        self.degrees = torch.full_like(counts, torch.nan, dtype=torch.float64) if degrees is None else degrees
         self.direction = direction
         self.counts = counts
         self.bound = bound
@@ -87,29 +105,95 @@ class Scores(Mapping[str, Tensor]):
     def settings(self) -> dict[str, Any]:
         """What the numbers are, as JSON has it: bound, witness and statistic, and the scale of the witness "exp"."""
         statistic = self.statistic if isinstance(self.statistic, str) else list(self.statistic)
-        settings = {"bound": self.bound, "witness": self.witness, "statistic": statistic}
+        settings: dict[str, Any] = {"bound": self.bound, "witness": self.witness, "statistic": statistic}
+        if self.options:
+            settings["options"] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()}
         return settings if self.scale is None else {**settings, "scale": self.scale}
 
     def reduce(self, reduction: str = "max") -> dict[str, Tensor]:
         """One number per component: layer name -> (channels,), over the classes that the layer has samples of.
 
         Args:
-            reduction: "max" (the class it tells best), "mean", or "min" (as the published DISCEDIT-SP code does).
+            reduction: of the scores of a class against the rest, "max" (the class it tells best), "mean", or "min" (as
+                the published DISCEDIT-SP code does); of the scores of all pairs of classes, "pairwise_min" (as
+                WitnessPrune and TVSPrune do) or "pairwise_mean", for which `score` takes ``pairs=True``.
 
         Raises:
-            ValueError: unknown reduction, or fewer than two classes have samples.
+            ValueError: unknown reduction, fewer than two classes have samples, or pairs were not scored.
         """
-        _checks.choice("Scores.reduce", "reduction", reduction, REDUCTIONS)
+        op = "Scores.reduce"
+        _checks.choice(op, "reduction", reduction, REDUCTIONS)
+        if reduction in OVER_PAIRS and not self.pairs:
+            raise ValueError(f"{op}: reduction={reduction!r} needs the scores of pairs: score(moments, pairs=True).")
         reduced = {}
         for layer, values in self.items():
             seen = ~values.isnan().all(dim=0)
             if len(values) and int(seen.sum()) < 2:
                 raise ValueError(
-                    f"Scores.reduce: at least two classes must have samples to be told apart, layer {layer!r} has "
+                    f"{op}: at least two classes must have samples to be told apart, layer {layer!r} has "
                     f"{int((self.counts > 0).sum())} of {self.num_classes}."
                 )
-            reduced[layer] = REDUCTIONS[reduction](values[:, seen])
+            if reduction in OVER_PAIRS:
+                reduced[layer] = self.pairs[layer][:, OVER_PAIRS.index(reduction)]
+            else:
+                reduced[layer] = OVER_CLASSES[reduction](values[:, seen])
         return reduced
+
+    def standard_error(self) -> dict[str, Tensor]:
+        """Standard error of every score b: layer name -> (channels, classes), float64.
+
+        By the delta method from that of the separation r: 2 r / (1 + r^2)^2 times its. Near 0 it understates, because b
+        is flat in r there: `interval` does not.
+
+        Raises:
+            ValueError: `score` was not asked for errors.
+        """
+        self._has_errors("standard_error")
+        found = {}
+        for layer, values in self.items():
+            r = separation(values)
+            found[layer] = 2 * r / (1 + r**2) ** 2 * self.errors[layer]
+        return found
+
+    def interval(self, confidence: float = 0.95) -> dict[str, Tensor]:
+        """Confidence interval of every score: layer name -> (channels, classes, 2), float64, lower end first.
+
+        Of the value that the bound would have were the samples without end, not of the total variation itself: for that
+        see the bound "certified". r plus or minus Student's quantile times its error, carried to b; where Hotelling's
+        test of equal means does not reject at the same level, the interval begins at 0. Needs SciPy.
+
+        Args:
+            confidence: for each interval by itself, above 0 and below 1.
+
+        Raises:
+            ValueError: a confidence out of range, or `score` was not asked for errors.
+        """
+        op = "Scores.interval"
+        level = _checks.alpha(op, confidence, "confidence")
+        self._has_errors("interval")
+        from scipy.stats import chi2, t
+
+        quantile = torch.from_numpy(t.ppf((1 + level) / 2, self.degrees.cpu().numpy()))
+        own = self.counts.double()
+        rest = (own.sum() - own).clamp(min=1)
+        dimension = {"quadratic": 2, "vector": len(self.statistic)}.get(self.witness, 1)
+        # Of equal laws r^2 is about (1 / n1 + 1 / n2) / 4 times a chi squared of so many degrees of freedom.
+        equal = float(chi2.ppf(level, dimension)) * (1 / own.clamp(min=1) + 1 / rest) / 4 if dimension > 1 else 0 * own
+        found = {}
+        for layer, values in self.items():
+            r = separation(values)
+            reach = quantile.to(values.device) * self.errors[layer]
+            low = torch.where(r**2 <= equal.to(values.device), 0.0, (r - reach).clamp(min=0))
+            ends = torch.stack([low, r + reach], dim=-1) ** 2
+            found[layer] = torch.where(ends.isinf(), 1.0, ends / (1 + ends))
+        return found
+
+    def _has_errors(self, op: str) -> None:
+        if not self.errors:
+            raise ValueError(
+                f"Scores.{op}: scores must have been computed with errors: score(moments, errors=True), or score of "
+                f"the blocks of collect_blocks."
+            )
 
     def to_dataframe(self) -> Any:
         """A pandas DataFrame with one row per (layer, channel, class). Needs pandas."""
@@ -179,8 +263,16 @@ class Scores(Mapping[str, Tensor]):
         for index, (layer, values) in enumerate(self.items()):
             tensors[f"{index}.score"] = values
             tensors[f"{index}.direction"] = self.direction[layer]
+            if self.pairs:
+                tensors[f"{index}.pairs"] = self.pairs[layer]
+            if self.errors:
+                tensors[f"{index}.error"] = self.errors[layer]
+        if self.errors:
+            tensors["degrees"] = self.degrees
         header = {
             **self.settings,
+            "pairs": bool(self.pairs),
+            "errors": bool(self.errors),
             "num_classes": self.num_classes,
             "layers": {layer: len(values) for layer, values in self.items()},
             "norms": self.norms,
@@ -197,10 +289,15 @@ class Scores(Mapping[str, Tensor]):
         header, tensors = _files.load_tensors(path, "scores")
         statistic = _files.field(header, "statistic", (str, list), path)
         classes = _files.field(header, "num_classes", int, path)
-        values, direction = {}, {}
+        has_pairs, has_errors = (_files.field(header, name, (bool, type(None)), path) for name in ("pairs", "errors"))
+        values, direction, pairs, errors = {}, {}, {}, {}
         for index, (layer, channels) in enumerate(_files.field(header, "layers", dict, path).items()):
             values[layer] = _files.take(tensors, f"{index}.score", (channels, classes), torch.float64, path)
             direction[layer] = _files.take(tensors, f"{index}.direction", (channels, classes), torch.int8, path)
+            if has_pairs:
+                pairs[layer] = _files.take(tensors, f"{index}.pairs", (channels, 2), torch.float64, path)
+            if has_errors:
+                errors[layer] = _files.take(tensors, f"{index}.error", (channels, classes), torch.float64, path)
         return cls(
             values,
             direction,
@@ -210,27 +307,54 @@ class Scores(Mapping[str, Tensor]):
             statistic=statistic if isinstance(statistic, str) else tuple(statistic),
             scale=_files.field(header, "scale", (float, dict, type(None)), path),
             norms=_files.field(header, "norms", dict, path),
+            options=_files.field(header, "options", (dict, type(None)), path),
+            pairs=pairs,
+            errors=errors,
+            degrees=_files.take(tensors, "degrees", (classes,), torch.float64, path) if has_errors else None,
         )
 
 
-def score(moments: Moments, *, bound: str = "minimax", witness: str | None = None, backend: str = "auto") -> Scores:
+def score(
+    moments: Moments | Sequence[Moments],
+    *,
+    bound: str = "minimax",
+    witness: str | None = None,
+    pairs: bool = False,
+    errors: bool = False,
+    shrinkage: str | float | None = "auto",
+    backend: str = "auto",
+    **options: Any,
+) -> Scores:
     """Score every component by a lower bound on the total variation between each class and the rest.
 
     Args:
-        moments: what `collect_moments` returned.
-        bound: "minimax" (the tightest from two moments) or "fisher" (the published DISCEDIT bound).
+        moments: what `collect_moments` returned; or blocks of samples, as from `collect_blocks`, which are scored
+            together and give standard errors by the jackknife.
+        bound: "minimax" (the tightest from two moments), "fisher" (the published DISCEDIT bound), or another of the
+            family, as for `ops.one_vs_rest`: "minimax_published", "robust", "hellinger", "witness",
+            "witness_published", "certified".
         witness: "quadratic" (t and t^2 of the pooled map t) or "linear" (t alone), of moments collected for either;
             "exp" or "vector" of moments collected for that. By default the moments' own, and "quadratic" of those that
-            serve both.
+            serve both; "linear" for the bounds of one number.
+        pairs: also score all pairs of classes, for the reductions "pairwise_min" and "pairwise_mean".
+        errors: also compute standard errors, from a single `Moments` by the delta method: for the bounds "minimax" and
+            "fisher" and the witnesses "linear" and "exp". Blocks always give errors, but for "certified".
+        shrinkage: for the witness "vector", how far covariances are drawn towards the identity, as in
+            `uncertainty.shrink`: "auto" where a class has no more samples than there are statistics, a number in 0..1
+            everywhere, None nowhere.
         backend: as in `discedit.ops`.
+        options: of the bound, as for `ops.one_vs_rest`. For "certified", alpha is shared over all scores of all layers,
+            those of pairs included; its ``value_range`` must be given unless witness="exp" and the statistic is never
+            negative.
 
     Returns:
         `Scores`. A class without samples has NaN scores, is reported in one warning, and is left out of every
         reduction; a class with one sample has no spread to judge by, which is reported in the same way.
 
     Raises:
-        ValueError: `moments` holds no layer, an argument is not one of its choices, or the witness is not one that the
-            moments were collected for.
+        ValueError: `moments` holds no layer, an argument is not one of its choices, the witness is not one that the
+            moments were collected for or that the bound can use, or errors were asked for where there is no formula.
+        TypeError: an option is not one of the bound's, or moments is neither a `Moments` nor a sequence of them.
 
     >>> import torch, discedit
     >>> moments, labels = discedit.Moments(2), torch.tensor([0, 0, 1, 1])
@@ -239,15 +363,35 @@ def score(moments: Moments, *, bound: str = "minimax", witness: str | None = Non
     tensor([[1., 1.],
             [0., 0.]], dtype=torch.float64)
     """
+    blocks = _blocks(moments)
+    moments = _together(blocks)
     if not moments:
         raise ValueError("score: moments must hold at least one layer, it is empty.")
-    witness = _witness(moments, witness)
+    witness = _witness(moments, witness, bound)
+    by_jackknife = len(blocks) > 1 and bound != "certified"
+    if errors and not by_jackknife:
+        _has_delta_method(bound, witness)
     fullest = max((state.count for state in moments.values()), key=lambda count: int(count.sum()))
     counts = fullest.detach().cpu().clone()
-    _report_thin_classes(counts)
-    values = {
-        layer: ops.one_vs_rest(state, bound=bound, witness=witness, backend=backend) for layer, state in moments.items()
-    }
+    _report_thin_classes(counts, len(blocks) if by_jackknife else 0)
+    if bound == "certified":
+        options = _certified_options(moments, witness, pairs, counts, options)
+    chosen: dict[str, Any] = {"bound": bound, "witness": witness, "backend": backend}
+    values, found_pairs, found_errors = {}, {}, {}
+    for layer, state in moments.items():
+        shrunk = _shrunk(state, shrinkage)
+        values[layer] = ops.one_vs_rest(shrunk, **chosen, **options)
+        if pairs:
+            least = ops.pairwise_min(shrunk, **chosen, **options)[0]
+            found_pairs[layer] = torch.stack([least, ops.pairwise_mean(shrunk, **chosen, **options)], dim=-1)
+        if by_jackknife:
+            parts = [block[layer] for block in blocks if layer in block]
+            found_errors[layer] = jackknife(parts, shrinkage=shrinkage, **chosen, **options)
+        elif errors:
+            found_errors[layer] = standard_error(_scalar(state), bound=bound, witness=witness)
+    degrees = torch.full((len(counts),), float(len(blocks) - 1), dtype=torch.float64)
+    if not by_jackknife:
+        degrees = (torch.minimum(counts, counts.sum() - counts) - 1).clamp(min=1).double()
     return Scores(
         values,
         {layer: _direction(state, -1 if witness == "exp" else 1) for layer, state in moments.items()},
@@ -257,22 +401,81 @@ def score(moments: Moments, *, bound: str = "minimax", witness: str | None = Non
         statistic=moments.statistic,
         scale=moments.scale,
         norms=dict(moments.norms),
+        options=options,
+        pairs=found_pairs,
+        errors=found_errors,
+        degrees=degrees,
     )
 
 
-def _witness(moments: Moments, witness: str | None) -> str:
+def _blocks(moments: Any) -> list[Moments]:
+    if isinstance(moments, Moments):
+        return [moments]
+    if not isinstance(moments, Sequence) or not all(isinstance(block, Moments) for block in moments):
+        raise TypeError(f"score: moments must be a Moments or a sequence of them, got {type(moments).__name__}.")
+    if not moments:
+        raise ValueError("score: moments must hold at least one block, it is empty.")
+    return list(moments)
+
+
+def _together(blocks: list[Moments]) -> Moments:
+    if len(blocks) == 1:
+        return blocks[0]
+    together = blocks[0].rows(slice(None))
+    for block in blocks[1:]:
+        together.merge(block)
+    return together
+
+
+def _scalar(state: State) -> ClassMoments:
+    assert isinstance(state, ClassMoments)  # of the witnesses "linear" and "exp"
+    return state
+
+
+def _shrunk(state: State, shrinkage: str | float | None) -> State:
+    return shrink(state, shrinkage) if isinstance(state, VectorMoments) and shrinkage is not None else state
+
+
+def _has_delta_method(bound: str, witness: str) -> None:
+    if bound not in ("minimax", "fisher") or witness not in ("linear", "exp"):
+        raise ValueError(
+            f"score: errors must be False for bound={bound!r} and witness={witness!r}, or moments blocks from "
+            f"collect_blocks: from one Moments errors have a formula for the bounds 'minimax' and 'fisher' and the "
+            f"witnesses 'linear' and 'exp' alone."
+        )
+
+
+def _certified_options(
+    moments: Moments, witness: str, pairs: bool, counts: Tensor, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Those of "certified", with one share of alpha for every number that `score` returns."""
+    names = (moments.statistic,) if isinstance(moments.statistic, str) else moments.statistic
+    if witness == "exp" and "value_range" not in options and names[0] not in NEVER_NEGATIVE:
+        raise ValueError(
+            f"score: value_range must be given for bound='certified' with statistic={names[0]!r}, which may be "
+            f"negative: value_range=(0, 1) says that exp(-scale t) never leaves it, because t is never negative."
+        )
+    classes = int((counts > 0).sum())
+    each = classes + (classes * (classes - 1) // 2 if pairs else 0)
+    values = each * sum(state.channels for state in moments.values())
+    return {"comparisons": max(1, values), **options}
+
+
+def _witness(moments: Moments, witness: str | None, bound: str) -> str:
+    _checks.choice("score", "bound", bound, _checks.BOUNDS)
     serves = ("quadratic", "linear") if moments.witness in ("quadratic", "linear") else (moments.witness,)
     if witness is None:
-        return serves[0]
+        witness = serves[-1 if bound in _checks.OF_ONE_NUMBER else 0]
     if witness not in serves:
         raise ValueError(
             f"score: witness must be one of {_checks.quoted(serves)} for moments collected with "
             f"witness={moments.witness!r}, got {witness!r}."
         )
+    _checks.fits("score", bound, witness)
     return witness
 
 
-def _report_thin_classes(counts: Tensor) -> None:
+def _report_thin_classes(counts: Tensor, blocks: int) -> None:
     empty = [k for k, n in enumerate(counts.tolist()) if n == 0]
     single = [k for k, n in enumerate(counts.tolist()) if n == 1]
     if empty:
@@ -284,6 +487,12 @@ def _report_thin_classes(counts: Tensor) -> None:
     if single:
         warnings.warn(
             f"score: classes with one sample: {single}. One sample shows no spread, so their scores are too high.",
+            stacklevel=3,
+        )
+    thin = [k for k, n in enumerate(counts.tolist()) if 0 < n < blocks]
+    if thin:
+        warnings.warn(
+            f"score: classes with fewer samples than there are blocks ({blocks}): {thin}. Their errors are NaN.",
             stacklevel=3,
         )
 

@@ -99,7 +99,7 @@ def test_every_op_has_a_reference_and_a_kernel():
 def test_doctor_tells_what_runs_and_why_not():
     report = doctor()
     assert "cpp        runs        discedit._cpu" in report
-    assert report.count("one_vs_rest, pairwise_min\n") == 2
+    assert report.count("one_vs_rest, one_vs_one, pairwise_min, pairwise_mean\n") == 2
     assert "cuda       cannot run  discedit._cuda" in report
     assert "triton     cannot run" in report
     assert "reference  runs" in report

@@ -12,8 +12,8 @@ ORDER = [
     "_state _checks _batches _files _measure",
     "kernels reference",
     "_backends",
-    "ops moments scores",
-    "collect recipe prune unlearn",
+    "ops moments uncertainty scores",
+    "collect recipe prune unlearn presets",
     "evaluate zoo demo cli __main__",
 ]
 RANK = {module: rank for rank, module in enumerate(" ".join(ORDER).split())}

@@ -123,7 +123,9 @@ def test_bad_input(function):
     op = function.__name__
     x, labels = torch.ones(2, 1), torch.tensor([0, 1])
     moments = ops.class_moments(x, labels, 2)
-    with pytest.raises(ValueError, match=rf"{op}: bound must be one of 'fisher', 'minimax', .*'certified', got 'chernoff'"):
+    with pytest.raises(
+        ValueError, match=rf"{op}: bound must be one of 'fisher', 'minimax', .*'certified', got 'chernoff'"
+    ):
         function(moments, bound="chernoff")
     for witness in ("cubic", "vector"):
         message = rf"{op}: witness must be one of 'linear', 'quadratic', 'exp' for ClassMoments, got '{witness}'"

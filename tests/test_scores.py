@@ -89,7 +89,9 @@ def test_reduce():
     assert scores.reduce("max")["a"].tolist() == [0.5, 0.2]
     assert scores.reduce("min")["a"].tolist() == [0.1, 0.2]
     torch.testing.assert_close(scores.reduce("mean")["a"], torch.tensor([0.3, 0.2], dtype=torch.float64))
-    with pytest.raises(ValueError, match="reduction must be one of 'max', 'mean', 'min', got 'sum'"):
+    with pytest.raises(
+        ValueError, match="reduction must be one of 'max', 'mean', 'min', 'pairwise_min', 'pairwise_mean', got 'sum'"
+    ):
         scores.reduce("sum")
 
 
