@@ -10,9 +10,10 @@ Forward passes only: no gradients, no loss, no training set.
 
 from importlib.metadata import version as _version
 
-from discedit import ops, uncertainty
+from discedit import ops, presets, uncertainty
 from discedit.collect import collect_blocks, collect_moments
 from discedit.moments import Moments
+from discedit.presets import preset
 from discedit.prune import prune
 from discedit.recipe import Edit, Recipe
 from discedit.scores import Scores, score
@@ -27,6 +28,8 @@ __all__ = [
     "collect_blocks",
     "collect_moments",
     "ops",
+    "preset",
+    "presets",
     "prune",
     "score",
     "uncertainty",

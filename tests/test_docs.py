@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from discedit import collect, ops, scores
+from discedit import collect, ops, presets, scores, uncertainty
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(("module", "examples"), [(ops, 18), (collect, 4), (scores, 4)])
+@pytest.mark.parametrize(
+    ("module", "examples"), [(ops, 30), (collect, 8), (scores, 4), (uncertainty, 10), (presets, 1)]
+)
 def test_docstring_examples(module, examples):
     result = doctest.testmod(module)
     assert result.attempted >= examples
