@@ -421,20 +421,26 @@ def _of_one_number(one: Kind, two: Kind, rule: Rule) -> Tensor:
 
 def _certified(one: ClassMoments, two: ClassMoments, n: list[Tensor], rule: Rule) -> Tensor:
     """Minimax in one dimension at the worst moments outside six events of probability exp(-log_term): for each law, its
-    deviation above `most` (Maurer and Pontil 2009, Theorem 10), its mean to either side beyond `error` (Bernstein)."""
+    deviation above `most` (Maurer and Pontil 2009, Theorem 10), its mean to either side beyond `error` (Bernstein). A
+    law on [0, 1] with mean m has variance m (1 - m) at most."""
     width, log_term = rule.high - rule.low, rule.log_term
     gap = (one.mean - two.mean).abs() / width
     gap = gap - ROUNDING_OF_MOMENTS * (one.mean.abs() + two.mean.abs()) / width
     total = torch.zeros_like(gap)
     for law, size in zip((one, two), n, strict=True):
         free = (size - 1).clamp(min=1)
+        from_middle = ((law.mean - rule.low) / width - 0.5).abs() * (1 - 4 * EPSILON)
         most = ((law.m2 / free).sqrt() / width + (2 * log_term / free).sqrt()).clamp(max=0.5)
-        gap = gap - most * (2 * log_term / size).sqrt() - log_term / (3 * size)
+        for _ in range(3):
+            error = most * (2 * log_term / size).sqrt() + log_term / (3 * size)
+            nearest = (from_middle - error).clamp(min=0)
+            most = torch.minimum(most, (0.25 - nearest**2).clamp(min=0).sqrt())
+        gap = gap - error
         total = total + most
     square = (gap.clamp(min=0) / total) ** 2
     enough = ((one.count > 1) & (two.count > 1))[:, None]
     finite = (one.mean + two.mean + one.m2 + two.m2).isfinite()
-    value = torch.where(enough, square / (1 + square) * (1 - 16 * EPSILON), 0.0)
+    value = torch.where(enough & (gap > 0), square / (1 + square) * (1 - 16 * EPSILON), 0.0)
     return torch.where(finite, value, torch.nan)
 
 

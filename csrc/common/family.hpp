@@ -239,7 +239,8 @@ DISCEDIT_HD_INLINE Real witness_between(bool published, const MomentsOf<Real>& o
 
 // Six events of probability exp(-log_term) each, three for a law: its deviation above `most` (Maurer and Pontil 2009,
 // Theorem 10: for independent samples, of one law or not), its mean to either side further than `error` (Bernstein).
-// Outside all six, the value is minimax in one dimension at moments no better than the true ones.
+// Outside all six, the value is minimax in one dimension at moments no better than the true ones. A law on [0, 1] with
+// mean m has variance m (1 - m) at most, which bounds the deviation once more, and that the mean.
 template <typename Real>
 DISCEDIT_HD_INLINE Real certified_between(const Rule& rule, const MomentsOf<Real>& one, const MomentsOf<Real>& two) {
   const double inverse = 1.0 / (rule.high - rule.low), l = rule.log_term;
@@ -247,16 +248,22 @@ DISCEDIT_HD_INLINE Real certified_between(const Rule& rule, const MomentsOf<Real
   MaskOf<Real> enough = Real(0) < Real(1);
   for (int side = 0; side < 2; ++side) {
     const MomentsOf<Real>& law = side == 0 ? one : two;
-    const Real deviation = square_root(law.m2 / (law.n - 1.0)) * inverse;
+    const Real deviation = square_root(law.m2 / (law.n - 1.0)) * inverse, mean = (law.mean - rule.low) * inverse;
+    const Real from_middle = absolute(mean - 0.5) * (1 - 4 * epsilon);
     most[side] = detail::smaller<Real>(deviation + square_root(2 * l / (law.n - 1.0)), Real(0.5));
-    error[side] = most[side] * square_root(2 * l / law.n) + l / (3.0 * law.n);
+    for (int round = 0; round < 3; ++round) {
+      error[side] = most[side] * square_root(2 * l / law.n) + l / (3.0 * law.n);
+      const Real nearest = larger(from_middle - error[side], Real(0));
+      const Real variance = larger(0.25 - nearest * nearest, Real(0));
+      most[side] = detail::smaller<Real>(square_root(variance), most[side]);
+    }
     enough = enough & (law.n > 1.0);
     finite_sum += law.mean * 0.0 + law.m2 * 0.0;
   }
   const Real rounding = rounding_of_moments * (absolute(one.mean) + absolute(two.mean)) * inverse;
   const Real gap = absolute(one.mean - two.mean) * inverse - rounding - error[0] - error[1];
   const Real k = larger(gap, Real(0)) / (most[0] + most[1]), square = k * k;
-  const Real value = select(enough, square / (1.0 + square) * (1 - 16 * epsilon), Real(0));
+  const Real value = select(enough & (gap > 0.0), square / (1.0 + square) * (1 - 16 * epsilon), Real(0));
   return select(finite_sum == 0.0, value, Real(not_a_number));
 }
 
