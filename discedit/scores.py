@@ -196,24 +196,25 @@ class Scores(Mapping[str, Tensor]):
             )
 
     def to_dataframe(self) -> Any:
-        """A pandas DataFrame with one row per (layer, channel, class). Needs pandas."""
+        """A pandas DataFrame with one row per (layer, channel, class), with standard errors where there are any. Needs
+        pandas."""
         import pandas as pd
 
         frames = []
+        errors = self.standard_error() if self.errors else {}
         for layer, values in self.items():
             channels, classes = values.shape
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "layer": layer,
-                        "channel": torch.arange(channels).repeat_interleave(classes).numpy(),
-                        "class": torch.arange(classes).repeat(channels).numpy(),
-                        "score": values.cpu().flatten().numpy(),
-                        "direction": self.direction[layer].cpu().flatten().numpy(),
-                        "samples": self.counts.cpu().repeat(channels).numpy(),
-                    }
-                )
-            )
+            columns = {
+                "layer": layer,
+                "channel": torch.arange(channels).repeat_interleave(classes).numpy(),
+                "class": torch.arange(classes).repeat(channels).numpy(),
+                "score": values.cpu().flatten().numpy(),
+                "direction": self.direction[layer].cpu().flatten().numpy(),
+                "samples": self.counts.cpu().repeat(channels).numpy(),
+            }
+            if errors:
+                columns["standard_error"] = errors[layer].cpu().flatten().numpy()
+            frames.append(pd.DataFrame(columns))
         return pd.concat(frames, ignore_index=True)
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, class_names: list[str] | None = None) -> Figure:
@@ -251,7 +252,9 @@ class Scores(Mapping[str, Tensor]):
         axes.set_xlabel("layer (channels, the most discriminative first)")
         axes.set_ylabel("class")
         axes.set_title(f"How well each component tells each class from the rest ({self.bound}, {self.witness})")
-        figure.colorbar(image, ax=axes, label="lower bound on total variation", pad=0.01)
+        bounds = self.bound != "hellinger"
+        label = "lower bound on total variation" if bounds else "squared Hellinger distance of Gaussians"
+        figure.colorbar(image, ax=axes, label=label, pad=0.01)
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=130)

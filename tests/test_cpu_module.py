@@ -9,6 +9,8 @@ import pytest
 
 from discedit import _cpu
 
+RULE = ("robust", 1.0, 0.0, 0.0, 0.0, 1.0)
+
 
 def state(classes, channels):
     return (np.zeros(classes, np.int64), *(np.zeros((classes, channels)) for _ in range(4)))
@@ -165,6 +167,48 @@ def read_only(array):
         (
             lambda: _cpu.one_vs_rest(state(2, 3), "chernoff", "linear", np.zeros((3, 2))),
             "bound must be 'fisher' or 'minimax', got 'chernoff'",
+        ),
+        (
+            lambda: _cpu.one_vs_one(state(2, 3), RULE, "linear", "sum", np.zeros(3), None),
+            "comparison must be with_rest, all_pairs, mean or least, got 'sum'",
+        ),
+        (
+            lambda: _cpu.one_vs_one(state(2, 3), RULE, "linear", "all_pairs", np.zeros((3, 2)), None),
+            r"out must hold 12 elements, got shape \(3, 2\)",
+        ),
+        (
+            lambda: _cpu.one_vs_one(state(2, 3), RULE, "linear", "least", np.zeros(3), np.zeros((2, 2), np.int64)),
+            r"pairs must hold 6 elements, got shape \(2, 2\)",
+        ),
+        (
+            lambda: _cpu.one_vs_one(state(2, 3), ("witness", *RULE[1:]), "quadratic", "mean", np.zeros(3), None),
+            "this bound takes the witness 'linear' alone, got 'quadratic'",
+        ),
+        (
+            lambda: _cpu.one_vs_one(vector(2, 2, 3), ("certified", *RULE[1:]), "vector", "mean", np.zeros(3), None),
+            "this bound takes the witness 'linear' alone, got 'vector'",
+        ),
+        (
+            lambda: _cpu.one_vs_one(state(2, 3), ("chernoff", *RULE[1:]), "linear", "mean", np.zeros(3), None),
+            "rule must name a member of the family of bounds, got 'chernoff'",
+        ),
+        (
+            lambda: _cpu.one_vs_one(state(2, 3), RULE[:3], "linear", "mean", np.zeros(3), None),
+            r"rule must be \(name, radius, rho, log_term, low, high\)",
+        ),
+        (
+            lambda: _cpu.member(RULE, *[np.zeros((2, 1)), np.zeros((2, 1, 1))] * 2, np.zeros(3), np.zeros(2)),
+            r"radius must hold 2 elements, got shape \(3,\)",
+        ),
+        (
+            lambda: _cpu.member(
+                ("witness", *RULE[1:]), *[np.zeros((2, 1)), np.zeros((2, 1, 1))] * 2, None, np.zeros(2)
+            ),
+            "member: this one takes no covariances",
+        ),
+        (
+            lambda: _cpu.witness(True, np.zeros(3), np.zeros(3), np.zeros(2), np.zeros(3), np.zeros(3)),
+            r"mean2 must hold 3 elements, got shape \(2,\)",
         ),
         (
             lambda: _cpu.bound("fisher", np.zeros((1, 33)), np.zeros((1, 33, 33)), 0, 0, np.zeros(1)),

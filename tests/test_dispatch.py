@@ -52,6 +52,22 @@ DIGEST = textwrap.dedent(
                     _cpu.pairwise_min(state, bound, witness, values, pairs)
                     for array in (out, values, pairs):
                         digest.update(array.tobytes())
+            family = [("minimax_published", 0, 0, 0, 0, 1), ("robust", 1.5, 0.1, 0, 0, 1), ("hellinger", 0, 0, 0, 0, 1)]
+            of_one_number = [("witness", 0, 0, 0, 0, 1), ("witness_published", 0, 0, 0, 0, 1)]
+            of_one_number.append(("certified", 0, 0, 3.0, -50.0, 50.0))
+            for rule in family + of_one_number:
+                for state, witness in ((merged, "linear"), (scalar, "quadratic"), (vector, "vector")):
+                    if rule in of_one_number and witness != "linear":
+                        continue
+                    pairs = np.empty((channels, 2), np.int64)
+                    rest, all_pairs = np.empty((channels, 3)), np.empty((channels, 3, 3))
+                    least, mean = np.empty(channels), np.empty(channels)
+                    _cpu.one_vs_one(state, rule, witness, "with_rest", rest, None)
+                    _cpu.one_vs_one(state, rule, witness, "all_pairs", all_pairs, None)
+                    _cpu.one_vs_one(state, rule, witness, "mean", mean, None)
+                    _cpu.one_vs_one(state, rule, witness, "least", least, pairs)
+                    for array in (rest, all_pairs, mean, least, pairs):
+                        digest.update(array.tobytes())
     for d in (1, 2, 3, 4, 5, 8, 12, 20):
         root = rng.normal(size=(2, 33, d, d))
         cov = root @ root.transpose(0, 1, 3, 2)
@@ -59,6 +75,14 @@ DIGEST = textwrap.dedent(
         for bound in ("fisher", "minimax"):
             out = np.empty(33)
             _cpu.bound(bound, mean[0], cov[0], mean[1], cov[1], out)
+            digest.update(out.tobytes())
+        for rule in (("robust", 0, 0.2, 0, 0, 1), ("hellinger", 0, 0, 0, 0, 1), ("minimax_published", 0, 0, 0, 0, 1)):
+            _cpu.member(rule, mean[0], cov[0], mean[1], cov[1], np.abs(mean[0][:, 0]).copy(), out)
+            digest.update(out.tobytes())
+        second = mean**2 + 1
+        for published in (False, True):
+            one = [array[:, 0].copy() for array in (mean[0], second[0], mean[1], second[1])]
+            _cpu.witness(published, *one, out)
             digest.update(out.tobytes())
     print(digest.hexdigest(), _cpu.instruction_set())
     """

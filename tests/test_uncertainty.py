@@ -306,6 +306,8 @@ def test_scores_with_errors_and_pairs_are_saved_whole(tmp_path):
     for reduction, column in (("pairwise_min", 0), ("pairwise_mean", 1)):
         assert torch.equal(again.reduce(reduction)["0"], scores.pairs["0"][:, column])
     ours = again.standard_error()["0"]
+    table = again.to_dataframe()
+    assert table["standard_error"][table["layer"] == "0"].tolist() == ours.flatten().tolist()
     r = uncertainty.separation(scores["0"])
     torch.testing.assert_close(ours, 2 * r / (1 + r**2) ** 2 * scores.errors["0"])
 
