@@ -495,7 +495,7 @@ def test_pairwise_min_matches_the_reference(cuda, bound, witness, classes, chann
     assert pairs[0].tolist() == first[0].tolist() == state.count.nonzero()[:2, 0].tolist()  # of equals, the first
     for channel, (i, j) in enumerate(pairs.tolist()):
         one, two = (reference._classes(state, torch.tensor([k])) for k in (i, j))
-        attained = reference._between(one, two, bound, witness)[0, channel]
+        attained = reference._between(one, two, Rule(bound), witness)[0, channel]
         torch.testing.assert_close(attained, least[channel], rtol=1e-8, atol=1e-11)
 
 
