@@ -16,10 +16,11 @@ from torch.nn.modules.conv import _ConvNd
 from discedit import _checks
 from discedit._batches import call, device_of, first_tensor, map_tensors, moved, split, undisturbed
 from discedit._measure import count_macs
+from discedit._repair import repaired
 from discedit.recipe import Edit, Operation, Recipe, architecture_of
 from discedit.scores import REDUCTIONS, Scores
 
-REPAIRS = ("auto", "none", "batchnorm")
+REPAIRS = ("auto", "none", "mean", "batchnorm", "least_squares")
 
 
 def prune(
@@ -50,8 +51,13 @@ def prune(
             checks the removal: real or random inputs, since components that are silent on them pass unchecked.
         data: batches (labels are not used) for the repair.
         reduction: how a component's scores over classes become one number, see `Scores.reduce`.
-        repair: what follows the removal. "batchnorm": re-estimate the statistics of batch norms on `data`. "none".
-            "auto": "batchnorm" when data is given and the model has batch norms, else "none".
+        repair: what follows the removal, in closed form. "least_squares": the weights of the layers that read removed
+            components, so that they give what they gave before from the components that are left. "mean": their biases
+            alone, which then carry the mean of what was removed. Both take these layers in the order in which they
+            run, on up to 1,024 samples of `data`; Conv2d (not in groups) and Linear, with a bias or a batch norm behind
+            them; others are left as they are and named in the recipe's settings. "batchnorm": re-estimate the
+            statistics of batch norms on all of `data`. "none". "auto": "batchnorm" when data is given and the model has
+            batch norms, else "none".
         layers: names of the layers to prune, by default all in `scores` that can be.
 
     Returns:
@@ -68,8 +74,8 @@ def prune(
     ratio = float(ratio)
     _checks.choice("prune", "reduction", reduction, REDUCTIONS)
     _checks.choice("prune", "repair", repair, REPAIRS)
-    if repair == "batchnorm" and data is None:
-        raise ValueError("prune: repair='batchnorm' needs data to estimate statistics on, got data=None.")
+    if repair not in ("auto", "none") and data is None:
+        raise ValueError(f"prune: repair={repair!r} needs data to estimate statistics on, got data=None.")
     if repair == "auto":
         repair = "batchnorm" if data is not None and _batch_norms(model) else "none"
     chosen = check_layers("prune", model, scores, layers)
@@ -93,6 +99,7 @@ def prune(
             f"prune: ratio must be at least {1 / widest:.3g} to remove a component of the widest layer "
             f"({widest} components), got {ratio!r}."
         )
+    readers = {layer: tracer.consumers({layer: channels}) for layer, channels in components.items()}
     operations, failed = _plan(model, example_inputs, components, tracer)
     skipped |= failed
     if layers is not None and skipped:
@@ -116,7 +123,10 @@ def prune(
     )
     edit = recipe.apply(model)
     if repair == "batchnorm" and data is not None:
-        edit.recipe.operations.extend(_reestimate_batch_norms(edit, data))
+        _reestimate_batch_norms(edit, data)
+    elif repair in ("mean", "least_squares") and data is not None:
+        names = [name for layer in components for name, _ in readers[layer]]
+        _repair(model, edit, names, scores.norms, data, weights=repair == "least_squares")
     result = edit.recipe.apply(model, inplace=True) if inplace else edit
     result.skipped = skipped
     result.widths = {layer: len(reduced[layer]) for layer in components}
@@ -384,8 +394,8 @@ def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def _reestimate_batch_norms(edit: Edit, data: Iterable[Any]) -> list[Operation]:
-    """Averages each batch norm's statistics over `data`, in one pass; returns the operations that do the same.
+def _reestimate_batch_norms(edit: Edit, data: Iterable[Any]) -> None:
+    """Averages each batch norm's statistics over `data`, in one pass, and adds to the recipe what does the same.
 
     Batch averages, weighted by samples. A batch of a single sample, which may have no variance, is left out.
     """
@@ -420,11 +430,38 @@ def _reestimate_batch_norms(edit: Edit, data: Iterable[Any]) -> list[Operation]:
             "prune: data must give at least one batch of two samples to re-estimate batch norms on, it gave "
             f"{index + 1} batches, none of them so large."
         )
-    operations = []
-    first = len(edit.recipe.operations)
-    for offset, (name, old) in enumerate(before.items()):
-        owner, _, buffer = name.rpartition(".")
-        edit.recipe.tensors[f"set.{first + offset}"] = getattr(norms[owner], buffer).detach().cpu().clone()
-        edit.recipe.tensors[f"undo.{first + offset}"] = old.cpu()
-        operations.append(Operation("set", name))
-    return operations
+    _record(edit, before, {name: _tensor(edit.model, name) for name in before})
+
+
+def _repair(
+    model: nn.Module, edit: Edit, names: list[str], norms: dict[str, str], data: Iterable[Any], *, weights: bool
+) -> None:
+    """Repairs the layers that read removed components, and adds to the recipe what does the same."""
+    owners = {*names, *(norms[name] for name in names if name in norms)}
+    before = {
+        f"{owner}.{name}": tensor.detach().clone()
+        for owner in owners
+        for name, tensor in [
+            *edit.model.get_submodule(owner).named_parameters(recurse=False),
+            *edit.model.get_submodule(owner).named_buffers(recurse=False),
+        ]
+    }
+    result = repaired(model, edit.model, names, edit.recipe.components, norms, data, weights=weights)
+    if result.skipped:
+        edit.recipe.settings["unrepaired"] = result.skipped
+    _record(edit, {name: before[name] for name in result.values}, result.values)
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(owner), attribute)
+    return tensor
+
+
+def _record(edit: Edit, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    """Adds to the recipe that these tensors were replaced."""
+    for name, old in before.items():
+        index = len(edit.recipe.operations)
+        edit.recipe.tensors[f"set.{index}"] = after[name].detach().cpu().clone()
+        edit.recipe.tensors[f"undo.{index}"] = old.cpu()
+        edit.recipe.operations.append(Operation("set", name))

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each may import those before it. Names are modules of the package; "kernels" is the folder of that name.
 ORDER = [
-    "_state _checks _batches _files _measure",
+    "_state _checks _batches _files _measure _repair",
     "kernels reference",
     "_backends",
     "ops moments uncertainty scores",
