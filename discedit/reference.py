@@ -160,11 +160,15 @@ def robust_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, radiu
 def witness_bound(mean1: Tensor, second1: Tensor, mean2: Tensor, second2: Tensor, published: bool) -> Tensor:
     """From raw second moments."""
     mean1, second1, mean2, second2 = (moment.double() for moment in (mean1, second1, mean2, second2))
+    finite = mean1.isfinite() & mean2.isfinite() & second1.isfinite() & second2.isfinite()
+    unit = torch.maximum(second1, second2).sqrt()
+    inverse = torch.where(unit > torch.finfo(torch.float64).tiny, 1 / unit, 0.0)
+    mean1, mean2 = mean1 * inverse, mean2 * inverse
+    second1, second2 = second1 * inverse * inverse, second2 * inverse * inverse
     rounding = ROUNDING_OF_MOMENTS * (mean1.abs() + mean2.abs())
     gap = ((mean1 - mean2).abs() - rounding).clamp(min=0)
     below = 2 * (second1 + second2) if published else (second1.sqrt() + second2.sqrt()) ** 2
     value = torch.where(gap > 0, gap**2 / (below * (1 + 4 * EPSILON + ROUNDING_OF_MOMENTS)), 0.0).clamp(max=1)
-    finite = mean1.isfinite() & mean2.isfinite() & second1.isfinite() & second2.isfinite()
     return torch.where(finite, value, torch.nan)
 
 
@@ -230,7 +234,9 @@ def _robust(
 ) -> Tensor:
     """F / (2 + F) at the worst means within `radius` of each other's, variances raised by rho, by the secular equation
     mu |u| = radius, u = (cov1 + cov2 + (rho + mu) I)^-1 delta, in the eigenvectors of cov1 + cov2."""
-    total = cov1 + cov2 + rho * torch.eye(delta.shape[-1], dtype=delta.dtype, device=delta.device)
+    raised = cov1 + rho * torch.eye(delta.shape[-1], dtype=delta.dtype, device=delta.device)
+    without_ball = _fisher(delta, noise, raised, cov2)  # then each coordinate may have its own unit
+    total = raised + cov2
     radius = torch.as_tensor(radius, dtype=delta.dtype, device=delta.device).expand(delta.shape[:-1])
     variances = torch.diagonal(total, dim1=-2, dim2=-1)
     defined = delta.isfinite().all(-1) & total.isfinite().all(-1).all(-1) & radius.isfinite()
@@ -260,7 +266,8 @@ def _robust(
     gap = (_gap(u, delta, noise) - radius[..., 0] * (1 + 4 * EPSILON)).clamp(min=0)
     ratio = torch.maximum(ratio, torch.where(gap > 0, gap**2 / _variance(u, total), 0.0))
     verdict = torch.where(defined, torch.where(separated & apart, 1.0, 0.0), torch.nan).to(delta.dtype)
-    return torch.where(apart | ~defined, _finish(ratio / 2, verdict), 0.0)
+    value = torch.where(apart | ~defined, _finish(ratio / 2, verdict), 0.0)
+    return torch.where(radius[..., 0] == 0, without_ball, value)
 
 
 def _scale(delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -58,7 +58,9 @@ DISCEDIT_HD_INLINE void shifted_direction(const Ball<Real, Size>& ball, int d, R
     const Real deviation = square_root(larger(ball.total[lower(i, i)], Real(0)) + shift);
     unit[i] = select(deviation > 0.0, 1.0 / deviation, Real(0));
     for (int j = 0; j < i; ++j) matrix[lower(i, j)] = ball.total[lower(i, j)] * unit[i] * unit[j];
-    matrix[lower(i, i)] = 1.0 + 2 * d * epsilon;
+    // Off coordinates whose difference is mostly noise, as in bounds.hpp.
+    const Real noise = ball.noise[i] * unit[i];
+    matrix[lower(i, i)] = 1.0 + 2 * d * epsilon + noise * noise;
     u[i] = ball.delta[i] * unit[i];
   }
   cholesky_solve<Real, Size>(matrix, u, d, 2 * d * epsilon);
@@ -93,6 +95,8 @@ DISCEDIT_HD_INLINE Real robust_of(const LawPair<Real, Size>& laws, Real radius, 
   for (int i = 0; i < d; ++i) {
     const Real total = laws.cov1[lower(i, i)] + laws.cov2[lower(i, i)];
     finite = finite & (total < infinity) & (absolute(laws.delta[i]) < infinity);
+    for (int j = 0; j < i; ++j)
+      finite = finite & (absolute(laws.cov1[lower(i, j)] + laws.cov2[lower(i, j)]) < infinity);
     most = larger(total, most);
     largest = larger(absolute(laws.delta[i]), largest);
   }
@@ -153,8 +157,17 @@ DISCEDIT_HD_INLINE Real robust_of(const LawPair<Real, Size>& laws, Real radius, 
       mu = select(active, next, mu);
     }
   }
-  const Real value = select(separated, Real(1), detail::saturate<Real>(gap, 2 * variance));
-  return select(finite, select(apart, value, Real(0)), Real(not_a_number));
+  Real value = select(separated, Real(1), detail::saturate<Real>(gap, 2 * variance));
+  value = select(apart, value, Real(0));
+  if (any(radius == 0.0)) {  // without a ball each coordinate may have its own unit
+    LawPair<Real, Size> raised = laws;
+    for (int i = 0; i < d; ++i) {
+      raised.cov1[lower(i, i)] += 0.5 * rho;
+      raised.cov2[lower(i, i)] += 0.5 * rho;
+    }
+    value = select(radius == 0.0, bound_of(Bound::fisher, raised, d), value);
+  }
+  return select(finite, value, Real(not_a_number));
 }
 
 // Directions in which neither law varies drop out, or decide alone where the means differ along them. Where one law
@@ -162,31 +175,33 @@ DISCEDIT_HD_INLINE Real robust_of(const LawPair<Real, Size>& laws, Real radius, 
 template <typename Real, int Size>
 DISCEDIT_HD_INLINE Real hellinger_of(const LawPair<Real, Size>& laws, int d) {
   const detail::ScaledPair<Real, Size> pair = detail::scale_pair(laws, d);
-  const double least = 32 * d * epsilon;  // a pivot that rounding may have left of a dependent coordinate
   Real total[lower(Size, 0)], one[lower(Size, 0)], two[lower(Size, 0)], y[Size];
+  Real error[Size], error1[Size], error2[Size];  // what rounding may have left of a pivot
   MaskOf<Real> kept[Size];
   Real ratio = 1, distance = 0;
   for (int i = 0; i < d; ++i) {
     y[i] = pair.delta[i];
+    error[i] = 32 * d * epsilon;
     for (int j = 0; j <= i; ++j) total[lower(i, j)] = pair.cov1[lower(i, j)] + pair.cov2[lower(i, j)];
   }
-  const auto eliminate = [&](Real(&a)[lower(Size, 0)], int j, Real inverse, Real* x) {
+  const auto eliminate = [&](Real(&a)[lower(Size, 0)], Real(&left)[Size], int j, Real inverse, Real* x) {
     for (int i = d - 1; i > j; --i) {
       const Real factor = a[lower(i, j)] * inverse;
+      left[i] += factor * (factor * left[j]) + 4 * epsilon * absolute(factor * a[lower(i, j)]);
       for (int k = j + 1; k <= i; ++k) a[lower(i, k)] -= factor * a[lower(k, j)];
       if (x) x[i] -= factor * x[j];
     }
   };
   for (int j = 0; j < d; ++j) {
-    const Real pivot = total[lower(j, j)];
+    const Real pivot = total[lower(j, j)], least = error[j];
     kept[j] = pivot > least;
     // Of a dependent coordinate, what rounding cannot have left.
     const Real left = larger(absolute(y[j]) - 64 * d * epsilon - pair.charge[j], Real(0));
     const Real residual = select(kept[j], y[j], left);
-    distance += residual * residual / larger(pivot, Real(least));
-    eliminate(total, j, select(kept[j], 1.0 / larger(pivot, Real(least)), Real(0)), y);
+    distance += residual * residual / larger(pivot, least);
+    eliminate(total, error, j, select(kept[j], 1.0 / larger(pivot, least), Real(0)), y);
   }
-  for (int i = 0; i < d; ++i)
+  for (int i = 0; i < d; ++i) {
     for (int j = 0; j <= i; ++j) {
       const MaskOf<Real> both = kept[i] & kept[j];
       const Real instead = i == j ? 0.5 : 0.0;
@@ -194,17 +209,17 @@ DISCEDIT_HD_INLINE Real hellinger_of(const LawPair<Real, Size>& laws, int d) {
       two[lower(i, j)] = select(both, pair.cov2[lower(i, j)], instead);
       total[lower(i, j)] = one[lower(i, j)] + two[lower(i, j)];
     }
+    error1[i] = 32 * d * epsilon * one[lower(i, i)];
+    error2[i] = 32 * d * epsilon * two[lower(i, i)];
+  }
   for (int j = 0; j < d; ++j) {
-    const auto pivot_of = [&](Real(&a)[lower(Size, 0)], Real own) {
-      return select(a[lower(j, j)] > least * own, a[lower(j, j)], Real(0));
-    };
-    const Real own1 = select(kept[j], pair.cov1[lower(j, j)], Real(0)),
-               own2 = select(kept[j], pair.cov2[lower(j, j)], Real(0));
-    const Real p1 = pivot_of(one, own1), p2 = pivot_of(two, own2), both = total[lower(j, j)];
+    const Real both = total[lower(j, j)];
+    const Real p1 = select(one[lower(j, j)] > error1[j], one[lower(j, j)], Real(0));
+    const Real p2 = select(two[lower(j, j)] > error2[j], two[lower(j, j)], Real(0));
     ratio *= 4 * (p1 / both) * (p2 / both);
-    eliminate(one, j, select(p1 > 0.0, 1.0 / p1, Real(0)), nullptr);
-    eliminate(two, j, select(p2 > 0.0, 1.0 / p2, Real(0)), nullptr);
-    eliminate(total, j, 1.0 / both, nullptr);
+    eliminate(one, error1, j, select(p1 > 0.0, 1.0 / p1, Real(0)), nullptr);
+    eliminate(two, error2, j, select(p2 > 0.0, 1.0 / p2, Real(0)), nullptr);
+    eliminate(total, error, j, 1.0 / both, nullptr);
   }
   const Real affinity = square_root(square_root(larger(ratio, Real(0)))) * exponential(-0.25 * distance);
   const Real value = larger(1.0 - affinity, Real(0));
@@ -217,9 +232,13 @@ template <typename Real>
 DISCEDIT_HD_INLINE Real witness_of(bool published, Real mean1, Real second1, Real mean2, Real second2) {
   const MaskOf<Real> finite =
       (absolute(mean1) < infinity) & (absolute(mean2) < infinity) & (second1 < infinity) & (second2 < infinity);
-  const Real gap = larger(absolute(mean1 - mean2) - rounding_of_moments * (absolute(mean1) + absolute(mean2)), Real(0));
-  const Real root = square_root(second1) + square_root(second2);
-  const Real below = (published ? 2 * (second1 + second2) : root * root) * (1 + 4 * epsilon + rounding_of_moments);
+  const Real unit = square_root(larger(second1, second2));
+  const Real inverse = select(unit > std::numeric_limits<double>::min(), 1.0 / unit, Real(0));
+  const Real one = mean1 * inverse, two = mean2 * inverse;
+  const Real square1 = second1 * inverse * inverse, square2 = second2 * inverse * inverse;
+  const Real gap = larger(absolute(one - two) - rounding_of_moments * (absolute(one) + absolute(two)), Real(0));
+  const Real root = square_root(square1) + square_root(square2);
+  const Real below = (published ? 2 * (square1 + square2) : root * root) * (1 + 4 * epsilon + rounding_of_moments);
   const Real value = select(gap > 0.0, detail::smaller<Real>(gap * gap / below, Real(1)), Real(0));
   return select(finite, value, Real(not_a_number));
 }
