@@ -437,6 +437,7 @@ def _certified(one: ClassMoments, two: ClassMoments, n: list[Tensor], rule: Rule
     for law, size in zip((one, two), n, strict=True):
         free = (size - 1).clamp(min=1)
         from_middle = ((law.mean - rule.low) / width - 0.5).abs() * (1 - 4 * EPSILON)
+        from_middle = from_middle - ROUNDING_OF_MOMENTS * (law.mean.abs() + abs(rule.low)) / width
         most = ((law.m2 / free).sqrt() / width + (2 * log_term / free).sqrt()).clamp(max=0.5)
         for _ in range(3):
             error = most * (2 * log_term / size).sqrt() + log_term / (3 * size)

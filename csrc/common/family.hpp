@@ -268,7 +268,8 @@ DISCEDIT_HD_INLINE Real certified_between(const Rule& rule, const MomentsOf<Real
   for (int side = 0; side < 2; ++side) {
     const MomentsOf<Real>& law = side == 0 ? one : two;
     const Real deviation = square_root(law.m2 / (law.n - 1.0)) * inverse, mean = (law.mean - rule.low) * inverse;
-    const Real from_middle = absolute(mean - 0.5) * (1 - 4 * epsilon);
+    const Real from_middle = absolute(mean - 0.5) * (1 - 4 * epsilon) -
+                             rounding_of_moments * (absolute(law.mean) + absolute(Real(rule.low))) * inverse;
     most[side] = detail::smaller<Real>(deviation + square_root(2 * l / (law.n - 1.0)), Real(0.5));
     for (int round = 0; round < 3; ++round) {
       error[side] = most[side] * square_root(2 * l / law.n) + l / (3.0 * law.n);
