@@ -223,8 +223,11 @@ def _hellinger(delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor) -> Tens
     left = torch.diag_embed(torch.where(kept, 0.0, 0.5))
     ratio = torch.ones_like(distance)
     for cov in (s1, s2):
-        shares = torch.linalg.eigvalsh(whiten.mT @ cov @ whiten + left)
-        ratio = ratio * (2 * torch.where(shares > least, shares, 0.0)).prod(-1)
+        own = whiten.mT @ cov @ whiten
+        size = torch.diagonal(own, dim1=-2, dim2=-1).sum(-1)  # so that rounding is judged by the law's own variance
+        size = torch.where(size > 0, size, 1.0)
+        shares = torch.linalg.eigvalsh(own / size[..., None, None] + left)
+        ratio = ratio * (2 * torch.where(shares > least, shares, 0.0)).prod(-1) * size ** kept.sum(-1)
     affinity = ratio.clamp(max=1) ** 0.25 * torch.exp(-distance / 4)
     return torch.where(verdict == 0, (1 - affinity).clamp(min=0), verdict)
 
