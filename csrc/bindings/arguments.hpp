@@ -50,6 +50,29 @@ inline Rule rule_named(const py::tuple& of) {
   throw py::value_error("rule must name a member of the family of bounds, got '" + name + "'.");
 }
 
+// Pairs of laws, borrowed: means (pairs, d) and covariances (pairs, d, d), float64.
+struct ExplicitLaws {
+  ExplicitLaws(const py::object& a, const py::object& b, const py::object& c, const py::object& e, const char* op,
+               int most, Memory memory = Memory::host)
+      : arrays{Array(a, op, "mean1", false, memory), Array(b, op, "cov1", false, memory),
+               Array(c, op, "mean2", false, memory), Array(e, op, "cov2", false, memory)} {
+    const TensorView& first = arrays[0].view;
+    if (first.axes != 2 || first.shape[1] < 1 || first.shape[1] > most)
+      throw py::value_error(std::string(op) + ": mean1 must have shape (pairs, d) with d in 1.." +
+                            std::to_string(most) + ", got " + first.shape_text() + ".");
+    pairs = first.shape[0];
+    d = static_cast<int>(first.shape[1]);
+    mean1 = contiguous_data<double>(first, pairs * d, op, "mean1");
+    cov1 = contiguous_data<double>(arrays[1].view, pairs * d * d, op, "cov1");
+    mean2 = contiguous_data<double>(arrays[2].view, pairs * d, op, "mean2");
+    cov2 = contiguous_data<double>(arrays[3].view, pairs * d * d, op, "cov2");
+  }
+  Array arrays[4];
+  std::int64_t pairs;
+  int d;
+  const double *mean1, *cov1, *mean2, *cov2;
+};
+
 inline void check_map(const TensorView& x, int channel_axis, const char* op) {
   if (x.axes < 2 || channel_axis < 1 || channel_axis >= x.axes)
     throw py::value_error(std::string(op) + ": channel_axis must lie in 1.." + std::to_string(x.axes - 1) +

@@ -93,43 +93,29 @@ void bind_bound(const std::string& bound, const py::object& mean1, const py::obj
                 const py::object& cov2, const py::object& out, int threads) {
   const char* op = "bound";
   const Bound which = bound_named(bound);
-  const Array a(mean1, op, "mean1"), b(cov1, op, "cov1"), c(mean2, op, "mean2"), e(cov2, op, "cov2");
+  const ExplicitLaws laws(mean1, cov1, mean2, cov2, op, max_dimension);
   const Array result(out, op, "out", true);
-  if (a.view.axes != 2 || a.view.shape[1] < 1 || a.view.shape[1] > max_dimension)
-    throw py::value_error("bound: mean1 must have shape (pairs, d) with d in 1..32, got " + a.view.shape_text() + ".");
-  const std::int64_t pairs = a.view.shape[0], d = a.view.shape[1];
-  const auto* first = contiguous_data<double>(a.view, pairs * d, op, "mean1");
-  const auto* second = contiguous_data<double>(b.view, pairs * d * d, op, "cov1");
-  const auto* third = contiguous_data<double>(c.view, pairs * d, op, "mean2");
-  const auto* fourth = contiguous_data<double>(e.view, pairs * d * d, op, "cov2");
-  double* data = contiguous_data<double>(result.view, pairs, op, "out");
+  double* data = contiguous_data<double>(result.view, laws.pairs, op, "out");
   const py::gil_scoped_release release;
-  ops().batched_bound(which, pairs, static_cast<int>(d), first, second, third, fourth, data, threads);
+  ops().batched_bound(which, laws.pairs, laws.d, laws.mean1, laws.cov1, laws.mean2, laws.cov2, data, threads);
 }
 
 void bind_member(const py::tuple& of, const py::object& mean1, const py::object& cov1, const py::object& mean2,
                  const py::object& cov2, const py::object& radius, const py::object& out, int threads) {
   const char* op = "member";
   const Rule rule = rule_named(of);
-  const Array a(mean1, op, "mean1"), b(cov1, op, "cov1"), c(mean2, op, "mean2"), e(cov2, op, "cov2");
-  const Array result(out, op, "out", true);
   if (rule.member >= Member::witness) throw py::value_error("member: this one takes no covariances.");
-  if (a.view.axes != 2 || a.view.shape[1] < 1 || a.view.shape[1] > max_dimension)
-    throw py::value_error("member: mean1 must have shape (pairs, d) with d in 1..32, got " + a.view.shape_text() + ".");
-  const std::int64_t pairs = a.view.shape[0], d = a.view.shape[1];
-  const auto* first = contiguous_data<double>(a.view, pairs * d, op, "mean1");
-  const auto* second = contiguous_data<double>(b.view, pairs * d * d, op, "cov1");
-  const auto* third = contiguous_data<double>(c.view, pairs * d, op, "mean2");
-  const auto* fourth = contiguous_data<double>(e.view, pairs * d * d, op, "cov2");
+  const ExplicitLaws laws(mean1, cov1, mean2, cov2, op, max_dimension);
+  const Array result(out, op, "out", true);
   std::optional<Array> balls;
   const double* radii = nullptr;
   if (!radius.is_none()) {
     balls.emplace(radius, op, "radius");
-    radii = contiguous_data<double>(balls->view, pairs, op, "radius");
+    radii = contiguous_data<double>(balls->view, laws.pairs, op, "radius");
   }
-  double* data = contiguous_data<double>(result.view, pairs, op, "out");
+  double* data = contiguous_data<double>(result.view, laws.pairs, op, "out");
   const py::gil_scoped_release release;
-  ops().batched_member(rule, pairs, static_cast<int>(d), first, second, third, fourth, radii, data, threads);
+  ops().batched_member(rule, laws.pairs, laws.d, laws.mean1, laws.cov1, laws.mean2, laws.cov2, radii, data, threads);
 }
 
 void bind_witness(bool published, const py::object& mean1, const py::object& second1, const py::object& mean2,

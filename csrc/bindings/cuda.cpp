@@ -153,20 +153,14 @@ void bind_bound(const std::string& bound, const py::object& mean1, const py::obj
                 const py::object& cov2, const py::object& out, std::uintptr_t stream) {
   const char* op = "bound";
   const Bound which = bound_named(bound);
-  const DeviceArray a(mean1, op, "mean1"), b(cov1, op, "cov1"), c(mean2, op, "mean2"), e(cov2, op, "cov2");
+  const ExplicitLaws laws(mean1, cov1, mean2, cov2, op, cuda::most_dimensions, Memory::device);
   const DeviceArray result(out, op, "out", true);
-  if (a.view.axes != 2 || a.view.shape[1] < 1 || a.view.shape[1] > cuda::most_dimensions)
-    throw py::value_error("bound: mean1 must have shape (pairs, d) with d in 1..8, got " + a.view.shape_text() + ".");
-  const std::int64_t pairs = a.view.shape[0], d = a.view.shape[1];
-  const auto* first = contiguous_data<double>(a.view, pairs * d, op, "mean1");
-  const auto* second = contiguous_data<double>(b.view, pairs * d * d, op, "cov1");
-  const auto* third = contiguous_data<double>(c.view, pairs * d, op, "mean2");
-  const auto* fourth = contiguous_data<double>(e.view, pairs * d * d, op, "cov2");
-  double* data = contiguous_data<double>(result.view, pairs, op, "out");
-  const int device = common_device(op, {&a, &b, &c, &e, &result});
+  double* data = contiguous_data<double>(result.view, laws.pairs, op, "out");
+  const Array* of = laws.arrays;
+  const int device = common_device(op, {&of[0], &of[1], &of[2], &of[3], &result});
   const py::gil_scoped_release release;
   const cuda::OnDevice current(device, op);
-  cuda::batched_bound(which, pairs, static_cast<int>(d), first, second, third, fourth, data, stream_of(stream));
+  cuda::batched_bound(which, laws.pairs, laws.d, laws.mean1, laws.cov1, laws.mean2, laws.cov2, data, stream_of(stream));
 }
 
 }  // namespace
