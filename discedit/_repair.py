@@ -105,15 +105,20 @@ def repaired(
     return result
 
 
+def samples_of(inputs: Any) -> int:
+    """Size of the first axis of the first tensor."""
+    first = first_tensor(inputs)
+    if first is None or not first.ndim:
+        raise ValueError(f"prune: data must give tensors with a sample axis, got {type(inputs).__name__}.")
+    return len(first)
+
+
 def _first_batches(data: Iterable[Any], device: torch.device) -> tuple[list[Any], int]:
     batches, samples = [], 0
     for index, batch in enumerate(data):
         inputs, _ = split("prune", batch, index, device, labels_needed=False)
-        first = first_tensor(inputs)
-        if first is None or not first.ndim:
-            raise ValueError(f"prune: data must give tensors with a sample axis, got {type(inputs).__name__}.")
         batches.append(inputs)
-        samples += len(first)
+        samples += samples_of(inputs)
         if samples >= SAMPLES:
             break
     return batches, samples

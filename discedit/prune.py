@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from discedit import _checks
 from discedit._batches import call, device_of, first_tensor, map_tensors, moved, split, undisturbed
 from discedit._measure import count_macs
-from discedit._repair import repaired
+from discedit._repair import repaired, samples_of
 from discedit.recipe import Edit, Operation, Recipe, architecture_of
 from discedit.scores import REDUCTIONS, Scores
 
@@ -378,14 +378,6 @@ def _hiding(channels: list[int], dim: int) -> Any:
     return hook
 
 
-def _samples(inputs: Any) -> int:
-    """Size of the first axis of the first tensor."""
-    first = first_tensor(inputs)
-    if first is None or not first.ndim:
-        raise ValueError(f"prune: data must give tensors with a sample axis, got {type(inputs).__name__}.")
-    return len(first)
-
-
 def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {
         name: module
@@ -415,7 +407,7 @@ def _reestimate_batch_norms(edit: Edit, data: Iterable[Any]) -> None:
         try:
             for index, batch in enumerate(data):
                 inputs, _ = split("prune", batch, index, device, labels_needed=False)
-                samples = _samples(inputs)
+                samples = samples_of(inputs)
                 if samples < 2:
                     continue
                 seen += samples
@@ -430,7 +422,7 @@ def _reestimate_batch_norms(edit: Edit, data: Iterable[Any]) -> None:
             "prune: data must give at least one batch of two samples to re-estimate batch norms on, it gave "
             f"{index + 1} batches, none of them so large."
         )
-    _record(edit, before, {name: _tensor(edit.model, name) for name in before})
+    _record(edit, before, edit.model.state_dict())
 
 
 def _repair(
@@ -438,24 +430,12 @@ def _repair(
 ) -> None:
     """Repairs the layers that read removed components, and adds to the recipe what does the same."""
     owners = {*names, *(norms[name] for name in names if name in norms)}
-    before = {
-        f"{owner}.{name}": tensor.detach().clone()
-        for owner in owners
-        for name, tensor in [
-            *edit.model.get_submodule(owner).named_parameters(recurse=False),
-            *edit.model.get_submodule(owner).named_buffers(recurse=False),
-        ]
-    }
+    state = edit.model.state_dict()
+    before = {name: tensor.clone() for name, tensor in state.items() if name.rpartition(".")[0] in owners}
     result = repaired(model, edit.model, names, edit.recipe.components, norms, data, weights=weights)
     if result.skipped:
         edit.recipe.settings["unrepaired"] = result.skipped
     _record(edit, {name: before[name] for name in result.values}, result.values)
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    owner, _, attribute = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(owner), attribute)
-    return tensor
 
 
 def _record(edit: Edit, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:

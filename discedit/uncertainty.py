@@ -196,11 +196,12 @@ def shrink(moments: VectorMoments, intensity: str | float = "auto") -> VectorMom
     d = moments.dimension
     n = moments.count.double()[:, None]
     rows, columns = triangle(d)
-    within = torch.diagonal(moments.covariance(), dim1=-2, dim2=-1)  # (classes, channels, d)
+    covariance = moments.covariance()
+    within = torch.diagonal(covariance, dim1=-2, dim2=-1)  # (classes, channels, d)
     pooled = (within * n[..., None]).sum(0) / moments.count.sum().clamp(min=1)
     unit = pooled.sqrt()
     inverse = torch.where(unit > 0, 1 / unit, 0.0)
-    scaled = moments.covariance() * inverse[..., :, None] * inverse[..., None, :]
+    scaled = covariance * inverse[..., :, None] * inverse[..., None, :]
     alive = (unit > 0).double()
     dimensions = alive.sum(-1).clamp(min=1)  # (channels,)
     trace = torch.diagonal(scaled, dim1=-2, dim2=-1).sum(-1)
@@ -213,7 +214,7 @@ def shrink(moments: VectorMoments, intensity: str | float = "auto") -> VectorMom
         rho = torch.where(below > 0, above / below, 1.0).clamp(0, 1)
         rho = torch.where((n <= d) & (d > 2), rho, 0.0)
     target = torch.diag_embed((trace / dimensions)[..., None] * alive * unit**2)
-    mixed = moments.covariance() + rho[..., None, None] * (target - moments.covariance())
+    mixed = covariance + rho[..., None, None] * (target - covariance)
     scatter = mixed.permute(2, 3, 0, 1)[rows, columns] * n
     kept = rho == 0
     return VectorMoments(moments.count.clone(), moments.mean.clone(), torch.where(kept, moments.scatter, scatter))
