@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as format_tensors
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from discedit import _files
 from discedit._measure import count_parameters
+from discedit._optimizers import RESTORED, OptimizerT, carried, parameters_of, watch
 
 KINDS = ("keep", "fill", "set", "attribute")
 
@@ -69,16 +72,20 @@ class Recipe:
             model: not changed unless `inplace`.
 
         Returns:
-            `Edit`; its recipe can undo the edit of *this* model, whose weights may differ from the first one's.
+            `Edit`; its recipe can undo the edit of *this* model, whose weights may differ from the first one's. The
+            copy carries no gradients. The step of an optimizer that still holds the old parameters is a RuntimeError
+            (of a copied model only where the copy has gradients and the optimizer finds none): `Edit.optimizer`.
 
         Raises:
             ValueError: a parameter or buffer is missing, unknown or of another shape. The model is then unchanged.
         """
         _check_architecture(model, self.architecture, "this recipe was made for another architecture")
         self._check_possible(model, undo=False)
+        source = model
+        before = dict(source.named_parameters())
         parameters_before = count_parameters(model)
         if not inplace:
-            model = copy.deepcopy(model)
+            model = _copied(source)
         slots = _Slots(model)
         tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith("set.")}
         for i, operation in enumerate(self.operations):
@@ -86,7 +93,11 @@ class Recipe:
             if undo is not None:
                 tensors[f"undo.{i}"] = undo.cpu()
         recipe = Recipe(self.edit, self.settings, self.components, self.architecture, self.operations, tensors)
-        return Edit(model, recipe, parameters_before, count_parameters(model))
+        edit = Edit(model, recipe, parameters_before, count_parameters(model))
+        for name, parameter in before.items():
+            edit._names[parameter] = name
+        watch(before.values(), source, model, "pruned" if self.edit == "prune" else "edited")
+        return edit
 
     def undo(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
         """Give an edited model its removed and replaced values back, bit for bit.
@@ -97,13 +108,16 @@ class Recipe:
         Raises:
             ValueError: the model's shapes are not those that this edit leaves.
         """
-        _check_architecture(model, self._edited_architecture(), "this model does not carry this recipe's edit")
+        _check_architecture(model, self.edited_architecture(), "this model does not carry this recipe's edit")
         self._check_possible(model, undo=True)
+        source = model
+        before = list(source.parameters())
         if not inplace:
-            model = copy.deepcopy(model)
+            model = _copied(source)
         slots = _Slots(model)
         for i, operation in reversed(list(enumerate(self.operations))):
             _undo(model, slots, operation, self.tensors, i)
+        watch(before, source, model, RESTORED)
         return model
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -187,7 +201,8 @@ class Recipe:
             if not undo and operation.kind == "set" and values is None:
                 raise ValueError(f"Recipe: the values for tensor {operation.target!r} are missing from the recipe.")
 
-    def _edited_architecture(self) -> dict[str, list[int]]:
+    def edited_architecture(self) -> dict[str, list[int]]:
+        """Tensor name -> shape, of the model after the edit."""
         shapes = {name: list(shape) for name, shape in self.architecture.items()}
         for operation in self.operations:
             if operation.kind == "keep":
@@ -216,6 +231,70 @@ class Edit:
     macs_after: int | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
+    # Parameter before the edit -> its name. Weak: an edit keeps no old model alive.
+    _names: WeakTensorKeyDictionary = field(
+        default_factory=WeakTensorKeyDictionary, init=False, repr=False, compare=False
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: all but the old parameters, which are objects of this process."""
+        return {name: value for name, value in vars(self).items() if name != "_names"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _names=WeakTensorKeyDictionary())
+
+    def optimizer(self, optimizer: OptimizerT) -> OptimizerT:
+        """The optimizer of the model before the edit, made over for the edited model.
+
+        A new one of the same class with the same parameter groups, over the edited model's parameters. State that has
+        its parameter's shape (momentum, running averages) keeps the entries that the parameter kept; step counts are
+        copied. Parameters that the optimizer did not hold stay out. To be called after a step, since gradients are
+        not carried over.
+
+        A learning-rate scheduler goes on with `scheduler.optimizer = edit.optimizer(optimizer)`.
+
+        Args:
+            optimizer: built over parameters of the model before the edit, and unchanged. torch's own (SGD, Adam, AdamW
+                and others), or one whose constructor takes its `defaults` by name.
+
+        Raises:
+            TypeError: optimizer is none. ValueError: it holds parameters that the model did not have, or state of
+            another form (LBFGS, Adafactor), or the edited model was changed after the edit.
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"Edit.optimizer: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}."
+            )
+        held = parameters_of(optimizer)
+        unknown = sum(parameter not in self._names for parameter in held)
+        if unknown:
+            raise ValueError(
+                "Edit.optimizer: optimizer must hold parameters of the model before the edit, "
+                f"{unknown} of its {len(held)} are not in it."
+            )
+        present = dict(self.model.named_parameters(remove_duplicate=False))
+        # By identity: an operation may call a tensor that hangs in several places by another name.
+        cuts: dict[int, list[tuple[int, Tensor]]] = {}
+        for operation in self.recipe.operations:
+            if operation.kind == "keep" and operation.target in present:
+                index = torch.tensor(operation.index, dtype=torch.int64)
+                cuts.setdefault(id(present[operation.target]), []).append((operation.dim, index))
+        parameters, kept = [], []
+        for old in held:
+            name = self._names[old]
+            new = present.get(name)
+            cut = cuts.get(id(new), [])
+            shape = list(old.shape)
+            for dim, index in cut:
+                shape[dim] = len(index)
+            if new is None or list(new.shape) != shape:
+                found = "gone" if new is None else f"of shape {list(new.shape)} instead of {shape}"
+                raise ValueError(
+                    f"Edit.optimizer: edit.model must be as the edit left it, its parameter {name!r} is {found}."
+                )
+            parameters.append(new)
+            kept.append(cut)
+        return carried(optimizer, parameters, kept)
 
     def summary(self) -> str:
         """A table of what went from each layer, and what it cost."""
@@ -233,9 +312,58 @@ class Edit:
         return "\n".join(lines)
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy without gradients: those were the whole model's, and `watch` takes them for a sign of training."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.grad = None
+    return model
+
+
 def _change(before: int, after: int) -> str:
     share = f" ({100 * (before - after) / before:.1f} % less)" if after != before and before else ""
     return f"{before:,} -> {after:,}{share}"
+
+
+def joined(model: nn.Module, edits: list[Edit], inplace: bool) -> Edit:
+    """One edit that does what these, made one after the other, did.
+
+    Recipes look at a module's attributes before they change anything, so each is changed once, at the end.
+    """
+    operations: list[Operation] = []
+    attributes: dict[tuple[str, str], Operation] = {}
+    tensors: dict[str, Tensor] = {}
+    gone: dict[str, set[int]] = {}
+    left: dict[str, list[int]] = {}
+    for edit in edits:
+        for i, operation in enumerate(edit.recipe.operations):
+            if operation.kind == "attribute":
+                key = (operation.target, operation.name)
+                attributes[key] = replace(operation, before=attributes.get(key, operation).before)
+                continue
+            if operation.kind == "set":
+                tensors[f"set.{len(operations)}"] = edit.recipe.tensors[f"set.{i}"]
+            operations.append(operation)
+        for layer, channels in edit.recipe.components.items():
+            numbers = left.setdefault(layer, list(range(edit.widths[layer])))
+            gone.setdefault(layer, set()).update(numbers[channel] for channel in channels)
+            if edit.recipe.edit == "prune":  # what is left has new numbers in the next edit
+                left[layer] = [number for number in numbers if number not in gone[layer]]
+    first = edits[0]
+    skipped = {layer: why for edit in edits for layer, why in edit.skipped.items() if not gone.get(layer)}
+    recipe = Recipe(
+        edit=first.recipe.edit,
+        settings={name: value for name, value in first.recipe.settings.items() if name != "ratio"},
+        components={layer: sorted(channels) for layer, channels in gone.items() if layer not in skipped},
+        architecture=architecture_of(model),
+        operations=[*operations, *attributes.values()],
+        tensors=tensors,
+    )
+    joined = recipe.apply(model, inplace=inplace)
+    joined.skipped = skipped
+    joined.widths = {layer: width for edit in reversed(edits) for layer, width in edit.widths.items()}
+    joined.macs_before, joined.macs_after = first.macs_before, edits[-1].macs_after
+    return joined
 
 
 def architecture_of(model: nn.Module) -> dict[str, list[int]]:

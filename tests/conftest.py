@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import vision_ops  # noqa: F401  (before anything imports torchvision)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the Triton kernels then run on CPU tensors; read when imported

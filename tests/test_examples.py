@@ -1,0 +1,21 @@
+"""The example scripts run and show what they promise."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_finetune():
+    path = EXAMPLES / "finetune.py"
+    assert len(path.read_text().splitlines()) <= 60
+    command = [sys.executable, "-W", "error", str(path), "--epochs", "6"]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    accuracies = [float(number) for number in re.findall(r": ([\d.]+) %", result.stdout)]
+    assert len(accuracies) == 3
+    before, pruned, tuned = accuracies
+    assert before > 90
+    assert tuned >= pruned - 2
+    assert "32 of 64" in result.stdout
