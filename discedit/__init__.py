@@ -10,7 +10,8 @@ Forward passes only: no gradients, no loss, no training set.
 
 from importlib.metadata import version as _version
 
-from discedit import ops, presets, uncertainty
+from discedit import huggingface, ops, presets, uncertainty
+from discedit._importance import importances
 from discedit.collect import collect_blocks, collect_moments
 from discedit.moments import Moments
 from discedit.presets import preset
@@ -27,6 +28,8 @@ __all__ = [
     "Scores",
     "collect_blocks",
     "collect_moments",
+    "huggingface",
+    "importances",
     "ops",
     "preset",
     "presets",

@@ -2,55 +2,42 @@
 
 The layers that read removed components are taken in the order in which they run. Each gets the weights (least squares)
 or the bias alone (mean) that bring its output, on what the layers repaired before it now give, closest to what it was
-in the model before pruning.
+in the model before pruning. Where the output is added to something else (a residual stream), it is the sum that is
+brought closest, so that a layer also makes up for what those before it could not.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
-from discedit._batches import call, device_of, first_tensor, split, undisturbed
+from discedit._batches import call, undisturbed
+from discedit._calibration import (
+    Fit,
+    Positions,
+    matrix_of,
+    norm_behind,
+    runs_in_order,
+    scale_behind,
+    why_not_fitted,
+)
 
-SAMPLES = 1024  # images that are looked at
-ROWS_PER_UNKNOWN = 16  # positions for each input of a layer, over all images
-RIDGE = 1e-3  # of the mean variance of an input, towards the weights as they are
-
-
-class _Enough(Exception):
-    """Ends a forward pass: what comes after is not needed."""
-
-
-@dataclass
-class _Sums:
-    """First and second moments of (input, output) rows: what least squares needs of them. Float64."""
-
-    number: int = 0
-    x: Any = 0.0
-    y: Any = 0.0
-    xx: Any = 0.0
-    yx: Any = 0.0
-
-    def add(self, x: Tensor, y: Tensor, second: bool) -> None:
-        self.number += len(x)
-        self.x = self.x + x.sum(0, dtype=torch.float64)
-        self.y = self.y + y.sum(0, dtype=torch.float64)
-        if second:
-            self.xx = self.xx + (x.T @ x).double()
-            self.yx = self.yx + (y.T @ x).double()
+RIDGE = 1e-3
+LEAST_SCALE = 1e-3  # of a batch norm's largest: a channel that is multiplied by less cannot make up for anything
+_ADDITIONS = (torch.add, Tensor.add, Tensor.add_)
 
 
 @dataclass
 class Repairs:
-    """New values by tensor name, and the layers that could not be repaired, with reasons."""
+    """Old and new values by tensor name, and readers that could not be repaired, with reasons."""
 
+    before: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -59,196 +46,199 @@ def repaired(
     model: nn.Module,
     edited: nn.Module,
     consumers: Iterable[str],
-    components: dict[str, list[int]],
-    norms: dict[str, str],
-    data: Iterable[Any],
+    removed: Mapping[str, list[int]],
+    norms: Mapping[str, str],
+    inputs: Any,
     *,
     weights: bool,
 ) -> Repairs:
-    """Repairs `edited` in place, and returns what it set.
+    """Repairs `edited` in place, in one forward pass of each model, and returns what it set.
 
     Args:
         model: before pruning.
         edited: after it; the same module names.
         consumers: the layers that read removed components.
-        components: layer -> its removed components.
-        norms: layer -> the norm that its output goes straight into, as in `Moments`.
-        data: batches, of which the first `SAMPLES` samples are used; labels are not.
+        removed: layer -> the output rows that it has lost.
+        norms: layer -> the norm that its output goes straight into.
+        inputs: one batch, see `calibration`.
         weights: least squares; otherwise the bias alone.
     """
-    batches, samples = _first_batches(data, device_of(edited))
-    if not samples:
-        raise ValueError("prune: data must give at least one sample to repair on, it gave none.")
     result = Repairs()
-    wanted = []
-    for name in dict.fromkeys(consumers):
-        why = _why_not(edited, name, norms)
-        if why:
+    readers = set(consumers)
+    runs = runs_in_order(edited, [name for name, module in edited.named_modules() if _is_layer(module)], inputs)
+    targets: dict[str, _Target] = {}
+    begun = False
+    for seed, (name, count) in enumerate(runs.items()):
+        begun = begun or name in readers
+        why = "it runs more than once per forward pass" if count > 1 else why_not_fitted(edited, name, norms)
+        if begun and not why:
+            targets[name] = _Target(Positions(model.get_submodule(name), seed), sorted(removed.get(name, ())))
+        elif name in readers:
             result.skipped[name] = why
-        else:
-            wanted.append(name)
-    for name, runs in _in_order(edited, wanted, batches[0]).items():
-        if runs > 1:
-            result.skipped[name] = "it runs more than once per forward pass"
-            continue
-        original, layer = model.get_submodule(name), edited.get_submodule(name)
-        gone = set(components.get(name, ()))
-        kept = [row for row in range(len(_matrix(original))) if row not in gone]
-        target = _matrix(original)[kept]
-        rows = _Rows(layer, samples)
-        sums = _Sums()
-        for index, inputs in enumerate(batches):
-            now = rows.of(_input(edited, name, inputs), index)
-            before = rows.of(_input(model, name, inputs), index)
-            sums.add(now, before @ target.T, weights)
-        _set_right(edited, name, sums, norms, result, weights)
+    with undisturbed(model), _Before(model, targets, norms):
+        call(model, inputs)
+    after = _After(edited, targets, norms, weights)
+    with undisturbed(edited), after:
+        call(edited, inputs)
+    assert not after.waiting, f"their outputs were never added: {list(after.waiting)}"
+    result.before, result.values = after.replaced, after.values
     return result
 
 
-def samples_of(inputs: Any) -> int:
-    """Size of the first axis of the first tensor."""
-    first = first_tensor(inputs)
-    if first is None or not first.ndim:
-        raise ValueError(f"prune: data must give tensors with a sample axis, got {type(inputs).__name__}.")
-    return len(first)
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (_ConvNd, nn.Linear))
 
 
-def _first_batches(data: Iterable[Any], device: torch.device) -> tuple[list[Any], int]:
-    batches, samples = [], 0
-    for index, batch in enumerate(data):
-        inputs, _ = split("prune", batch, index, device, labels_needed=False)
-        batches.append(inputs)
-        samples += samples_of(inputs)
-        if samples >= SAMPLES:
-            break
-    return batches, samples
+class _Target:
+    """What a layer is to give at some positions, without its bias, and what then is added to it."""
+
+    def __init__(self, positions: Positions, gone: list[int]) -> None:
+        self.positions = positions
+        self.gone = gone
+        self.rows = torch.empty(0)
+        self.added: Tensor | None = None
+
+    def kept(self, rows: Tensor) -> Tensor:
+        """Without the outputs that the layer has lost."""
+        if not self.gone:
+            return rows
+        left = sorted(set(range(rows.shape[1])) - set(self.gone))
+        return rows[:, torch.tensor(left, device=rows.device)]
 
 
-def _why_not(model: nn.Module, name: str, norms: dict[str, str]) -> str:
-    """Why a layer cannot be repaired; empty when it can."""
-    layer = model.get_submodule(name)
-    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-        return f"it is a {type(layer).__name__}; only Conv2d and Linear can be repaired"
-    if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or layer.padding_mode != "zeros"):
-        return "it is a convolution in groups, or one that does not pad with zeros"
-    if layer.bias is None and _norm_of(model, name, norms) is None:
-        return "it has neither a bias nor a batch norm behind it that could take one"
-    return ""
+class _Watch(TorchFunctionMode):
+    """Sees layers run, in a pass, and what their outputs, or those of the batch norms behind them, are added to."""
 
+    def __init__(self, model: nn.Module, targets: Mapping[str, _Target], norms: Mapping[str, str]) -> None:
+        super().__init__()
+        self.model, self.targets, self.norms = model, targets, norms
+        self.outputs: dict[int, tuple[str, Tensor]] = {}  # by identity; holding them keeps it theirs
+        self.handles: list[Any] = []
 
-def _norm_of(model: nn.Module, name: str, norms: dict[str, str]) -> _BatchNorm | None:
-    norm = model.get_submodule(norms[name]) if name in norms else None
-    return norm if isinstance(norm, _BatchNorm) and norm.running_mean is not None else None
+    def __enter__(self) -> Any:
+        for name in self.targets:
+            layer = self.model.get_submodule(name)
+            self.handles.append(layer.register_forward_pre_hook(lambda _, args, name=name: self.before(name, args[0])))
+            self.handles.append(layer.register_forward_hook(lambda _, __, out, name=name: self.leave(name, out)))
+            if norm_behind(self.model, name, self.norms) is not None:
+                norm = self.model.get_submodule(self.norms[name])
+                self.handles.append(norm.register_forward_hook(lambda _, __, out, name=name: self.note(name, out)))
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
-
-def _matrix(layer: nn.Module) -> Tensor:
-    """Weights as (outputs, inputs), float32 at least."""
-    weight: Any = layer.weight
-    found: Tensor = weight.detach().flatten(1)
-    return found.float() if found.element_size() < 4 else found
-
-
-def _in_order(model: nn.Module, names: list[str], inputs: Any) -> dict[str, int]:
-    """The layers in the order in which they first run, and how often they do."""
-    seen: dict[str, int] = {}
-
-    def count(name: str) -> None:
-        seen[name] = seen.get(name, 0) + 1
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: count(name)) for name in names]
-    try:
-        with undisturbed(model):
-            call(model, inputs)
-    finally:
-        for handle in handles:
+    def __exit__(self, *exception: Any) -> None:
+        for handle in self.handles:
             handle.remove()
-    return seen
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def before(self, name: str, x: Tensor) -> None:
+        """A layer is about to read x."""
+
+    def after(self, name: str, output: Tensor) -> None:
+        """A layer has given an output."""
+
+    def meets(self, name: str, other: Tensor) -> Tensor | None:
+        """A layer's output is about to be added to something; what takes its place, if anything does."""
+        raise NotImplementedError
+
+    def leave(self, name: str, output: Tensor) -> None:
+        self.after(name, output)
+        self.note(name, output)
+
+    def note(self, name: str, output: Tensor) -> None:
+        self.forget(name)
+        self.outputs[id(output)] = (name, output)
+
+    def forget(self, name: str) -> None:
+        self.outputs = {key: value for key, value in self.outputs.items() if value[0] != name}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        tensors = len(args) == 2 and all(isinstance(arg, Tensor) for arg in args) and not kwargs
+        if func in _ADDITIONS and tensors and args[0].shape == args[1].shape:
+            order = list(self.outputs)
+            known = [i for i in (0, 1) if id(args[i]) in self.outputs]
+            if known:  # of two, the one that ran later: only then is the other what it will stay
+                mine = max(known, key=lambda i: order.index(id(args[i])))
+                name, _ = self.outputs.pop(id(args[mine]))
+                new = self.meets(name, args[1 - mine])
+                if new is not None:
+                    args = (new, args[1]) if mine == 0 else (args[0], new)
+        return func(*args, **(kwargs or {}))
 
 
-def _input(model: nn.Module, name: str, inputs: Any) -> Tensor:
-    """What the layer reads; the pass ends there."""
-    found: list[Tensor] = []
+class _Before(_Watch):
+    """Over the model before pruning: notes what each layer gives."""
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.append(args[0].detach())
-        raise _Enough
+    def after(self, name: str, output: Tensor) -> None:
+        target = self.targets[name]
+        layer: Any = self.model.get_submodule(name)
+        target.positions.draw(output)
+        rows = target.positions.of_output(output)
+        target.rows = target.kept(rows if layer.bias is None else rows - layer.bias)
 
-    handle = model.get_submodule(name).register_forward_pre_hook(hook)
-    try:
-        with undisturbed(model):
-            call(model, inputs)
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
+    def meets(self, name: str, other: Tensor) -> None:
+        target = self.targets[name]
+        target.added = target.kept(target.positions.of_output(other))
 
 
-class _Rows:
-    """The inputs of a layer at some of its positions, as rows: enough of them for its number of unknowns."""
+class _After(_Watch):
+    """Over the pruned model: gives each layer new weights before it runs, or before its output is added."""
 
-    def __init__(self, layer: nn.Module, samples: int) -> None:
-        self.layer = layer
-        self.each = max(1, math.ceil(ROWS_PER_UNKNOWN * _matrix(layer).shape[1] / samples))
+    def __init__(
+        self, model: nn.Module, targets: Mapping[str, _Target], norms: Mapping[str, str], weights: bool
+    ) -> None:
+        super().__init__(model, targets, norms)
+        self.weights = weights
+        self.replaced: dict[str, Tensor] = {}
+        self.values: dict[str, Tensor] = {}
+        self.waiting: dict[str, Tensor] = {}  # what layers read whose output is to be added
+        self.again = False
 
-    def of(self, x: Tensor, batch: int) -> Tensor:
-        """(rows, inputs of one output). The same positions for the same batch, whatever the number of channels."""
-        x = x.float() if x.element_size() < 4 else x
-        layer = self.layer
-        if isinstance(layer, nn.Linear):
-            rows = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
-            return rows[:, self._chosen(rows.shape[1], batch, x.device)].flatten(0, 1)
-        assert isinstance(layer, nn.Conv2d)
-        x = functional.pad(x, _padding(layer))
-        sizes, steps, gaps = layer.kernel_size, layer.stride, layer.dilation
-        height, width = ((x.shape[2 + i] - gaps[i] * (sizes[i] - 1) - 1) // steps[i] + 1 for i in range(2))
-        chosen = self._chosen(height * width, batch, x.device)
-        ends = (chosen // width * steps[0], chosen % width * steps[1])
-        down, across = (
-            end[:, None] + gap * torch.arange(size, device=x.device)
-            for end, gap, size in zip(ends, gaps, sizes, strict=True)
-        )
-        patches = x[:, :, down[:, :, None], across[:, None, :]]  # samples, channels, positions, kernel
-        return patches.permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1)
+    def before(self, name: str, x: Tensor) -> None:
+        if self.again:
+            return
+        if self.targets[name].added is None:
+            self._set_right(name, x, self.targets[name].rows)
+        else:
+            self.waiting[name] = x
 
-    def _chosen(self, positions: int, batch: int, device: torch.device) -> Tensor:
-        generator = torch.Generator().manual_seed(batch)
-        return torch.randperm(positions, generator=generator)[: self.each].to(device)
+    def meets(self, name: str, other: Tensor) -> Tensor | None:
+        if name not in self.waiting:
+            return None
+        x, target = self.waiting.pop(name), self.targets[name]
+        assert target.added is not None
+        missing = target.added - target.positions.of_output(other)
+        scale = scale_behind(self.model, name, self.norms)
+        if scale is not None:
+            useful = scale.abs() > LEAST_SCALE * scale.abs().max()
+            missing = torch.where(useful, missing / scale, 0.0)
+        self._set_right(name, x, target.rows + missing)
+        self.again = True
+        out: Tensor = self.model.get_submodule(name)(x)
+        norm = norm_behind(self.model, name, self.norms)
+        out = out if norm is None else norm(out)
+        self.again = False
+        self.forget(name)
+        return out
 
+    def _set_right(self, name: str, x: Tensor, target: Tensor) -> None:
+        layer: Any = self.model.get_submodule(name)
+        fit = Fit.of(self.targets[name].positions, x, target)
+        matrix = matrix_of(layer).double()
+        if self.weights:
+            self._set(f"{name}.weight", layer.weight, fit.solve(matrix, RIDGE).view_as(layer.weight))
+            matrix = matrix_of(layer).double()  # as the layer now has it
+        missing = fit.bias(matrix)  # beyond the layer's own, which is no part of the target
+        if layer.bias is not None:
+            self._set(f"{name}.bias", layer.bias, layer.bias + missing)
+            return
+        norm = norm_behind(self.model, name, self.norms)
+        assert norm is not None
+        assert norm.running_mean is not None
+        self._set(f"{self.norms[name]}.running_mean", norm.running_mean, norm.running_mean - missing)
 
-def _padding(layer: nn.Conv2d) -> list[int]:
-    """As `functional.pad` takes it: last axis first."""
-    if layer.padding == "valid":
-        return [0, 0, 0, 0]
-    if layer.padding == "same":
-        totals = [gap * (size - 1) for gap, size in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return [totals[1] // 2, totals[1] - totals[1] // 2, totals[0] // 2, totals[0] - totals[0] // 2]
-    down, across = (int(pad) for pad in layer.padding)
-    return [across, across, down, down]
-
-
-@torch.no_grad()
-def _set_right(model: nn.Module, name: str, sums: _Sums, norms: dict[str, str], result: Repairs, weights: bool) -> None:
-    layer: Any = model.get_submodule(name)
-    mean_x, mean_y = sums.x / sums.number, sums.y / sums.number
-    matrix = _matrix(layer).double()
-    if weights:
-        xx = sums.xx / sums.number - torch.outer(mean_x, mean_x)
-        yx = sums.yx / sums.number - torch.outer(mean_y, mean_x)
-        ridge = RIDGE * float(xx.diagonal().mean())
-        system = xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-        if ridge > 0:
-            matrix = torch.linalg.solve(system, (yx + ridge * matrix).T).T
-            layer.weight.copy_(matrix.view_as(layer.weight))
-            result.values[f"{name}.weight"] = layer.weight.detach().clone()
-    bias = mean_y - matrix @ mean_x
-    if layer.bias is not None:
-        # The layer's own bias is no part of y.
-        layer.bias.add_(bias)
-        result.values[f"{name}.bias"] = layer.bias.detach().clone()
-        return
-    norm = _norm_of(model, name, norms)
-    assert norm is not None
-    assert norm.running_mean is not None
-    norm.running_mean.sub_(bias)
-    result.values[f"{norms[name]}.running_mean"] = norm.running_mean.detach().clone()
+    def _set(self, name: str, tensor: Tensor, value: Tensor) -> None:
+        self.replaced[name] = tensor.detach().clone()
+        tensor.copy_(value)
+        self.values[name] = tensor.detach().clone()

@@ -65,7 +65,7 @@ def run(
     moments = collect_moments(model, calibration, num_classes=10)
     scores = score(moments)
     step(f"scored {sum(map(len, scores.values())):,} components of {len(scores)} layers for 10 classes")
-    step(f"pruning: {ratio:.0%} of the components of each layer, those that tell classes apart least")
+    step(f"pruning: {ratio:.0%} of the components of each layer; the layers after them make up for what is gone")
     smaller = prune(model, scores, ratio=ratio, example_inputs=example, data=calibration)
     step(f"unlearning: zeroing what discriminates class {names[forget]!r}")
     forgetful = unlearn(model, scores, classes=[forget], fraction=FRACTIONS[data])

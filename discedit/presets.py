@@ -43,7 +43,7 @@ from discedit import _checks
 from discedit.collect import collect_moments
 from discedit.moments import Statistic
 from discedit.prune import prune
-from discedit.recipe import Edit, Operation, Recipe, architecture_of
+from discedit.recipe import Edit, joined
 from discedit.scores import Scores, score
 from discedit.unlearn import unlearn
 
@@ -136,8 +136,8 @@ class Preset:
             ratio: for the selection "lowest": the share of each layer that goes, in [0, 1), by default `amount`.
             threshold: for the selection "below": components that score less go, in [0, 1]; by default `amount` times
                 the mean score of their layer. One component of each layer always stays. At 0 nothing goes.
-            overrides: further arguments of `discedit.prune`. With `data`, batch norms are re-estimated on it; for the
-                selection "below" once per layer.
+            overrides: further arguments of `discedit.prune`. With `data`, batch norms are re-estimated on it, unless
+                `repair` says otherwise.
 
         Returns:
             `Edit`; `Edit.skipped` names the layers that cannot be pruned, with reasons.
@@ -152,29 +152,18 @@ class Preset:
         stranger, given = ("threshold", threshold) if self.selection == "lowest" else ("ratio", ratio)
         if given is not None:
             raise ValueError(f"{op}: {stranger} must be left out for the selection {self.selection!r}, got {given!r}.")
-        settings = {"example_inputs": example_inputs, "reduction": self.reduction, **overrides}
+        settings = {"example_inputs": example_inputs, "criterion": self.reduction, "layers": layers, **overrides}
+        settings.setdefault("repair", "none" if settings.get("data") is None else "batchnorm")
         if self.selection == "lowest":
             share = self.amount if ratio is None else ratio
-            return self._signed(prune(model, scores, ratio=share, layers=layers, inplace=inplace, **settings))
+            return self._signed(prune(model, scores, ratio=share, inplace=inplace, **settings))
         if threshold is not None:
             _checked_threshold(op, threshold)
-        named = None if layers is None else list(layers)
-        # Nothing goes yet: this checks the arguments, and finds the layers that can be pruned.
-        edits = [prune(model, scores, ratio=0.0, layers=named, **settings)]
-        for layer, values in scores.reduce(settings["reduction"]).items():
-            count = _below(values, self.amount, threshold)
-            if layer not in edits[0].recipe.components or count == 0:
-                continue
-            try:
-                share = count / len(values)
-                edits.append(prune(edits[-1].model, scores, ratio=share, layers=[layer], **settings))
-            except ValueError as error:
-                # `prune` tries each removal, and may find one of this layer to be more than a removal.
-                why = str(error).partition(f"layer {layer!r} cannot be pruned: ")[2]
-                if named is not None or not why:
-                    raise
-                edits[0].skipped[layer] = why.rstrip(".")
-        return self._signed(_joined(model, edits, inplace), threshold=threshold, amount=self.amount)
+        reduced = scores.reduce(settings["criterion"])
+        shares = {layer: _below(values, self.amount, threshold) / len(values) for layer, values in reduced.items()}
+        edit = prune(model, scores, ratio=shares, inplace=inplace, **settings)
+        del edit.recipe.settings["ratio"]
+        return self._signed(edit, threshold=threshold, amount=self.amount)
 
     def unlearn(
         self,
@@ -214,7 +203,7 @@ class Preset:
             told = [cls for cls in whole.recipe.settings["classes"] if bool((scores[layer][:, cls] > 0).any())]
             if told:
                 edits.append(unlearn(model, scores, classes=told, layers=[layer], **settings))
-        return self._signed(_joined(model, edits, inplace), **whole.recipe.settings)
+        return self._signed(joined(model, edits, inplace), **whole.recipe.settings)
 
     def _signed(self, edit: Edit, **settings: Any) -> Edit:
         """The edit, whose recipe says what it is."""
@@ -427,61 +416,20 @@ def tvsprune_iterative(
             scores = algorithm.score(edit.model, loader, num_classes, **overrides)
         else:
             dropped += 1
-    joined = _joined(model, edits, inplace)
-    joined.recipe.settings |= {
+    edit = joined(model, edits, inplace)
+    edit.recipe.settings |= {
         "algorithm": "tvsprune_iterative",
         "floor": floor,
         "step": step,
         "rounds": len(edits) - 1,
     }
-    return joined
+    return edit
 
 
 def _below(values: Tensor, share: float, threshold: float | None) -> int:
     """How many of a layer's components score below the threshold, leaving one."""
     limit = share * values.mean() if threshold is None else threshold
     return min(int((values < limit).sum()), len(values) - 1)
-
-
-def _joined(model: nn.Module, edits: list[Edit], inplace: bool) -> Edit:
-    """One edit that does what these, made one after the other, did.
-
-    Recipes look at a module's attributes before they change anything, so each is changed once, at the end.
-    """
-    operations: list[Operation] = []
-    attributes: dict[tuple[str, str], Operation] = {}
-    tensors: dict[str, Tensor] = {}
-    gone: dict[str, set[int]] = {}
-    left: dict[str, list[int]] = {}
-    for edit in edits:
-        for i, operation in enumerate(edit.recipe.operations):
-            if operation.kind == "attribute":
-                key = (operation.target, operation.name)
-                attributes[key] = replace(operation, before=attributes.get(key, operation).before)
-                continue
-            if operation.kind == "set":
-                tensors[f"set.{len(operations)}"] = edit.recipe.tensors[f"set.{i}"]
-            operations.append(operation)
-        for layer, channels in edit.recipe.components.items():
-            numbers = left.setdefault(layer, list(range(edit.widths[layer])))
-            gone.setdefault(layer, set()).update(numbers[channel] for channel in channels)
-            if edit.recipe.edit == "prune":  # what is left has new numbers in the next edit
-                left[layer] = [number for number in numbers if number not in gone[layer]]
-    first = edits[0]
-    skipped = {layer: why for edit in edits for layer, why in edit.skipped.items() if not gone.get(layer)}
-    recipe = Recipe(
-        edit=first.recipe.edit,
-        settings={name: value for name, value in first.recipe.settings.items() if name != "ratio"},
-        components={layer: sorted(channels) for layer, channels in gone.items() if layer not in skipped},
-        architecture=architecture_of(model),
-        operations=[*operations, *attributes.values()],
-        tensors=tensors,
-    )
-    joined = recipe.apply(model, inplace=inplace)
-    joined.skipped = skipped
-    joined.widths = {layer: width for edit in reversed(edits) for layer, width in edit.widths.items()}
-    joined.macs_before, joined.macs_after = first.macs_before, edits[-1].macs_after
-    return joined
 
 
 def _checked_threshold(op: str, value: Any) -> None:

@@ -1,141 +1,411 @@
-"""`prune`: structured pruning by discriminative power (DISCEDIT-SP)."""
+"""`prune`: structured pruning (DISCEDIT-SP), any budget, with repair in closed form."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from discedit import _checks
-from discedit._batches import call, device_of, first_tensor, map_tensors, moved, split, undisturbed
-from discedit._measure import count_macs
-from discedit._repair import repaired, samples_of
-from discedit.recipe import Edit, Operation, Recipe, architecture_of
-from discedit.scores import REDUCTIONS, Scores
+from discedit._batches import call, device_of, split, undisturbed
+from discedit._budget import BUDGETS, NORMALISATIONS, ROUNDING, Choice, Cost, Limits, choose, normalised
+from discedit._calibration import calibration, norms_behind, samples_of
+from discedit._graph import Graph, width_of
+from discedit._importance import CRITERIA, GIVEN, OF_READERS, kinds_of, of_components
+from discedit._measure import count_macs, count_parameters, macs_of_weights
+from discedit._repair import repaired
+from discedit.recipe import Edit, Operation, Recipe, architecture_of, joined
+from discedit.scores import Scores
 
 REPAIRS = ("auto", "none", "mean", "batchnorm", "least_squares")
+IN_ORDER = ("mean", "least_squares")  # repairs that take one layer after the other
+ACROSS = ("global_ratio", "parameters", "macs")  # budgets that compare importances of different layers
 
 
 def prune(
     model: nn.Module,
-    scores: Scores,
+    scores: Scores | Mapping[str, Tensor],
     *,
-    ratio: float,
     example_inputs: Any,
-    data: Iterable[Any] | None = None,
-    reduction: str = "max",
+    ratio: float | Mapping[str, float] | None = None,
+    global_ratio: float | None = None,
+    threshold: float | None = None,
+    parameters: int | float | None = None,
+    macs: int | float | None = None,
+    across: str = "rank",
+    round_to: int = 1,
+    floor: int | Mapping[str, int] = 1,
+    criterion: str = "auto",
     repair: str = "auto",
+    data: Iterable[Any] | None = None,
     layers: Iterable[str] | None = None,
+    ignore: Iterable[str] = (),
+    components: str | Iterable[str] = ("filters", "neurons", "heads"),
+    steps: int = 1,
+    rescore: Callable[[nn.Module], Scores | Mapping[str, Tensor]] | None = None,
+    seed: int = 0,
     inplace: bool = False,
 ) -> Edit:
-    """Remove the components that tell classes apart least; the result is a smaller, plain torch module.
+    """Remove components of a network; the result is a smaller, plain torch module.
 
-    In each layer, floor(ratio x components) of those with the lowest scores go, with everything that hangs on them
-    (norms, the next layers' inputs), as torch-pruning's dependency graph finds it. Each removal is checked on
-    `example_inputs`, in float64: it must be the same function as hiding the components from the layers that read them.
-    Layers where it is not, and layers that share their channels with others (residual streams), are left whole;
-    `Edit.skipped` names them and says why.
+    The least important components go, with everything that hangs on them (norms, depthwise convolutions, the next
+    layers' inputs), as torch-pruning's dependency graph finds it. Each removal is checked on `example_inputs`, in float64: it must be the same function as hiding the
+    components from the layers that read them (and from the layer norms over them, which then normalise what is left).
+    Layers where it is not are left whole; `Edit.skipped` names them and says why.
 
     Args:
         model: the model that `scores` came from; unchanged unless `inplace`.
-        scores: from `discedit.score`.
-        ratio: share of each layer's components to remove, in [0, 1).
-        example_inputs: a tensor, or a tuple or dict of arguments, that the model can run on. Traces the graph and
-            checks the removal: real or random inputs, since components that are silent on them pass unchecked.
-        data: batches (labels are not used) for the repair.
-        reduction: how a component's scores over classes become one number, see `Scores.reduce`.
-        repair: what follows the removal, in closed form. "least_squares": the weights of the layers that read removed
-            components, so that they give what they gave before from the components that are left. "mean": their biases
-            alone, which then carry the mean of what was removed. Both take these layers in the order in which they
-            run, on up to 1,024 samples of `data`; Conv2d (not in groups) and Linear, with a bias or a batch norm behind
-            them; others are left as they are and named in the recipe's settings. "batchnorm": re-estimate the
-            statistics of batch norms on all of `data`. "none". "auto": "batchnorm" when data is given and the model has
-            batch norms, else "none".
+        scores: from `discedit.score`; or importances of one's own, layer -> (rows of the layer,), higher = keep, which
+            are then the criterion.
+        example_inputs: a tensor, or a tuple or dict of arguments, that the model can run on. Shows what hangs on what
+            and checks the removal: real or random inputs, since components that are silent on them pass unchecked.
+
+        ratio: share of each layer's components to remove, in [0, 1), or layer -> share (others stay whole). Exactly one
+            of these five budgets is given.
+        global_ratio: share of all components together.
+        threshold: components that are less important than this go.
+        parameters: how many parameters may be left: an integer, or a share in (0, 1).
+        macs: the same for multiply-accumulates of a forward pass on `example_inputs`.
+        across: how importances of different layers compare under `global_ratio`, `parameters` and `macs`: "rank" (each
+            layer loses the same share), "mean" or "max" (divided by the layer's), "none" (as they are; so always under
+            `threshold`).
+        round_to: the number of components that stay in a layer is a multiple of this, or the layer stays whole.
+        floor: components that stay in each layer at least, or layer -> components.
+
+        criterion: of importance. Of the scores over classes "max", "mean" or "min" (DISCEDIT-SP as published), over
+            pairs of classes "pairwise_min" (WitnessPrune, TVSPrune) or "pairwise_mean"; of the weights that give a
+            component "l1", "l2"; "random"; or, on `data`, of what the layers that read it lose: "energy" (the variance
+            that it adds to their outputs), "reconstruction" (what of that the other components cannot make up for), or
+            "combined" (the same, where an output counts by how well it tells the class that it tells best). "auto":
+            "l1", or the importances given as `scores`.
+        repair: what follows the removal, without gradients or labels. "least_squares": every layer after the first
+            removal gets new weights, so that it gives what it gave before, or what makes the sum right to which it is
+            added; in the order in which they run, each on what those before it now give. "mean": the same for biases
+            alone, which then carry the mean of what was removed. Both look at up to 1,024 samples of `data`; Conv2d
+            (not in groups) and Linear, with a bias or a batch norm behind them; others that read removed components are
+            named in the recipe's settings. "batchnorm": the statistics of batch norms, on all of `data`. "none".
+            "auto": "least_squares" when data is given, else "none".
+        data: batches (labels are not used) for the criterion and the repair.
+
         layers: names of the layers to prune, by default all in `scores` that can be.
+        ignore: names of layers to leave whole.
+        components: one or several of: "filters" of convolutions; "neurons" of linear layers; "heads" of attention, with
+            their rows of query, key and value and all else that belongs to them; "stream", channels that several
+            layers, layer norms or parameters share (residual streams), which all lose the same. Heads go by the layer
+            of the values or the one that holds all three, and count by the mean over their rows there; a stream goes
+            by the first of its layers that runs.
+        steps: in how many equal steps to get there, each with its own choice and repair.
+        rescore: scores of the model after each step but the last, e.g. ``lambda m: score(collect_moments(m, loader,
+            10))``; by default those of the components that are left.
+        seed: of the criterion "random".
 
     Returns:
-        `Edit` with the smaller model, its recipe and a summary.
+        `Edit` with the smaller model, its recipe and a summary. A target that cannot be met gives the smallest model
+        that the limits allow, a warning, and how close it came in ``recipe.settings["budget"]``.
 
     Raises:
-        ValueError: ratio outside [0, 1) or too small to remove anything, scores of another model, a layer that cannot
-            be pruned named in `layers`, nothing that can be pruned, repair without data, a model that cannot be traced.
+        ValueError: no budget, several, or one out of range or too small to remove anything; scores of another model; a
+            layer that cannot be pruned named in `layers`; nothing that can be pruned; a criterion or repair without the
+            data or scores that it needs; an unknown kind in `components`; a model that cannot be traced.
 
-    Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (there with reduction="min" and no repair).
+    Sources: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (criterion="min", repair="none"). Least squares for what
+    reads a pruned layer: He, Zhang and Sun, ICCV 2017. "reconstruction": Hassibi and Stork, NIPS 1992, for groups of
+    weights.
     """
-    if not _checks.is_number(ratio) or not 0 <= ratio < 1:
-        raise ValueError(f"prune: ratio must be a number in [0, 1), got {ratio!r}.")
-    ratio = float(ratio)
-    _checks.choice("prune", "reduction", reduction, REDUCTIONS)
-    _checks.choice("prune", "repair", repair, REPAIRS)
-    if repair not in ("auto", "none") and data is None:
-        raise ValueError(f"prune: repair={repair!r} needs data to estimate statistics on, got data=None.")
-    if repair == "auto":
-        repair = "batchnorm" if data is not None and _batch_norms(model) else "none"
-    chosen = check_layers("prune", model, scores, layers)
-    reduced = scores.reduce(reduction)
-    macs_before = count_macs(model, example_inputs)
-    tracer = _Tracer(model, example_inputs)
-    components: dict[str, list[int]] = {}
-    skipped: dict[str, str] = {}
-    for layer in chosen:
-        why = why_not_editable(model, layer) or tracer.why_not(layer)
-        if why:
-            skipped[layer] = why
-            continue
-        # The guard keeps 0.3 * 10 from becoming 2 for want of one ulp.
-        count = math.floor(ratio * len(reduced[layer]) * (1 + 1e-12))
-        lowest = reduced[layer].argsort(stable=True)[: min(count, len(reduced[layer]) - 1)]
-        components[layer] = sorted(lowest.tolist())
-    if ratio > 0 and components and not any(components.values()):
-        widest = max(len(reduced[layer]) for layer in components)
-        raise ValueError(
-            f"prune: ratio must be at least {1 / widest:.3g} to remove a component of the widest layer "
-            f"({widest} components), got {ratio!r}."
-        )
-    readers = {layer: tracer.consumers({layer: channels}) for layer, channels in components.items()}
-    operations, failed = _plan(model, example_inputs, components, tracer)
-    skipped |= failed
-    if layers is not None and skipped:
-        layer, why = next(iter(skipped.items()))
-        raise ValueError(f"prune: layer {layer!r} cannot be pruned: {why}.")
-    components = {layer: channels for layer, channels in components.items() if layer not in failed}
-    if not components:
-        reasons = "; ".join(f"{layer}: {why}" for layer, why in skipped.items())
-        raise ValueError(f"prune: no layer can be pruned ({reasons}).")
-    recipe = Recipe(
-        edit="prune",
-        settings={
-            "ratio": ratio,
-            "reduction": reduction,
-            "repair": repair,
-            **scores.settings,
+    options = _Options(
+        example_inputs=example_inputs,
+        budget={
+            name: value
+            for name, value in zip(BUDGETS, (ratio, global_ratio, threshold, parameters, macs), strict=True)
+            if value is not None
         },
-        components=components,
+        across=across,
+        round_to=round_to,
+        floor=floor,
+        criterion=criterion,
+        repair=repair,
+        data=list(data) if isinstance(data, Iterator) else data,
+        layers=None if layers is None else list(layers),
+        ignore=list(ignore),
+        kinds=kinds_of("prune", components),
+        seed=seed,
+    ).checked(scores)
+    steps = _checks.positive_integer("prune", "steps", steps)
+    if rescore is not None and steps == 1:
+        raise ValueError("prune: rescore needs steps above 1, got steps=1.")
+    macs_before = count_macs(model, example_inputs)
+    made = _once(model, scores, options).edit if steps == 1 else _in_steps(model, scores, options, steps, rescore)
+    edit = made.recipe.apply(model, inplace=True) if inplace else made
+    edit.skipped, edit.widths = made.skipped, made.widths
+    edit.macs_before, edit.macs_after = macs_before, count_macs(edit.model, example_inputs)
+    return edit
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `prune`, as they hold for one step."""
+
+    example_inputs: Any
+    budget: dict[str, Any]  # one
+    across: str
+    round_to: int
+    floor: int | Mapping[str, int]
+    criterion: str
+    repair: str
+    data: Iterable[Any] | None
+    layers: list[str] | None
+    ignore: list[str]
+    kinds: tuple[str, ...]
+    seed: int
+
+    def checked(self, scores: Scores | Mapping[str, Tensor]) -> _Options:
+        """With what "auto" stands for.
+
+        Raises:
+            ValueError: options that are unknown or do not go together.
+        """
+        op = "prune"
+        if len(self.budget) != 1:
+            found = ", ".join(f"{name}={value!r}" for name, value in self.budget.items()) or "none of them"
+            raise ValueError(f"{op}: exactly one of {', '.join(BUDGETS)} must be given, got {found}.")
+        _checks.choice(op, "across", self.across, NORMALISATIONS)
+        _checks.choice(op, "criterion", self.criterion, ("auto", *CRITERIA))
+        _checks.choice(op, "repair", self.repair, REPAIRS)
+        repair, criterion = self.repair, self.criterion
+        if repair == "auto":
+            repair = "none" if self.data is None else "least_squares"
+        if not isinstance(scores, Scores):
+            if criterion != "auto":
+                raise ValueError(
+                    f"{op}: criterion must be left out where scores are importances themselves, got {criterion!r}."
+                )
+            criterion = GIVEN
+        elif criterion == "auto":
+            criterion = "l1"  # benchmarks/prune.md: nothing was better with any repair by more than chance
+        for name, value in (("repair", repair), ("criterion", criterion)):
+            if self.data is None and value in (*REPAIRS[2:], *OF_READERS):
+                raise ValueError(f"{op}: {name}={value!r} needs data to estimate statistics on, got data=None.")
+        return replace(self, repair=repair, criterion=criterion)
+
+    def floors(self, layers: Iterable[str]) -> Mapping[str, int]:
+        if isinstance(self.floor, Mapping):
+            return self.floor
+        return dict.fromkeys(layers, _checks.positive_integer("prune", "floor", self.floor))
+
+
+@dataclass
+class _Step:
+    """An edit, and how many components each layer had and has lost."""
+
+    edit: Edit
+    had: dict[str, int]
+    lost: dict[str, int]
+
+
+def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Options) -> _Step:
+    op = "prune"
+    known = check_layers(op, model, scores, options.layers)
+    for layer in options.ignore:
+        if layer not in scores:
+            raise ValueError(f"{op}: ignore must name layers that scores holds, {layer!r} is none of {list(scores)}.")
+    chosen = [layer for layer in known if layer not in options.ignore]
+    graph = Graph(model, options.example_inputs)
+    skipped = {layer: why for layer in chosen if (why := why_not_editable(model, layer))}
+    found, unfit = graph.find([layer for layer in chosen if layer not in skipped], options.kinds)
+    skipped |= unfit
+    inputs: Any = None
+    norms: dict[str, str] = {}
+    in_order = options.repair in IN_ORDER
+    if options.data is not None and (in_order or options.criterion in OF_READERS):
+        inputs, _ = calibration(model, options.data)
+        norms = norms_behind(model, inputs)
+    values, instead = of_components(model, scores, options.criterion, graph, found, inputs, norms, options.seed)
+    while True:
+        if options.layers is not None and skipped:
+            layer, why = next(iter(skipped.items()))
+            raise ValueError(f"{op}: layer {layer!r} cannot be pruned: {why}.")
+        if not found:
+            reasons = "; ".join(f"{layer}: {why}" for layer, why in skipped.items())
+            raise ValueError(f"{op}: no layer can be pruned ({reasons}).")
+        choice = _choice(model, graph, {layer: values[layer] for layer in found}, scores, options)
+        operations, failed = graph.plan(choice.removed)
+        skipped |= {layer: why for layer, why in failed.items() if layer in chosen}
+        if not failed.keys() & found.keys():
+            break
+        found = {layer: parts for layer, parts in found.items() if layer not in failed}
+    _report(choice, options, {layer: len(parts.rows) for layer, parts in found.items()})
+    rows = {layer: sorted(r for i in choice.removed[layer] for r in parts.rows[i]) for layer, parts in found.items()}
+    edit = Recipe(
+        edit="prune",
+        settings=_described(scores, options, choice, instead),
+        components=rows,
         architecture=architecture_of(model),
         operations=operations,
+    ).apply(model)
+    if options.repair == "batchnorm" and options.data is not None:
+        _reestimate_batch_norms(edit, options.data)
+    elif in_order and any(choice.removed.values()):
+        readers = [name for name, _ in graph.consumers(choice.removed)]
+        weights = options.repair == "least_squares"
+        result = repaired(model, edit.model, readers, graph.producers(choice.removed), norms, inputs, weights=weights)
+        if result.skipped:
+            edit.recipe.settings["unrepaired"] = result.skipped
+        _record(edit, result.before, result.values)
+    edit.skipped = {layer: skipped[layer] for layer in chosen if layer in skipped}
+    edit.widths = {layer: len(scores[layer]) for layer in rows}
+    return _Step(
+        edit,
+        {layer: len(parts.rows) for layer, parts in found.items()},
+        {layer: len(gone) for layer, gone in choice.removed.items()},
     )
-    edit = recipe.apply(model)
-    if repair == "batchnorm" and data is not None:
-        _reestimate_batch_norms(edit, data)
-    elif repair in ("mean", "least_squares") and data is not None:
-        names = [name for layer in components for name, _ in readers[layer]]
-        _repair(model, edit, names, scores.norms, data, weights=repair == "least_squares")
-    result = edit.recipe.apply(model, inplace=True) if inplace else edit
-    result.skipped = skipped
-    result.widths = {layer: len(reduced[layer]) for layer in components}
-    result.macs_before = macs_before
-    result.macs_after = count_macs(result.model, example_inputs)
-    return result
 
 
-def check_layers(op: str, model: nn.Module, scores: Scores, layers: Iterable[str] | None) -> list[str]:
+def _choice(
+    model: nn.Module,
+    graph: Graph,
+    values: dict[str, Tensor],
+    scores: Scores | Mapping[str, Tensor],
+    options: _Options,
+) -> Choice:
+    """What goes. Of a mapping, what holds for layers that cannot be pruned does not matter."""
+    [(name, budget)] = options.budget.items()
+    floors = options.floors(values)
+    for argument, mapping in (("ratio", budget), ("floor", floors)):
+        for layer in mapping if isinstance(mapping, Mapping) else ():
+            if layer not in scores:
+                raise ValueError(f"prune: {argument} must name layers that scores holds, {layer!r} is none of them.")
+    if isinstance(budget, Mapping):
+        budget = {layer: share for layer, share in budget.items() if layer in values}
+    limits = Limits({layer: least for layer, least in floors.items() if layer in values}, options.round_to)
+    cost = None
+    if name in ("parameters", "macs"):
+        shapes = {tensor: tuple(parameter.shape) for tensor, parameter in model.named_parameters()}
+        of_weights, fixed = macs_of_weights(model, options.example_inputs)
+        footprints = {layer: [place for place in graph.footprint(layer) if place[0] in shapes] for layer in values}
+        cost = Cost(footprints, shapes, of_weights, fixed)
+    if name in ACROSS:
+        values = normalised(values, options.across)
+    return choose(values, cost=cost, limits=limits, **{name: budget})
+
+
+def _report(choice: Choice, options: _Options, widths: dict[str, int]) -> None:
+    """No silent no-op: an error or a warning where nothing goes, or less than was asked for."""
+    [(name, budget)] = options.budget.items()
+    gone = any(choice.removed.values())
+    if name == "ratio":
+        if isinstance(budget, (int, float)) and budget > 0 and not gone and options.round_to == 1:
+            widest = max(widths.values())
+            if math.floor(budget * widest * (1 + 1e-12)) == 0:
+                raise ValueError(
+                    f"prune: ratio must be at least {1 / widest:.3g} to remove a component of the widest layer "
+                    f"({widest} components), got {float(budget)!r}."
+                )
+        if budget and (gone or choice.met):
+            return
+    if not choice.met or (not gone and budget):
+        warnings.warn(f"prune: {choice.message}", stacklevel=4)
+
+
+def _described(
+    scores: Scores | Mapping[str, Tensor], options: _Options, choice: Choice, instead: dict[str, str]
+) -> dict[str, Any]:
+    """The settings of a recipe, as JSON has them."""
+    [(name, budget)] = options.budget.items()
+    described: dict[str, Any] = {
+        name: dict(budget) if isinstance(budget, Mapping) else budget,
+        "criterion": options.criterion,
+        "repair": options.repair,
+        "components": list(options.kinds),
+        "budget": {"asked": choice.asked, "reached": choice.reached, "met": choice.met},
+    }
+    if name in ACROSS:
+        described["across"] = options.across
+    if options.criterion == "random":
+        described["seed"] = options.seed
+    if instead:
+        described["judged by l2"] = instead
+    return {**described, **scores.settings} if isinstance(scores, Scores) else described
+
+
+def _in_steps(
+    model: nn.Module,
+    scores: Scores | Mapping[str, Tensor],
+    options: _Options,
+    steps: int,
+    rescore: Callable[[nn.Module], Scores | Mapping[str, Tensor]] | None,
+) -> Edit:
+    """The same in equal parts of what is to go, each of what the one before has left."""
+    [(name, budget)] = options.budget.items()
+    whole = {"parameters": count_parameters(model), "macs": count_macs(model, options.example_inputs)}
+    if name in whole and isinstance(budget, float) and 0 < budget < 1:
+        budget = math.floor(budget * whole[name])
+    done: list[_Step] = []
+    current = model
+    for step in range(1, steps + 1):
+        share = step / steps
+        part: Any = budget
+        if name in whole and isinstance(budget, int) and 0 <= budget < whole[name]:
+            part = round(whole[name] - (whole[name] - budget) * share)
+        elif name == "ratio":
+            part = _ratios(budget, share, done)
+        elif name == "global_ratio" and _checks.is_number(budget):
+            had = sum(done[0].had.values()) if done else 0
+            lost = sum(sum(s.lost.values()) for s in done)
+            part = (
+                budget * share
+                if not done
+                else max(0.0, (math.floor(budget * share * had * ROUNDING) - lost) / (had - lost))
+            )
+        now = replace(options, budget={name: part})
+        with warnings.catch_warnings():
+            if step < steps:
+                warnings.simplefilter("ignore")
+            done.append(_once(current, scores, now))
+        current = done[-1].edit.model
+        if step < steps:
+            scores = _left(scores, done[-1].edit) if rescore is None else rescore(current)
+    edit = joined(model, [step.edit for step in done], inplace=False)
+    edit.recipe.settings |= {name: options.budget[name], "steps": steps, "rescored": rescore is not None}
+    return edit
+
+
+def _ratios(budget: Any, share: float, done: list[_Step]) -> Any:
+    """The shares of what is left in each layer that make up this share of the whole budget."""
+    if not done:
+        return (
+            {layer: ratio * share for layer, ratio in budget.items()} if isinstance(budget, Mapping) else budget * share
+        )
+    found = {}
+    for layer, had in done[0].had.items():
+        ratio = budget.get(layer, 0.0) if isinstance(budget, Mapping) else budget
+        lost = sum(step.lost.get(layer, 0) for step in done)
+        found[layer] = max(0, math.floor(ratio * share * had * ROUNDING) - lost) / (had - lost)
+    return found
+
+
+def _left(scores: Scores | Mapping[str, Tensor], edit: Edit) -> Scores | Mapping[str, Tensor]:
+    """The scores of the components that an edit has left."""
+    kept = {}
+    for operation in edit.recipe.operations:
+        layer, _, tensor = operation.target.rpartition(".")
+        if operation.kind == "keep" and layer in scores and tensor == "weight":
+            transposed = getattr(edit.model.get_submodule(layer), "transposed", False)
+            if operation.dim == int(transposed):
+                kept[layer] = torch.tensor(operation.index)
+    if isinstance(scores, Scores):
+        return scores.select(kept)
+    return {
+        layer: values[kept[layer].to(values.device)] if layer in kept else values for layer, values in scores.items()
+    }
+
+
+def check_layers(op: str, model: nn.Module, scores: Mapping[str, Tensor], layers: Iterable[str] | None) -> list[str]:
     """The layers asked for (or all scored ones), each known to both the scores and the model."""
     modules = dict(model.named_modules())
     chosen = list(scores) if layers is None else list(layers)
@@ -167,215 +437,6 @@ def why_not_editable(model: nn.Module, layer: str) -> str:
         if len(places[id(parameter)]) > 1:
             return f"its parameters are shared: {', '.join(places[id(parameter)])} are one tensor"
     return ""
-
-
-def width_of(module: nn.Module) -> int | None:
-    """Number of components of a layer that can be edited, else None."""
-    if isinstance(module, _ConvNd):
-        return module.out_channels
-    return module.out_features if isinstance(module, nn.Linear) else None
-
-
-class _Tracer:
-    """What removing a channel drags along, found by torch-pruning on a copy of the model.
-
-    The copy's tensors then hold their own flat indices instead of weights: after the removal, what is left in them says
-    exactly which entries a recipe must keep, whatever torch-pruning did to get there.
-    """
-
-    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        self.shadow = copy.deepcopy(model).requires_grad_(True).eval()
-        inputs = moved(example_inputs, device_of(model))
-        self.graph = torch_pruning.DependencyGraph()
-        try:
-            with torch.random.fork_rng([]), torch.enable_grad():
-                self.graph.build_dependency(self.shadow, example_inputs=inputs)
-        except Exception as error:
-            raise ValueError(f"prune: torch-pruning cannot trace the model on example_inputs: {error}") from error
-        self.names = {module: name for name, module in self.shadow.named_modules()}
-
-    def group(self, layer: str, channels: list[int]) -> Any:
-        module = self.shadow.get_submodule(layer)
-        return self.graph.get_pruning_group(
-            module, self.graph.get_pruner_of_module(module).prune_out_channels, channels
-        )
-
-    def why_not(self, layer: str) -> str:
-        """Why this layer's components cannot go one by one; empty when they can, as far as the graph tells."""
-        module = self.shadow.get_submodule(layer)
-        if isinstance(module, _ConvNd) and module.groups > 1:
-            return f"it is a convolution in {module.groups} groups"
-        if module not in self.graph.module2node:
-            return "torch-pruning's trace does not reach it"
-        try:
-            group = self.group(layer, [0])
-        except Exception as error:
-            return f"torch-pruning cannot follow its channels: {error}"
-        sharing = []
-        for dependency, channels in group:
-            target = dependency.target.module
-            if isinstance(target, nn.Parameter):
-                return "its channels are tied to a parameter outside any layer"
-            if isinstance(target, nn.GroupNorm):
-                return "a group norm follows it, whose groups would change"
-            depthwise = isinstance(target, _ConvNd) and target.groups == target.in_channels == target.out_channels > 1
-            if isinstance(target, _ConvNd) and target.groups > 1 and not depthwise:
-                return f"it feeds a convolution in {target.groups} groups"
-            produces = self.graph.is_out_channel_pruning_fn(dependency.handler)
-            if target is module and produces and list(channels) != [0]:
-                return "its channels are split or folded further on, so that none can go alone"
-            if target is not module and produces and width_of(target) is not None and not depthwise:
-                sharing.append(self.names[target])
-        if not sharing:
-            return ""
-        others = f" and {len(sharing) - 1} more layers" if len(sharing) > 1 else ""
-        return f"it shares its channels with {min(sharing)}{others}"
-
-    def consumers(self, components: dict[str, list[int]]) -> list[tuple[str, list[int]]]:
-        """The layers that read the components, each with the input channels on which it reads them."""
-        return [
-            (self.names[dependency.target.module], list(channels))
-            for layer, removed in components.items()
-            if removed
-            for dependency, channels in self.group(layer, removed)
-            if self.graph.is_in_channel_pruning_fn(dependency.handler)
-            and width_of(dependency.target.module) is not None
-        ]
-
-    def operations(self, components: dict[str, list[int]]) -> list[Operation]:
-        """Removes the components from the copy and reads off what that changed."""
-        tensors = dict([*self.shadow.named_parameters(), *self.shadow.named_buffers()])
-        tags = {}
-        for name, tensor in tensors.items():
-            if tensor.ndim:
-                tags[name] = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
-                tensor.data = tags[name].clone()
-        attributes = {name: _sizes(module) for name, module in self.shadow.named_modules()}
-        for layer, channels in components.items():
-            if channels:
-                self.group(layer, channels).prune()
-        operations: list[Operation] = []
-        for name, left in [*self.shadow.named_parameters(), *self.shadow.named_buffers()]:
-            if name in tags and left.shape != tags[name].shape:
-                operations += _kept(name, tags[name], left.detach())
-        for name, module in self.shadow.named_modules():
-            for attribute, value in _sizes(module).items():
-                before = attributes[name].get(attribute)
-                if value != before:
-                    operations.append(Operation("attribute", name, name=attribute, before=before, value=value))
-        return operations
-
-
-def _sizes(module: nn.Module) -> dict[str, Any]:
-    """A module's public integer attributes and tuples of them: its widths among them."""
-    found: dict[str, Any] = {}
-    for name, value in vars(module).items():
-        if name.startswith("_") or isinstance(value, bool):
-            continue
-        if isinstance(value, int):
-            found[name] = value
-        elif isinstance(value, tuple) and value and all(type(entry) is int for entry in value):
-            found[name] = list(value)
-    return found
-
-
-def _kept(name: str, tags: Tensor, left: Tensor) -> list[Operation]:
-    """The `keep` operations that turn the whole tensor of flat indices into what is left of it."""
-    operations = []
-    expected = tags
-    for dim in range(tags.ndim):
-        if left.shape[dim] == tags.shape[dim]:
-            continue
-        line = left
-        for other in reversed(range(tags.ndim)):
-            if other != dim:
-                line = line.select(other, 0)
-        stride = tags.stride(dim)
-        index = (line.long() // stride) % tags.shape[dim]
-        expected = expected.index_select(dim, index)
-        operations.append(Operation("keep", name, dim=dim, index=tuple(index.tolist())))
-    if expected.shape != left.shape or not torch.equal(expected, left):
-        raise ValueError(f"prune: what must go from tensor {name!r} is no set of rows or columns; it is not supported.")
-    return operations
-
-
-def _plan(
-    model: nn.Module, example_inputs: Any, components: dict[str, list[int]], tracer: _Tracer
-) -> tuple[list[Operation], dict[str, str]]:
-    """The operations that remove the components, and the layers that must stay whole after all, with reasons.
-
-    What the graph says is not taken on trust: a removal must be the same function as hiding the components from the
-    layers that read them. Where it is not, each layer is tried by itself.
-    """
-    operations, problem = _trial(model, example_inputs, components, tracer)
-    if not problem:
-        return operations, {}
-    failed = {}
-    for layer, channels in components.items():
-        if channels:
-            alone = {layer: channels}
-            why = _trial(model, example_inputs, alone, _Tracer(model, example_inputs))[1]
-            if why:
-                failed[layer] = why
-    rest = {layer: channels for layer, channels in components.items() if layer not in failed}
-    if failed:
-        operations, problem = _trial(model, example_inputs, rest, _Tracer(model, example_inputs))
-    if problem:
-        raise ValueError(f"prune: these layers cannot be pruned together: {list(rest)}: {problem}.")
-    return operations, failed
-
-
-def _trial(
-    model: nn.Module, example_inputs: Any, components: dict[str, list[int]], tracer: _Tracer
-) -> tuple[list[Operation], str]:
-    """The operations, and what is wrong with them; nothing is, when it is empty. Uses the tracer up."""
-    consumers = tracer.consumers(components)
-    try:
-        operations = tracer.operations(components)
-        smaller = Recipe("prune", {}, components, architecture_of(model), operations).apply(model).model
-    except Exception as error:  # whatever torch-pruning makes of an operation that it does not know
-        return [], f"torch-pruning cannot remove its channels: {error}"
-    inputs = moved(example_inputs, device_of(model))
-    wide = True
-    try:
-        _output(model, inputs, [], wide)
-    except (RuntimeError, TypeError):  # a model that insists on its own type
-        wide = False
-    try:
-        removed = _output(smaller, inputs, [], wide)
-    except Exception as error:
-        return [], f"the model does not run without its channels: {error}"
-    try:
-        hidden = _output(model, inputs, consumers, wide)
-    except Exception as error:
-        return [], f"its channels cannot be hidden from the layers that read them: {error}"
-    if hidden is None or removed is None or hidden.shape != removed.shape:
-        return [], "the model's output would change its shape"
-    tolerance = 1e-9 if wide else 1e-2
-    if not float((hidden - removed).abs().max()) <= tolerance * float(hidden.abs().max()) + 1e-12:
-        return [], "removing its channels is not the same as hiding them from the layers that read them"
-    return operations, ""
-
-
-def _output(model: nn.Module, inputs: Any, hide: list[tuple[str, list[int]]], wide: bool) -> Tensor | None:
-    """First output tensor of a copy of the model, with some input channels of some layers set to 0."""
-    model = copy.deepcopy(model)
-    if wide:
-        model = model.double()
-        inputs = map_tensors(inputs, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-    for layer, channels in hide:
-        module = model.get_submodule(layer)
-        module.register_forward_pre_hook(_hiding(channels, dim=-1 if isinstance(module, nn.Linear) else 1))
-    with undisturbed(model):
-        return first_tensor(call(model, inputs))
-
-
-def _hiding(channels: list[int], dim: int) -> Any:
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        index = torch.tensor(channels, device=args[0].device)
-        return (args[0].index_fill(dim, index, 0), *args[1:])
-
-    return hook
 
 
 def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -423,19 +484,6 @@ def _reestimate_batch_norms(edit: Edit, data: Iterable[Any]) -> None:
             f"{index + 1} batches, none of them so large."
         )
     _record(edit, before, edit.model.state_dict())
-
-
-def _repair(
-    model: nn.Module, edit: Edit, names: list[str], norms: dict[str, str], data: Iterable[Any], *, weights: bool
-) -> None:
-    """Repairs the layers that read removed components, and adds to the recipe what does the same."""
-    owners = {*names, *(norms[name] for name in names if name in norms)}
-    state = edit.model.state_dict()
-    before = {name: tensor.clone() for name, tensor in state.items() if name.rpartition(".")[0] in owners}
-    result = repaired(model, edit.model, names, edit.recipe.components, norms, data, weights=weights)
-    if result.skipped:
-        edit.recipe.settings["unrepaired"] = result.skipped
-    _record(edit, {name: before[name] for name in result.values}, result.values)
 
 
 def _record(edit: Edit, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:

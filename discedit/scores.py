@@ -139,6 +139,46 @@ class Scores(Mapping[str, Tensor]):
                 reduced[layer] = OVER_CLASSES[reduction](values[:, seen])
         return reduced
 
+    def select(self, components: Mapping[str, Tensor | Sequence[int]]) -> Scores:
+        """The same scores of fewer components, such as those that pruning has left.
+
+        Args:
+            components: layer -> indices of the components to keep, in the order in which the result has them; layers
+                not named stay whole.
+
+        Raises:
+            ValueError: an unknown layer, or an index out of range.
+        """
+        op = "Scores.select"
+        kept: dict[str, Tensor] = {}
+        for layer, indices in components.items():
+            if layer not in self:
+                raise ValueError(f"{op}: components must name layers of the scores, {layer!r} is none of {list(self)}.")
+            index = torch.as_tensor(indices, dtype=torch.int64, device=self[layer].device)
+            if index.ndim != 1 or (len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self[layer])):
+                raise ValueError(
+                    f"{op}: components[{layer!r}] must be indices in 0..{len(self[layer]) - 1}, got {index.tolist()}."
+                )
+            kept[layer] = index
+
+        def part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {layer: t[kept[layer]] if layer in kept else t for layer, t in tensors.items()}
+
+        return Scores(
+            part(self._values),
+            part(self.direction),
+            self.counts,
+            bound=self.bound,
+            witness=self.witness,
+            statistic=self.statistic,
+            norms=self.norms,
+            scale=self.scale,
+            options=self.options,
+            pairs=part(self.pairs),
+            errors=part(self.errors),
+            degrees=self.degrees,
+        )
+
     def standard_error(self) -> dict[str, Tensor]:
         """Standard error of every score b: layer name -> (channels, classes), float64.
 

@@ -9,12 +9,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each may import those before it. Names are modules of the package; "kernels" is the folder of that name.
 ORDER = [
-    "_state _checks _batches _files _measure _repair",
+    "_state _checks _budget _batches _files _measure _calibration _repair _optimizers",
     "kernels reference",
     "_backends",
     "ops moments uncertainty scores",
-    "collect recipe prune unlearn presets",
-    "evaluate zoo demo cli __main__",
+    "collect recipe _graph _importance prune unlearn presets",
+    "evaluate zoo huggingface demo cli __main__",
 ]
 RANK = {module: rank for rank, module in enumerate(" ".join(ORDER).split())}
 CSRC = [{"common"}, {"cpu", "cuda"}, {"bindings"}]

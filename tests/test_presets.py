@@ -311,11 +311,11 @@ def test_lowest_is_prune_with_the_reduction_of_the_preset(trained):
     for algorithm in (DISCEDIT_SP, WITNESSPRUNE):
         scores = algorithm.score(model, zoo.batches(train), 10)
         edit = algorithm.prune(model, scores, example_inputs=X)
-        plain = prune(model, scores, ratio=0.5, reduction=algorithm.reduction, example_inputs=X)
+        plain = prune(model, scores, ratio=0.5, criterion=algorithm.reduction, example_inputs=X)
         assert edit.recipe.components == plain.recipe.components
         assert same_state(edit.model, plain.model)
         assert {**plain.recipe.settings, "preset": algorithm.name} == edit.recipe.settings
-    fewer = DISCEDIT_SP.prune(model, scores, example_inputs=X, ratio=0.1, layers=["conv2"], reduction="max")
+    fewer = DISCEDIT_SP.prune(model, scores, example_inputs=X, ratio=0.1, layers=["conv2"], criterion="max")
     assert {layer: len(channels) for layer, channels in fewer.recipe.components.items()} == {"conv2": 6}
 
 

@@ -1,0 +1,353 @@
+"""What a closed-form fit needs: calibration images as one batch, what a layer reads at some positions, its moments.
+
+One batch, because the layers of a network are fitted in the order in which they run, each on what the layers fitted
+before it now give: a single forward pass then does for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from discedit._batches import call, device_of, first_tensor, split, undisturbed
+
+SAMPLES = 2500  # at most this many are looked at
+MEMORY = 4 * 2**30  # bytes that the feature maps of all samples may take at once
+MAPS = 6  # as large as the largest that a network holds at one moment
+ROWS_PER_UNKNOWN = 64  # inputs of a layer that are looked at, for each of its weights per output
+LEAST_PER_UNKNOWN = 8  # where the following allows no more
+WORK = 2e11  # rows x unknowns^2 of one layer
+CHUNK = 2**25  # entries of rows that are gathered at once
+
+
+def calibration(model: nn.Module, data: Iterable[Any]) -> tuple[Any, int]:
+    """The first samples of `data` as one batch on the model's device, and how many they are.
+
+    At most `SAMPLES`, and no more than `MEMORY` allows. Ends at a batch that does not fit the others.
+
+    Raises:
+        ValueError: no sample, or inputs without a sample axis.
+    """
+    batches: list[Any] = []
+    samples, limit = 0, SAMPLES
+    device = device_of(model)
+    for index, batch in enumerate(data):
+        inputs, _ = split("prune", batch, index, device, labels_needed=False)
+        size = samples_of(inputs)
+        if size and not batches:
+            limit = max(1, min(SAMPLES, MEMORY // (MAPS * _largest_map(model, inputs, size))))
+        if not size or (batches and not _fits(batches[0], inputs)):
+            break
+        batches.append(_narrowed(inputs, size, min(size, limit - samples)))
+        samples += min(size, limit - samples)
+        if samples >= limit:
+            break
+    if not samples:
+        raise ValueError("prune: data must give at least one sample to repair on, it gave none.")
+    return _joined(batches), samples
+
+
+def samples_of(inputs: Any) -> int:
+    """Size of the first axis of the first tensor."""
+    first = first_tensor(inputs)
+    if first is None or not first.ndim:
+        raise ValueError(f"prune: data must give tensors with a sample axis, got {type(inputs).__name__}.")
+    return len(first)
+
+
+def _largest_map(model: nn.Module, inputs: Any, size: int) -> int:
+    """Bytes per sample of the largest output of a module."""
+    largest = 1
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal largest
+        x = first_tensor(output)
+        if x is not None:
+            largest = max(largest, x.numel() * x.element_size())
+
+    few = min(size, 2)
+    handles = [module.register_forward_hook(hook) for module in model.modules()]
+    try:
+        with undisturbed(model):
+            call(model, _narrowed(inputs, size, few))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return -(-largest // few)
+
+
+def _narrowed(inputs: Any, size: int, few: int) -> Any:
+    """The first samples of a batch; tensors without its sample axis stay whole."""
+    if isinstance(inputs, Tensor):
+        return inputs[:few] if inputs.ndim and len(inputs) == size else inputs
+    if isinstance(inputs, Mapping):
+        return {name: _narrowed(value, size, few) for name, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(_narrowed(value, size, few) for value in inputs)
+    return inputs
+
+
+def _fits(first: Any, other: Any) -> bool:
+    """Whether two batches can be joined."""
+    if isinstance(first, Tensor):
+        return isinstance(other, Tensor) and first.shape[1:] == other.shape[1:] and first.dtype == other.dtype
+    if isinstance(first, Mapping):
+        return (
+            isinstance(other, Mapping)
+            and first.keys() == other.keys()
+            and all(_fits(first[name], other[name]) for name in first)
+        )
+    if isinstance(first, (tuple, list)):
+        return len(first) == len(other) and all(map(_fits, first, other))
+    return bool(first == other)
+
+
+def _joined(batches: list[Any]) -> Any:
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(batches) if first.ndim else first
+    if isinstance(first, Mapping):
+        return {name: _joined([batch[name] for batch in batches]) for name in first}
+    if isinstance(first, (tuple, list)):
+        return tuple(_joined(list(parts)) for parts in zip(*batches, strict=True))
+    return first
+
+
+def why_not_fitted(model: nn.Module, name: str, norms: Mapping[str, str]) -> str:
+    """Why a layer cannot be fitted in closed form; empty when it can."""
+    why = why_not_read(model, name)
+    if not why and model.get_submodule(name).bias is None and norm_behind(model, name, norms) is None:
+        return "it has neither a bias nor a batch norm behind it that could take one"
+    return why
+
+
+def why_not_read(model: nn.Module, name: str) -> str:
+    """Why what a layer reads cannot be written as rows; empty when it can."""
+    layer = model.get_submodule(name)
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        return f"it is a {type(layer).__name__}; only Conv2d and Linear can be repaired"
+    if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or layer.padding_mode != "zeros"):
+        return "it is a convolution in groups, or one that does not pad with zeros"
+    return ""
+
+
+def norm_behind(model: nn.Module, name: str, norms: Mapping[str, str]) -> _BatchNorm | None:
+    """The batch norm with running statistics that the layer's output goes straight into."""
+    norm = model.get_submodule(norms[name]) if name in norms else None
+    return norm if isinstance(norm, _BatchNorm) and norm.running_mean is not None else None
+
+
+def scale_behind(model: nn.Module, name: str, norms: Mapping[str, str]) -> Tensor | None:
+    """What the batch norm behind a layer multiplies its outputs by: (outputs,)."""
+    norm = norm_behind(model, name, norms)
+    if norm is None:
+        return None
+    assert norm.running_var is not None
+    scale = (norm.running_var + norm.eps).rsqrt()
+    return scale if norm.weight is None else scale * norm.weight.detach()
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    """Weights as (outputs, inputs), float32 at least."""
+    weight: Any = layer.weight
+    found: Tensor = weight.detach().flatten(1)
+    return found.float() if found.element_size() < 4 else found
+
+
+class Positions:
+    """Some positions of a layer's output, others in each sample, and what the layer reads and gives there.
+
+    The same positions for the same layer and number of samples, whatever the number of its channels.
+
+    Args:
+        layer: Conv2d or Linear.
+        seed: of the draw.
+    """
+
+    def __init__(self, layer: nn.Module, seed: int) -> None:
+        self.layer = layer
+        self.axis = -1 if isinstance(layer, nn.Linear) else 1  # of channels
+        self.seed = seed
+        unknowns = matrix_of(layer).shape[1]
+        self.rows = int(max(LEAST_PER_UNKNOWN * unknowns, min(ROWS_PER_UNKNOWN * unknowns, WORK / unknowns**2)))
+        self.chosen = torch.empty(0)
+
+    def draw(self, output: Tensor) -> None:
+        """Chooses positions of this output."""
+        samples, *_ = output.shape
+        places = self._flat(output).shape[1]
+        each = min(places, -(-self.rows // samples))
+        generator = torch.Generator().manual_seed(self.seed)
+        if 8 * each > places:
+            chosen = torch.rand(samples, places, generator=generator).argsort(1)[:, :each]
+        else:  # few of many: the same one twice does no harm
+            chosen = torch.randint(places, (samples, each), generator=generator)
+        self.chosen = chosen.to(output.device)
+
+    def of_output(self, output: Tensor) -> Tensor:
+        """(rows, outputs), float32 at least."""
+        flat = self._flat(output)
+        index = self.chosen[:, :, None].expand(-1, -1, flat.shape[2])
+        rows = flat.gather(1, index).flatten(0, 1)
+        return rows.float() if rows.element_size() < 4 else rows
+
+    def of_input(self, x: Tensor) -> Iterable[tuple[slice, Tensor]]:
+        """Chunks of (rows, inputs of one output), float32 at least, each with its place among all rows."""
+        samples, each = self.chosen.shape
+        step = max(1, CHUNK // (each * matrix_of(self.layer).shape[1]))
+        for start in range(0, samples, step):
+            part = x[start : start + step]
+            part = part.float() if part.element_size() < 4 else part
+            rows = self._rows(part, self.chosen[start : start + step])
+            yield slice(start * each, start * each + len(rows)), rows
+
+    def _flat(self, output: Tensor) -> Tensor:
+        """(samples, positions, outputs), a view where there is one."""
+        if isinstance(self.layer, nn.Linear):
+            return output.flatten(1, -2) if output.ndim > 2 else output[:, None]
+        return output.flatten(2).transpose(1, 2)
+
+    def _rows(self, x: Tensor, chosen: Tensor) -> Tensor:
+        layer = self.layer
+        if isinstance(layer, nn.Linear):
+            flat = self._flat(x)
+            return flat.gather(1, chosen[:, :, None].expand(-1, -1, flat.shape[2])).flatten(0, 1)
+        assert isinstance(layer, nn.Conv2d)
+        x = functional.pad(x, _padding(layer))
+        sizes, steps, gaps = layer.kernel_size, layer.stride, layer.dilation
+        width = (x.shape[3] - gaps[1] * (sizes[1] - 1) - 1) // steps[1] + 1
+        ends = (chosen // width * steps[0], chosen % width * steps[1])
+        down, across = (
+            end[:, :, None] + gap * torch.arange(size, device=x.device)
+            for end, gap, size in zip(ends, gaps, sizes, strict=True)
+        )
+        # Channels last, so that what is gathered lies together.
+        pixels = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        first = torch.arange(len(x), device=x.device)[:, None, None, None] * (x.shape[2] * x.shape[3])
+        index = first + down[:, :, :, None] * x.shape[3] + across[:, :, None, :]  # samples, positions, kernel
+        patches = pixels.index_select(0, index.flatten()).view(chosen.numel(), -1, x.shape[1])
+        return patches.transpose(1, 2).reshape(chosen.numel(), -1)
+
+
+def _padding(layer: nn.Conv2d) -> list[int]:
+    """As `functional.pad` takes it: last axis first."""
+    if layer.padding == "valid":
+        return [0, 0, 0, 0]
+    if layer.padding == "same":
+        totals = [gap * (size - 1) for gap, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [totals[1] // 2, totals[1] - totals[1] // 2, totals[0] // 2, totals[0] - totals[0] // 2]
+    down, across = (int(pad) for pad in layer.padding)
+    return [across, across, down, down]
+
+
+@dataclass
+class Fit:
+    """Moments of what a layer reads (x) and of what it is to give (y), float64: all that least squares needs."""
+
+    mean_x: Tensor
+    mean_y: Tensor
+    xx: Tensor  # covariance (inputs, inputs)
+    yx: Tensor  # covariance (outputs, inputs)
+    yy: Tensor  # variances (outputs,)
+
+    @classmethod
+    def of(cls, positions: Positions, x: Tensor, y: Tensor) -> Fit:
+        """From a layer's input, and rows of its output.
+
+        Sums are taken around the mean of the first rows: products in the input's type, chunk by chunk, and their sum
+        in float64.
+        """
+        sums: list[Tensor] = []
+        shift_x = shift_y = torch.empty(0)
+        for place, rows in positions.of_input(x):
+            part = y[place]
+            if not sums:
+                shift_x, shift_y = rows.mean(0), part.mean(0)
+            rows, part = rows.sub_(shift_x), part - shift_y
+            terms = (rows.sum(0), part.sum(0), rows.T @ rows, part.T @ rows, part.square().sum(0))
+            wide = [term.double() for term in terms]
+            sums = [a + b for a, b in zip(sums, wide, strict=True)] if sums else wide
+        mean_x, mean_y, xx, yx, yy = (total / len(y) for total in sums)
+        return cls(
+            mean_x + shift_x,
+            mean_y + shift_y,
+            xx - torch.outer(mean_x, mean_x),
+            yx - torch.outer(mean_y, mean_x),
+            yy - mean_y.square(),
+        )
+
+    def solve(self, weights: Tensor, ridge: float) -> Tensor:
+        """The weights (outputs, inputs) that give y from x, drawn towards the given ones.
+
+        Args:
+            ridge: share of the mean variance of an input that is added to each; ten times as much as often as the
+                system is not positive definite in float64.
+        """
+        variance = float(self.xx.diagonal().mean())
+        if variance <= 0:  # nothing varies: nothing to learn
+            return weights
+        missing = self.yx - weights @ self.xx
+        eye = torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
+        while True:
+            factor, failed = torch.linalg.cholesky_ex(self.xx + ridge * variance * eye)
+            if not failed:
+                return weights + torch.cholesky_solve(missing.T, factor).T
+            ridge *= 10
+
+    def bias(self, weights: Tensor) -> Tensor:
+        """The bias (outputs,) that goes with weights."""
+        return self.mean_y - weights @ self.mean_x
+
+
+def runs_in_order(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[str, int]:
+    """The layers in the order in which they first run, and how often they do."""
+    seen: dict[str, int] = {}
+
+    def count(name: str) -> None:
+        seen[name] = seen.get(name, 0) + 1
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: count(name)) for name in names]
+    few = samples_of(inputs)
+    try:
+        with undisturbed(model):
+            call(model, _narrowed(inputs, few, min(few, 2)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def norms_behind(model: nn.Module, inputs: Any) -> dict[str, str]:
+    """Layer -> the batch norm that its output goes straight into, where each runs once."""
+    outputs: dict[int, tuple[str, Tensor]] = {}  # by identity; holding them keeps it theirs
+    found: dict[str, str] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+
+            def leave(_: nn.Module, __: Any, output: Tensor, name: str = name) -> None:
+                outputs[id(output)] = (name, output)
+
+            handles.append(module.register_forward_hook(leave))
+        elif isinstance(module, _BatchNorm):
+
+            def enter(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                if id(args[0]) in outputs:
+                    found[outputs[id(args[0])][0]] = name
+
+            handles.append(module.register_forward_pre_hook(enter))
+    few = samples_of(inputs)
+    try:
+        with undisturbed(model):
+            call(model, _narrowed(inputs, few, min(few, 2)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    runs = runs_in_order(model, [*found, *found.values()], inputs)
+    return {layer: norm for layer, norm in found.items() if runs[layer] == runs[norm] == 1}

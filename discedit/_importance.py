@@ -1,0 +1,327 @@
+"""How much each component counts: by scores, by weights, or by what the layers that read it lose without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from discedit import _checks
+from discedit._batches import call, undisturbed
+from discedit._calibration import (
+    Fit,
+    Positions,
+    calibration,
+    matrix_of,
+    norms_behind,
+    runs_in_order,
+    scale_behind,
+    why_not_read,
+)
+from discedit._graph import KINDS, Components, Graph, width_of
+from discedit.scores import REDUCTIONS, Scores
+
+OF_WEIGHTS = ("l1", "l2", "random")
+OF_READERS = ("energy", "reconstruction", "combined")
+CRITERIA = (*REDUCTIONS, *OF_WEIGHTS, *OF_READERS)
+GIVEN = "given"  # importances of the caller's own
+RIDGE = 1e-4  # of the mean variance of an input
+TINY = 1e-300
+
+
+def importances(
+    model: nn.Module,
+    scores: Scores,
+    criterion: str,
+    *,
+    example_inputs: Any,
+    data: Iterable[Any] | None = None,
+    components: str | Iterable[str] = ("filters", "neurons", "heads"),
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """How much each component counts, by one of the criteria of `discedit.prune`, which takes the result as scores.
+
+    Args:
+        model, scores, criterion, example_inputs, data, components, seed: as for `discedit.prune`; the layers are those
+            of `scores`.
+
+    Returns:
+        Layer -> (rows,) float64, one number for each output row of the layer, higher = keep; the rows of a component (a
+        head) share theirs. Layers from which nothing can be removed are left out, and so are those to which the
+        criterion does not apply, because nothing reads them that can be written as a matrix.
+
+    Raises:
+        ValueError: an unknown criterion or kind, a criterion without the data or scores that it needs, or a model that
+            cannot be traced.
+    """
+    op = "importances"
+    _checks.choice(op, "criterion", criterion, CRITERIA)
+    kinds = kinds_of(op, components)
+    if criterion in OF_READERS and data is None:
+        raise ValueError(f"{op}: criterion={criterion!r} needs data to estimate statistics on, got data=None.")
+    graph = Graph(model, example_inputs)
+    found, _ = graph.find([layer for layer in scores if width_of(model.get_submodule(layer)) is not None], kinds)
+    inputs: Any = None
+    norms: dict[str, str] = {}
+    if criterion in OF_READERS and data is not None:
+        inputs, _ = calibration(model, data)
+        norms = norms_behind(model, inputs)
+    values, instead = of_components(model, scores, criterion, graph, found, inputs, norms, seed)
+    rows = {}
+    for layer, parts in found.items():
+        if layer not in instead:
+            rows[layer] = torch.full((len(scores[layer]),), torch.nan, dtype=torch.float64)
+            for own, value in zip(parts.rows, values[layer], strict=True):
+                rows[layer][list(own)] = value
+    return rows
+
+
+def kinds_of(op: str, components: str | Iterable[str]) -> tuple[str, ...]:
+    """The kinds of components asked for, checked."""
+    kinds = (components,) if isinstance(components, str) else tuple(components)
+    for kind in kinds:
+        _checks.choice(op, "components", kind, KINDS)
+    if not kinds:
+        raise ValueError(f"{op}: components must name at least one of {', '.join(KINDS)}, got {components!r}.")
+    return kinds
+
+
+def of_components(
+    model: nn.Module,
+    scores: Scores | Mapping[str, Tensor],
+    criterion: str,
+    graph: Graph,
+    found: Mapping[str, Components],
+    inputs: Any,
+    norms: Mapping[str, str],
+    seed: int,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """One number per component of each layer, higher = keep; and the layers that had to be judged by "l2" instead.
+
+    Args:
+        inputs: one batch, for the criteria `OF_READERS`.
+        norms: layer -> the norm that its output goes straight into.
+
+    Returns:
+        layer -> (components,) float64; layer -> why the criterion does not apply.
+    """
+    if not isinstance(scores, Scores):
+        return {layer: _over_rows(scores[layer].double(), parts) for layer, parts in found.items()}, {}
+    if criterion in REDUCTIONS:
+        reduced = scores.reduce(criterion)
+        return {layer: _over_rows(reduced[layer].cpu(), parts) for layer, parts in found.items()}, {}
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            layer: torch.rand(len(parts.rows), generator=generator, dtype=torch.float64)
+            for layer, parts in found.items()
+        }, {}
+    if criterion in OF_WEIGHTS:
+        power = 1 if criterion == "l1" else 2
+        return {layer: _of_weights(model, graph, parts, power) for layer, parts in found.items()}, {}
+    values, why = _of_readers(model, scores, criterion, graph, found, inputs, norms)
+    for layer in why:
+        values[layer] = _of_weights(model, graph, found[layer], 2)
+    return {layer: values[layer] for layer in found}, why
+
+
+def _over_rows(values: Tensor, parts: Components) -> Tensor:
+    return values[torch.tensor(parts.rows, dtype=torch.int64)].mean(1)
+
+
+def _of_weights(model: nn.Module, graph: Graph, parts: Components, power: int) -> Tensor:
+    """Norms of the weights that give each component."""
+    norms = []
+    whole = {}
+    for name in parts.layers:
+        module: Any = model.get_submodule(name)
+        weight: Tensor = module.weight.detach()
+        weight = weight.transpose(0, 1) if getattr(module, "transposed", False) else weight
+        whole[name] = weight.flatten(1).double().abs().pow(power).sum(1).cpu()
+    for index, rows in enumerate(parts.rows):
+        producers = {parts.layer: list(rows)} if len(parts.layers) == 1 else graph.producers({parts.layer: [index]})
+        norms.append(sum(float(whole[name][own].sum()) for name, own in producers.items() if name in whole))
+    return torch.tensor(norms, dtype=torch.float64).pow(1 / power)
+
+
+def _of_readers(
+    model: nn.Module,
+    scores: Scores,
+    criterion: str,
+    graph: Graph,
+    found: Mapping[str, Components],
+    inputs: Any,
+    norms: Mapping[str, str],
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """By how much the outputs of the layers that read a component would change without it.
+
+    "energy": by its own part in them, while all else stays. "reconstruction": by what is left of that once the other
+    components have made up for it as well as they can, the cheapest component first and so on (optimal brain surgery,
+    Hassibi and Stork 1993, for blocks of weights). "combined": the same, and a change counts by how well the output
+    tells the class that it tells best (its score).
+    """
+    readers: dict[str, dict[str, list[list[int]]]] = {}
+    why: dict[str, str] = {}
+    for layer, parts in found.items():
+        blocks = _blocks(graph, layer, len(parts.rows))
+        unread = {name: reason for name in blocks if (reason := why_not_read(model, name))}
+        for name, block in blocks.items():
+            if len({len(channels) for channels in block}) > 1:
+                unread[name] = "it reads some of the components on more channels than others"
+        if len(unread) == len(blocks):
+            name, reason = next(iter(unread.items()), ("no layer", "nothing reads it"))
+            why[layer] = f"it is read by {name}: {reason}"
+            continue
+        readers[layer] = {name: block for name, block in blocks.items() if name not in unread}
+    names = dict.fromkeys(name for blocks in readers.values() for name in blocks)
+    once = [name for name, runs in runs_in_order(model, names, inputs).items() if runs == 1]
+    pending = {layer: set(blocks) & set(once) for layer, blocks in readers.items()}
+    for layer in [layer for layer, left in pending.items() if not left]:
+        why[layer] = "what reads it runs more than once per forward pass"
+        del pending[layer]
+    values: dict[str, Tensor] = {}
+    surgeons: dict[str, _Surgeon] = {}
+
+    def ready(name: str, surgeon: _Surgeon) -> None:
+        surgeons[name] = surgeon
+        for layer in [layer for layer, left in pending.items() if left <= surgeons.keys()]:
+            parts = [(surgeons[reader], readers[layer][reader]) for reader in pending.pop(layer)]
+            values[layer] = _energies(parts) if criterion == "energy" else _eliminated(parts)
+        for done in [n for n in surgeons if not any(n in left for left in pending.values())]:
+            del surgeons[done]  # its moments are the large thing here
+
+    handles = []
+    for seed, name in enumerate(once):
+        worth = _worth(model, name, norms, scores if criterion == "combined" else {})
+
+        def hook(
+            module: nn.Module,
+            args: tuple[Tensor, ...],
+            output: Tensor,
+            name: str = name,
+            seed: int = seed,
+            worth: Tensor = worth,
+        ) -> None:
+            positions = Positions(module, seed)
+            positions.draw(output)
+            fit = Fit.of(positions, args[0], positions.of_output(output))
+            ready(name, _Surgeon(fit, matrix_of(module).double(), worth, args[0].shape[positions.axis]))
+
+        handles.append(model.get_submodule(name).register_forward_hook(hook))
+    try:
+        with undisturbed(model):
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return values, why
+
+
+def _blocks(graph: Graph, layer: str, components: int) -> dict[str, list[list[int]]]:
+    """Reader -> for each component the input channels on which it reads it."""
+    together = graph.consumers({layer: range(components)})
+    ends = [dict(graph.consumers({layer: [index]})) for index in (0, components - 1)]
+    blocks = {}
+    for name, channels in together:
+        size = len(channels) // components
+        parts = [channels[i * size : (i + 1) * size] for i in range(components)]
+        # Nearly always the channels lie in the order of the components; asking for each takes long.
+        if len(channels) % components or [parts[0], parts[-1]] != [end.get(name) for end in ends]:
+            parts = [dict(graph.consumers({layer: [index]})).get(name, []) for index in range(components)]
+        blocks[name] = parts
+    return blocks
+
+
+def _worth(model: nn.Module, name: str, norms: Mapping[str, str], scores: Mapping[str, Tensor]) -> Tensor:
+    """What a change of each output of a layer counts: (outputs,), float64."""
+    module: Any = model.get_submodule(name)
+    scale = scale_behind(model, name, norms)
+    worth = torch.ones(len(module.weight), dtype=torch.float64, device=module.weight.device)
+    worth = worth if scale is None else scale.double().square()
+    if name in scores:
+        worth = worth * scores[name].nan_to_num(0.0).max(1).values.to(worth.device)
+    return worth
+
+
+@dataclass
+class _Surgeon:
+    """What a layer reads, its weights, and what a change of its outputs counts."""
+
+    fit: Fit
+    weights: Tensor  # (outputs, inputs)
+    worth: Tensor  # (outputs,)
+    channels: int  # that it reads
+
+    @property
+    def total(self) -> float:
+        """Variance of the outputs, as far as it counts."""
+        return max(float((self.worth * self.fit.yy).sum()), TINY)
+
+    def columns(self, blocks: list[list[int]]) -> Tensor:
+        """The columns of the weights that belong to each block of channels: (components, columns)."""
+        each = self.weights.shape[1] // self.channels
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.weights.device)
+        return (index[:, :, None] * each + torch.arange(each, device=index.device)).flatten(1)
+
+
+def _energies(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
+    """Variance of what each component adds to the outputs, as a share of theirs, summed over the readers."""
+    found: Any = 0.0
+    for surgeon, blocks in parts:
+        columns = surgeon.columns(blocks)
+        covariance = surgeon.fit.xx[columns[:, :, None], columns[:, None, :]]
+        weights = surgeon.weights[:, columns].transpose(0, 1)  # components, outputs, columns
+        found = found + ((weights @ covariance) * weights).sum(2) @ surgeon.worth / surgeon.total
+    return torch.as_tensor(found).cpu()
+
+
+def _eliminated(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
+    """Share of the readers' variance that is lost when a component goes after all that are cheaper, the others having
+    made up for it in the best way."""
+    states = [_Elimination(surgeon, blocks) for surgeon, blocks in parts]
+    count = len(parts[0][1])
+    gone = torch.zeros(count, dtype=torch.bool)
+    lost = torch.zeros(count, dtype=torch.float64)
+    total = 0.0
+    for _ in range(count):
+        costs = torch.stack([state.costs(gone) for state in states]).sum(0)
+        costs[gone] = torch.inf
+        index = int(costs.argmin())
+        total += max(float(costs[index]), 0.0)
+        gone[index] = True
+        lost[index] = total
+        for state in states:
+            state.remove(index)
+    return lost
+
+
+class _Elimination:
+    """One reader while components go: its weights follow, in the metric of what it reads."""
+
+    def __init__(self, surgeon: _Surgeon, blocks: list[list[int]]) -> None:
+        xx = surgeon.fit.xx
+        ridge = RIDGE * max(float(xx.diagonal().mean()), TINY)
+        self.inverse = torch.linalg.inv(xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device))
+        self.weights = surgeon.weights.clone()
+        self.worth = surgeon.worth / surgeon.total
+        self.places = surgeon.columns(blocks)
+
+    def costs(self, gone: Tensor) -> Tensor:
+        """(components,): what removing each would now add to the loss."""
+        blocks = self.inverse[self.places[:, :, None], self.places[:, None, :]]
+        blocks[gone] = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+        weights = self.weights[:, self.places].permute(1, 2, 0)  # components, columns, outputs
+        costs: Tensor = (weights * torch.linalg.solve(blocks, weights)).sum(1) @ self.worth
+        return costs.cpu()
+
+    def remove(self, index: int) -> None:
+        place = self.places[index]
+        gain = torch.linalg.solve(self.inverse[place][:, place], self.inverse[place])
+        self.weights -= self.weights[:, place] @ gain
+        self.inverse -= self.inverse[:, place] @ gain
+        self.inverse[place] = 0.0
+        self.inverse[:, place] = 0.0
+        self.weights[:, place] = 0.0
