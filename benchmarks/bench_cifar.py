@@ -113,7 +113,7 @@ def pruning_rows(bench: Bench) -> list[list[str]]:
                         ratio=ratio,
                         example_inputs=bench.example,
                         data=bench.train,
-                        reduction=reduction,
+                        criterion=reduction,
                         repair=repair,
                     )
                     accuracies.append(float(bench.accuracy(edit.model).mean()))

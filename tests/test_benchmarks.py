@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_cifar, gpu
+from benchmarks import bench_cifar, bench_prune, gpu
 
 
 @pytest.mark.data
@@ -15,6 +15,30 @@ def test_bench_cifar_writes_its_tables(cifar, monkeypatch):
     for heading in ("Cost of scoring", "Accuracy after pruning", "Unlearning each class", "mean over the ten classes"):
         assert heading in text
     assert text.count("| resnet20 |") == 1 + 2 + 16 + 10 + 5
+
+
+@pytest.mark.data
+def test_bench_prune_measures_once_and_writes_what_it_measured(cifar, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_prune, "HERE", tmp_path)
+    monkeypatch.setattr(bench_prune, "RATIOS", (0.3, 0.6))
+    monkeypatch.setattr(bench_prune, "REPAIRS", ("least_squares",))
+    monkeypatch.setattr(bench_prune, "OURS", ("l1", "combined"))
+    monkeypatch.setattr(bench_prune, "RIVALS", ("tp taylor",))
+    bench = bench_prune.Bench("resnet20", 300, 200)
+    log = bench_prune.Log(tmp_path / "prune.json")
+    bench_prune.table(bench, log)
+    bench_prune.goals(bench, log, few=False)
+    assert len(log.entries) == 3 * 2 + 3
+    assert log.entries["resnet20|l1|least_squares|0.3"]["drop"] < log.entries["resnet20|l1|least_squares|0.6"]["drop"]
+    assert log.entries["resnet20|parameters -7.1 %|2,500"]["parameters removed"] >= 0.071
+    again = bench_prune.Log(tmp_path / "prune.json")
+    again.measure("resnet20|l1|least_squares|0.3", lambda: pytest.fail("measured again"))
+    text = bench_prune.markdown(again)
+    drop = log.entries["resnet20|combined|least_squares|0.6"]["drop"]
+    assert f"{drop:.1f} |" in next(line for line in text.splitlines() if "| combined |" in line)
+    assert text.count("Not measured.") == 2  # latency and time
+    bench_prune.plot(again)
+    assert (tmp_path / "prune.png").stat().st_size > 10_000
 
 
 def test_what_the_gpu_gate_measures_and_prints(monkeypatch):

@@ -1,0 +1,337 @@
+"""Structured pruning without training: every criterion, every repair, rivals, budgets, latency, time.
+
+    python -m benchmarks.bench_prune --parts goals               # the figures of the README: minutes
+    python -m benchmarks.bench_prune --parts table --write       # every criterion x repair x ratio: hours on 2 cores
+    python -m benchmarks.bench_prune --plot                      # benchmarks/prune.png from what was measured
+
+Calibration on the first 2,500 training images, accuracy on 5,000 test images (mean over classes), no fine-tuning. What
+is measured is kept in benchmarks/prune.json, one entry per run with the commit that it was measured at, and
+benchmarks/prune.md is written from it; what is there already at the same commit is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from benchmarks._common import machine, paired_ratio
+from benchmarks.latency import latency_ratio
+from benchmarks.rivals import chip, torch_pruning_importance, tvsprune
+from discedit import Edit, Scores, collect_moments, importances, prune, score, zoo
+from discedit._measure import count_macs
+from discedit.evaluate import accuracy_per_class
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "prune.json"
+MODELS = ("resnet20", "resnet56", "vit")
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+REPAIRS = ("none", "mean", "batchnorm", "least_squares")
+OURS = ("max", "mean", "min", "pairwise_min", "l1", "l2", "random", "energy", "reconstruction", "combined")
+RIVALS = ("chip", "tvsprune", "tp magnitude", "tp taylor", "tp hessian", "tp bn_scale")
+# Published without fine-tuning: share of parameters removed -> points lost (TVSPrune and CHIP: tables of TVSPrune).
+PUBLISHED = {"resnet56": 0.123, "resnet20": 0.071}
+PER_CLASS = 64
+PARTS = ("goals", "few", "latency", "time", "table")
+
+
+def _fashion(name: str, limit: int) -> TensorDataset:
+    with np.load(zoo.data_folder() / name, allow_pickle=False) as archive:
+        images, labels = archive["images"][:limit], archive["labels"][:limit]
+    x = (torch.from_numpy(images).float().div_(255) - 0.2860) / 0.3530
+    return TensorDataset(x[:, None].contiguous(), torch.from_numpy(labels.astype(np.int64)))
+
+
+class Bench:
+    """One model, its data, its scores, and the importances by each criterion."""
+
+    def __init__(self, name: str, train_images: int = 2500, test_images: int = 5000) -> None:
+        self.name = name
+        if name == "vit":
+            from transformers import ViTForImageClassification
+
+            self.model: nn.Module = ViTForImageClassification.from_pretrained(zoo.data_folder() / "vit_fashion").eval()
+            train = _fashion("fashion_train_10000.npz", train_images)
+            test = _fashion("fashion_test_first5000.npz", test_images)
+        else:
+            self.model = zoo.cifar_resnet(name)
+            train, test = zoo.cifar10("train", limit=train_images), zoo.cifar10("test", limit=test_images)
+        self.train, self.test = list(zoo.batches(train)), list(zoo.batches(test, 500))
+        labels = train.tensors[1]
+        few = torch.cat([(labels == k).nonzero()[:PER_CLASS, 0] for k in range(10)]).sort().values
+        self.few = list(zoo.batches(TensorDataset(*(tensor[few] for tensor in train.tensors))))
+        self.example = self.train[0][0][:1]
+        self.known: dict[str, dict[str, Tensor]] = {}
+
+    @cache  # noqa: B019  (one object per model, which lives as long as the program)
+    def scores(self) -> Scores:
+        return score(collect_moments(self.model, self.train, 10), pairs=True)
+
+    @cache  # noqa: B019
+    def before(self) -> float:
+        return self.accuracy(self.model)
+
+    def accuracy(self, model: nn.Module) -> float:
+        return 100 * float(accuracy_per_class(model, self.test, 10).mean())
+
+    def importance(self, criterion: str, seed: int = 0) -> dict[str, Tensor]:
+        """By rows of each layer; the same for all ratios and repairs."""
+        key = f"{criterion}{seed}"
+        if key not in self.known:
+            self.known[key] = self._importance(criterion, seed)
+        return self.known[key]
+
+    def _importance(self, criterion: str, seed: int) -> dict[str, Tensor]:
+        if criterion in OURS:
+            data = self.train if criterion in ("energy", "reconstruction", "combined") else None
+            return importances(self.model, self.scores(), criterion, example_inputs=self.example, data=data, seed=seed)
+        layers = list(self.importance("l1"))
+        if criterion == "chip":
+            readers = {layer: layer.replace("conv1", "conv2") for layer in layers}
+            return chip(self.model, layers, self.train, readers=readers, images=256)
+        if criterion == "tvsprune":
+            return tvsprune(self.model, layers, self.train, num_classes=10)
+        batches = self.train[:1] if criterion == "tp hessian" else self.train
+        return torch_pruning_importance(criterion.removeprefix("tp "), self.model, layers, batches, self.example)
+
+    def prune(self, *, few: bool = False, **options: Any) -> Edit:
+        """`discedit.prune` with its defaults, but for what is named."""
+        options.setdefault("scores", self.scores())
+        return prune(self.model, example_inputs=self.example, data=self.few if few else self.train, **options)
+
+
+class Log:
+    """What has been measured, by key; kept on disk after each entry."""
+
+    def __init__(self, path: Path = RESULTS) -> None:
+        self.path = path
+        self.entries: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        self.machine = machine()
+
+    def measure(self, key: str, run: Callable[[], dict[str, Any]]) -> None:
+        if self.entries.get(key, {}).get("machine") == self.machine:
+            return
+        self.entries[key] = {**run(), "machine": self.machine}
+        self.path.write_text(json.dumps(self.entries, indent=0, sort_keys=True) + "\n")
+        shown = {k: v for k, v in self.entries[key].items() if k != "machine"}
+        print(key, shown, flush=True)
+
+
+def outcome(bench: Bench, edit: Edit) -> dict[str, Any]:
+    return {
+        "drop": round(bench.before() - bench.accuracy(edit.model), 3),
+        "parameters removed": round(1 - edit.parameters_after / edit.parameters_before, 4),
+        "macs removed": round(1 - (edit.macs_after or 0) / (edit.macs_before or 1), 4),
+    }
+
+
+def goals(bench: Bench, log: Log, *, few: bool) -> None:
+    """The defaults of `prune`, at the ratios and sizes of the README."""
+    images = f"{PER_CLASS} per class" if few else "2,500"
+    for ratio in (0.3, 0.5):
+        log.measure(
+            f"{bench.name}|ratio {ratio}|{images}", lambda r=ratio: outcome(bench, bench.prune(ratio=r, few=few))
+        )
+    if bench.name in PUBLISHED:
+        share = PUBLISHED[bench.name]
+        log.measure(
+            f"{bench.name}|parameters -{100 * share:.1f} %|{images}",
+            lambda: outcome(bench, bench.prune(parameters=1 - share, few=few)),
+        )
+
+
+def table(bench: Bench, log: Log) -> None:
+    """Every criterion x repair x ratio; random is the mean of three."""
+    rivals = () if bench.name == "vit" else RIVALS
+    for repair in REPAIRS:
+        if repair == "batchnorm" and bench.name == "vit":
+            continue
+        for criterion in (*OURS, *rivals):
+            for ratio in RATIOS:
+
+                def run(criterion: str = criterion, ratio: float = ratio, repair: str = repair) -> dict[str, Any]:
+                    found = [
+                        outcome(
+                            bench, bench.prune(scores=bench.importance(criterion, seed), ratio=ratio, repair=repair)
+                        )
+                        for seed in range(3 if criterion == "random" else 1)
+                    ]
+                    return {name: round(sum(f[name] for f in found) / len(found), 4) for name in found[0]}
+
+                log.measure(f"{bench.name}|{criterion}|{repair}|{ratio}", run)
+
+
+def latency(bench: Bench, log: Log) -> None:
+    """Time of the smaller model over that of the whole one, in turns, beside the share of multiply-accumulates left."""
+    x = bench.train[0][0][:64]
+    for ratio in (0.3, 0.5):
+
+        def run(ratio: float = ratio) -> dict[str, Any]:
+            smaller = bench.prune(ratio=ratio, repair="none", criterion="l1").model
+            median, spread, before, after = latency_ratio(bench.model, smaller, x, 25)
+            left = count_macs(smaller, bench.example) / count_macs(bench.model, bench.example)
+            return {
+                "time": round(median, 3),
+                "spread": round(spread, 3),
+                "macs": round(left, 3),
+                "ms": [round(1000 * before, 1), round(1000 * after, 1)],
+            }
+
+        log.measure(f"{bench.name}|latency|{ratio}", run)
+
+
+def duration(bench: Bench, log: Log) -> None:
+    """Scoring, choosing, repairing and shrinking, over a forward pass on the same images, in turns."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            for x, _ in bench.train:
+                bench.model(x)
+
+    def everything() -> None:
+        scores = score(collect_moments(bench.model, bench.train, 10))
+        bench.prune(scores=scores, ratio=0.3)
+
+    def run() -> dict[str, Any]:
+        start = time.perf_counter()
+        forward()
+        seconds = time.perf_counter() - start
+        median, spread = paired_ratio(everything, forward, 5)
+        return {"passes": round(median, 2), "spread": round(spread, 2), "seconds of a pass": round(seconds, 2)}
+
+    log.measure(f"{bench.name}|time|0.3", run)
+
+
+def rows_of_goals(log: Log) -> list[list[str]]:
+    found = []
+    for key, entry in log.entries.items():
+        model, what, *rest = key.split("|")
+        if len(rest) == 1 and (what.startswith("ratio ") or what.startswith("parameters ")):
+            removed = [f"{100 * entry[f'{name} removed']:.1f} %" for name in ("parameters", "macs")]
+            found.append([model, what, rest[0], *removed, f"{entry['drop']:.2f}"])
+    return sorted(found)
+
+
+def rows_of_table(log: Log) -> list[list[str]]:
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for key, entry in log.entries.items():
+        model, criterion, *rest = key.split("|")
+        if len(rest) == 2:
+            cells.setdefault((model, rest[0], criterion), {})[rest[1]] = f"{entry['drop']:.1f}"
+    order = {name: i for i, name in enumerate((*MODELS, *REPAIRS, *OURS, *RIVALS))}
+    lines = sorted(cells.items(), key=lambda item: [order[part] for part in item[0]])
+    return [[*names, *(row.get(str(ratio), "not measured") for ratio in RATIOS)] for names, row in lines]
+
+
+def rows_of(log: Log, part: str, columns: list[str]) -> list[list[str]]:
+    found = []
+    for key, entry in sorted(log.entries.items()):
+        model, what, *rest = key.split("|")
+        if what == part:
+            found.append([model, *rest, *(str(entry[column]) for column in columns)])
+    return found
+
+
+def markdown(log: Log) -> str:
+    """benchmarks/prune.md, from what was measured."""
+    machines = sorted({entry["machine"] for entry in log.entries.values()})
+    parts = [
+        (
+            "With the defaults of `prune`",
+            "Points of accuracy lost. Published without fine-tuning: iterative TVSPrune 9.9 and CHIP 10.2 points at "
+            "12.3 % of ResNet56's parameters, TVSPrune 9.4 at 7.1 % of ResNet20's.",
+            ["model", "budget", "images", "parameters removed", "macs removed", "points lost"],
+            rows_of_goals(log),
+        ),
+        (
+            "Latency on the CPU",
+            "Time of the smaller model over that of the whole one on a batch of 64, in turns; the quartiles' distance; "
+            "the share of multiply-accumulates left; milliseconds before and after.",
+            ["model", "ratio", "time", "spread", "macs", "ms"],
+            rows_of(log, "latency", ["time", "spread", "macs", "ms"]),
+        ),
+        (
+            "Time to score, choose, repair and shrink",
+            "In forward passes over the 2,500 calibration images, in turns with such passes.",
+            ["model", "ratio", "passes", "spread", "seconds of a pass"],
+            rows_of(log, "time", ["passes", "spread", "seconds of a pass"]),
+        ),
+        (
+            "Every criterion and repair",
+            "Points of accuracy lost when the same share of each layer goes. `tp`: importances of torch-pruning 1.6.1 "
+            "(LAMP orders a layer as its magnitude does; the accumulation of its Hessian is corrected; on 256 images); "
+            "CHIP on 256 images. `random`: mean of three. TVSPrune: its score, least over pairs.",
+            ["model", "repair", "criterion", *map(str, RATIOS)],
+            rows_of_table(log),
+        ),
+    ]
+    text = (
+        "# Structured pruning without training\n\nWritten by `python -m benchmarks.bench_prune --write`; do not edit.\n"
+    )
+    for title, note, header, rows in parts:
+        lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
+        body = "\n".join(lines) if rows else "Not measured."
+        text += f"\n## {title}\n\n{note}\n\n{body}\n"
+    return text + "\nMeasured on: " + "; ".join(machines) + ".\n"
+
+
+def plot(log: Log) -> None:
+    """benchmarks/prune.png: points lost by ratio, a panel per model and repair."""
+    from matplotlib.figure import Figure
+
+    rows = rows_of_table(log)
+    models = [name for name in MODELS if any(row[0] == name for row in rows)]
+    if not models:
+        raise ValueError("bench_prune: nothing of the part 'table' has been measured yet.")
+    figure = Figure(figsize=(3.6 * len(REPAIRS), 3.4 * len(models)), layout="constrained")
+    grid = figure.subplots(len(models), len(REPAIRS), sharex=True, sharey="row", squeeze=False)
+    styles = {name: "-" if name in OURS else "--" for name in (*OURS, *RIVALS)}
+    colours = {name: f"C{i % 10}" for i, name in enumerate((*OURS, *RIVALS))}
+    for line, model in zip(grid, models, strict=True):
+        for axes, repair in zip(line, REPAIRS, strict=True):
+            for _, _, criterion, *cells in (row for row in rows if row[:2] == [model, repair]):
+                points = [(r, float(c)) for r, c in zip(RATIOS, cells, strict=True) if c != "not measured"]
+                axes.plot(*zip(*points, strict=True), styles[criterion], color=colours[criterion], label=criterion)
+            axes.set_title(f"{model}, repair {repair}", fontsize=9)
+            axes.grid(alpha=0.3)
+        line[0].set_ylabel("points of accuracy lost")
+    for axes in grid[-1]:
+        axes.set_xlabel("share of each layer removed")
+    handles, names = max((axes.get_legend_handles_labels() for axes in grid.flat), key=lambda pair: len(pair[0]))
+    figure.legend(handles, names, loc="outside right center", fontsize=8)
+    figure.savefig(HERE / "prune.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet20", "resnet56"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[])
+    parser.add_argument("--write", action="store_true", help="write benchmarks/prune.md")
+    parser.add_argument("--plot", action="store_true", help="write benchmarks/prune.png")
+    options = parser.parse_args()
+    log = Log()
+    for name in options.models if options.parts else ():
+        bench = Bench(name)
+        print(f"{name}: {bench.before():.2f} % before", flush=True)
+        for part in options.parts:
+            if part in ("goals", "few"):
+                goals(bench, log, few=part == "few")
+            else:
+                {"table": table, "latency": latency, "time": duration}[part](bench, log)
+    if options.write:
+        (HERE / "prune.md").write_text(markdown(log))
+    if options.plot:
+        plot(log)
+
+
+if __name__ == "__main__":
+    main()
