@@ -55,8 +55,9 @@ def prune(
     """Remove components of a network; the result is a smaller, plain torch module.
 
     The least important components go, with everything that hangs on them (norms, depthwise convolutions, the next
-    layers' inputs), as torch-pruning's dependency graph finds it. Each removal is checked on `example_inputs`, in float64: it must be the same function as hiding the
-    components from the layers that read them (and from the layer norms over them, which then normalise what is left).
+    layers' inputs), as torch-pruning's dependency graph finds it. Each removal is checked on `example_inputs`, in
+    float64: it must be the same function as hiding the components from the layers that read them (and from the layer
+    norms over them, which then normalise what is left).
     Layers where it is not are left whole; `Edit.skipped` names them and says why.
 
     Args:
