@@ -84,7 +84,9 @@ def machine() -> str:
     module, _ = _backends.cpu_module()
     level = module.instruction_set() if module else "no extension"
     commit = _git("describe", "--always")
-    if _git("status", "--porcelain", "--", ":/", ":!/benchmarks/*.md"):  # the tables themselves do not count
+    # Neither what is written nor tests change what is measured.
+    outside = (":!/tests", ":!/docs", *(f":!/benchmarks/*.{kind}" for kind in ("md", "json", "png")))
+    if _git("status", "--porcelain", "--", ":/", *outside):
         commit += "-dirty"
     return (
         f"{platform.machine()} ({level}), {torch.get_num_threads()} threads, Python {platform.python_version()}, "
