@@ -17,13 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from discedit._batches import call, device_of, first_tensor, split, undisturbed
 
-SAMPLES = 2500  # at most this many are looked at
+SAMPLES = 480  # at most this many are looked at: maps of more are slow, since their memory is given back each time
 MEMORY = 4 * 2**30  # bytes that the feature maps of all samples may take at once
 MAPS = 6  # as large as the largest that a network holds at one moment
 ROWS_PER_UNKNOWN = 64  # inputs of a layer that are looked at, for each of its weights per output
 LEAST_PER_UNKNOWN = 8  # where the following allows no more
 WORK = 2e11  # rows x unknowns^2 of one layer
-CHUNK = 2**25  # entries of rows that are gathered at once
+CHUNK = 2**22  # entries of rows that are gathered at once: small enough for memory to be used again
 
 
 def calibration(model: nn.Module, data: Iterable[Any]) -> tuple[Any, int]:
@@ -34,7 +34,7 @@ def calibration(model: nn.Module, data: Iterable[Any]) -> tuple[Any, int]:
     Raises:
         ValueError: no sample, or inputs without a sample axis.
     """
-    batches: list[Any] = []
+    batches: list[tuple[Any, int]] = []
     samples, limit = 0, SAMPLES
     device = device_of(model)
     for index, batch in enumerate(data):
@@ -42,10 +42,13 @@ def calibration(model: nn.Module, data: Iterable[Any]) -> tuple[Any, int]:
         size = samples_of(inputs)
         if size and not batches:
             limit = max(1, min(SAMPLES, MEMORY // (MAPS * _largest_map(model, inputs, size))))
-        if not size or (batches and not _fits(batches[0], inputs)):
+        if not size:
+            continue
+        if batches and not _fits(batches[0][0], inputs):
             break
-        batches.append(_narrowed(inputs, size, min(size, limit - samples)))
-        samples += min(size, limit - samples)
+        few = min(size, limit - samples)
+        batches.append((_narrowed(inputs, size, few), few))
+        samples += few
         if samples >= limit:
             break
     if not samples:
@@ -108,14 +111,15 @@ def _fits(first: Any, other: Any) -> bool:
     return bool(first == other)
 
 
-def _joined(batches: list[Any]) -> Any:
-    first = batches[0]
+def _joined(batches: list[tuple[Any, int]]) -> Any:
+    """One batch of several, each with its number of samples; tensors without a sample axis as in the first."""
+    first, samples = batches[0]
     if isinstance(first, Tensor):
-        return torch.cat(batches) if first.ndim else first
+        return torch.cat([x for x, _ in batches]) if first.ndim and len(first) == samples else first
     if isinstance(first, Mapping):
-        return {name: _joined([batch[name] for batch in batches]) for name in first}
+        return {name: _joined([(batch[name], size) for batch, size in batches]) for name in first}
     if isinstance(first, (tuple, list)):
-        return tuple(_joined(list(parts)) for parts in zip(*batches, strict=True))
+        return tuple(_joined([(batch[i], size) for batch, size in batches]) for i in range(len(first)))
     return first
 
 
@@ -200,7 +204,8 @@ class Positions:
     def of_input(self, x: Tensor) -> Iterable[tuple[slice, Tensor]]:
         """Chunks of (rows, inputs of one output), float32 at least, each with its place among all rows."""
         samples, each = self.chosen.shape
-        step = max(1, CHUNK // (each * matrix_of(self.layer).shape[1]))
+        unknowns = matrix_of(self.layer).shape[1]
+        step = max(1, max(CHUNK, 2 * unknowns**2) // (each * unknowns))  # no fewer rows than make a sum worth its while
         for start in range(0, samples, step):
             part = x[start : start + step]
             part = part.float() if part.element_size() < 4 else part
@@ -289,6 +294,8 @@ class Fit:
             ridge: share of the mean variance of an input that is added to each; ten times as much as often as the
                 system is not positive definite in float64.
         """
+        if not bool(self.xx.isfinite().all() and self.yx.isfinite().all()):
+            raise ValueError("prune: data must give finite feature maps, found NaN or Inf.")
         variance = float(self.xx.diagonal().mean())
         if variance <= 0:  # nothing varies: nothing to learn
             return weights
@@ -325,21 +332,22 @@ def runs_in_order(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[s
 
 def norms_behind(model: nn.Module, inputs: Any) -> dict[str, str]:
     """Layer -> the batch norm that its output goes straight into, where each runs once."""
-    outputs: dict[int, tuple[str, Tensor]] = {}  # by identity; holding them keeps it theirs
+    outputs: dict[int, tuple[str, Tensor, int]] = {}  # by identity, which holding them keeps; and their version
     found: dict[str, str] = {}
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
 
             def leave(_: nn.Module, __: Any, output: Tensor, name: str = name) -> None:
-                outputs[id(output)] = (name, output)
+                outputs[id(output)] = (name, output, output._version)
 
             handles.append(module.register_forward_hook(leave))
         elif isinstance(module, _BatchNorm):
 
             def enter(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                if id(args[0]) in outputs:
-                    found[outputs[id(args[0])][0]] = name
+                source = outputs.get(id(args[0]))
+                if source is not None and source[2] == args[0]._version:
+                    found[source[0]] = name
 
             handles.append(module.register_forward_pre_hook(enter))
     few = samples_of(inputs)

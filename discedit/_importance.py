@@ -180,7 +180,7 @@ def _of_readers(
     once = [name for name, runs in runs_in_order(model, names, inputs).items() if runs == 1]
     pending = {layer: set(blocks) & set(once) for layer, blocks in readers.items()}
     for layer in [layer for layer, left in pending.items() if not left]:
-        why[layer] = "what reads it runs more than once per forward pass"
+        why[layer] = f"{min(readers[layer])}, which reads it, does not run just once per forward pass"
         del pending[layer]
     values: dict[str, Tensor] = {}
     surgeons: dict[str, _Surgeon] = {}

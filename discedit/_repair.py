@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
@@ -97,6 +98,7 @@ class _Target:
         self.gone = gone
         self.rows = torch.empty(0)
         self.added: Tensor | None = None
+        self.shared = False  # read by something before it is added
 
     def kept(self, rows: Tensor) -> Tensor:
         """Without the outputs that the layer has lost."""
@@ -106,13 +108,21 @@ class _Target:
         return rows[:, torch.tensor(left, device=rows.device)]
 
 
+@dataclass(frozen=True)
+class _Output:
+    layer: str
+    tensor: Tensor
+    version: int
+
+
 class _Watch(TorchFunctionMode):
     """Sees layers run, in a pass, and what their outputs, or those of the batch norms behind them, are added to."""
 
     def __init__(self, model: nn.Module, targets: Mapping[str, _Target], norms: Mapping[str, str]) -> None:
         super().__init__()
         self.model, self.targets, self.norms = model, targets, norms
-        self.outputs: dict[int, tuple[str, Tensor]] = {}  # by identity; holding them keeps it theirs
+        self.outputs: dict[int, _Output] = {}  # by identity; holding them keeps it theirs
+        self.raw: dict[str, Tensor] = {}  # outputs that go into a batch norm
         self.handles: list[Any] = []
 
     def __enter__(self) -> Any:
@@ -136,20 +146,31 @@ class _Watch(TorchFunctionMode):
     def after(self, name: str, output: Tensor) -> None:
         """A layer has given an output."""
 
-    def meets(self, name: str, other: Tensor) -> Tensor | None:
-        """A layer's output is about to be added to something; what takes its place, if anything does."""
+    def touches(self, name: str) -> None:
+        """A layer's output is about to be read by something that is no addition."""
+
+    def meets(self, name: str, output: Tensor, other: Tensor) -> None:
+        """A layer's output is about to be added to something."""
         raise NotImplementedError
 
     def leave(self, name: str, output: Tensor) -> None:
         self.after(name, output)
+        if norm_behind(self.model, name, self.norms) is not None:
+            self.raw[name] = output
         self.note(name, output)
 
     def note(self, name: str, output: Tensor) -> None:
         self.forget(name)
-        self.outputs[id(output)] = (name, output)
+        # What changes a tensor in place, such as an activation, makes it another one.
+        self.outputs[id(output)] = _Output(name, output, output._version)
 
     def forget(self, name: str) -> None:
-        self.outputs = {key: value for key, value in self.outputs.items() if value[0] != name}
+        self.outputs = {key: noted for key, noted in self.outputs.items() if noted.layer != name}
+
+    def layer_of(self, tensor: Any) -> str | None:
+        """The layer whose output this is."""
+        noted = self.outputs.get(id(tensor))
+        return noted.layer if noted is not None and noted.version == tensor._version else None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -157,14 +178,17 @@ class _Watch(TorchFunctionMode):
         tensors = len(args) == 2 and all(isinstance(arg, Tensor) for arg in args) and not kwargs
         if func in _ADDITIONS and tensors and args[0].shape == args[1].shape:
             order = list(self.outputs)
-            known = [i for i in (0, 1) if id(args[i]) in self.outputs]
+            known = [i for i in (0, 1) if self.layer_of(args[i]) is not None]
             if known:  # of two, the one that ran later: only then is the other what it will stay
                 mine = max(known, key=lambda i: order.index(id(args[i])))
-                name, _ = self.outputs.pop(id(args[mine]))
-                new = self.meets(name, args[1 - mine])
-                if new is not None:
-                    args = (new, args[1]) if mine == 0 else (args[0], new)
-        return func(*args, **(kwargs or {}))
+                self.meets(self.outputs.pop(id(args[mine])).layer, args[mine], args[1 - mine])
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and func not in _ADDITIONS:
+            for arg in args:
+                layer = self.layer_of(arg) if isinstance(arg, Tensor) and arg is not result else None
+                if layer is not None and (arg is not self.raw.get(layer) or func is not functional.batch_norm):
+                    self.touches(layer)
+        return result
 
 
 class _Before(_Watch):
@@ -177,7 +201,10 @@ class _Before(_Watch):
         rows = target.positions.of_output(output)
         target.rows = target.kept(rows if layer.bias is None else rows - layer.bias)
 
-    def meets(self, name: str, other: Tensor) -> None:
+    def touches(self, name: str) -> None:
+        self.targets[name].shared = True
+
+    def meets(self, name: str, output: Tensor, other: Tensor) -> None:
         target = self.targets[name]
         target.added = target.kept(target.positions.of_output(other))
 
@@ -198,14 +225,15 @@ class _After(_Watch):
     def before(self, name: str, x: Tensor) -> None:
         if self.again:
             return
-        if self.targets[name].added is None:
-            self._set_right(name, x, self.targets[name].rows)
-        else:
+        target = self.targets[name]
+        if target.added is None or target.shared:
+            self._set_right(name, x, target.rows)
+        if target.added is not None:
             self.waiting[name] = x
 
-    def meets(self, name: str, other: Tensor) -> Tensor | None:
+    def meets(self, name: str, output: Tensor, other: Tensor) -> None:
         if name not in self.waiting:
-            return None
+            return
         x, target = self.waiting.pop(name), self.targets[name]
         assert target.added is not None
         missing = target.added - target.positions.of_output(other)
@@ -217,10 +245,9 @@ class _After(_Watch):
         self.again = True
         out: Tensor = self.model.get_submodule(name)(x)
         norm = norm_behind(self.model, name, self.norms)
-        out = out if norm is None else norm(out)
+        output.copy_(out if norm is None else norm(out))  # in place, as whatever holds it must see
         self.again = False
         self.forget(name)
-        return out
 
     def _set_right(self, name: str, x: Tensor, target: Tensor) -> None:
         layer: Any = self.model.get_submodule(name)
@@ -239,6 +266,6 @@ class _After(_Watch):
         self._set(f"{self.norms[name]}.running_mean", norm.running_mean, norm.running_mean - missing)
 
     def _set(self, name: str, tensor: Tensor, value: Tensor) -> None:
-        self.replaced[name] = tensor.detach().clone()
+        self.replaced.setdefault(name, tensor.detach().clone())
         tensor.copy_(value)
         self.values[name] = tensor.detach().clone()

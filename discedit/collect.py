@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from discedit import _checks
 from discedit._backends import select
-from discedit._batches import call, checked_labels, device_of, first_tensor, moved, split, undisturbed
+from discedit._batches import call, checked_labels, device_of, first_tensor, map_tensors, moved, split, undisturbed
 from discedit.moments import GREATEST_EXPONENT, Moments, Statistic
 
 OP = "collect_moments"
@@ -64,7 +64,8 @@ def collect_moments(
         backend: as in `discedit.ops`.
 
     Returns:
-        `Moments`, with one entry per layer in the order of execution.
+        `Moments`, with one entry per layer in the order of execution. A layer that runs on windows of a sample (as in
+        Swin) is pooled over all of them.
 
     Raises:
         ValueError: an empty loader, labels that do not fit, no layer to read, an unknown layer name, a layer named in
@@ -251,15 +252,25 @@ class _Place:
         self.layout = _layout(module)
         self.statistics = statistics
         self.backend = backend
+        self.windows = 1  # that a sample is cut into, where each comes as a sample of its own
+        self.first = torch.empty(0)  # what the first sample gave, in such windows
         self.planes: Tensor | None = None  # (statistics, samples, channels) of the last batch: the next one's buffer
         self._known: tuple[Any, ...] = ()
         self._axis = 1
         self._run: Callable[..., Tensor]
 
     def can_read(self, x: Tensor) -> bool:
-        return "cls" not in self.statistics or _checks.has_tokens(x, self.layout)
+        return "cls" not in self.statistics or (_checks.has_tokens(x, self.layout) and self.windows == 1)
+
+    def cut(self, x: Tensor, samples: int) -> None:
+        """In the first batch: whether tokens come in windows."""
+        if self.layout == "tokens" and x.ndim > 1 and samples and len(x) != samples and len(x) % samples == 0:
+            self.windows = len(x) // samples
+            self.first = x[: self.windows].detach().clone()
 
     def read(self, x: Tensor) -> None:
+        if self.windows > 1:
+            x = x.reshape(len(x) // self.windows, -1, x.shape[-1])
         kind = (x.shape, x.dtype, x.device)
         if kind != self._known:
             try:
@@ -304,6 +315,9 @@ class _Reader:
             for name, module in {**self.layers, **self.candidates}.items()
         }
         self._settled = False
+        self._samples = 0
+        self._probe: dict[str, Tensor] | None = None
+        self._foreign: set[str] = set()  # places without a sample axis
         self._ran: set[str] = set()
         self._repeated: set[str] = set()
         self._unreadable: set[str] = set()
@@ -333,6 +347,9 @@ class _Reader:
             x = first_tensor(output)
             if x is None:
                 raise ValueError(f"{OP}: layer {name!r} must give a tensor, it gave {type(output).__name__}.")
+            if self._probe is not None:
+                self._probe[name] = x
+                return
             if name in ran:
                 self._repeated.add(name)
                 return
@@ -359,6 +376,10 @@ class _Reader:
             self._widths[name] = x.shape[-1 if place.layout == "tokens" else 1] if x.ndim > 1 else 0
         elif name not in self.places.values():
             return False
+        place.cut(x, self._samples)
+        if not self.explicit and self._samples and len(x) % self._samples:
+            self._foreign.add(name)
+            return False
         if not self.explicit and not place.can_read(x):
             self._unreadable.add(name)
             return False
@@ -371,7 +392,35 @@ class _Reader:
 
     def run(self, inputs: Any) -> Any:
         self._ran.clear()
-        return call(self.model, inputs)
+        if self._settled:
+            return call(self.model, inputs)
+        first = first_tensor(inputs)
+        self._samples = len(first) if first is not None and first.ndim else 0
+        output = call(self.model, inputs)
+        self._check_windows(inputs)
+        return output
+
+    def _check_windows(self, inputs: Any) -> None:
+        """The windows of a sample must lie together: the first sample alone must give the first of them.
+
+        A layer of which that does not hold, or whose output has no sample axis at all, cannot be read.
+        """
+        cut = [place for place in self._places.values() if place.windows > 1]
+        if not cut:
+            return
+        self._probe = {}
+        call(self.model, map_tensors(inputs, lambda t: t[:1] if t.ndim and len(t) == self._samples else t))
+        for place in cut:
+            x = self._probe.get(place.name)
+            tolerance = 1e-2 * float(place.first.abs().max())
+            if x is None or x.shape != place.first.shape or not torch.allclose(x, place.first, atol=tolerance):
+                if self.explicit:
+                    raise ValueError(
+                        f"{OP}: layers must give one output per sample, or windows that lie together by samples, layer "
+                        f"{place.name!r} gives {place.windows} rows for each sample in another order."
+                    )
+                self._foreign.add(place.name)
+        self._probe = None
 
     def take(self, output: Any) -> Iterator[tuple[str, Tensor]]:
         """The pooled planes of the batch that just ran, by layer; the next batch overwrites them."""
@@ -402,6 +451,10 @@ class _Reader:
             for layer in [layer for layer, norm in found.items() if norm in self._repeated]:
                 del found[layer]
         order = [layer for layer in self._order if layer != head]
+        foreign = [layer for layer in order if self._place(layer) in self._foreign]
+        if foreign:
+            warnings.warn(f"{OP}: left out, because their outputs have no sample axis: {foreign}.", stacklevel=5)
+        order = [layer for layer in order if layer not in foreign]
         self._order = [layer for layer in order if self._place(layer) not in self._unreadable]
         if self.explicit and len(self._order) < len(self.layers):
             missing = sorted(set(self.layers) - set(self._order))

@@ -88,7 +88,7 @@ def prune(
         repair: what follows the removal, without gradients or labels. "least_squares": every layer after the first
             removal gets new weights, so that it gives what it gave before, or what makes the sum right to which it is
             added; in the order in which they run, each on what those before it now give. "mean": the same for biases
-            alone, which then carry the mean of what was removed. Both look at up to 1,024 samples of `data`; Conv2d
+            alone, which then carry the mean of what was removed. Both look at up to 480 samples of `data`; Conv2d
             (not in groups) and Linear, with a bias or a batch norm behind them; others that read removed components are
             named in the recipe's settings. "batchnorm": the statistics of batch norms, on all of `data`. "none".
             "auto": "least_squares" when data is given, else "none".
@@ -140,8 +140,9 @@ def prune(
     steps = _checks.positive_integer("prune", "steps", steps)
     if rescore is not None and steps == 1:
         raise ValueError("prune: rescore needs steps above 1, got steps=1.")
+    check_layers("prune", model, scores, options.layers)
     macs_before = count_macs(model, example_inputs)
-    made = _once(model, scores, options).edit if steps == 1 else _in_steps(model, scores, options, steps, rescore)
+    made = _in_steps(model, scores, options, steps, rescore)
     edit = made.recipe.apply(model, inplace=True) if inplace else made
     edit.skipped, edit.widths = made.skipped, made.widths
     edit.macs_before, edit.macs_after = macs_before, count_macs(edit.model, example_inputs)
@@ -175,6 +176,7 @@ class _Options:
         if len(self.budget) != 1:
             found = ", ".join(f"{name}={value!r}" for name, value in self.budget.items()) or "none of them"
             raise ValueError(f"{op}: exactly one of {', '.join(BUDGETS)} must be given, got {found}.")
+        _check_budget(self.budget)
         _checks.choice(op, "across", self.across, NORMALISATIONS)
         _checks.choice(op, "criterion", self.criterion, ("auto", *CRITERIA))
         _checks.choice(op, "repair", self.repair, REPAIRS)
@@ -186,6 +188,15 @@ class _Options:
                 raise ValueError(
                     f"{op}: criterion must be left out where scores are importances themselves, got {criterion!r}."
                 )
+            for layer, values in scores.items():
+                if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 1:
+                    what = f"a {type(values).__name__}"
+                    if isinstance(values, Tensor):
+                        what = f"shape {_checks.shape_of(values)} of {values.dtype}"
+                    raise ValueError(
+                        f"{op}: scores must be Scores, or one floating-point number for each row of a layer, layer "
+                        f"{layer!r} has {what}."
+                    )
             criterion = GIVEN
         elif criterion == "auto":
             criterion = "l1"  # benchmarks/prune.md: nothing was better with any repair by more than chance
@@ -200,11 +211,21 @@ class _Options:
         return dict.fromkeys(layers, _checks.positive_integer("prune", "floor", self.floor))
 
 
+def _check_budget(budget: Mapping[str, Any]) -> None:
+    """Whether it is in range, on numbers that do not matter."""
+    [(name, value)] = budget.items()
+    layers = list(value) if isinstance(value, Mapping) else []
+    dummy = {layer: torch.zeros(2, dtype=torch.float64) for layer in layers or ["a layer"]}
+    cost = Cost({layer: [("weight", 0, 1)] for layer in dummy}, {"weight": (2 * len(dummy),)}, {"weight": 2.0}, 0.0)
+    choose(dummy, cost=cost, limits=Limits(), **{name: value})
+
+
 @dataclass
 class _Step:
-    """An edit, and how many components each layer had and has lost."""
+    """An edit, the choice that it made, and how many components each layer had and has lost."""
 
     edit: Edit
+    choice: Choice
     had: dict[str, int]
     lost: dict[str, int]
 
@@ -240,7 +261,6 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         if not failed.keys() & found.keys():
             break
         found = {layer: parts for layer, parts in found.items() if layer not in failed}
-    _report(choice, options, {layer: len(parts.rows) for layer, parts in found.items()})
     rows = {layer: sorted(r for i in choice.removed[layer] for r in parts.rows[i]) for layer, parts in found.items()}
     edit = Recipe(
         edit="prune",
@@ -262,6 +282,7 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
     edit.widths = {layer: len(scores[layer]) for layer in rows}
     return _Step(
         edit,
+        choice,
         {layer: len(parts.rows) for layer, parts in found.items()},
         {layer: len(gone) for layer, gone in choice.removed.items()},
     )
@@ -295,22 +316,21 @@ def _choice(
     return choose(values, cost=cost, limits=limits, **{name: budget})
 
 
-def _report(choice: Choice, options: _Options, widths: dict[str, int]) -> None:
+def _report(steps: list[_Step], options: _Options) -> None:
     """No silent no-op: an error or a warning where nothing goes, or less than was asked for."""
     [(name, budget)] = options.budget.items()
-    gone = any(choice.removed.values())
-    if name == "ratio":
-        if isinstance(budget, (int, float)) and budget > 0 and not gone and options.round_to == 1:
-            widest = max(widths.values())
-            if math.floor(budget * widest * (1 + 1e-12)) == 0:
-                raise ValueError(
-                    f"prune: ratio must be at least {1 / widest:.3g} to remove a component of the widest layer "
-                    f"({widest} components), got {float(budget)!r}."
-                )
-        if budget and (gone or choice.met):
-            return
-    if not choice.met or (not gone and budget):
-        warnings.warn(f"prune: {choice.message}", stacklevel=4)
+    last = steps[-1].choice
+    gone = any(any(step.lost.values()) for step in steps)
+    if name == "ratio" and not gone and not isinstance(budget, Mapping) and budget > 0:
+        widest = max(steps[0].had.values())
+        if math.floor(budget * widest * ROUNDING) == 0:
+            raise ValueError(
+                f"prune: ratio must be at least {1 / widest:.3g} to remove a component of the widest layer "
+                f"({widest} components), got {float(budget)!r}."
+            )
+    asked = any(budget.values()) if isinstance(budget, Mapping) else budget
+    if (not last.met and name != "ratio") or (asked and not gone):
+        warnings.warn(f"prune: {last.message}", stacklevel=4)
 
 
 def _described(
@@ -319,7 +339,7 @@ def _described(
     """The settings of a recipe, as JSON has them."""
     [(name, budget)] = options.budget.items()
     described: dict[str, Any] = {
-        name: dict(budget) if isinstance(budget, Mapping) else budget,
+        name: _plain(budget),
         "criterion": options.criterion,
         "repair": options.repair,
         "components": list(options.kinds),
@@ -334,6 +354,10 @@ def _described(
     return {**described, **scores.settings} if isinstance(scores, Scores) else described
 
 
+def _plain(budget: Any) -> Any:
+    return dict(budget) if isinstance(budget, Mapping) else budget
+
+
 def _in_steps(
     model: nn.Module,
     scores: Scores | Mapping[str, Tensor],
@@ -341,8 +365,9 @@ def _in_steps(
     steps: int,
     rescore: Callable[[nn.Module], Scores | Mapping[str, Tensor]] | None,
 ) -> Edit:
-    """The same in equal parts of what is to go, each of what the one before has left."""
+    """In equal parts of what is to go, each of what the one before has left."""
     [(name, budget)] = options.budget.items()
+    asked = options.criterion if isinstance(scores, Scores) else "auto"
     whole = {"parameters": count_parameters(model), "macs": count_macs(model, options.example_inputs)}
     if name in whole and isinstance(budget, float) and 0 < budget < 1:
         budget = math.floor(budget * whole[name])
@@ -351,42 +376,58 @@ def _in_steps(
     for step in range(1, steps + 1):
         share = step / steps
         part: Any = budget
-        if name in whole and isinstance(budget, int) and 0 <= budget < whole[name]:
+        if name in whole and budget < whole[name]:
             part = round(whole[name] - (whole[name] - budget) * share)
+        elif name == "ratio" and done:
+            part = _ratios(budget, share, done[0].had, _lost(done))
+        elif name == "ratio" and not isinstance(budget, Mapping):
+            part = budget * share
         elif name == "ratio":
-            part = _ratios(budget, share, done)
-        elif name == "global_ratio" and _checks.is_number(budget):
-            had = sum(done[0].had.values()) if done else 0
-            lost = sum(sum(s.lost.values()) for s in done)
-            part = (
-                budget * share
-                if not done
-                else max(0.0, (math.floor(budget * share * had * ROUNDING) - lost) / (had - lost))
-            )
-        now = replace(options, budget={name: part})
-        with warnings.catch_warnings():
-            if step < steps:
-                warnings.simplefilter("ignore")
-            done.append(_once(current, scores, now))
+            part = {layer: ratio * share for layer, ratio in budget.items()}
+        elif name == "global_ratio" and done:
+            had, lost = sum(done[0].had.values()), sum(_lost(done).values())
+            part = max(0, math.floor(budget * share * had * ROUNDING) - lost) / (had - lost)
+        elif name == "global_ratio":
+            part = budget * share
+        done.append(_once(current, scores, replace(options, budget={name: part})))
         current = done[-1].edit.model
         if step < steps:
             scores = _left(scores, done[-1].edit) if rescore is None else rescore(current)
+            options = replace(options, criterion=asked if isinstance(scores, Scores) else "auto").checked(scores)
+    _report(done, options)
+    if steps == 1:
+        done[0].edit.recipe.settings[name] = _plain(options.budget[name])
+        return done[0].edit
     edit = joined(model, [step.edit for step in done], inplace=False)
-    edit.recipe.settings |= {name: options.budget[name], "steps": steps, "rescored": rescore is not None}
+    last = done[-1].choice
+    edit.recipe.settings |= {name: _plain(options.budget[name]), "steps": steps, "rescored": rescore is not None}
+    if name in whole:
+        edit.recipe.settings["budget"] = done[-1].edit.recipe.settings["budget"]
+    else:
+        reached = sum(_lost(done).values())
+        edit.recipe.settings["budget"] = {
+            "asked": reached - last.reached + last.asked,
+            "reached": reached,
+            "met": last.met,
+        }
+    for notes in ("unrepaired", "judged by l2"):
+        found = {k: v for step in done for k, v in step.edit.recipe.settings.get(notes, {}).items()}
+        if found:
+            edit.recipe.settings[notes] = found
     return edit
 
 
-def _ratios(budget: Any, share: float, done: list[_Step]) -> Any:
+def _lost(done: list[_Step]) -> dict[str, int]:
+    """How many components each layer has lost in these steps."""
+    return {layer: sum(step.lost.get(layer, 0) for step in done) for layer in done[0].had}
+
+
+def _ratios(budget: Any, share: float, had: Mapping[str, int], lost: Mapping[str, int]) -> dict[str, float]:
     """The shares of what is left in each layer that make up this share of the whole budget."""
-    if not done:
-        return (
-            {layer: ratio * share for layer, ratio in budget.items()} if isinstance(budget, Mapping) else budget * share
-        )
     found = {}
-    for layer, had in done[0].had.items():
+    for layer, whole in had.items():
         ratio = budget.get(layer, 0.0) if isinstance(budget, Mapping) else budget
-        lost = sum(step.lost.get(layer, 0) for step in done)
-        found[layer] = max(0, math.floor(ratio * share * had * ROUNDING) - lost) / (had - lost)
+        found[layer] = max(0, math.floor(ratio * share * whole * ROUNDING) - lost[layer]) / (whole - lost[layer])
     return found
 
 

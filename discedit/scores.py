@@ -154,10 +154,13 @@ class Scores(Mapping[str, Tensor]):
         for layer, indices in components.items():
             if layer not in self:
                 raise ValueError(f"{op}: components must name layers of the scores, {layer!r} is none of {list(self)}.")
-            index = torch.as_tensor(indices, dtype=torch.int64, device=self[layer].device)
-            if index.ndim != 1 or (len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self[layer])):
+            index = torch.as_tensor(indices, device=self[layer].device)
+            whole = not index.numel() or not (index.is_floating_point() or index.dtype == torch.bool)
+            index = index.long()
+            inside = whole and (not index.numel() or 0 <= int(index.min()) <= int(index.max()) < len(self[layer]))
+            if index.ndim != 1 or not inside:
                 raise ValueError(
-                    f"{op}: components[{layer!r}] must be indices in 0..{len(self[layer]) - 1}, got {index.tolist()}."
+                    f"{op}: components[{layer!r}] must be indices in 0..{len(self[layer]) - 1}, got {indices!r}."
                 )
             kept[layer] = index
 

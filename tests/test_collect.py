@@ -390,3 +390,34 @@ def test_cifar_layers_and_norms(cifar):
     assert moments.samples == 1000
     assert repr(moments) == "Moments(19 layers, 688 channels, 10 classes, 1000 samples)"
     assert isinstance(moments, discedit.Moments)
+
+
+class Windows(nn.Module):
+    """Linear layers on windows of 4 tokens: as many samples as windows, by samples, and by windows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.by_sample, self.by_window, self.table = nn.Linear(3, 5), nn.Linear(5, 6), nn.Linear(2, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        n = len(x)
+        x = self.by_sample(x.reshape(n * 2, 4, 3)).relu().reshape(n, 2, 4, 5)
+        x = self.by_window(x.transpose(0, 1).reshape(n * 2, 4, 5)).reshape(2, n, 4, 6).transpose(0, 1)
+        return self.head((x + self.table(torch.ones(1, 7, 2)).mean()).mean((1, 2)))
+
+
+def test_windows_are_pooled_over_each_sample():
+    net = Windows().eval()
+    x, labels = torch.randn(12, 8, 3, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 2
+    with pytest.warns(UserWarning, match=r"no sample axis: \['by_window', 'table'\]"):
+        moments = collect_moments(net, [(x[:7], labels[:7]), (x[7:], labels[7:])], 2)
+    assert list(moments) == ["by_sample"]
+    with torch.no_grad():
+        expected = net.by_sample(x).mean(1).double()
+    for k in range(2):
+        torch.testing.assert_close(moments["by_sample"].mean[k], expected[labels == k].mean(0))
+    assert moments["by_sample"].count.tolist() == [6, 6]
+    with pytest.raises(ValueError, match="'by_window' gives 2 rows for each sample in another order"):
+        collect_moments(net, [(x, labels)], 2, layers=["by_window"])
