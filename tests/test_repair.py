@@ -1,10 +1,11 @@
 """Repair in closed form: exact where it can be, better than nothing on a trained network, and part of the recipe."""
 
-import itertools
+import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from discedit import Moments, Recipe, _repair, collect_moments, prune, score, zoo
 from discedit.evaluate import accuracy_per_class
@@ -47,12 +48,13 @@ def test_a_constant_component_is_carried_by_the_bias(repair):
         model.one.bias[[2, 5]] = torch.tensor([3.0, -1.0])
     scores = scores_of({"one": 8}, {"one": [2, 5]})
     batches = data(6)
-    edit = prune(model, scores, ratio=0.25, example_inputs=batches[0], data=batches, repair=repair, layers=["one"])
+    options = {"ratio": 0.25, "example_inputs": batches[0], "layers": ["one"], "criterion": "max"}
+    edit = prune(model, scores, data=batches, repair=repair, **options)
     assert edit.recipe.components == {"one": [2, 5]}
     x = data(6, batches=1, seed=9)[0]
     with torch.no_grad():
         torch.testing.assert_close(edit.model(x), model(x), rtol=1e-4, atol=1e-4)
-    plain = prune(model, scores, ratio=0.25, example_inputs=batches[0], repair="none", layers=["one"])
+    plain = prune(model, scores, repair="none", **options)
     with torch.no_grad():
         assert float((plain.model(x) - model(x)).abs().max()) > 0.1
 
@@ -76,8 +78,9 @@ def test_least_squares_finds_what_the_other_components_say(normed):
     batches = data(3, 11, 11)
     errors = {}
     x = data(3, 11, 11, batches=1, seed=9)[0]
+    options = {"ratio": 0.34, "example_inputs": batches[0], "layers": ["0"], "criterion": "max"}
     for repair in ("none", *REPAIRS):
-        edit = prune(model, scores, ratio=0.34, example_inputs=batches[0], data=batches, repair=repair, layers=["0"])
+        edit = prune(model, scores, data=batches, repair=repair, **options)
         assert edit.recipe.components == {"0": [3, 4]}
         with torch.no_grad():
             errors[repair] = float((edit.model(x) - model(x)).square().mean().sqrt() / model(x).std())
@@ -92,7 +95,7 @@ def test_repair_is_part_of_the_recipe(trained, tmp_path):
     example = train.tensors[0][:2]
     accuracy = {}
     for repair in ("none", *REPAIRS):
-        edit = prune(model, scores, ratio=0.5, example_inputs=example, data=moments_of, repair=repair)
+        edit = prune(model, scores, ratio=0.5, example_inputs=example, data=moments_of, repair=repair, criterion="max")
         accuracy[repair] = float(accuracy_per_class(edit.model, zoo.batches(test), 10).mean())
         assert edit.recipe.settings["repair"] == repair
         recipe = Recipe.load(edit.recipe.save(tmp_path / repair))
@@ -134,25 +137,374 @@ def test_repair_needs_data(repair):
         prune(model, scores, ratio=0.25, example_inputs=data(6)[0], data=[], repair=repair)
 
 
-LAYERS = [
-    nn.Linear(5, 3),
-    *(
-        nn.Conv2d(4, 3, kernel, stride=stride, padding=padding, dilation=dilation)
-        for kernel, stride, padding, dilation in itertools.product((1, 3, (2, 4)), (1, 2), (0, (1, 2)), (1, 2))
-    ),
-    nn.Conv2d(4, 3, (5, 3), padding="same", dilation=(1, 2)),
-    nn.Conv2d(4, 3, 3, padding="valid"),
-]
+class Block(nn.Module):
+    """y = x + bn(conv2(relu(conv1(x)))), the sum written in one of several ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv1 = nn.Conv2d(6, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 6, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(6)
+        self.how = how
+
+    def forward(self, x):
+        out = self.bn(self.conv2(self.conv1(x).relu()))
+        if self.how == "out += x":
+            out += x
+            return out
+        if self.how == "x += out":
+            x += out
+            return x
+        if self.how == "out.add_(x)":
+            out.add_(x)
+            return out
+        if self.how == "relu":
+            return x + functional.relu(out)
+        if self.how == "relu_":
+            return x + functional.relu(out, inplace=True)
+        if self.how == "hidden":
+            return torch.stack([x, out]).sum(0)
+        return {"out + x": lambda: out + x, "x + out": lambda: x + out, "torch.add": lambda: torch.add(x, out)}[
+            self.how
+        ]()
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_rows_are_what_the_layer_multiplies(layer):
-    x = torch.randn(7, 5, 11, 5) if isinstance(layer, nn.Linear) else torch.randn(7, 4, 12, 13)
-    rows = _repair._Rows(layer, 7)
-    rows.each = 10**6  # every position, in some order
-    ours = rows.of(x, 3) @ _repair._matrix(layer).T + layer.bias
+class Residual(nn.Module):
+    def __init__(self, how, blocks=2):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.blocks = nn.Sequential(*(Block(how) for _ in range(blocks)))
+        self.head = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).relu())
+
+
+def statistics_of_use(model):
+    """Batch norms with statistics and weights of their own, and in eval mode."""
+    generator = torch.Generator().manual_seed(5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            with torch.no_grad():
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+def residual(how, blocks=2):
+    torch.manual_seed(1)
+    return statistics_of_use(Residual(how, blocks))
+
+
+def importances_of(model, lowest):
+    """Of each named layer, with 0 for the components to be removed."""
+    found = {}
+    for layer, components in lowest.items():
+        found[layer] = torch.ones(len(model.get_submodule(layer).weight))
+        found[layer][components] = 0
+    return found
+
+
+def without(model, lowest, batches=None, **options):
+    """The edit that removes these components."""
+    importances = importances_of(model, lowest)
+    options = {"threshold": 0.5, "example_inputs": batches[0][:2], "data": batches, **options}
+    edit = prune(model, importances, **options)
+    assert edit.recipe.components == lowest
+    return edit
+
+
+def error(edited, model, x):
     with torch.no_grad():
-        whole = layer(x) if isinstance(layer, nn.Linear) else layer(x).permute(0, 2, 3, 1)
-    whole = whole.reshape(7, -1, 3)
-    order = torch.randperm(whole.shape[1], generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(ours.view(7, -1, 3), whole[:, order], rtol=1e-4, atol=1e-5)
+        return float((edited(x) - model(x)).square().mean().sqrt())
+
+
+INNER = {"blocks.0.conv1": [1, 4, 6], "blocks.1.conv1": [0, 5]}
+SUMS = ("out + x", "x + out", "out += x", "x += out", "out.add_(x)", "torch.add")
+
+
+@pytest.fixture
+def no_ridge(monkeypatch):
+    """Where the other components say all that is gone, only the ridge keeps the repair from being exact."""
+    monkeypatch.setattr(_repair, "RIDGE", 1e-8)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return data(3, 8, 8, batches=3), data(3, 8, 8, batches=1, seed=9)[0]
+
+
+def test_a_drifted_shortcut_is_made_up_for(images):
+    """Where the sum cannot be seen, each block only gives what it gave before, however wrong its shortcut is."""
+    batches, x = images
+    lowest = {"blocks.0.conv1": [0, 1, 2, 3, 4, 6], "blocks.1.conv1": [0], "blocks.2.conv1": [2]}
+    errors = {}
+    for how in ("x + out", "hidden"):
+        model = residual(how, blocks=3)
+        for repair in ("none", "least_squares"):
+            edited = without(model, lowest, batches, repair=repair).model
+            errors[how, repair] = error(edited, model, x)
+    assert errors["x + out", "least_squares"] < 0.9 * errors["hidden", "least_squares"]
+    assert errors["hidden", "least_squares"] < 0.5 * errors["x + out", "none"]
+
+
+@pytest.mark.parametrize("how", SUMS)
+def test_every_way_to_write_a_sum_is_seen(how, images):
+    batches, _ = images
+    ours, plain = (without(residual(way), INNER, batches).model.state_dict() for way in (how, "x + out"))
+    hidden = without(residual("hidden"), INNER, batches).model.state_dict()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    name = "blocks.1.conv2.weight"
+    assert float((plain[name] - hidden[name]).abs().max()) > 1e-3
+
+
+def test_an_activation_in_place_before_the_sum_is_no_part_of_the_layer(images):
+    """It gives back the very tensor that the batch norm gave."""
+    batches, x = images
+    model = residual("relu")
+    inplace, plain = (without(residual(how), INNER, batches).model for how in ("relu_", "relu"))
+    assert error(plain, model, x) < error(without(model, INNER, batches, repair="none").model, model, x)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(inplace.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class ReadTwice(nn.Module):
+    """The output that is added goes elsewhere, too."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.stem, self.conv1, self.conv2 = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 6, 1)
+        self.branch, self.head = nn.Conv2d(6, 6, 1), nn.Conv2d(12, 4, 1)
+        self.first = first
+
+    def forward(self, x):
+        x = self.stem(x)
+        out = self.conv2(self.conv1(x).relu())
+        if self.first:
+            branch = self.branch(out)
+            return self.head(torch.cat([x + out, branch], 1))
+        total = x + out
+        return self.head(torch.cat([total, self.branch(out)], 1))
+
+
+def duplicated(model, layer, copy_of, component):
+    """With one component that says what another says."""
+    module = model.get_submodule(layer)
+    with torch.no_grad():
+        module.weight[component] = module.weight[copy_of]
+        module.bias[component] = module.bias[copy_of]
+    return model
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the sum", "after it"])
+def test_an_output_that_is_added_and_read_elsewhere(first, images, no_ridge):
+    batches, x = images
+    torch.manual_seed(0)
+    model = duplicated(ReadTwice(first).eval(), "conv1", 0, 3)
+    edit = without(model, {"conv1": [3]}, batches)
+    assert error(without(model, {"conv1": [3]}, batches, repair="none").model, model, x) > 1e-2
+    assert error(edit.model, model, x) < 1e-4
+
+
+@pytest.mark.parametrize("how", ["x + out", "out += x", "hidden"])
+def test_a_duplicate_in_a_block_is_repaired_exactly(how, images, no_ridge):
+    batches, x = images
+    model = residual(how)
+    for block in ("blocks.0.conv1", "blocks.1.conv1"):
+        duplicated(model, block, 0, 3)
+    lowest = {"blocks.0.conv1": [3], "blocks.1.conv1": [3]}
+    assert error(without(model, lowest, batches, repair="none").model, model, x) > 1e-2
+    edited = without(model, lowest, batches).model
+    with torch.no_grad():
+        torch.testing.assert_close(edited(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Downsampling(nn.Module):
+    """The shortcut convolution runs after the main branch, as in torchvision's residual networks."""
+
+    def __init__(self, hidden=False):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.conv1 = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.bn1, self.bn2 = nn.BatchNorm2d(8), nn.BatchNorm2d(10)
+        self.conv2 = nn.Conv2d(8, 10, 3, padding=1, bias=False)
+        self.downsample = nn.Sequential(nn.Conv2d(6, 10, 1, stride=2, bias=False), nn.BatchNorm2d(10))
+        self.hidden = hidden
+
+    def forward(self, x):
+        x = self.stem(x)
+        out = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        identity = self.downsample(x)
+        if self.hidden:
+            return torch.stack([out, identity]).sum(0)
+        out += identity
+        return out
+
+
+def test_a_shortcut_convolution_makes_up_for_the_main_branch(images):
+    batches, x = images
+    errors = {}
+    for hidden in (False, True):
+        torch.manual_seed(1)
+        model = statistics_of_use(Downsampling(hidden))
+        edit = without(model, {"conv1": [0, 2, 5]}, batches)
+        errors[hidden] = error(edit.model, model, x)
+        plain = error(without(model, {"conv1": [0, 2, 5]}, batches, repair="none").model, model, x)
+        weights = [net.downsample[0].weight.detach() for net in (edit.model, model)]
+        moved = float((weights[0] - weights[1]).abs().max())
+        # By itself the shortcut has nothing to make up for: what it reads is whole.
+        assert moved < 1e-5 if hidden else moved > 1e-2
+        assert errors[hidden] < plain
+    assert errors[False] < 0.99 * errors[True]
+
+
+def test_layers_before_the_first_removal_keep_their_weights(images):
+    batches, _ = images
+    model = residual("x + out")
+    edit = without(model, {"blocks.1.conv1": [0, 5]}, batches)
+    kept = [name for name in model.state_dict() if name.startswith(("stem", "blocks.0"))]
+    assert len(kept) == 2 + 2 + 1 + 5
+    for name in kept:
+        assert torch.equal(edit.model.state_dict()[name], model.state_dict()[name])
+    left = [1, 2, 3, 4, 6, 7]
+    assert torch.equal(edit.model.blocks[1].conv1.weight, model.blocks[1].conv1.weight[left])
+    assert not torch.equal(edit.model.blocks[1].conv2.weight, model.blocks[1].conv2.weight[:, left])
+    assert not torch.equal(edit.model.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("how", ["out += x", "x + out"])
+@pytest.mark.parametrize("repair", REPAIRS)
+def test_the_recipe_of_a_block_repeats_and_undoes_it_bit_for_bit(how, repair, images, tmp_path):
+    batches, _ = images
+    model = residual(how)
+    edit = without(model, INNER, batches, repair=repair)
+    recipe = Recipe.load(edit.recipe.save(tmp_path / "recipe"))
+    fresh = recipe.apply(residual(how))
+    for name, tensor in edit.model.state_dict().items():
+        assert torch.equal(fresh.model.state_dict()[name], tensor)
+    for undone in (edit.recipe.undo(edit.model), fresh.recipe.undo(fresh.model)):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(undone.state_dict()[name], tensor)
+
+
+def test_the_mean_repair_changes_biases_only(images):
+    batches, x = images
+    model = residual("x + out")
+    plain, mean = (without(model, INNER, batches, repair=repair).model for repair in ("none", "mean"))
+    changed = {name for name, tensor in plain.state_dict().items() if not torch.equal(mean.state_dict()[name], tensor)}
+    # The convolution inside the second block stays after the first removal, and so is repaired as well.
+    inner = {"blocks.0.bn.running_mean", "blocks.1.bn.running_mean", "blocks.1.conv1.bias", "head.bias"}
+    assert changed == inner
+    with torch.no_grad():
+        means = [(edited(x) - model(x)).mean((0, 2, 3)).abs().max() for edited in (mean, plain)]
+    assert means[0] < 0.25 * means[1]
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.again, self.head = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = self.one(x).relu()
+        return self.head((self.again(x) * self.again(-x)).relu())
+
+
+def test_a_layer_that_runs_twice_is_left_and_named():
+    torch.manual_seed(0)
+    model, batches = Twice().eval(), data(6)
+    edit = without(model, {"one": [2, 5]}, batches)
+    assert edit.recipe.settings["unrepaired"] == {"again": "it runs more than once per forward pass"}
+    assert torch.equal(edit.model.again.weight, model.again.weight[:, [0, 1, 3, 4, 6, 7]])
+    assert torch.equal(edit.model.again.bias, model.again.bias)
+    assert not torch.equal(edit.model.head.weight, model.head.weight)
+
+
+class Bare(nn.Module):
+    """Uses a layer's weights without running it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.bare, self.head = nn.Linear(6, 9), nn.Linear(9, 8), nn.Linear(8, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = self.one(self.stem(x).relu()).relu()
+        return self.head(functional.linear(x, self.bare.weight, self.bare.bias).relu())
+
+
+def test_weights_that_are_used_without_their_layer_are_named():
+    """What they read either stays whole or is named as unrepaired; what follows is repaired all the same."""
+    torch.manual_seed(0)
+    model, batches = Bare().eval(), data(6)
+    importances = importances_of(model, {"stem": [1], "one": [2, 5]})
+    edit = prune(model, importances, threshold=0.5, example_inputs=batches[0][:2], data=batches)
+    assert edit.recipe.components["stem"] == [1]
+    assert ("one" in edit.skipped) is not ("bare" in edit.recipe.settings.get("unrepaired", {}))
+    assert not torch.equal(edit.model.head.weight, model.head.weight)
+
+
+def test_data_that_can_be_read_only_once():
+    torch.manual_seed(0)
+    model, batches = Perceptron().eval(), data(6)
+    scores = scores_of({"one": 8, "two": 7}, {"one": [], "two": []})
+    options = {"ratio": 0.25, "example_inputs": batches[0][:2], "criterion": "reconstruction"}
+    listed = prune(model, scores, data=batches, **options)
+    once = prune(model, scores, data=(batch for batch in batches), **options)
+    assert listed.recipe.settings["repair"] == once.recipe.settings["repair"] == "least_squares"
+    assert listed.recipe.components == once.recipe.components
+    for name, tensor in listed.model.state_dict().items():
+        assert torch.equal(once.model.state_dict()[name], tensor)
+
+
+class OfTwo(nn.Module):
+    """Two inputs by name."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.head = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(16, 3)
+
+    def forward(self, *, a, b):
+        return self.head(torch.cat([self.one(a).relu(), self.two(b).relu()], 1))
+
+
+def test_inputs_by_name(no_ridge):
+    model = duplicated(duplicated(OfTwo().eval(), "one", 0, 3), "two", 1, 2)
+    batches = [{"a": a, "b": b, "labels": torch.zeros(40)} for a, b in zip(data(6), data(4, seed=1), strict=True)]
+    inputs = [{name: batch[name] for name in ("a", "b")} for batch in batches]
+    lowest = {"one": [3], "two": [2]}
+    x = {"a": data(6, batches=1, seed=7)[0], "b": data(4, batches=1, seed=8)[0]}
+    edits = [
+        prune(model, importances_of(model, lowest), threshold=0.5, example_inputs=inputs[0], data=given).model
+        for given in (batches, inputs)
+    ]
+    with torch.no_grad():
+        for edited in edits:
+            torch.testing.assert_close(edited(**x), model(**x), rtol=1e-4, atol=1e-4)
+    assert torch.equal(edits[0].head.weight, edits[1].head.weight)
+
+
+def test_nothing_else_of_the_model_changes(images):
+    batches, _ = images
+    model = residual("out += x").train()
+    model.blocks[0].eval()
+    model.stem.weight.requires_grad_(False)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    edited = without(model, INNER, batches).model
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(before[name], tensor)
+    assert torch.equal(model.head.weight.grad, torch.ones_like(model.head.weight))
+    for ours, theirs in zip(edited.modules(), model.modules(), strict=True):
+        assert ours.training == theirs.training
+        for module in (ours, theirs):
+            assert not module._forward_hooks
+            assert not module._forward_pre_hooks
+    for (name, ours), theirs in zip(edited.named_parameters(), model.parameters(), strict=True):
+        assert ours.requires_grad == theirs.requires_grad == (name != "stem.weight")
+        assert ours.is_leaf
+        assert ours.dtype == torch.float32
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {"head.weight"}

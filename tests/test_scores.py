@@ -186,3 +186,68 @@ def test_no_warning_when_every_class_is_there(digit_moments):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         score(digit_moments)
+
+
+def selected(seed=0):
+    """Scores with all that they can hold, of two layers."""
+    moments = Moments(3)
+    labels = torch.arange(60) % 3
+    for index, (layer, width) in enumerate((("a", 6), ("b", 4))):
+        x = torch.randn(60, width, generator=torch.Generator().manual_seed(seed + index)) + labels[:, None]
+        moments.update(layer, x, labels)
+    moments.norms = {"a": "norm"}
+    return moments, score(moments, witness="linear", pairs=True, errors=True)
+
+
+@pytest.mark.parametrize("kept", [[4, 0, 3], torch.tensor([4, 0, 3]), torch.tensor([4, 0, 3], dtype=torch.int32)])
+def test_select_keeps_the_components_in_the_order_given(kept, tmp_path):
+    moments, whole = selected()
+    before = {layer: values.clone() for layer, values in whole.items()}
+    fewer = whole.select({"a": kept})
+    assert list(fewer) == ["a", "b"]
+    for layer, index in (("a", [4, 0, 3]), ("b", [0, 1, 2, 3])):
+        assert torch.equal(fewer[layer], whole[layer][index])
+        assert torch.equal(fewer.direction[layer], whole.direction[layer][index])
+        assert torch.equal(fewer.standard_error()[layer], whole.standard_error()[layer][index])
+        for reduction in ("max", "mean", "min", "pairwise_min", "pairwise_mean"):
+            assert torch.equal(fewer.reduce(reduction)[layer], whole.reduce(reduction)[layer][index])
+        assert torch.equal(whole[layer], before[layer])
+    assert torch.equal(fewer.counts, whole.counts)
+    assert fewer.settings == whole.settings
+    assert fewer.norms == whole.norms == {"a": "norm"}
+    # As if the others had never been there.
+    alone = Moments(3)
+    x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0)) + (torch.arange(60) % 3)[:, None]
+    alone.update("a", x[:, [4, 0, 3]], torch.arange(60) % 3)
+    torch.testing.assert_close(fewer["a"], score(alone, witness="linear")["a"], rtol=1e-12, atol=0)
+    fewer.save(tmp_path / "fewer.safetensors")
+    loaded = Scores.load(tmp_path / "fewer.safetensors")
+    assert torch.equal(loaded["a"], fewer["a"])
+    assert torch.equal(loaded.pairs["a"], fewer.pairs["a"])
+    again = fewer.select({"a": [1], "b": []})
+    assert torch.equal(again["a"], whole["a"][:1])
+    assert again["b"].shape == (0, 3)
+    assert moments["a"].channels == 6
+
+
+def test_select_of_nothing_is_the_same():
+    whole = selected()[1]
+    same = whole.select({})
+    assert repr(same) == repr(whole)
+    for layer, values in whole.items():
+        assert torch.equal(same[layer], values)
+
+
+@pytest.mark.parametrize("wrong", [[6], [-1], [[0, 1]], 3, [0, 6, 2]], ids=str)
+def test_select_of_bad_indices(wrong):
+    whole = selected()[1]
+    with pytest.raises(ValueError, match=r"Scores.select: components\['a'\] must be indices in 0..5, got "):
+        whole.select({"a": wrong})
+    with pytest.raises(ValueError, match=r"components must name layers of the scores, 'c' is none of \['a', 'b'\]"):
+        whole.select({"c": [0]})
+
+
+@pytest.mark.parametrize("wrong", [[True, False, True, False, False, False], torch.zeros(6).bool(), [0.5, 1.5]])
+def test_select_takes_no_masks_or_fractions_for_indices(wrong):
+    with pytest.raises((TypeError, ValueError), match=r"Scores.select: components\['a'\] must be indices"):
+        selected()[1].select({"a": wrong})
