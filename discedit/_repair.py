@@ -8,6 +8,7 @@ brought closest, so that a layer also makes up for what those before it could no
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,9 +111,12 @@ class _Target:
 
 @dataclass(frozen=True)
 class _Output:
+    """A tensor that a layer has given. Held weakly: a pass must not keep every feature map alive."""
+
     layer: str
-    tensor: Tensor
+    tensor: weakref.ref[Tensor]
     version: int
+    normed: bool  # goes into a batch norm
 
 
 class _Watch(TorchFunctionMode):
@@ -121,8 +125,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module, targets: Mapping[str, _Target], norms: Mapping[str, str]) -> None:
         super().__init__()
         self.model, self.targets, self.norms = model, targets, norms
-        self.outputs: dict[int, _Output] = {}  # by identity; holding them keeps it theirs
-        self.raw: dict[str, Tensor] = {}  # outputs that go into a batch norm
+        self.outputs: dict[int, _Output] = {}  # by identity
         self.handles: list[Any] = []
 
     def __enter__(self) -> Any:
@@ -132,7 +135,9 @@ class _Watch(TorchFunctionMode):
             self.handles.append(layer.register_forward_hook(lambda _, __, out, name=name: self.leave(name, out)))
             if norm_behind(self.model, name, self.norms) is not None:
                 norm = self.model.get_submodule(self.norms[name])
-                self.handles.append(norm.register_forward_hook(lambda _, __, out, name=name: self.note(name, out)))
+                self.handles.append(
+                    norm.register_forward_hook(lambda _, __, out, name=name: self.note(name, out, normed=False))
+                )
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
@@ -155,22 +160,22 @@ class _Watch(TorchFunctionMode):
 
     def leave(self, name: str, output: Tensor) -> None:
         self.after(name, output)
-        if norm_behind(self.model, name, self.norms) is not None:
-            self.raw[name] = output
-        self.note(name, output)
+        self.note(name, output, normed=norm_behind(self.model, name, self.norms) is not None)
 
-    def note(self, name: str, output: Tensor) -> None:
+    def note(self, name: str, output: Tensor, *, normed: bool) -> None:
         self.forget(name)
         # What changes a tensor in place, such as an activation, makes it another one.
-        self.outputs[id(output)] = _Output(name, output, output._version)
+        self.outputs[id(output)] = _Output(name, weakref.ref(output), output._version, normed)
 
     def forget(self, name: str) -> None:
         self.outputs = {key: noted for key, noted in self.outputs.items() if noted.layer != name}
 
-    def layer_of(self, tensor: Any) -> str | None:
-        """The layer whose output this is."""
-        noted = self.outputs.get(id(tensor))
-        return noted.layer if noted is not None and noted.version == tensor._version else None
+    def noted(self, tensor: Tensor) -> _Output | None:
+        """What is known of it, if it is the output of a layer."""
+        found = self.outputs.get(id(tensor))
+        if found is None or found.tensor() is not tensor or found.version != tensor._version:
+            return None
+        return found
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -178,16 +183,16 @@ class _Watch(TorchFunctionMode):
         tensors = len(args) == 2 and all(isinstance(arg, Tensor) for arg in args) and not kwargs
         if func in _ADDITIONS and tensors and args[0].shape == args[1].shape:
             order = list(self.outputs)
-            known = [i for i in (0, 1) if self.layer_of(args[i]) is not None]
+            known = [i for i in (0, 1) if self.noted(args[i]) is not None]
             if known:  # of two, the one that ran later: only then is the other what it will stay
                 mine = max(known, key=lambda i: order.index(id(args[i])))
                 self.meets(self.outputs.pop(id(args[mine])).layer, args[mine], args[1 - mine])
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and func not in _ADDITIONS:
             for arg in args:
-                layer = self.layer_of(arg) if isinstance(arg, Tensor) and arg is not result else None
-                if layer is not None and (arg is not self.raw.get(layer) or func is not functional.batch_norm):
-                    self.touches(layer)
+                noted = self.noted(arg) if isinstance(arg, Tensor) and arg is not result else None
+                if noted is not None and not (noted.normed and func is functional.batch_norm):
+                    self.touches(noted.layer)
         return result
 
 
@@ -258,12 +263,17 @@ class _After(_Watch):
             matrix = matrix_of(layer).double()  # as the layer now has it
         missing = fit.bias(matrix)  # beyond the layer's own, which is no part of the target
         if layer.bias is not None:
-            self._set(f"{name}.bias", layer.bias, layer.bias + missing)
+            self._set(f"{name}.bias", layer.bias, self._first(f"{name}.bias", layer.bias) + missing)
             return
         norm = norm_behind(self.model, name, self.norms)
         assert norm is not None
         assert norm.running_mean is not None
-        self._set(f"{self.norms[name]}.running_mean", norm.running_mean, norm.running_mean - missing)
+        mean = f"{self.norms[name]}.running_mean"
+        self._set(mean, norm.running_mean, self._first(mean, norm.running_mean) - missing)
+
+    def _first(self, name: str, tensor: Tensor) -> Tensor:
+        """What the tensor was before anything was set."""
+        return self.replaced.get(name, tensor)
 
     def _set(self, name: str, tensor: Tensor, value: Tensor) -> None:
         self.replaced.setdefault(name, tensor.detach().clone())

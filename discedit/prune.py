@@ -199,7 +199,7 @@ class _Options:
                     )
             criterion = GIVEN
         elif criterion == "auto":
-            criterion = "l1"  # benchmarks/prune.md: nothing was better with any repair by more than chance
+            criterion = "l1"  # benchmarks/cifar.md: better than any reduction of the scores, at every ratio
         for name, value in (("repair", repair), ("criterion", criterion)):
             if self.data is None and value in (*REPAIRS[2:], *OF_READERS):
                 raise ValueError(f"{op}: {name}={value!r} needs data to estimate statistics on, got data=None.")
