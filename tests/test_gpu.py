@@ -246,3 +246,24 @@ def test_a_pass_over_maps_that_are_not_finite_is_refused():
     labels = torch.arange(4)
     with pytest.raises(ValueError, match="layer '0', batch 1: feature maps must be finite"):
         discedit.collect_moments(model, [(x, labels), (bad, labels), (x, labels)], 5)
+
+
+@pytest.mark.parametrize("criterion", ["l1", "combined"])
+def test_pruning_and_repair_are_those_of_the_cpu(criterion):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.Conv2d(12, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 4),
+    ).eval()  # fmt: skip
+    x, labels = torch.randn(64, 3, 12, 12), torch.arange(64) % 4
+    outputs = {}
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        scores = discedit.score(discedit.collect_moments(model, [(x, labels)], 4))
+        edit = discedit.prune(model, scores, ratio=0.4, example_inputs=x[:2], data=[x], criterion=criterion)
+        assert next(edit.model.parameters()).device.type == device
+        outputs[device] = edit.recipe.components, edit.model(x.to(device)).detach().cpu()
+    assert outputs["cpu"][0] == outputs["cuda"][0]
+    # Convolutions in TF32 differ by 1e-3.
+    torch.testing.assert_close(outputs["cpu"][1], outputs["cuda"][1], rtol=1e-2, atol=1e-2)
