@@ -1,8 +1,4 @@
-"""What a closed-form fit needs: calibration images as one batch, what a layer reads at some positions, its moments.
-
-One batch, because the layers of a network are fitted in the order in which they run, each on what the layers fitted
-before it now give: a single forward pass then does for all of them.
-"""
+"""What a closed-form fit needs: calibration images in parts, what a layer reads at some positions, its moments."""
 
 from __future__ import annotations
 
@@ -15,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from discedit._batches import call, device_of, first_tensor, split, undisturbed
+from discedit._batches import call, device_of, first_tensor, map_tensors, split, undisturbed
 
-SAMPLES = 480  # at most this many are looked at: maps of more are slow, since their memory is given back each time
+SAMPLES = 1600  # at most this many are looked at
+PARTS = 64  # in which they run, at most
+MAP = 2**22  # bytes of the largest map of a part: of more, the memory would be given back and asked for each time
 MEMORY = 4 * 2**30  # bytes that the feature maps of all samples may take at once
 MAPS = 6  # as large as the largest that a network holds at one moment
 ROWS_PER_UNKNOWN = 64  # inputs of a layer that are looked at, for each of its weights per output
@@ -26,8 +24,8 @@ WORK = 2e11  # rows x unknowns^2 of one layer
 CHUNK = 2**22  # entries of rows that are gathered at once: small enough for memory to be used again
 
 
-def calibration(model: nn.Module, data: Iterable[Any]) -> tuple[Any, int]:
-    """The first samples of `data` as one batch on the model's device, and how many they are.
+def calibration(model: nn.Module, data: Iterable[Any]) -> list[Any]:
+    """The first samples of `data` on the model's device, in equal parts.
 
     At most `SAMPLES`, and no more than `MEMORY` allows. Ends at a batch that does not fit the others.
 
@@ -35,13 +33,14 @@ def calibration(model: nn.Module, data: Iterable[Any]) -> tuple[Any, int]:
         ValueError: no sample, or inputs without a sample axis.
     """
     batches: list[tuple[Any, int]] = []
-    samples, limit = 0, SAMPLES
+    samples, limit, largest = 0, SAMPLES, 1
     device = device_of(model)
     for index, batch in enumerate(data):
         inputs, _ = split("prune", batch, index, device, labels_needed=False)
         size = samples_of(inputs)
         if size and not batches:
-            limit = max(1, min(SAMPLES, MEMORY // (MAPS * _largest_map(model, inputs, size))))
+            largest = _largest_map(model, inputs, size)
+            limit = max(1, min(SAMPLES, MEMORY // (MAPS * largest)))
         if not size:
             continue
         if batches and not _fits(batches[0][0], inputs):
@@ -53,7 +52,10 @@ def calibration(model: nn.Module, data: Iterable[Any]) -> tuple[Any, int]:
             break
     if not samples:
         raise ValueError("prune: data must give at least one sample to repair on, it gave none.")
-    return _joined(batches), samples
+    parts = 1 if device.type != "cpu" else min(PARTS, samples, -(-samples * largest // MAP))
+    each = -(-samples // parts)
+    joined = _joined(batches)
+    return [_narrowed(joined, samples, min(each, samples - i), i) for i in range(0, samples, each)]
 
 
 def samples_of(inputs: Any) -> int:
@@ -85,15 +87,9 @@ def _largest_map(model: nn.Module, inputs: Any, size: int) -> int:
     return -(-largest // few)
 
 
-def _narrowed(inputs: Any, size: int, few: int) -> Any:
-    """The first samples of a batch; tensors without its sample axis stay whole."""
-    if isinstance(inputs, Tensor):
-        return inputs[:few] if inputs.ndim and len(inputs) == size else inputs
-    if isinstance(inputs, Mapping):
-        return {name: _narrowed(value, size, few) for name, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(_narrowed(value, size, few) for value in inputs)
-    return inputs
+def _narrowed(inputs: Any, size: int, few: int, start: int = 0) -> Any:
+    """Some samples of a batch; tensors without its sample axis stay whole."""
+    return map_tensors(inputs, lambda x: x[start : start + few] if x.ndim and len(x) == size else x)
 
 
 def _fits(first: Any, other: Any) -> bool:
@@ -172,14 +168,16 @@ class Positions:
     Args:
         layer: Conv2d or Linear.
         seed: of the draw.
+        parts: in how many parts the samples come.
     """
 
-    def __init__(self, layer: nn.Module, seed: int) -> None:
+    def __init__(self, layer: nn.Module, seed: int, parts: int = 1) -> None:
         self.layer = layer
         self.axis = -1 if isinstance(layer, nn.Linear) else 1  # of channels
         self.seed = seed
         unknowns = matrix_of(layer).shape[1]
-        self.rows = int(max(LEAST_PER_UNKNOWN * unknowns, min(ROWS_PER_UNKNOWN * unknowns, WORK / unknowns**2)))
+        rows = max(LEAST_PER_UNKNOWN * unknowns, min(ROWS_PER_UNKNOWN * unknowns, WORK / unknowns**2))
+        self.rows = int(-(-rows // parts))
         self.chosen = torch.empty(0)
 
     def draw(self, output: Tensor) -> None:
@@ -251,6 +249,43 @@ def _padding(layer: nn.Conv2d) -> list[int]:
     return [across, across, down, down]
 
 
+class Sums:
+    """Sums of what a layer reads (x) and of what it is to give (y), over several parts.
+
+    Taken around the mean of the first rows: products in the input's type, chunk by chunk, and their sum in float64.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.sums: list[Tensor] = []
+        self.shift_x = self.shift_y = torch.empty(0)
+
+    def add(self, positions: Positions, x: Tensor, y: Tensor) -> None:
+        """A layer's input, and rows of its output."""
+        for place, rows in positions.of_input(x):
+            part = y[place]
+            if not self.number:
+                self.shift_x, self.shift_y = rows.mean(0), part.mean(0)
+            self.number += len(rows)
+            rows, part = rows.sub_(self.shift_x), part - self.shift_y
+            terms = (rows.sum(0), part.sum(0), rows.T @ rows, part.T @ rows, part.square().sum(0))
+            if not self.sums:
+                self.sums = [term.double() for term in terms]
+            else:
+                for total, term in zip(self.sums, terms, strict=True):
+                    total += term
+
+    def fit(self) -> Fit:
+        mean_x, mean_y, xx, yx, yy = (total / self.number for total in self.sums)
+        return Fit(
+            mean_x + self.shift_x,
+            mean_y + self.shift_y,
+            xx - torch.outer(mean_x, mean_x),
+            yx - torch.outer(mean_y, mean_x),
+            yy - mean_y.square(),
+        )
+
+
 @dataclass
 class Fit:
     """Moments of what a layer reads (x) and of what it is to give (y), float64: all that least squares needs."""
@@ -260,32 +295,6 @@ class Fit:
     xx: Tensor  # covariance (inputs, inputs)
     yx: Tensor  # covariance (outputs, inputs)
     yy: Tensor  # variances (outputs,)
-
-    @classmethod
-    def of(cls, positions: Positions, x: Tensor, y: Tensor) -> Fit:
-        """From a layer's input, and rows of its output.
-
-        Sums are taken around the mean of the first rows: products in the input's type, chunk by chunk, and their sum
-        in float64.
-        """
-        sums: list[Tensor] = []
-        shift_x = shift_y = torch.empty(0)
-        for place, rows in positions.of_input(x):
-            part = y[place]
-            if not sums:
-                shift_x, shift_y = rows.mean(0), part.mean(0)
-            rows, part = rows.sub_(shift_x), part - shift_y
-            terms = (rows.sum(0), part.sum(0), rows.T @ rows, part.T @ rows, part.square().sum(0))
-            wide = [term.double() for term in terms]
-            sums = [a + b for a, b in zip(sums, wide, strict=True)] if sums else wide
-        mean_x, mean_y, xx, yx, yy = (total / len(y) for total in sums)
-        return cls(
-            mean_x + shift_x,
-            mean_y + shift_y,
-            xx - torch.outer(mean_x, mean_x),
-            yx - torch.outer(mean_y, mean_x),
-            yy - mean_y.square(),
-        )
 
     def solve(self, weights: Tensor, ridge: float) -> Tensor:
         """The weights (outputs, inputs) that give y from x, drawn towards the given ones.

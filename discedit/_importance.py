@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from discedit import _checks
 from discedit._batches import call, undisturbed
 from discedit._calibration import (
+    PARTS,
     Fit,
     Positions,
+    Sums,
     calibration,
     matrix_of,
     norms_behind,
@@ -67,8 +70,8 @@ def importances(
     inputs: Any = None
     norms: dict[str, str] = {}
     if criterion in OF_READERS and data is not None:
-        inputs, _ = calibration(model, data)
-        norms = norms_behind(model, inputs)
+        inputs = calibration(model, data)
+        norms = norms_behind(model, inputs[0])
     values, instead = of_components(model, scores, criterion, graph, found, inputs, norms, seed)
     rows = {}
     for layer, parts in found.items():
@@ -102,7 +105,7 @@ def of_components(
     """One number per component of each layer, higher = keep; and the layers that had to be judged by "l2" instead.
 
     Args:
-        inputs: one batch, for the criteria `OF_READERS`.
+        inputs: calibration images in parts, for the criteria `OF_READERS`.
         norms: layer -> the norm that its output goes straight into.
 
     Returns:
@@ -177,46 +180,39 @@ def _of_readers(
             continue
         readers[layer] = {name: block for name, block in blocks.items() if name not in unread}
     names = dict.fromkeys(name for blocks in readers.values() for name in blocks)
-    once = [name for name, runs in runs_in_order(model, names, inputs).items() if runs == 1]
-    pending = {layer: set(blocks) & set(once) for layer, blocks in readers.items()}
-    for layer in [layer for layer, left in pending.items() if not left]:
-        why[layer] = f"{min(readers[layer])}, which reads it, does not run just once per forward pass"
-        del pending[layer]
-    values: dict[str, Tensor] = {}
+    once = [name for name, runs in runs_in_order(model, names, inputs[0]).items() if runs == 1]
+    for layer, blocks in list(readers.items()):
+        readers[layer] = {name: block for name, block in blocks.items() if name in once}
+        if not readers[layer]:
+            why[layer] = f"{min(blocks)}, which reads it, does not run just once per forward pass"
+            del readers[layer]
     surgeons: dict[str, _Surgeon] = {}
+    sums = {name: Sums() for name in once}
+    channels: dict[str, int] = {}
+    draws = {name: iter(range(PARTS * i, PARTS * (i + 1))) for i, name in enumerate(once)}
 
-    def ready(name: str, surgeon: _Surgeon) -> None:
-        surgeons[name] = surgeon
-        for layer in [layer for layer, left in pending.items() if left <= surgeons.keys()]:
-            parts = [(surgeons[reader], readers[layer][reader]) for reader in pending.pop(layer)]
-            values[layer] = _energies(parts) if criterion == "energy" else _eliminated(parts)
-        for done in [n for n in surgeons if not any(n in left for left in pending.values())]:
-            del surgeons[done]  # its moments are the large thing here
+    def read(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        positions = Positions(module, next(draws[name]), len(inputs))
+        positions.draw(output)
+        channels[name] = args[0].shape[positions.axis]
+        sums[name].add(positions, args[0], positions.of_output(output))
 
-    handles = []
-    for seed, name in enumerate(once):
-        worth = _worth(model, name, norms, scores if criterion == "combined" else {})
-
-        def hook(
-            module: nn.Module,
-            args: tuple[Tensor, ...],
-            output: Tensor,
-            name: str = name,
-            seed: int = seed,
-            worth: Tensor = worth,
-        ) -> None:
-            positions = Positions(module, seed)
-            positions.draw(output)
-            fit = Fit.of(positions, args[0], positions.of_output(output))
-            ready(name, _Surgeon(fit, matrix_of(module).double(), worth, args[0].shape[positions.axis]))
-
-        handles.append(model.get_submodule(name).register_forward_hook(hook))
+    handles = [model.get_submodule(name).register_forward_hook(partial(read, name)) for name in once]
     try:
         with undisturbed(model):
-            call(model, inputs)
+            for batch in inputs:
+                call(model, batch)
     finally:
         for handle in handles:
             handle.remove()
+    values: dict[str, Tensor] = {}
+    for layer, blocks in readers.items():
+        for name in blocks.keys() - surgeons.keys():
+            worth = _worth(model, name, norms, scores if criterion == "combined" else {})
+            matrix = matrix_of(model.get_submodule(name)).double()
+            surgeons[name] = _Surgeon(sums.pop(name).fit(), matrix, worth, channels[name])
+        read_by = [(surgeons[name], block) for name, block in blocks.items()]
+        values[layer] = _energies(read_by) if criterion == "energy" else _eliminated(read_by)
     return values, why
 
 

@@ -8,9 +8,11 @@ brought closest, so that a layer also makes up for what those before it could no
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +23,16 @@ from torch.overrides import TorchFunctionMode
 
 from discedit._batches import call, undisturbed
 from discedit._calibration import (
-    Fit,
+    PARTS,
     Positions,
+    Sums,
     matrix_of,
     norm_behind,
     runs_in_order,
     scale_behind,
     why_not_fitted,
 )
+from discedit._lockstep import Pause, in_lockstep
 
 RIDGE = 1e-3
 LEAST_SCALE = 1e-3  # of a batch norm's largest: a channel that is multiplied by less cannot make up for anything
@@ -50,7 +54,7 @@ def repaired(
     consumers: Iterable[str],
     removed: Mapping[str, list[int]],
     norms: Mapping[str, str],
-    inputs: Any,
+    inputs: Sequence[Any],
     *,
     weights: bool,
 ) -> Repairs:
@@ -62,29 +66,49 @@ def repaired(
         consumers: the layers that read removed components.
         removed: layer -> the output rows that it has lost.
         norms: layer -> the norm that its output goes straight into.
-        inputs: one batch, see `calibration`.
+        inputs: images in parts, see `calibration`.
         weights: least squares; otherwise the bias alone.
     """
     result = Repairs()
     readers = set(consumers)
-    runs = runs_in_order(edited, [name for name, module in edited.named_modules() if _is_layer(module)], inputs)
-    targets: dict[str, _Target] = {}
+    runs = runs_in_order(edited, [name for name, module in edited.named_modules() if _is_layer(module)], inputs[0])
+    names = []
     begun = False
-    for seed, (name, count) in enumerate(runs.items()):
+    for name, count in runs.items():
         begun = begun or name in readers
         why = "it runs more than once per forward pass" if count > 1 else why_not_fitted(edited, name, norms)
         if begun and not why:
-            targets[name] = _Target(Positions(model.get_submodule(name), seed), sorted(removed.get(name, ())))
+            names.append(name)
         elif name in readers:
             result.skipped[name] = why
-    with undisturbed(model), _Before(model, targets, norms):
-        call(model, inputs)
-    after = _After(edited, targets, norms, weights)
-    with undisturbed(edited), after:
-        call(edited, inputs)
-    assert not after.waiting, f"their outputs were never added: {list(after.waiting)}"
-    result.before, result.values = after.replaced, after.values
+    works = []
+    fitted = _Fitted(edited, norms, weights)
+    with undisturbed(model), undisturbed(edited):
+        for part, batch in enumerate(inputs):
+            targets = {}
+            for i, name in enumerate(names):
+                positions = Positions(model.get_submodule(name), PARTS * i + part, len(inputs))
+                targets[name] = _Target(positions, sorted(removed.get(name, ())))
+            with _Before(model, targets, norms):
+                call(model, batch)
+            works.append(partial(_pass_after, edited, batch, targets, norms, fitted))
+        in_lockstep(works, fitted.meet)
+    result.before, result.values = fitted.replaced, fitted.values
     return result
+
+
+def _pass_after(
+    model: nn.Module,
+    batch: Any,
+    targets: Mapping[str, _Target],
+    norms: Mapping[str, str],
+    fitted: _Fitted,
+    pause: Pause,
+) -> None:
+    after = _After(model, targets, norms, fitted, pause)
+    with torch.no_grad(), after:
+        call(model, batch)
+    assert not after.waiting, f"their outputs were never added: {list(after.waiting)}"
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -127,18 +151,34 @@ class _Watch(TorchFunctionMode):
         self.model, self.targets, self.norms = model, targets, norms
         self.outputs: dict[int, _Output] = {}  # by identity
         self.handles: list[Any] = []
+        self.thread = threading.get_ident()
 
     def __enter__(self) -> Any:
         for name in self.targets:
-            layer = self.model.get_submodule(name)
-            self.handles.append(layer.register_forward_pre_hook(lambda _, args, name=name: self.before(name, args[0])))
-            self.handles.append(layer.register_forward_hook(lambda _, __, out, name=name: self.leave(name, out)))
-            if norm_behind(self.model, name, self.norms) is not None:
-                norm = self.model.get_submodule(self.norms[name])
-                self.handles.append(
-                    norm.register_forward_hook(lambda _, __, out, name=name: self.note(name, out, normed=False))
-                )
+            self._hook(name)
         return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def _hook(self, name: str) -> None:
+        """Other passes over the same model have threads of their own."""
+
+        def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if threading.get_ident() == self.thread:
+                self.before(name, args[0])
+
+        def leave(_: nn.Module, __: Any, output: Tensor) -> None:
+            if threading.get_ident() == self.thread:
+                self.after(name, output)
+                self.note(name, output, normed=norm is not None)
+
+        def leave_norm(_: nn.Module, __: Any, output: Tensor) -> None:
+            if threading.get_ident() == self.thread:
+                self.note(name, output, normed=False)
+
+        layer = self.model.get_submodule(name)
+        self.handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+        norm = norm_behind(self.model, name, self.norms)
+        if norm is not None:
+            self.handles.append(norm.register_forward_hook(leave_norm))
 
     def __exit__(self, *exception: Any) -> None:
         for handle in self.handles:
@@ -157,10 +197,6 @@ class _Watch(TorchFunctionMode):
     def meets(self, name: str, output: Tensor, other: Tensor) -> None:
         """A layer's output is about to be added to something."""
         raise NotImplementedError
-
-    def leave(self, name: str, output: Tensor) -> None:
-        self.after(name, output)
-        self.note(name, output, normed=norm_behind(self.model, name, self.norms) is not None)
 
     def note(self, name: str, output: Tensor, *, normed: bool) -> None:
         self.forget(name)
@@ -215,15 +251,18 @@ class _Before(_Watch):
 
 
 class _After(_Watch):
-    """Over the pruned model: gives each layer new weights before it runs, or before its output is added."""
+    """Over the pruned model: has each layer fitted before it runs, or before its output is added."""
 
     def __init__(
-        self, model: nn.Module, targets: Mapping[str, _Target], norms: Mapping[str, str], weights: bool
+        self,
+        model: nn.Module,
+        targets: Mapping[str, _Target],
+        norms: Mapping[str, str],
+        fitted: _Fitted,
+        pause: Pause,
     ) -> None:
         super().__init__(model, targets, norms)
-        self.weights = weights
-        self.replaced: dict[str, Tensor] = {}
-        self.values: dict[str, Tensor] = {}
+        self.fitted, self.pause = fitted, pause
         self.waiting: dict[str, Tensor] = {}  # what layers read whose output is to be added
         self.again = False
 
@@ -232,7 +271,7 @@ class _After(_Watch):
             return
         target = self.targets[name]
         if target.added is None or target.shared:
-            self._set_right(name, x, target.rows)
+            self._fit(name, x, target.rows)
         if target.added is not None:
             self.waiting[name] = x
 
@@ -246,7 +285,7 @@ class _After(_Watch):
         if scale is not None:
             useful = scale.abs() > LEAST_SCALE * scale.abs().max()
             missing = torch.where(useful, missing / scale, 0.0)
-        self._set_right(name, x, target.rows + missing)
+        self._fit(name, x, target.rows + missing)
         self.again = True
         out: Tensor = self.model.get_submodule(name)(x)
         norm = norm_behind(self.model, name, self.norms)
@@ -254,9 +293,23 @@ class _After(_Watch):
         self.again = False
         self.forget(name)
 
-    def _set_right(self, name: str, x: Tensor, target: Tensor) -> None:
+    def _fit(self, name: str, x: Tensor, target: Tensor) -> None:
+        self.fitted.sums.setdefault(name, Sums()).add(self.targets[name].positions, x, target)
+        self.pause(name)
+
+
+class _Fitted:
+    """Gives a layer new weights when all passes have come to it."""
+
+    def __init__(self, model: nn.Module, norms: Mapping[str, str], weights: bool) -> None:
+        self.model, self.norms, self.weights = model, norms, weights
+        self.sums: dict[str, Sums] = {}
+        self.replaced: dict[str, Tensor] = {}
+        self.values: dict[str, Tensor] = {}
+
+    def meet(self, name: str) -> None:
         layer: Any = self.model.get_submodule(name)
-        fit = Fit.of(self.targets[name].positions, x, target)
+        fit = self.sums.pop(name).fit()
         matrix = matrix_of(layer).double()
         if self.weights:
             self._set(f"{name}.weight", layer.weight, fit.solve(matrix, RIDGE).view_as(layer.weight))

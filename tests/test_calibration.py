@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from discedit import _calibration
-from discedit._calibration import Fit, Positions, calibration, matrix_of, norms_behind, runs_in_order
+from discedit._calibration import Positions, Sums, calibration, matrix_of, norms_behind, runs_in_order
 
 LAYERS = [
     *(
@@ -113,7 +113,7 @@ def test_positions_differ_between_samples_but_not_between_widths(monkeypatch):
 
 
 def moments_of(rows, y, step=7):
-    """`Fit.of` on given rows of a linear layer, in chunks."""
+    """`Sums` of given rows of a linear layer, in chunks."""
     layer = nn.Linear(rows.shape[1], y.shape[1])
     positions = Positions(layer, 0)
     positions.draw(y)
@@ -121,7 +121,9 @@ def moments_of(rows, y, step=7):
         patch.setattr(_calibration, "CHUNK", step * rows.shape[1])
         each = max(step, 2 * rows.shape[1])  # fewer rows at a time would not be worth a sum
         assert len(list(positions.of_input(rows))) == -(-len(rows) // each) > 1
-        return Fit.of(positions, rows, y)
+        sums = Sums()
+        sums.add(positions, rows, y)
+        return sums.fit()
 
 
 @pytest.mark.parametrize(("offset", "spread"), [(0.0, 1.0), (1e4, 1.0), (-1e4, 1.0), (1e4, 1e-2)])
@@ -212,15 +214,12 @@ def test_batches_of_every_form_are_joined():
     y = [seeded(n, 2, seed=n + 9) for n in (5, 5, 2)]
     labels = torch.zeros(5, dtype=torch.int64)
     for batches in (x, [(part, labels) for part in x], [[part] for part in x]):
-        inputs, samples = calibration(net(), iter(batches))
-        assert samples == 12
+        (inputs,) = calibration(net(), iter(batches))
         assert torch.equal(inputs, torch.cat(x))
-    pairs, samples = calibration(Named(), [((a, b), labels) for a, b in zip(x, y, strict=True)])
-    assert samples == 12
+    (pairs,) = calibration(Named(), [((a, b), labels) for a, b in zip(x, y, strict=True)])
     assert isinstance(pairs, tuple)
     assert all(torch.equal(ours, torch.cat(parts)) for ours, parts in zip(pairs, (x, y), strict=True))
-    dicts, samples = calibration(Named(), [{"x": a, "y": b, "labels": labels} for a, b in zip(x, y, strict=True)])
-    assert samples == 12
+    (dicts,) = calibration(Named(), [{"x": a, "y": b, "labels": labels} for a, b in zip(x, y, strict=True)])
     assert dicts.keys() == {"x", "y"}
     assert torch.equal(dicts["x"], torch.cat(x))
     assert torch.equal(dicts["y"], torch.cat(y))
@@ -228,8 +227,7 @@ def test_batches_of_every_form_are_joined():
 
 def test_what_has_no_sample_axis_is_not_joined():
     batches = [{"x": seeded(4, 3, seed=n), "scale": torch.tensor([1.0, 2.0])} for n in range(2)]
-    inputs, samples = calibration(Named(), batches)
-    assert samples == 8
+    (inputs,) = calibration(Named(), batches)
     assert inputs["x"].shape == (8, 3)
     assert torch.equal(inputs["scale"], batches[0]["scale"])
 
@@ -241,8 +239,7 @@ def test_what_has_no_sample_axis_is_not_joined():
 )
 def test_a_batch_of_another_form_ends_it(other):
     first, last = seeded(4, 3), seeded(4, 3, seed=1)
-    inputs, samples = calibration(net(), [first, other, last])
-    assert samples == 4
+    (inputs,) = calibration(net(), [first, other, last])
     assert torch.equal(inputs, first)
 
 
@@ -255,8 +252,7 @@ def test_no_more_samples_than_the_limit(monkeypatch):
             taken.append(index)
             yield seeded(3, 3, seed=index)
 
-    inputs, samples = calibration(net(), batches())
-    assert samples == 7
+    (inputs,) = calibration(net(), batches())
     assert torch.equal(inputs, torch.cat([seeded(3, 3, seed=index) for index in range(3)])[:7])
     assert taken == [0, 1, 2]
 
@@ -264,10 +260,9 @@ def test_no_more_samples_than_the_limit(monkeypatch):
 def test_no_more_samples_than_the_memory_allows(monkeypatch):
     """The largest feature map of `net` has 4 floats."""
     monkeypatch.setattr(_calibration, "MEMORY", 5 * _calibration.MAPS * 4 * 4)
-    assert calibration(net(), [seeded(4, 3, seed=n) for n in range(5)])[1] == 5
+    assert len(calibration(net(), [seeded(4, 3, seed=n) for n in range(5)])[0]) == 5
     monkeypatch.setattr(_calibration, "MEMORY", 1)
-    inputs, samples = calibration(net(), [seeded(4, 3)])
-    assert samples == 1
+    (inputs,) = calibration(net(), [seeded(4, 3)])
     assert torch.equal(inputs, seeded(4, 3)[:1])
 
 
@@ -326,6 +321,30 @@ def test_runs_are_counted_in_order():
 
 def test_an_empty_batch_is_passed_over():
     first, last = seeded(4, 3), seeded(4, 3, seed=1)
-    inputs, samples = calibration(net(), [torch.zeros(0, 3), first, torch.zeros(0, 3), last])
-    assert samples == 8
+    (inputs,) = calibration(net(), [torch.zeros(0, 3), first, torch.zeros(0, 3), last])
     assert torch.equal(inputs, torch.cat([first, last]))
+
+
+def test_parts_of_one_size_in_order(monkeypatch):
+    """The largest feature map of `net` has 4 floats for each sample."""
+    monkeypatch.setattr(_calibration, "MAP", 4 * 4 * 3)
+    batches = [{"x": seeded(5, 3, seed=n), "scale": torch.ones(2)} for n in range(2)]
+    parts = calibration(Named(), batches)
+    whole = torch.cat([batch["x"] for batch in batches])
+    assert torch.equal(torch.cat([part["x"] for part in parts]), whole)
+    assert all(torch.equal(part["scale"], torch.ones(2)) for part in parts)
+    monkeypatch.setattr(_calibration, "PARTS", 2)
+    assert [len(part) for part in calibration(net(), [whole[:7]])] == [4, 3]
+
+
+def test_sums_of_parts_are_sums_of_all():
+    rows, y = seeded(90, 5) + 1e3, seeded(90, 4, seed=1) - 1e3
+    layer = nn.Linear(5, 4)
+    sums = Sums()
+    for part in (slice(0, 10), slice(10, 70), slice(70, 90)):
+        positions = Positions(layer, 0)
+        positions.draw(y[part])
+        sums.add(positions, rows[part], y[part])
+    ours, whole = sums.fit(), moments_of(rows, y)
+    for name in ("mean_x", "mean_y", "xx", "yx", "yy"):
+        torch.testing.assert_close(getattr(ours, name), getattr(whole, name), rtol=1e-6, atol=1e-6)

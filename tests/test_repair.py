@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from discedit import Moments, Recipe, _repair, collect_moments, prune, score, zoo
+from discedit import Moments, Recipe, _calibration, _repair, collect_moments, prune, score, zoo
 from discedit.evaluate import accuracy_per_class
 
 REPAIRS = ("mean", "least_squares")
@@ -508,3 +508,21 @@ def test_nothing_else_of_the_model_changes(images):
         assert ours.is_leaf
         assert ours.dtype == torch.float32
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {"head.weight"}
+
+
+@pytest.mark.parametrize("how", ["x + out", "out += x"])
+def test_parts_give_what_one_batch_gives(how, images, monkeypatch):
+    """Every position is looked at, so that both fit the same rows."""
+    batches, x = images
+    monkeypatch.setattr(_calibration, "LEAST_PER_UNKNOWN", 10**9)
+    found = {}
+    for parts in (1, 5):
+        monkeypatch.setattr(_calibration, "PARTS", parts)
+        monkeypatch.setattr(_calibration, "MAP", 1)
+        assert len(_calibration.calibration(residual(how), batches)) == parts
+        found[parts] = without(residual(how), INNER, batches).model
+    for name, tensor in found[1].state_dict().items():
+        torch.testing.assert_close(found[5].state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+    assert error(found[5], residual(how), x) < 0.5 * error(
+        without(residual(how), INNER, batches, repair="none").model, residual(how), x
+    )

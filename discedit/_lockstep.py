@@ -1,0 +1,81 @@
+"""Several passes side by side that wait for each other: what is learned from all of them holds for what comes after."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Pause = Callable[[Any], None]
+
+
+class _Stopped(BaseException):
+    """Ends a pass whose neighbour has failed."""
+
+
+class _Pass(threading.Thread):
+    """One pass, in a thread of its own, which runs only while everybody else waits."""
+
+    def __init__(self, work: Callable[[Pause], None]) -> None:
+        super().__init__(daemon=True)
+        self.work = work
+        self.go, self.back = threading.Semaphore(0), threading.Semaphore(0)
+        self.place: Any = None  # where it waits
+        self.done = self.stopped = False
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        self.go.acquire()
+        try:
+            if not self.stopped:
+                self.work(self._pause)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self.error = error
+        self.done = True
+        self.back.release()
+
+    def _pause(self, place: Any) -> None:
+        self.place = place
+        self.back.release()
+        self.go.acquire()
+        if self.stopped:
+            raise _Stopped
+
+    def resume(self) -> None:
+        """Until it waits again, or ends."""
+        self.go.release()
+        self.back.acquire()
+
+
+def in_lockstep(works: Sequence[Callable[[Pause], None]], meet: Callable[[Any], None]) -> None:
+    """Runs functions one at a time, each in a thread of its own, from one pause to the next.
+
+    Args:
+        works: each is given `pause`, which it calls with the name of the place where it waits for the others.
+        meet: called with that name when all wait there.
+
+    Raises:
+        RuntimeError: they do not come to the same places. Whatever one of them or `meet` raises.
+    """
+    passes = [_Pass(work) for work in works]
+    try:
+        while True:
+            for one in passes:
+                one.resume()
+                if one.error is not None:
+                    raise one.error
+            if all(one.done for one in passes):
+                return
+            places = {"the end" if one.done else one.place for one in passes}
+            if len(places) > 1:
+                raise RuntimeError(f"prune: the model must do the same for every sample, it comes to {places}.")
+            meet(places.pop())
+    finally:
+        for one in passes:
+            if not one.done:
+                one.stopped = True
+                one.resume()
+            one.join()
