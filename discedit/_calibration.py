@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from discedit._batches import call, device_of, first_tensor, map_tensors, split, undisturbed
 
 SAMPLES = 1600  # at most this many are looked at
-PARTS = 64  # in which they run, at most
-MAP = 2**22  # bytes of the largest map of a part: of more, the memory would be given back and asked for each time
+PARTS = 8  # in which they run, at most: each has threads of its own, and changing over takes time
+MAP = 3 * 2**23  # bytes of the largest map of a part: of more, the memory would be given back and asked for each time
 MEMORY = 4 * 2**30  # bytes that the feature maps of all samples may take at once
 MAPS = 6  # as large as the largest that a network holds at one moment
 ROWS_PER_UNKNOWN = 64  # inputs of a layer that are looked at, for each of its weights per output
