@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from discedit._batches import call, device_of, first_tensor, map_tensors, split, undisturbed
 
@@ -21,6 +22,7 @@ MAPS = 6  # as large as the largest that a network holds at one moment
 ROWS_PER_UNKNOWN = 64  # inputs of a layer that are looked at, for each of its weights per output
 LEAST_PER_UNKNOWN = 8  # where the following allows no more
 WORK = 2e11  # rows x unknowns^2 of one layer
+FEW = 2  # samples that show what runs, and in which order
 CHUNK = 2**22  # entries of rows that are gathered at once: small enough for memory to be used again
 
 
@@ -76,15 +78,19 @@ def _largest_map(model: nn.Module, inputs: Any, size: int) -> int:
         if x is not None:
             largest = max(largest, x.numel() * x.element_size())
 
-    few = min(size, 2)
-    handles = [module.register_forward_hook(hook) for module in model.modules()]
+    _run_hooked(model, inputs, [module.register_forward_hook(hook) for module in model.modules()])
+    return -(-largest // min(size, FEW))
+
+
+def _run_hooked(model: nn.Module, inputs: Any, handles: list[RemovableHandle]) -> None:
+    """Runs a model on a few samples for what its hooks see, and removes them."""
+    size = samples_of(inputs)
     try:
         with undisturbed(model):
-            call(model, _narrowed(inputs, size, few))
+            call(model, _narrowed(inputs, size, min(size, FEW)))
     finally:
         for handle in handles:
             handle.remove()
-    return -(-largest // few)
 
 
 def _narrowed(inputs: Any, size: int, few: int, start: int = 0) -> Any:
@@ -103,7 +109,7 @@ def _fits(first: Any, other: Any) -> bool:
             and all(_fits(first[name], other[name]) for name in first)
         )
     if isinstance(first, (tuple, list)):
-        return len(first) == len(other) and all(map(_fits, first, other))
+        return isinstance(other, (tuple, list)) and len(first) == len(other) and all(map(_fits, first, other))
     return bool(first == other)
 
 
@@ -329,13 +335,7 @@ def runs_in_order(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[s
         seen[name] = seen.get(name, 0) + 1
 
     handles = [model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: count(name)) for name in names]
-    few = samples_of(inputs)
-    try:
-        with undisturbed(model):
-            call(model, _narrowed(inputs, few, min(few, 2)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_hooked(model, inputs, handles)
     return seen
 
 
@@ -359,12 +359,6 @@ def norms_behind(model: nn.Module, inputs: Any) -> dict[str, str]:
                     found[source[0]] = name
 
             handles.append(module.register_forward_pre_hook(enter))
-    few = samples_of(inputs)
-    try:
-        with undisturbed(model):
-            call(model, _narrowed(inputs, few, min(few, 2)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_hooked(model, inputs, handles)
     runs = runs_in_order(model, [*found, *found.values()], inputs)
     return {layer: norm for layer, norm in found.items() if runs[layer] == runs[norm] == 1}

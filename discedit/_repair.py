@@ -196,7 +196,6 @@ class _Watch(TorchFunctionMode):
 
     def meets(self, name: str, output: Tensor, other: Tensor) -> None:
         """A layer's output is about to be added to something."""
-        raise NotImplementedError
 
     def note(self, name: str, output: Tensor, *, normed: bool) -> None:
         self.forget(name)

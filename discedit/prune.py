@@ -368,16 +368,17 @@ def _in_steps(
     """In equal parts of what is to go, each of what the one before has left."""
     [(name, budget)] = options.budget.items()
     asked = options.criterion if isinstance(scores, Scores) else "auto"
-    whole = {"parameters": count_parameters(model), "macs": count_macs(model, options.example_inputs)}
-    if name in whole and isinstance(budget, float) and 0 < budget < 1:
-        budget = math.floor(budget * whole[name])
+    whole = 0
+    if name in ("parameters", "macs"):
+        whole = count_parameters(model) if name == "parameters" else count_macs(model, options.example_inputs)
+        budget = math.floor(budget * whole) if isinstance(budget, float) else budget
     done: list[_Step] = []
     current = model
     for step in range(1, steps + 1):
         share = step / steps
         part: Any = budget
-        if name in whole and budget < whole[name]:
-            part = round(whole[name] - (whole[name] - budget) * share)
+        if whole and budget < whole:
+            part = round(whole - (whole - budget) * share)
         elif name == "ratio" and done:
             part = _ratios(budget, share, done[0].had, _lost(done))
         elif name == "ratio" and not isinstance(budget, Mapping):
@@ -401,7 +402,7 @@ def _in_steps(
     edit = joined(model, [step.edit for step in done], inplace=False)
     last = done[-1].choice
     edit.recipe.settings |= {name: _plain(options.budget[name]), "steps": steps, "rescored": rescore is not None}
-    if name in whole:
+    if whole:
         edit.recipe.settings["budget"] = done[-1].edit.recipe.settings["budget"]
     else:
         reached = sum(_lost(done).values())

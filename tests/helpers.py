@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from discedit import ops
 from discedit._backends import triton_interprets
@@ -15,6 +15,19 @@ BACKENDS = ["cpp", "reference"]
 # What has `pool` and `class_moments` on CPU tensors. Where there is a GPU, Triton compiles for it: tests/test_gpu.py.
 POOLING_BACKENDS = [*BACKENDS, "triton"] if triton_interprets() else BACKENDS
 Kind = TypeVar("Kind", ClassMoments, VectorMoments)
+
+
+class Net(nn.Module):
+    """Layers by name, and the function that connects them."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.function(self, x)
 
 
 def hostile_maps() -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import Net
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -12,19 +13,6 @@ from discedit import collect_moments, prune, score, unlearn
 
 X = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(40) % 4
-
-
-class Net(nn.Module):
-    """Layers by name, and the function that connects them."""
-
-    def __init__(self, function, **layers):
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def conv(width_in, width, **options):

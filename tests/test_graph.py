@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import Net
 from torch import nn
 from torch.nn import functional
 
@@ -10,19 +11,6 @@ from discedit._graph import KINDS, Components, Graph
 from discedit.scores import Scores
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-class Net(nn.Module):
-    """Layers by name, and the function that connects them."""
-
-    def __init__(self, function, **layers):
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 class Attention(nn.Module):
