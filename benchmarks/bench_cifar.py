@@ -1,4 +1,4 @@
-"""DISCEDIT on the CIFAR-10 ResNets: cost of scoring, accuracy after pruning, forgetting of each class.
+"""DISCEDIT on the CIFAR-10 ResNets: cost of scoring, forgetting of each class. Pruning: `bench_prune`.
 
     python -m benchmarks.bench_cifar            # prints the tables
     python -m benchmarks.bench_cifar --write    # and writes benchmarks/cifar.md
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._common import machine, paired_ratio
-from discedit import Moments, Scores, collect_moments, prune, score, unlearn, zoo
+from discedit import Moments, collect_moments, score, unlearn, zoo
 from discedit.evaluate import accuracy_per_class
 
-RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
-REDUCTIONS = ("max", "mean", "min")
-SEQUENTIAL = ("mean", "least_squares")  # repairs that go from layer to layer
 UNLEARN: list[tuple[str, dict[str, Any]]] = [
     ("default (up, 6 % of the last third)", {}),
     ("up, 3 % of the last third", {"fraction": 0.03}),
@@ -40,7 +37,7 @@ class Bench:
         self.name = name
         self.model = zoo.cifar_resnet(name)
         self.train = list(zoo.batches(zoo.cifar10("train", limit=train)))
-        self.test = list(zoo.batches(zoo.cifar10("test", limit=test), 500))
+        self.test = list(zoo.batches(zoo.cifar10("test", limit=test), 100))
         self.example = self.train[0][0][:1]
         start = time.perf_counter()
         self.moments: Moments = collect_moments(self.model, self.train, 10)
@@ -69,60 +66,6 @@ def scoring_rows(bench: Bench, repeats: int) -> list[list[str]]:
     return [
         [bench.name, f"{components:,}", f"{moments:.2f} ± {spread / 2:.2f}", f"{solve:.4f} ± {solve_spread / 2:.4f}"]
     ]
-
-
-def constant_scores(scores: Scores, value: Callable[[str], Tensor]) -> Scores:
-    """Scores that are one number per component, for criteria that know no classes."""
-    values = {layer: value(layer).double()[:, None].expand(-1, 10).contiguous() for layer in scores}
-    return Scores(
-        values, scores.direction, scores.counts, bound="none", witness="none", statistic="none", norms=scores.norms
-    )
-
-
-def pruning_rows(bench: Bench) -> list[list[str]]:
-    """Accuracy lost by ratio, for each way to read the scores and two criteria that use none."""
-    modules = dict(bench.model.named_modules())
-
-    def l1(layer: str) -> Tensor:
-        weight = modules[layer].weight
-        assert isinstance(weight, Tensor)
-        return weight.detach().abs().flatten(1).sum(1)
-
-    def random(seed: int) -> Scores:
-        generator = torch.Generator().manual_seed(seed)
-        return constant_scores(bench.scores, lambda layer: torch.rand(len(bench.scores[layer]), generator=generator))
-
-    criteria: list[tuple[str, str, list[Scores]]] = [
-        (f"discedit, {reduction} over classes", reduction, [bench.scores]) for reduction in REDUCTIONS
-    ]
-    criteria.append(("L1 norm of the filter", "max", [constant_scores(bench.scores, l1)]))
-    criteria.append(("random (mean of 3)", "max", [random(seed) for seed in range(3)]))
-    rows = []
-    removed: list[str] = []
-    for repair in ("none", "mean", "batchnorm", "least_squares"):
-        for title, reduction, candidates in criteria:
-            if repair in SEQUENTIAL and reduction != "max":
-                continue  # they take as long as many forward passes
-            row = [bench.name, repair, title]
-            for ratio in RATIOS:
-                accuracies = []
-                for scores in candidates:
-                    edit = prune(
-                        bench.model,
-                        scores,
-                        ratio=ratio,
-                        example_inputs=bench.example,
-                        data=bench.train,
-                        criterion=reduction,
-                        repair=repair,
-                    )
-                    accuracies.append(float(bench.accuracy(edit.model).mean()))
-                if len(removed) < len(RATIOS):
-                    removed.append(f"{100 * (1 - edit.parameters_after / edit.parameters_before):.1f} %")
-                row.append(f"{100 * sum(accuracies) / len(accuracies):.1f}")
-            rows.append(row)
-            print("  ".join(row), flush=True)
-    return [[bench.name, "", "parameters removed", *removed], *rows]
 
 
 def unlearning_rows(bench: Bench) -> tuple[list[list[str]], list[list[str]]]:
@@ -169,7 +112,6 @@ def markdown(header: Iterable[str], rows: list[list[str]]) -> str:
 
 def report(models: Iterable[str], train: int, test: int, repeats: int) -> str:
     scoring: list[list[str]] = []
-    pruning: list[list[str]] = []
     per_class: list[list[str]] = []
     variants: list[list[str]] = []
     measured_on = machine()  # now: the commit that is being measured, whatever is committed meanwhile
@@ -177,8 +119,6 @@ def report(models: Iterable[str], train: int, test: int, repeats: int) -> str:
         bench = Bench(name, train, test)
         print(f"{name}: {100 * float(bench.before.mean()):.2f} % before", flush=True)
         scoring += scoring_rows(bench, repeats)
-        pruning.append([name, "", "before", *[f"{100 * float(bench.before.mean()):.1f}"] * len(RATIOS)])
-        pruning += pruning_rows(bench)
         classes, means = unlearning_rows(bench)
         per_class += classes
         variants += means
@@ -195,14 +135,6 @@ on {test:,} test images. No fine-tuning, no gradients.
 Time over that of the bare forward pass over the same images, runs in turns, median ± half the interquartile range.
 
 {markdown(["model", "components", "moment pass", "scores from moments"], scoring)}
-
-## Accuracy after pruning, %
-
-The same ratio of the inner channels of every block is removed (residual streams stay whole). `repair` is what follows:
-nothing; `mean`, biases that carry the mean of what was removed; `batchnorm`, batch-norm statistics re-estimated on the
-training images above; or `least_squares`, new weights of the next layers. The second and the last use 1,024 images.
-
-{markdown(["model", "repair", "criterion", *[f"ratio {ratio}" for ratio in RATIOS]], pruning)}
 
 ## Unlearning each class, default settings, %
 

@@ -1,21 +1,23 @@
 """Structured pruning without training: every criterion, every repair, rivals, budgets, latency, time.
 
-    python -m benchmarks.bench_prune --parts goals               # the figures of the README: minutes
-    python -m benchmarks.bench_prune --parts table --write       # every criterion x repair x ratio: hours on 2 cores
-    python -m benchmarks.bench_prune --plot                      # benchmarks/prune.png from what was measured
+    python -m benchmarks.bench_prune --parts goals few latency time --write    # the figures of the README: minutes
+    python -m benchmarks.bench_prune --parts read across table --write --plot  # what the defaults rest on: hours
 
 Calibration on the first 2,500 training images, accuracy on 5,000 test images (mean over classes), no fine-tuning. What
 is measured is kept in benchmarks/prune.json, one entry per run with the commit that it was measured at, and
-benchmarks/prune.md is written from it; what is there already at the same commit is not measured again.
+benchmarks/prune.md is written from it; what is there already at the same commit is not measured again. Several
+processes may measure different models side by side, but no times then.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
-import time
+import statistics
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from benchmarks._common import machine, paired_ratio
+from benchmarks._common import machine, paired_ratio, seconds
 from benchmarks.latency import latency_ratio
 from benchmarks.rivals import chip, torch_pruning_importance, tvsprune
 from discedit import Edit, Scores, collect_moments, importances, prune, score, zoo
@@ -35,13 +37,17 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "prune.json"
 MODELS = ("resnet20", "resnet56", "vit")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+IN_TURN = (0.3, 0.5, 0.1, 0.7, 0.2, 0.4, 0.6)
 REPAIRS = ("none", "mean", "batchnorm", "least_squares")
 OURS = ("max", "mean", "min", "pairwise_min", "l1", "l2", "random", "energy", "reconstruction", "combined")
 RIVALS = ("chip", "tvsprune", "tp magnitude", "tp taylor", "tp hessian", "tp bn_scale")
 # Published without fine-tuning: share of parameters removed -> points lost (TVSPrune and CHIP: tables of TVSPrune).
 PUBLISHED = {"resnet56": 0.123, "resnet20": 0.071}
 PER_CLASS = 64
-PARTS = ("goals", "few", "latency", "time", "table")
+PARTS = ("goals", "few", "latency", "time", "read", "across", "table")
+OF_CLASSES = ("max", "mean", "min", "pairwise_min")
+PLACES = ("norm", "consumer")
+RANKED = ("l1", "max", "energy", "reconstruction", "tp magnitude", "tp lamp", "tp taylor")  # over all layers together
 
 
 def _fashion(name: str, limit: int) -> TensorDataset:
@@ -65,7 +71,7 @@ class Bench:
         else:
             self.model = zoo.cifar_resnet(name)
             train, test = zoo.cifar10("train", limit=train_images), zoo.cifar10("test", limit=test_images)
-        self.train, self.test = list(zoo.batches(train)), list(zoo.batches(test, 500))
+        self.train, self.test = list(zoo.batches(train)), list(zoo.batches(test, 100))
         labels = train.tensors[1]
         few = torch.cat([(labels == k).nonzero()[:PER_CLASS, 0] for k in range(10)]).sort().values
         self.few = list(zoo.batches(TensorDataset(*(tensor[few] for tensor in train.tensors))))
@@ -73,8 +79,8 @@ class Bench:
         self.known: dict[str, dict[str, Tensor]] = {}
 
     @cache  # noqa: B019  (one object per model, which lives as long as the program)
-    def scores(self) -> Scores:
-        return score(collect_moments(self.model, self.train, 10), pairs=True)
+    def scores(self, read: str = "norm") -> Scores:
+        return score(collect_moments(self.model, self.train, 10, read=read), pairs=True)
 
     @cache  # noqa: B019
     def before(self) -> float:
@@ -120,10 +126,14 @@ class Log:
     def measure(self, key: str, run: Callable[[], dict[str, Any]]) -> None:
         if self.entries.get(key, {}).get("machine") == self.machine:
             return
-        self.entries[key] = {**run(), "machine": self.machine}
-        self.path.write_text(json.dumps(self.entries, indent=0, sort_keys=True) + "\n")
-        shown = {k: v for k, v in self.entries[key].items() if k != "machine"}
-        print(key, shown, flush=True)
+        entry = {**run(), "machine": self.machine}
+        with self.path.open("a+") as file:  # others may have written meanwhile
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            self.entries = {**json.loads(file.read() or "{}"), key: entry}
+            file.truncate(0)
+            file.write(json.dumps(self.entries, indent=0, sort_keys=True) + "\n")
+        print(key, {name: value for name, value in entry.items() if name != "machine"}, flush=True)
 
 
 def outcome(bench: Bench, edit: Edit) -> dict[str, Any]:
@@ -150,33 +160,54 @@ def goals(bench: Bench, log: Log, *, few: bool) -> None:
 
 
 def table(bench: Bench, log: Log) -> None:
-    """Every criterion x repair x ratio; random is the mean of three."""
-    rivals = () if bench.name == "vit" else RIVALS
-    for repair in REPAIRS:
-        if repair == "batchnorm" and bench.name == "vit":
-            continue
-        for criterion in (*OURS, *rivals):
-            for ratio in RATIOS:
+    """Every criterion x repair x ratio; random is the mean of three. Ratio by ratio, should time run out."""
+    criteria = OURS if bench.name == "vit" else (*OURS, *RIVALS)
+    repairs = [repair for repair in REPAIRS if (repair, bench.name) != ("batchnorm", "vit")]
+    for ratio, repair, criterion in product(IN_TURN, repairs, criteria):
 
-                def run(criterion: str = criterion, ratio: float = ratio, repair: str = repair) -> dict[str, Any]:
-                    found = [
-                        outcome(
-                            bench, bench.prune(scores=bench.importance(criterion, seed), ratio=ratio, repair=repair)
-                        )
-                        for seed in range(3 if criterion == "random" else 1)
-                    ]
-                    return {name: round(sum(f[name] for f in found) / len(found), 4) for name in found[0]}
+        def run(criterion: str = criterion, ratio: float = ratio, repair: str = repair) -> dict[str, Any]:
+            found = []
+            for seed in range(3 if criterion == "random" else 1):
+                given = bench.importance(criterion, seed)
+                found.append(outcome(bench, bench.prune(scores=given, ratio=ratio, repair=repair)))
+            return {name: round(sum(f[name] for f in found) / len(found), 4) for name in found[0]}
 
-                log.measure(f"{bench.name}|{criterion}|{repair}|{ratio}", run)
+        log.measure(f"{bench.name}|{criterion}|{repair}|{ratio}", run)
+
+
+def read(bench: Bench, log: Log) -> None:
+    """Scores of components behind the norm and as their consumers see them."""
+    for repair, criterion, where, ratio in product(
+        ("none", "least_squares"), OF_CLASSES, ("norm", "consumer"), (0.3, 0.5)
+    ):
+
+        def run(
+            repair: str = repair, criterion: str = criterion, where: str = where, ratio: float = ratio
+        ) -> dict[str, Any]:
+            return outcome(
+                bench, bench.prune(scores=bench.scores(where), criterion=criterion, repair=repair, ratio=ratio)
+            )
+
+        log.measure(f"{bench.name}|read|{repair}|{criterion}|{where}|{ratio}", run)
+
+
+def across(bench: Bench, log: Log) -> None:
+    """Equal shares of all layers, or all layers ranked together, until so many multiply-accumulates are left."""
+    for left, criterion, how in product((0.7, 0.5), RANKED, ("rank", "none")):
+        options = {"scores": bench.importance(criterion), "macs": left, "across": how}
+        log.measure(
+            f"{bench.name}|across|{criterion}|{how}|{left}",
+            lambda options=options: outcome(bench, bench.prune(**options)),
+        )
 
 
 def latency(bench: Bench, log: Log) -> None:
     """Time of the smaller model over that of the whole one, in turns, beside the share of multiply-accumulates left."""
     x = bench.train[0][0][:64]
-    for ratio in (0.3, 0.5):
+    for ratio, round_to in product((0.3, 0.5), (1, 8)):
 
-        def run(ratio: float = ratio) -> dict[str, Any]:
-            smaller = bench.prune(ratio=ratio, repair="none", criterion="l1").model
+        def run(ratio: float = ratio, round_to: int = round_to) -> dict[str, Any]:
+            smaller = bench.prune(ratio=ratio, round_to=round_to, repair="none", criterion="l1").model
             median, spread, before, after = latency_ratio(bench.model, smaller, x, 25)
             left = count_macs(smaller, bench.example) / count_macs(bench.model, bench.example)
             return {
@@ -186,7 +217,7 @@ def latency(bench: Bench, log: Log) -> None:
                 "ms": [round(1000 * before, 1), round(1000 * after, 1)],
             }
 
-        log.measure(f"{bench.name}|latency|{ratio}", run)
+        log.measure(f"{bench.name}|latency|{ratio}|{round_to}", run)
 
 
 def duration(bench: Bench, log: Log) -> None:
@@ -202,13 +233,20 @@ def duration(bench: Bench, log: Log) -> None:
         bench.prune(scores=scores, ratio=0.3)
 
     def run() -> dict[str, Any]:
-        start = time.perf_counter()
-        forward()
-        seconds = time.perf_counter() - start
-        median, spread = paired_ratio(everything, forward, 5)
-        return {"passes": round(median, 2), "spread": round(spread, 2), "seconds of a pass": round(seconds, 2)}
+        passes: list[float] = []
+        median, spread = paired_ratio(everything, lambda: passes.append(seconds(forward)), 5)
+        one = statistics.median(passes)
+        return {
+            "passes": round(median, 2),
+            "spread": round(spread, 2),
+            "seconds of a pass": round(one, 2),
+            "seconds beyond two passes": round((median - 2) * one, 1),
+        }
 
     log.measure(f"{bench.name}|time|0.3", run)
+
+
+TIMES = ["passes", "spread", "seconds of a pass", "seconds beyond two passes"]
 
 
 def rows_of_goals(log: Log) -> list[list[str]]:
@@ -225,7 +263,7 @@ def rows_of_table(log: Log) -> list[list[str]]:
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for key, entry in log.entries.items():
         model, criterion, *rest = key.split("|")
-        if len(rest) == 2:
+        if len(rest) == 2 and rest[0] in REPAIRS:
             cells.setdefault((model, rest[0], criterion), {})[rest[1]] = f"{entry['drop']:.1f}"
     order = {name: i for i, name in enumerate((*MODELS, *REPAIRS, *OURS, *RIVALS))}
     lines = sorted(cells.items(), key=lambda item: [order[part] for part in item[0]])
@@ -248,7 +286,7 @@ def markdown(log: Log) -> str:
         (
             "With the defaults of `prune`",
             "Points of accuracy lost. Published without fine-tuning: iterative TVSPrune 9.9 and CHIP 10.2 points at "
-            "12.3 % of ResNet56's parameters, TVSPrune 9.4 at 7.1 % of ResNet20's. The repair looks at 1,600 images "
+            "12.3 % of ResNet56's parameters, TVSPrune 9.4 at 7.1 % of ResNet20's. The repair looks at 1,024 images "
             "at most.",
             ["model", "budget", "images", "parameters removed", "macs removed", "points lost"],
             rows_of_goals(log),
@@ -257,14 +295,28 @@ def markdown(log: Log) -> str:
             "Latency on the CPU",
             "Time of the smaller model over that of the whole one on a batch of 64, in turns; the quartiles' distance; "
             "the share of multiply-accumulates left; milliseconds before and after.",
-            ["model", "ratio", "time", "spread", "macs", "ms"],
+            ["model", "ratio", "round_to", "time", "spread", "macs", "ms"],
             rows_of(log, "latency", ["time", "spread", "macs", "ms"]),
         ),
         (
             "Time to score, choose, repair and shrink",
             "In forward passes over the 2,500 calibration images, in turns with such passes.",
-            ["model", "ratio", "passes", "spread", "seconds of a pass"],
-            rows_of(log, "time", ["passes", "spread", "seconds of a pass"]),
+            ["model", "ratio", *TIMES],
+            rows_of(log, "time", TIMES),
+        ),
+        (
+            "Where components are read",
+            "Criteria of the scores over classes, read behind the norm or as the consumer sees the components (after "
+            "the activation). Read at the output, before the norm, the scores of the mean are those behind it.",
+            ["model", "repair", "criterion", "read", "ratio", "points lost"],
+            rows_of(log, "read", ["drop"]),
+        ),
+        (
+            "Layers ranked together",
+            "Until 0.7 and 0.5 of the multiply-accumulates are left, least squares: `rank` takes the same share of "
+            "each layer, `none` the components that count least of all layers.",
+            ["model", "criterion", "across", "macs left", "parameters removed", "points lost"],
+            rows_of(log, "across", ["parameters removed", "drop"]),
         ),
         (
             "Every criterion and repair",
@@ -316,9 +368,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet20", "resnet56"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[])
+    parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--write", action="store_true", help="write benchmarks/prune.md")
     parser.add_argument("--plot", action="store_true", help="write benchmarks/prune.png")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     log = Log()
     for name in options.models if options.parts else ():
         bench = Bench(name)
@@ -327,7 +382,8 @@ def main() -> None:
             if part in ("goals", "few"):
                 goals(bench, log, few=part == "few")
             else:
-                {"table": table, "latency": latency, "time": duration}[part](bench, log)
+                run = {"table": table, "read": read, "across": across, "latency": latency, "time": duration}
+                run[part](bench, log)
     if options.write:
         (HERE / "prune.md").write_text(markdown(log))
     if options.plot:

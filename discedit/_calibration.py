@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from discedit._batches import call, device_of, first_tensor, map_tensors, split, undisturbed
 
-SAMPLES = 1600  # at most this many are looked at
+SAMPLES = 1024  # at most this many are looked at
 PARTS = 8  # in which they run, at most: each has threads of its own, and changing over takes time
 MAP = 3 * 2**23  # bytes of the largest map of a part: of more, the memory would be given back and asked for each time
 MEMORY = 4 * 2**30  # bytes that the feature maps of all samples may take at once
@@ -23,6 +23,7 @@ ROWS_PER_UNKNOWN = 64  # inputs of a layer that are looked at, for each of its w
 LEAST_PER_UNKNOWN = 8  # where the following allows no more
 WORK = 2e11  # rows x unknowns^2 of one layer
 FEW = 2  # samples that show what runs, and in which order
+WIDE = 256  # unknowns, from which it pays to compute half of a symmetric product
 CHUNK = 2**22  # entries of rows that are gathered at once: small enough for memory to be used again
 
 
@@ -274,7 +275,7 @@ class Sums:
                 self.shift_x, self.shift_y = rows.mean(0), part.mean(0)
             self.number += len(rows)
             rows, part = rows.sub_(self.shift_x), part - self.shift_y
-            terms = (rows.sum(0), part.sum(0), rows.T @ rows, part.T @ rows, part.square().sum(0))
+            terms = (rows.sum(0), part.sum(0), _gram(rows), part.T @ rows, part.square().sum(0))
             if not self.sums:
                 self.sums = [term.double() for term in terms]
             else:
@@ -290,6 +291,20 @@ class Sums:
             yx - torch.outer(mean_y, mean_x),
             yy - mean_y.square(),
         )
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """rows' rows: of a wide one, what is symmetric is computed once."""
+    unknowns = rows.shape[1]
+    if unknowns < WIDE:
+        return rows.T @ rows
+    half = unknowns // 2
+    left, right = rows[:, :half], rows[:, half:]
+    gram = rows.new_empty(unknowns, unknowns)
+    gram[:half, :half], gram[half:, half:] = _gram(left), _gram(right)
+    gram[:half, half:] = left.T @ right
+    gram[half:, :half] = gram[:half, half:].T
+    return gram
 
 
 @dataclass

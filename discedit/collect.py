@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from tqdm.auto import tqdm
 from discedit import _checks
 from discedit._backends import select
 from discedit._batches import call, checked_labels, device_of, first_tensor, map_tensors, moved, split, undisturbed
-from discedit.moments import GREATEST_EXPONENT, Moments, Statistic
+from discedit._consumers import channel_consumers
+from discedit.moments import GREATEST_EXPONENT, READS, Moments, Statistic
 
 OP = "collect_moments"
+INPUT = "input of "  # a place that is not the output of the module named
 NEVER = torch.iinfo(torch.int64).max  # of a batch that is not sound
 
 
@@ -33,6 +36,7 @@ def collect_moments(
     *,
     labels: str = "given",
     layers: Iterable[str] | None = None,
+    read: str = "norm",
     statistic: Statistic | list[str] = "mean",
     witness: str = "quadratic",
     scale: float | Mapping[str, float] | None = None,
@@ -41,10 +45,8 @@ def collect_moments(
 ) -> Moments:
     """Accumulate the class-conditional moments of every layer's components in one forward pass over the data.
 
-    Each convolution and linear layer is read at its output or, where that output goes straight into a batch norm with
-    running statistics, at the norm's output (an affine map per channel, so the scores of the mean are the same; the
-    sign of the norm's weight counts). The head is left out, because its components are the classes: the layer whose
-    output is the model's output, or else the last layer if it has one component per class.
+    Where a convolution or linear layer is read, `read` says. The head is left out, because its components are the
+    classes: the layer whose output is the model's output, or else the last layer if it has one component per class.
 
     Args:
         model: a classifier. It runs in eval mode without gradients; its mode, parameters, buffers and hooks, and
@@ -55,6 +57,11 @@ def collect_moments(
         labels: "given", or "predicted": the model's own argmax, for which batches may also be bare inputs.
         layers: module names to read instead of all; any module with a tensor output will do. Channels are the last
             axis of linear and layer-norm outputs, axis 1 otherwise.
+        read: where the components of a layer are read. "norm": at its output or, where that goes straight into a batch
+            norm with running statistics, at the norm's output (an affine map per channel, so the scores of the mean
+            are the same; the sign of the norm's weight counts). "output": always at its output. "consumer": as the
+            first convolution or linear layer gets them that reads them channel by channel, so after the activation
+            and what else is between; where there is none (the sum of a residual stream, attention), as by "norm".
         statistic: what a feature map is reduced to, as for `discedit.ops.pool`: "mean", "sum", "l2", "rms", "absmax",
             "max", "positive_fraction" or "cls"; for the witness "vector" a tuple or list of several. With "cls" only
             layers with tokens are read: linear or layer norm, output of shape (samples, tokens, channels).
@@ -81,7 +88,7 @@ def collect_moments(
     >>> discedit.collect_moments(model, loader, num_classes=2)
     Moments(1 layers, 4 channels, 2 classes, 8 samples)
     """
-    options = _Options(labels, layers, statistic, witness, scale, progress, backend)
+    options = _Options(labels, layers, read, statistic, witness, scale, progress, backend)
     return _collect(model, loader, num_classes, options, None)
 
 
@@ -93,6 +100,7 @@ def collect_blocks(
     blocks: int = 10,
     labels: str = "given",
     layers: Iterable[str] | None = None,
+    read: str = "norm",
     statistic: Statistic | list[str] = "mean",
     witness: str = "quadratic",
     scale: float | Mapping[str, float] | None = None,
@@ -105,7 +113,7 @@ def collect_blocks(
 
     Args:
         blocks: number of blocks, at least 2. The samples of a class go to them in turn.
-        model, loader, num_classes, labels, layers, statistic, witness, scale, progress, backend: as for
+        model, loader, num_classes, labels, layers, read, statistic, witness, scale, progress, backend: as for
             `collect_moments`.
 
     Returns:
@@ -126,7 +134,7 @@ def collect_blocks(
     if number is None or number < 2:
         raise ValueError(f"collect_blocks: blocks must be an integer of at least 2, got {blocks!r}.")
     classes = _checks.positive_integer(OP, "num_classes", num_classes)
-    options = _Options(labels, layers, statistic, witness, scale, progress, backend)
+    options = _Options(labels, layers, read, statistic, witness, scale, progress, backend)
     turns = _Turns(classes, number)
     # A class's share of a block is a class of its own.
     together = _collect(model, loader, classes, options, turns)
@@ -139,6 +147,7 @@ class _Options:
 
     labels: str
     layers: Iterable[str] | None
+    read: str
     statistic: Statistic | list[str]
     witness: str
     scale: float | Mapping[str, float] | None
@@ -171,14 +180,16 @@ def _collect(
 ) -> Moments:
     num_classes = _checks.positive_integer(OP, "num_classes", num_classes)
     _checks.choice(OP, "labels", options.labels, ("given", "predicted"))
+    _checks.choice(OP, "read", options.read, READS)
     names = _checks.statistics(OP, options.statistic)
     _checks.witness(OP, options.witness, options.statistic, options.scale)
-    reader = _Reader(model, names, options.backend, options.layers)
+    reader = _Reader(model, names, options.backend, options.layers, options.read)
     moments = Moments(
         turns.rows if turns else num_classes,
         statistic=options.statistic,
         witness=options.witness,
         scale=options.scale,
+        read=options.read,
         backend=options.backend,
     )
     device = device_of(model)
@@ -290,9 +301,10 @@ class _Reader:
     """
 
     def __init__(
-        self, model: nn.Module, statistics: tuple[str, ...], backend: str, layers: Iterable[str] | None
+        self, model: nn.Module, statistics: tuple[str, ...], backend: str, layers: Iterable[str] | None, read: str
     ) -> None:
         self.model = model
+        self.read = read
         modules = dict(model.named_modules())
         self.explicit = layers is not None
         self.layers: dict[str, nn.Module]
@@ -310,9 +322,9 @@ class _Reader:
                 raise ValueError(f"{OP}: layers must name at least one module, it is empty.")
         self.norms: dict[str, str] = {}  # layer -> the norm that it goes straight into
         self.places: dict[str, str] = {}  # layer -> where it is read, if not at its own output
+        self._new_place = partial(_Place, statistics=statistics, backend=backend)
         self._places = {
-            name: _Place(name, module, statistics, backend)
-            for name, module in {**self.layers, **self.candidates}.items()
+            name: self._new_place(name, module) for name, module in {**self.layers, **self.candidates}.items()
         }
         self._settled = False
         self._samples = 0
@@ -359,6 +371,20 @@ class _Reader:
 
         return hook
 
+    def _hook_inputs(self, inputs: Any) -> None:
+        """Before the first batch: places at the inputs of the layers that read others channel by channel."""
+        self._probe = {}
+        few = map_tensors(inputs, lambda t: t[:1] if t.ndim and len(t) == self._samples else t)
+        for layer, consumer in channel_consumers(self.model, self.layers, few).items():
+            module = self.model.get_submodule(consumer)
+            self.places[layer] = f"{INPUT}{consumer}"
+            place = self._places[self.places[layer]] = self._new_place(self.places[layer], module)
+            hook = self._hook(place)
+            self._handles[place.name] = module.register_forward_pre_hook(
+                lambda module, args, hook=hook: hook(module, args, args[0])
+            )
+        self._probe = None
+
     def _discover(self, place: _Place, args: tuple[Any, ...], x: Tensor) -> bool:
         """In the first batch: what the place is to the layers, and whether it is to be read."""
         name = place.name
@@ -367,8 +393,8 @@ class _Reader:
             source = self._source(args[0] if args else None)
             if source is not None and source not in self.norms:
                 self.norms[source] = name
-                if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
-                    self.places[source] = name
+                if self.read != "output" and isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+                    self.places.setdefault(source, name)
         if name in self.layers:
             self._order.append(name)
             # A weak reference: the first pass must not keep every feature map alive.
@@ -396,6 +422,8 @@ class _Reader:
             return call(self.model, inputs)
         first = first_tensor(inputs)
         self._samples = len(first) if first is not None and first.ndim else 0
+        if self.read == "consumer":
+            self._hook_inputs(inputs)
         output = call(self.model, inputs)
         self._check_windows(inputs)
         return output

@@ -17,6 +17,7 @@ from discedit._state import ClassMoments, State, VectorMoments
 
 Statistic = str | tuple[str, ...]
 Scale = float | dict[str, float] | None
+READS = ("norm", "output", "consumer")  # where `collect_moments` reads a layer
 GREATEST_EXPONENT = 350.0  # of exp(-scale t), whose square must stay within the range of float64
 
 
@@ -33,12 +34,13 @@ class Moments(Mapping[str, State]):
         witness: "quadratic" or "linear" (the state is that of the statistic t, and serves both), "exp" (that of
             exp(-scale t)) or "vector".
         scale: for "exp" alone, a finite number above 0, or a mapping from layer name to one.
+        read: where `collect_moments` read the layers; moments that were read elsewhere do not merge.
         backend: as in `discedit.ops`.
 
     Attributes:
-        num_classes, statistic, witness, scale: as given; several statistics are a tuple.
-        norms: for a layer whose output goes straight into a normalisation, the name of that normalisation. Such a
-            layer is read after it, and edits reach both.
+        num_classes, statistic, witness, scale, read: as given; several statistics are a tuple.
+        norms: for a layer whose output goes straight into a normalisation, the name of that normalisation. Edits reach
+            both.
 
     Raises:
         TypeError, ValueError: an argument is not one of its choices, or statistic or scale does not fit the witness.
@@ -51,6 +53,7 @@ class Moments(Mapping[str, State]):
         statistic: Statistic | list[str] = "mean",
         witness: str = "quadratic",
         scale: float | Mapping[str, float] | None = None,
+        read: str = "norm",
         backend: str = "auto",
     ) -> None:
         op = "Moments"
@@ -64,6 +67,7 @@ class Moments(Mapping[str, State]):
             self.scale = {layer: _checks.scale(op, value) for layer, value in scale.items()}
         elif witness == "exp":
             self.scale = _checks.scale(op, scale)
+        self.read = _checks.choice(op, "read", read, READS)
         self.backend = backend
         self.norms: dict[str, str] = {}
         self._layers: dict[str, State] = {}
@@ -93,6 +97,7 @@ class Moments(Mapping[str, State]):
             "statistic": self.statistic,
             "witness": self.witness,
             "scale": self.scale,
+            "read": self.read,
         }
 
     @property
@@ -190,8 +195,8 @@ class Moments(Mapping[str, State]):
         """Add the samples of `other` to this object, which is returned. Layers that only one side has are kept.
 
         Raises:
-            ValueError: the two differ in classes, statistic, witness or scale, or in a layer's channels. Nothing is
-                then merged.
+            ValueError: the two differ in classes, statistic, witness, scale or in where layers were read, or in a
+                layer's channels. Nothing is then merged.
         """
         mine, theirs = self.settings, other.settings
         different = [name for name in mine if mine[name] != theirs[name]]
@@ -284,6 +289,7 @@ class Moments(Mapping[str, State]):
             statistic=_files.field(header, "statistic", (str, list), path),
             witness=_files.field(header, "witness", str, path),
             scale=_files.field(header, "scale", (float, dict, type(None)), path),
+            read=_files.field(header, "read", (str, type(None)), path) or "norm",
         )
         moments.norms = _files.field(header, "norms", dict, path)
         layers = _files.field(header, "layers", dict, path)

@@ -88,7 +88,7 @@ def prune(
         repair: what follows the removal, without gradients or labels. "least_squares": every layer after the first
             removal gets new weights, so that it gives what it gave before, or what makes the sum right to which it is
             added; in the order in which they run, each on what those before it now give. "mean": the same for biases
-            alone, which then carry the mean of what was removed. Both look at up to 1,600 samples of `data`; Conv2d
+            alone, which then carry the mean of what was removed. Both look at up to 1,024 samples of `data`; Conv2d
             (not in groups) and Linear, with a bias or a batch norm behind them; others that read removed components are
             named in the recipe's settings. "batchnorm": the statistics of batch norms, on all of `data`. "none".
             "auto": "least_squares" when data is given, else "none".

@@ -38,7 +38,7 @@ class Scores(Mapping[str, Tensor]):
             the rest, -1 where less, 0 where equal. More active: a larger mean of the statistic, of the first one where
             there are several; for the witness "exp" a smaller mean of exp(-scale t), which falls as t grows.
         counts: samples per class, int64 (classes,).
-        bound, witness, statistic, scale: what the numbers are; statistic and scale as in `Moments`.
+        bound, witness, statistic, scale, read: what the numbers are; the last three as in `Moments`.
         options: those of the bound, as in `ops.one_vs_rest`.
         pairs: layer name -> (channels, 2) float64: smallest and mean bound over all pairs of classes. Empty unless
             `score` was asked for them.
@@ -59,6 +59,7 @@ class Scores(Mapping[str, Tensor]):
         statistic: Statistic,
         norms: dict[str, str],
         scale: Scale = None,
+        read: str = "norm",
         options: dict[str, Any] | None = None,
         pairs: dict[str, Tensor] | None = None,
         errors: dict[str, Tensor] | None = None,
@@ -75,6 +76,7 @@ class Scores(Mapping[str, Tensor]):
         self.witness = witness
         self.statistic = statistic
         self.scale = scale
+        self.read = read
         self.norms = norms
 
     # A mapping of tensors has no equality of its own: identity, as for tensors' owners elsewhere.
@@ -103,9 +105,12 @@ class Scores(Mapping[str, Tensor]):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the numbers are, as JSON has it: bound, witness and statistic, and the scale of the witness "exp"."""
+        """What the numbers are, as JSON has it: bound, witness, statistic, where the layers were read (unless that is
+        "norm"), and the scale of the witness "exp"."""
         statistic = self.statistic if isinstance(self.statistic, str) else list(self.statistic)
         settings: dict[str, Any] = {"bound": self.bound, "witness": self.witness, "statistic": statistic}
+        if self.read != "norm":
+            settings["read"] = self.read
         if self.options:
             settings["options"] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()}
         return settings if self.scale is None else {**settings, "scale": self.scale}
@@ -176,6 +181,7 @@ class Scores(Mapping[str, Tensor]):
             statistic=self.statistic,
             norms=self.norms,
             scale=self.scale,
+            read=self.read,
             options=self.options,
             pairs=part(self.pairs),
             errors=part(self.errors),
@@ -352,6 +358,7 @@ class Scores(Mapping[str, Tensor]):
             witness=_files.field(header, "witness", str, path),
             statistic=statistic if isinstance(statistic, str) else tuple(statistic),
             scale=_files.field(header, "scale", (float, dict, type(None)), path),
+            read=_files.field(header, "read", (str, type(None)), path) or "norm",
             norms=_files.field(header, "norms", dict, path),
             options=_files.field(header, "options", (dict, type(None)), path),
             pairs=pairs,
@@ -446,6 +453,7 @@ def score(
         witness=witness,
         statistic=moments.statistic,
         scale=moments.scale,
+        read=moments.read,
         norms=dict(moments.norms),
         options=options,
         pairs=found_pairs,

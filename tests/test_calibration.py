@@ -147,6 +147,12 @@ def test_moments_are_those_of_float64(offset, spread):
     np.testing.assert_allclose(fit.mean_y.numpy(), y64.mean(0), rtol=0, atol=1e-5 * spread)
 
 
+@pytest.mark.parametrize("unknowns", [1, 255, 256, 257, 515])
+def test_half_of_a_symmetric_product_is_the_whole(unknowns):
+    rows = seeded(40, unknowns)
+    torch.testing.assert_close(_calibration._gram(rows), rows.T @ rows, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("ridge", [1e-6, 1e-3, 10.0])
 def test_solve_is_ridge_regression_around_the_weights(ridge):
     """Least squares on the rows and, for each input, one more row that draws its weight to the given one."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import same_bits
 from torch import nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import discedit
@@ -64,7 +65,7 @@ def test_every_witness_is_class_moments_of_what_the_layer_gives(backend, options
     model, (x, labels) = small_model().eval(), small_data().tensors
     loader = [(x[a:b], labels[a:b]) for a, b in ((0, 10), (10, 20), (20, 23), (23, 33), (33, 40))]
     moments = collect_moments(model, loader, 5, backend=backend, **options)
-    assert moments.settings == {"num_classes": 5, "scale": None, **options}
+    assert moments.settings == {"num_classes": 5, "scale": None, "read": "norm", **options}
     with torch.no_grad():
         expected = {"0": model[:2](x), "3": model[:4](x), "5": model[:6](x)}
     for layer, maps in expected.items():
@@ -421,3 +422,73 @@ def test_windows_are_pooled_over_each_sample():
     assert moments["by_sample"].count.tolist() == [6, 6]
     with pytest.raises(ValueError, match="'by_window' gives 2 rows for each sample in another order"):
         collect_moments(net, [(x, labels)], 2, layers=["by_window"])
+
+
+class Functional(nn.Module):
+    """Activations, pooling and arithmetic that are no modules; a sum that ends a chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.norm2 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.fc1, self.fc2, self.head = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 5)
+
+    def forward(self, x, maps=None):
+        maps = {} if maps is None else maps
+        a = self.norm1(self.conv1(x))
+        a = maps["conv1"] = functional.max_pool2d(functional.relu(a) * 2.0, 2)
+        b = maps["conv2"] = self.norm2(self.conv2(a))
+        b = (a + b).mean((2, 3))
+        c = maps["fc1"] = functional.gelu(self.fc1(b))
+        d = self.fc2(c)
+        maps["fc2"] = d * torch.sigmoid(d)
+        return self.head(maps["fc2"])
+
+
+def test_components_are_read_as_their_consumers_see_them():
+    torch.manual_seed(3)
+    model, (x, labels) = Functional().eval(), small_data().tensors
+    model.norm1.running_mean.uniform_(-1, 1)
+    model.norm1.weight.data.uniform_(-1, 1)
+    before = hooks_of(model)
+    moments = collect_moments(model, [(x[:15], labels[:15]), (x[15:], labels[15:])], 5, read="consumer")
+    assert hooks_of(model) == before
+    maps = {}
+    with torch.no_grad():
+        model(x, maps)
+    assert moments.read == "consumer"
+    assert moments.norms == {"conv1": "norm1", "conv2": "norm2"}
+    assert list(moments) == list(maps)
+    for layer, seen in maps.items():
+        exact = ops.class_moments(seen, labels, 5, backend="reference")
+        torch.testing.assert_close(moments[layer].mean, exact.mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moments[layer].m2, exact.m2, rtol=1e-4, atol=1e-6)
+
+
+def test_components_are_read_at_the_output_alone():
+    torch.manual_seed(3)
+    model, data = small_model().eval(), small_data()
+    model[1].weight.data.uniform_(-2, -1)
+    moments = collect_moments(model, DataLoader(data, 16), 5, read="output")
+    assert moments.norms == {"0": "1"}
+    with torch.no_grad():
+        exact = ops.class_moments(model[0](data.tensors[0]), data.tensors[1], 5, backend="reference")
+    torch.testing.assert_close(moments["0"].mean, exact.mean, rtol=1e-5, atol=1e-6)
+    scores, behind = (discedit.score(m) for m in (moments, collect_moments(model, DataLoader(data, 16), 5)))
+    torch.testing.assert_close(scores["0"], behind["0"], rtol=1e-4, atol=1e-6)  # an affine map changes no score
+    assert torch.equal(scores.direction["0"], -behind.direction["0"])  # but turns it round
+
+
+def test_where_moments_were_read_is_kept_and_must_agree(tmp_path):
+    loader = DataLoader(small_data(), 20)
+    at_consumers, behind_norms = (collect_moments(small_model(), loader, 5, read=r) for r in ("consumer", "norm"))
+    at_consumers.save(tmp_path / "moments")
+    assert discedit.Moments.load(tmp_path / "moments").read == "consumer"
+    scores = discedit.score(at_consumers)
+    scores.save(tmp_path / "scores")
+    assert discedit.Scores.load(tmp_path / "scores").settings["read"] == "consumer"
+    assert "read" not in discedit.score(behind_norms).settings
+    with pytest.raises(ValueError, match=r"must have read='consumer' like this object, it has read='norm'"):
+        at_consumers.merge(behind_norms)
+    with pytest.raises(ValueError, match=r"read must be one of 'norm', 'output', 'consumer', got 'input'"):
+        collect_moments(small_model(), loader, 5, read="input")
