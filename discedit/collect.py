@@ -7,8 +7,8 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from discedit import _checks
 from discedit._backends import select
 from discedit._batches import call, checked_labels, device_of, first_tensor, map_tensors, moved, split, undisturbed
-from discedit._consumers import channel_consumers
+from discedit._consumers import Follow
 from discedit.moments import GREATEST_EXPONENT, READS, Moments, Statistic
 
 OP = "collect_moments"
@@ -36,7 +36,7 @@ def collect_moments(
     *,
     labels: str = "given",
     layers: Iterable[str] | None = None,
-    read: str = "norm",
+    read: str = "consumer",
     statistic: Statistic | list[str] = "mean",
     witness: str = "quadratic",
     scale: float | Mapping[str, float] | None = None,
@@ -57,11 +57,11 @@ def collect_moments(
         labels: "given", or "predicted": the model's own argmax, for which batches may also be bare inputs.
         layers: module names to read instead of all; any module with a tensor output will do. Channels are the last
             axis of linear and layer-norm outputs, axis 1 otherwise.
-        read: where the components of a layer are read. "norm": at its output or, where that goes straight into a batch
-            norm with running statistics, at the norm's output (an affine map per channel, so the scores of the mean
-            are the same; the sign of the norm's weight counts). "output": always at its output. "consumer": as the
-            first convolution or linear layer gets them that reads them channel by channel, so after the activation
-            and what else is between; where there is none (the sum of a residual stream, attention), as by "norm".
+        read: where the components of a layer are read. "consumer": as the first convolution or linear layer gets them
+            that reads them channel by channel, so after the activation and what else is between; where there is none
+            (the sum of a residual stream, attention), as by "norm". "norm": at the layer's output or, where that goes
+            straight into a batch norm with running statistics, at the norm's output (an affine map per channel, so the
+            scores of the mean are the same; the sign of the norm's weight counts). "output": always at its output.
         statistic: what a feature map is reduced to, as for `discedit.ops.pool`: "mean", "sum", "l2", "rms", "absmax",
             "max", "positive_fraction" or "cls"; for the witness "vector" a tuple or list of several. With "cls" only
             layers with tokens are read: linear or layer norm, output of shape (samples, tokens, channels).
@@ -100,7 +100,7 @@ def collect_blocks(
     blocks: int = 10,
     labels: str = "given",
     layers: Iterable[str] | None = None,
-    read: str = "norm",
+    read: str = "consumer",
     statistic: Statistic | list[str] = "mean",
     witness: str = "quadratic",
     scale: float | Mapping[str, float] | None = None,
@@ -322,10 +322,15 @@ class _Reader:
                 raise ValueError(f"{OP}: layers must name at least one module, it is empty.")
         self.norms: dict[str, str] = {}  # layer -> the norm that it goes straight into
         self.places: dict[str, str] = {}  # layer -> where it is read, if not at its own output
-        self._new_place = partial(_Place, statistics=statistics, backend=backend)
+        # What may read the components of a layer, by the name of the place.
+        self._consumers: dict[str, nn.Module] = {}
+        if read == "consumer":
+            self._consumers = {INPUT + n: m for n, m in modules.items() if isinstance(m, (_ConvNd, nn.Linear))}
         self._places = {
-            name: self._new_place(name, module) for name, module in {**self.layers, **self.candidates}.items()
+            name: _Place(name, module, statistics, backend)
+            for name, module in {**self.layers, **self.candidates, **self._consumers}.items()
         }
+        self._follow = Follow()
         self._settled = False
         self._samples = 0
         self._probe: dict[str, Tensor] | None = None
@@ -341,6 +346,11 @@ class _Reader:
     def __enter__(self) -> _Reader:
         for name, module in {**self.layers, **self.candidates}.items():
             self._handles[name] = module.register_forward_hook(self._hook(self._places[name]))
+        for name, module in self._consumers.items():
+            hook = self._hook(self._places[name])
+            self._handles[name] = module.register_forward_pre_hook(
+                lambda module, args, hook=hook: hook(module, args, args[0] if args else None)
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -357,6 +367,8 @@ class _Reader:
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             x = first_tensor(output)
+            if x is None and name in self._consumers:
+                return
             if x is None:
                 raise ValueError(f"{OP}: layer {name!r} must give a tensor, it gave {type(output).__name__}.")
             if self._probe is not None:
@@ -371,20 +383,6 @@ class _Reader:
 
         return hook
 
-    def _hook_inputs(self, inputs: Any) -> None:
-        """Before the first batch: places at the inputs of the layers that read others channel by channel."""
-        self._probe = {}
-        few = map_tensors(inputs, lambda t: t[:1] if t.ndim and len(t) == self._samples else t)
-        for layer, consumer in channel_consumers(self.model, self.layers, few).items():
-            module = self.model.get_submodule(consumer)
-            self.places[layer] = f"{INPUT}{consumer}"
-            place = self._places[self.places[layer]] = self._new_place(self.places[layer], module)
-            hook = self._hook(place)
-            self._handles[place.name] = module.register_forward_pre_hook(
-                lambda module, args, hook=hook: hook(module, args, args[0])
-            )
-        self._probe = None
-
     def _discover(self, place: _Place, args: tuple[Any, ...], x: Tensor) -> bool:
         """In the first batch: what the place is to the layers, and whether it is to be read."""
         name = place.name
@@ -395,8 +393,13 @@ class _Reader:
                 self.norms[source] = name
                 if self.read != "output" and isinstance(norm, _BatchNorm) and norm.running_mean is not None:
                     self.places.setdefault(source, name)
+        if name in self._consumers:
+            source = self._follow.layer_of(x)
+            if source is not None and self.places.get(source) not in self._consumers:
+                self.places[source] = name
         if name in self.layers:
             self._order.append(name)
+            self._follow.note(name, x, last=place.layout == "tokens")
             # A weak reference: the first pass must not keep every feature map alive.
             self._outputs[id(x)] = (name, weakref.ref(x))
             self._widths[name] = x.shape[-1 if place.layout == "tokens" else 1] if x.ndim > 1 else 0
@@ -422,9 +425,8 @@ class _Reader:
             return call(self.model, inputs)
         first = first_tensor(inputs)
         self._samples = len(first) if first is not None and first.ndim else 0
-        if self.read == "consumer":
-            self._hook_inputs(inputs)
-        output = call(self.model, inputs)
+        with self._follow if self._consumers else nullcontext():
+            output = call(self.model, inputs)
         self._check_windows(inputs)
         return output
 
@@ -500,6 +502,7 @@ class _Reader:
         self.norms = {layer: norm for layer, norm in self.norms.items() if layer in self._order}
         self._keep({self._place(layer) for layer in self._order})
         self._outputs.clear()
+        self._follow = Follow()
         self._settled = True
 
     def _head(self, logits: Tensor | None) -> str | None:

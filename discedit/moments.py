@@ -17,7 +17,8 @@ from discedit._state import ClassMoments, State, VectorMoments
 
 Statistic = str | tuple[str, ...]
 Scale = float | dict[str, float] | None
-READS = ("norm", "output", "consumer")  # where `collect_moments` reads a layer
+READS = ("consumer", "norm", "output")  # where `collect_moments` reads a layer
+READ_ONCE = "norm"  # what files say that do not name it
 GREATEST_EXPONENT = 350.0  # of exp(-scale t), whose square must stay within the range of float64
 
 
@@ -53,7 +54,7 @@ class Moments(Mapping[str, State]):
         statistic: Statistic | list[str] = "mean",
         witness: str = "quadratic",
         scale: float | Mapping[str, float] | None = None,
-        read: str = "norm",
+        read: str = "consumer",
         backend: str = "auto",
     ) -> None:
         op = "Moments"
@@ -289,7 +290,7 @@ class Moments(Mapping[str, State]):
             statistic=_files.field(header, "statistic", (str, list), path),
             witness=_files.field(header, "witness", str, path),
             scale=_files.field(header, "scale", (float, dict, type(None)), path),
-            read=_files.field(header, "read", (str, type(None)), path) or "norm",
+            read=_files.field(header, "read", (str, type(None)), path) or READ_ONCE,
         )
         moments.norms = _files.field(header, "norms", dict, path)
         layers = _files.field(header, "layers", dict, path)

@@ -59,7 +59,7 @@ class Preset:
     Attributes:
         name: what the preset is called in `PRESETS`.
         paper: where it was published.
-        statistic, witness, scale: of the moments, as in `discedit.collect_moments`.
+        statistic, witness, scale, read: of the moments, as in `discedit.collect_moments`.
         bound: as in `discedit.score`.
         reduction: how a component's scores become one number, as in `Scores.reduce`; the pairwise ones compare each
             class with each other, all others a class with the union of the rest.
@@ -83,6 +83,7 @@ class Preset:
     selection: str
     amount: float
     notes: str
+    read: str = "norm"
 
     def __post_init__(self) -> None:
         _checks.choice("Preset", "selection", self.selection, SELECTIONS)
@@ -97,8 +98,8 @@ class Preset:
         Args:
             model, loader, num_classes: as for `discedit.collect_moments`.
             bound: replaces the preset's.
-            overrides: further arguments of `discedit.collect_moments`; statistic, witness and scale replace the
-                preset's.
+            overrides: further arguments of `discedit.collect_moments`; statistic, witness, scale and read replace
+                the preset's.
 
         Returns:
             `Scores`, with the scores of all pairs of classes where the preset's reduction needs them.
@@ -106,7 +107,13 @@ class Preset:
         Raises:
             ValueError, TypeError: as `discedit.collect_moments` and `discedit.score`.
         """
-        settings = {"statistic": self.statistic, "witness": self.witness, "scale": self.scale, **overrides}
+        settings: dict[str, Any] = {
+            "statistic": self.statistic,
+            "witness": self.witness,
+            "scale": self.scale,
+            "read": self.read,
+            **overrides,
+        }
         moments = collect_moments(model, loader, num_classes, **settings)
         return score(
             moments,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from discedit import _checks, _files, ops
 from discedit._state import ClassMoments, State, VectorMoments
-from discedit.moments import Moments, Scale, Statistic
+from discedit.moments import READ_ONCE, Moments, Scale, Statistic
 from discedit.uncertainty import jackknife, separation, shrink, standard_error
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Scores(Mapping[str, Tensor]):
         statistic: Statistic,
         norms: dict[str, str],
         scale: Scale = None,
-        read: str = "norm",
+        read: str = "consumer",
         options: dict[str, Any] | None = None,
         pairs: dict[str, Tensor] | None = None,
         errors: dict[str, Tensor] | None = None,
@@ -105,12 +105,15 @@ class Scores(Mapping[str, Tensor]):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the numbers are, as JSON has it: bound, witness, statistic, where the layers were read (unless that is
-        "norm"), and the scale of the witness "exp"."""
+        """What the numbers are, as JSON has it: bound, witness, statistic, where the layers were read, and the scale
+        of the witness "exp"."""
         statistic = self.statistic if isinstance(self.statistic, str) else list(self.statistic)
-        settings: dict[str, Any] = {"bound": self.bound, "witness": self.witness, "statistic": statistic}
-        if self.read != "norm":
-            settings["read"] = self.read
+        settings: dict[str, Any] = {
+            "bound": self.bound,
+            "witness": self.witness,
+            "statistic": statistic,
+            "read": self.read,
+        }
         if self.options:
             settings["options"] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()}
         return settings if self.scale is None else {**settings, "scale": self.scale}
@@ -358,7 +361,7 @@ class Scores(Mapping[str, Tensor]):
             witness=_files.field(header, "witness", str, path),
             statistic=statistic if isinstance(statistic, str) else tuple(statistic),
             scale=_files.field(header, "scale", (float, dict, type(None)), path),
-            read=_files.field(header, "read", (str, type(None)), path) or "norm",
+            read=_files.field(header, "read", (str, type(None)), path) or READ_ONCE,
             norms=_files.field(header, "norms", dict, path),
             options=_files.field(header, "options", (dict, type(None)), path),
             pairs=pairs,

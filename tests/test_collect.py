@@ -42,7 +42,7 @@ def test_reads_every_layer_at_once(backend):
     assert moments.norms == {"0": "1"}
     x, labels = data.tensors
     with torch.no_grad():
-        expected = {"0": model[:2](x), "3": model[:4](x), "5": model[:6](x)}
+        expected = {"0": model[:3](x), "3": model[:4](x), "5": model[:6](x)}
     for layer, maps in expected.items():
         exact = ops.class_moments(maps, labels, 5, backend="reference")
         torch.testing.assert_close(moments[layer].mean, exact.mean, rtol=1e-5, atol=1e-6)
@@ -65,9 +65,9 @@ def test_every_witness_is_class_moments_of_what_the_layer_gives(backend, options
     model, (x, labels) = small_model().eval(), small_data().tensors
     loader = [(x[a:b], labels[a:b]) for a, b in ((0, 10), (10, 20), (20, 23), (23, 33), (33, 40))]
     moments = collect_moments(model, loader, 5, backend=backend, **options)
-    assert moments.settings == {"num_classes": 5, "scale": None, "read": "norm", **options}
+    assert moments.settings == {"num_classes": 5, "scale": None, "read": "consumer", **options}
     with torch.no_grad():
-        expected = {"0": model[:2](x), "3": model[:4](x), "5": model[:6](x)}
+        expected = {"0": model[:3](x), "3": model[:4](x), "5": model[:6](x)}
     for layer, maps in expected.items():
         exact = ops.class_moments(maps, labels, 5, backend="reference", **options)
         for ours, theirs in zip(moments[layer].tensors(), exact.tensors(), strict=True):
@@ -199,7 +199,7 @@ def test_tokens_and_dictionary_outputs():
     moments = collect_moments(model, DataLoader(data, 20), 5)
     assert {layer: state.channels for layer, state in moments.items()} == {"embed": 7, "mlp": 9}
     x = data.tensors[0].flatten(2).transpose(1, 2).reshape(40, 8, 24)
-    exact = ops.class_moments(model.embed(x), data.tensors[1], 5, layout="tokens")
+    exact = ops.class_moments(model.embed(x).relu(), data.tensors[1], 5, layout="tokens")
     torch.testing.assert_close(moments["embed"].mean, exact.mean)
 
 
@@ -245,9 +245,22 @@ def test_cls_reads_the_layers_with_tokens_and_names_the_others(backend, several)
 
 def test_only_what_is_read_stays_hooked():
     model, hooked = small_model(), []
-    model.register_forward_hook(lambda *_: hooked.append({n for n, m in model.named_modules() if m._forward_hooks}))
+
+    def note(*_):
+        hooked.append(
+            [
+                {n for n, m in model.named_modules() if m._forward_hooks},
+                {n for n, m in model.named_modules() if m._forward_pre_hooks},
+            ]
+        )
+
+    model.register_forward_hook(note)
     collect_moments(model, DataLoader(small_data(), 20), 5)
-    assert hooked == [{"", "0", "1", "3", "5", "6"}, {"", "1", "3", "5"}]
+    layers = {"0", "3", "5", "6"}
+    assert hooked == [[{"", "1", *layers}, layers], [{"", "3"}, {"3", "6"}]]
+    hooked.clear()
+    collect_moments(model, DataLoader(small_data(), 20), 5, read="norm")
+    assert hooked == [[{"", "1", *layers}, set()], [{"", "1", "3", "5"}, set()]]
 
 
 class Twice(nn.Module):
@@ -474,7 +487,8 @@ def test_components_are_read_at_the_output_alone():
     with torch.no_grad():
         exact = ops.class_moments(model[0](data.tensors[0]), data.tensors[1], 5, backend="reference")
     torch.testing.assert_close(moments["0"].mean, exact.mean, rtol=1e-5, atol=1e-6)
-    scores, behind = (discedit.score(m) for m in (moments, collect_moments(model, DataLoader(data, 16), 5)))
+    behind = collect_moments(model, DataLoader(data, 16), 5, read="norm")
+    scores, behind = discedit.score(moments), discedit.score(behind)
     torch.testing.assert_close(scores["0"], behind["0"], rtol=1e-4, atol=1e-6)  # an affine map changes no score
     assert torch.equal(scores.direction["0"], -behind.direction["0"])  # but turns it round
 
@@ -487,8 +501,8 @@ def test_where_moments_were_read_is_kept_and_must_agree(tmp_path):
     scores = discedit.score(at_consumers)
     scores.save(tmp_path / "scores")
     assert discedit.Scores.load(tmp_path / "scores").settings["read"] == "consumer"
-    assert "read" not in discedit.score(behind_norms).settings
+    assert discedit.score(behind_norms).settings["read"] == "norm"
     with pytest.raises(ValueError, match=r"must have read='consumer' like this object, it has read='norm'"):
         at_consumers.merge(behind_norms)
-    with pytest.raises(ValueError, match=r"read must be one of 'norm', 'output', 'consumer', got 'input'"):
+    with pytest.raises(ValueError, match=r"read must be one of 'consumer', 'norm', 'output', got 'input'"):
         collect_moments(small_model(), loader, 5, read="input")
