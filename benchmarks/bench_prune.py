@@ -79,7 +79,7 @@ class Bench:
         self.known: dict[str, dict[str, Tensor]] = {}
 
     @cache  # noqa: B019  (one object per model, which lives as long as the program)
-    def scores(self, read: str = "norm") -> Scores:
+    def scores(self, read: str = "consumer") -> Scores:
         return score(collect_moments(self.model, self.train, 10, read=read), pairs=True)
 
     @cache  # noqa: B019
