@@ -241,12 +241,14 @@ def test_pruned_models_are_exported(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # within torch
-@pytest.mark.parametrize("name", ["transformers ResNet", "transformers ViT"])
+@pytest.mark.parametrize("name", list(MODELS))
 def test_pruned_models_run_in_onnx(name):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     _, edit = pruned_most(name)
     model, x = copy.deepcopy(edit.model).float(), images(2, 5).float()
+    if name == "transformers Swin":  # whole or pruned, torch.onnx cannot take its fused attention apart
+        model.set_attn_implementation("eager")
     program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
     session = runtime.InferenceSession(program.model_proto.SerializeToString())
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
