@@ -54,7 +54,7 @@ def calibration(model: nn.Module, data: Iterable[Any]) -> list[Any]:
         if samples >= limit:
             break
     if not samples:
-        raise ValueError("prune: data must give at least one sample to repair on, it gave none.")
+        raise ValueError("prune: data must give at least one sample, it gave none.")
     parts = 1 if device.type != "cpu" else min(PARTS, samples, -(-samples * largest // MAP))
     each = -(-samples // parts)
     joined = _joined(batches)

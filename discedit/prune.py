@@ -26,6 +26,9 @@ from discedit.scores import Scores
 REPAIRS = ("auto", "none", "mean", "batchnorm", "least_squares")
 IN_ORDER = ("mean", "least_squares")  # repairs that take one layer after the other
 ACROSS = ("global_ratio", "parameters", "macs")  # budgets that compare importances of different layers
+SHARES = ("reconstruction", "combined")  # criteria that mean the same in every layer
+# Criteria where each layer loses a share of its own, by repair (benchmarks/prune.md).
+BEST_WITH = {"none": "energy", "mean": "energy", "batchnorm": "reconstruction", "least_squares": "l1"}
 
 
 def prune(
@@ -38,7 +41,7 @@ def prune(
     threshold: float | None = None,
     parameters: int | float | None = None,
     macs: int | float | None = None,
-    across: str = "rank",
+    across: str = "auto",
     round_to: int = 1,
     floor: int | Mapping[str, int] = 1,
     criterion: str = "auto",
@@ -75,7 +78,8 @@ def prune(
         macs: the same for multiply-accumulates of a forward pass on `example_inputs`.
         across: how importances of different layers compare under `global_ratio`, `parameters` and `macs`: "rank" (each
             layer loses the same share), "mean" or "max" (divided by the layer's), "none" (as they are; so always under
-            `threshold`).
+            `threshold`). "auto": "none" for "reconstruction" and "combined", which are shares of what a layer's readers
+            get, unless a layer cannot be judged so; else "rank".
         round_to: the number of components that stay in a layer is a multiple of this, or the layer stays whole.
         floor: components that stay in each layer at least, or layer -> components.
 
@@ -83,8 +87,10 @@ def prune(
             pairs of classes "pairwise_min" (WitnessPrune, TVSPrune) or "pairwise_mean"; of the weights that give a
             component "l1", "l2"; "random"; or, on `data`, of what the layers that read it lose: "energy" (the variance
             that it adds to their outputs), "reconstruction" (what of that the other components cannot make up for), or
-            "combined" (the same, where an output counts by how well it tells the class that it tells best). "auto":
-            "l1", or the importances given as `scores`.
+            "combined" (the same, where an output counts by how well it tells the class that it tells best). "auto": the
+            importances given as `scores`; without data "l1"; under `ratio` what benchmarks/prune.md shows to be best
+            with the repair ("least_squares": "l1"; "batchnorm": "reconstruction"; "mean" and "none": "energy"); under
+            the other budgets "reconstruction".
         repair: what follows the removal, without gradients or labels. "least_squares": every layer after the first
             removal gets new weights, so that it gives what it gave before, or what makes the sum right to which it is
             added; in the order in which they run, each on what those before it now give. "mean": the same for biases
@@ -177,7 +183,7 @@ class _Options:
             found = ", ".join(f"{name}={value!r}" for name, value in self.budget.items()) or "none of them"
             raise ValueError(f"{op}: exactly one of {', '.join(BUDGETS)} must be given, got {found}.")
         _check_budget(self.budget)
-        _checks.choice(op, "across", self.across, NORMALISATIONS)
+        _checks.choice(op, "across", self.across, ("auto", *NORMALISATIONS))
         _checks.choice(op, "criterion", self.criterion, ("auto", *CRITERIA))
         _checks.choice(op, "repair", self.repair, REPAIRS)
         repair, criterion = self.repair, self.criterion
@@ -198,8 +204,10 @@ class _Options:
                         f"{layer!r} has {what}."
                     )
             criterion = GIVEN
+        elif criterion == "auto" and self.data is None:
+            criterion = "l1"
         elif criterion == "auto":
-            criterion = "l1"  # benchmarks/cifar.md: better than any reduction of the scores, at every ratio
+            criterion = BEST_WITH[repair] if "ratio" in self.budget else "reconstruction"
         for name, value in (("repair", repair), ("criterion", criterion)):
             if self.data is None and value in (*REPAIRS[2:], *OF_READERS):
                 raise ValueError(f"{op}: {name}={value!r} needs data to estimate statistics on, got data=None.")
@@ -248,6 +256,13 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         inputs = calibration(model, options.data)
         norms = norms_behind(model, inputs[0])
     values, instead = of_components(model, scores, options.criterion, graph, found, inputs, norms, options.seed)
+    if options.across == "auto":
+        options = replace(options, across="none" if options.criterion in SHARES and not instead else "rank")
+    if "threshold" in options.budget:  # of another criterion's importances it would mean something else
+        for layer, why in instead.items():
+            skipped[layer] = f"{options.criterion!r} cannot judge it, because {why}"
+        found = {layer: parts for layer, parts in found.items() if layer not in instead}
+        instead = {}
     while True:
         if options.layers is not None and skipped:
             layer, why = next(iter(skipped.items()))

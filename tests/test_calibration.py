@@ -274,7 +274,7 @@ def test_no_more_samples_than_the_memory_allows(monkeypatch):
 
 def test_data_without_samples_is_an_error():
     for batches in ([], [torch.zeros(0, 3)]):
-        with pytest.raises(ValueError, match="prune: data must give at least one sample to repair on, it gave none"):
+        with pytest.raises(ValueError, match="prune: data must give at least one sample, it gave none"):
             calibration(net(), batches)
     with pytest.raises(ValueError, match="prune: data must give tensors with a sample axis, got Tensor"):
         calibration(net(), [torch.tensor(1.0)])

@@ -8,6 +8,7 @@ from torch.nn import functional
 from discedit import Scores, _calibration, importances, prune
 from discedit._calibration import norms_behind
 from discedit._importance import RIDGE
+from discedit.prune import BEST_WITH
 
 KINDS = ("filters", "neurons")
 SETTINGS = {"bound": "minimax", "witness": "linear", "statistic": "mean", "norms": {}}
@@ -312,7 +313,15 @@ def test_a_reader_that_cannot_be_read_is_named(model, shape, reader):
         assert edit.recipe.settings["judged by l2"].keys() == {"0"}
         assert reader in edit.recipe.settings["judged by l2"]["0"]
         assert edit.recipe.components["0"] == sorted(lowest)
+    options = {"example_inputs": batches[0], "data": batches, "criterion": "reconstruction"}
     if len(layers) == 2:  # its reader can be read
+        edit = prune(model, scores_of(model, layers), global_ratio=0.5, **options)
+        assert edit.recipe.settings["across"] == "rank"  # norms and shares of a variance do not compare
+        edit = prune(model, scores_of(model, layers), threshold=0.9, **options)
+        assert edit.recipe.components.keys() == {"2"}
+        assert "'reconstruction' cannot judge it, because it is read by 2" in edit.skipped["0"]
+        options = {"ratio": 0.5, "example_inputs": batches[0], "data": batches, "criterion": "combined"}
+        edit = prune(model, scores_of(model, layers), **options)
         values = judged(model, torch.cat(batches), "combined", ["2"])
         assert edit.recipe.components["2"] == sorted(values["2"].argsort()[:2].tolist())
 
@@ -394,16 +403,27 @@ def test_bad_input():
             importances(model, scores, criterion, example_inputs=inputs, **more)
 
 
-def test_the_default_is_the_norm_of_the_weights():
+def test_the_default_is_what_is_best_with_the_repair():
     torch.manual_seed(0)
     model = NETS["convolution"][0]().eval()
     batches = [seeded(20, 3, 8, 8, seed=seed) for seed in range(3)]
     scores, options = scores_of(model, ["0"], seed=1), {"ratio": 0.5, "example_inputs": batches[0]}
     lowest = sorted(model[0].weight.abs().sum((1, 2, 3)).argsort()[:3].tolist())
-    for more in ({}, {"data": batches}, {"data": batches, "repair": "batchnorm"}):
-        edit = prune(model, scores, **options, **more)
-        assert edit.recipe.settings["criterion"] == "l1"
-        assert edit.recipe.components["0"] == lowest
+    edit = prune(model, scores, **options)
+    assert edit.recipe.settings["criterion"] == "l1"
+    assert edit.recipe.components["0"] == lowest
+    for repair, criterion in BEST_WITH.items():
+        edit = prune(model, scores, data=batches, repair=repair, **options)
+        assert edit.recipe.settings["criterion"] == criterion
+        values = judged(model, torch.cat(batches), criterion, ["0"])
+        assert edit.recipe.components["0"] == sorted(values["0"].argsort()[:3].tolist())
+    for budget in ({"global_ratio": 0.5}, {"parameters": 0.7}, {"macs": 0.7}, {"threshold": 0.2}):
+        edit = prune(model, scores, data=batches, example_inputs=batches[0], **budget)
+        assert edit.recipe.settings["criterion"] == "reconstruction"
+        assert edit.recipe.settings.get("across", "none") == "none"
+        if "threshold" not in budget:
+            edit = prune(model, scores, example_inputs=batches[0], **budget)
+            assert (edit.recipe.settings["criterion"], edit.recipe.settings["across"]) == ("l1", "rank")
     values = judged(model, torch.cat(batches), "reconstruction", ["0"])
     edit = prune(model, scores, criterion="reconstruction", data=batches, **options)
     assert edit.recipe.components["0"] == sorted(values["0"].argsort()[:3].tolist())

@@ -85,8 +85,9 @@ def test_the_smaller_model_trains(trained, digit_scores):
 def test_batch_norm_repair_is_a_plain_reestimate(trained, digit_scores):
     model, train, _ = trained
     loader = zoo.batches(train, 300)
-    plain = prune(model, digit_scores, ratio=0.5, example_inputs=X)
-    repaired = prune(model, digit_scores, ratio=0.5, example_inputs=X, data=loader, repair="batchnorm")
+    plain = prune(model, digit_scores, ratio=0.5, example_inputs=X, criterion="l2")
+    options = {"data": loader, "repair": "batchnorm", "criterion": "l2"}
+    repaired = prune(model, digit_scores, ratio=0.5, example_inputs=X, **options)
     assert (plain.recipe.settings["repair"], repaired.recipe.settings["repair"]) == ("none", "batchnorm")
     expected = copy.deepcopy(plain.model)
     for module in expected.modules():
@@ -187,8 +188,8 @@ def test_bad_input(trained, digit_scores):
     with pytest.raises(ValueError, match="repair must be one of"):
         prune(model, digit_scores, ratio=0.3, example_inputs=X, repair="gradient")
     with pytest.raises(ValueError, match="data must give at least one batch of two samples"):
-        prune(model, digit_scores, ratio=0.3, example_inputs=X, data=[], repair="batchnorm")
-    with pytest.raises(ValueError, match="data must give at least one sample to repair on, it gave none"):
+        prune(model, digit_scores, ratio=0.3, example_inputs=X, data=[], repair="batchnorm", criterion="l1")
+    with pytest.raises(ValueError, match="data must give at least one sample, it gave none"):
         prune(model, digit_scores, ratio=0.3, example_inputs=X, data=[])
     with pytest.raises(ValueError, match="scores must come from this model: it has no layer 'conv1'"):
         prune(nn.Sequential(nn.Linear(4, 4)), digit_scores, ratio=0.3, example_inputs=X)
@@ -473,7 +474,7 @@ def test_importances_that_are_no_tensors(net, wrong):
         ({"ratio": 0.5, "round_to": 0}, "round_to must be .* got 0"),
         ({"ratio": 0.5, "steps": 0}, "steps must be .* got 0"),
         ({"ratio": 0.5, "rescore": lambda model: None}, "rescore needs steps above 1, got steps=1"),
-        ({"ratio": 0.5, "across": "sum"}, "across must be one of 'none', 'mean', 'max', 'rank', got 'sum'"),
+        ({"ratio": 0.5, "across": "sum"}, "across must be one of 'auto', 'none', 'mean', 'max', 'rank', got 'sum'"),
         ({"ratio": 0.5, "components": "rows"}, "components must be one of .* got 'rows'"),
         ({"ratio": 0.5, "components": ()}, "components must name at least one of"),
         ({"global_ratio": 1.0}, r"global_ratio must be a number in \[0, 1\), got 1.0"),
