@@ -27,6 +27,7 @@ UNLEARN: list[tuple[str, dict[str, Any]]] = [
     ("up, 10 % of the last third", {"fraction": 0.1}),
     ("any sign, 6 % of the last third", {"sign": "any"}),
     ("up, 6 % of all layers", {"layers": "all"}),
+    ("default, components read behind their norms", {"read": "norm"}),
 ]
 
 
@@ -72,12 +73,15 @@ def unlearning_rows(bench: Bench) -> tuple[list[list[str]], list[list[str]]]:
     """Per class for the default edit, and the mean over classes for its variants."""
     per_class, variants = [], []
     for title, options in UNLEARN:
+        scores = bench.scores
         if options.get("layers") == "all":
-            options = {"layers": list(bench.scores)}
+            options = {"layers": list(scores)}
+        elif "read" in options:
+            scores = score(collect_moments(bench.model, bench.train, 10, **options))
         forget, retain, seconds = [], [], []
         for cls in range(10):
             start = time.perf_counter()
-            edit = unlearn(bench.model, bench.scores, classes=[cls], **options)
+            edit = unlearn(bench.model, scores, classes=[cls], **{k: v for k, v in options.items() if k != "read"})
             seconds.append(time.perf_counter() - start)
             accuracy = bench.accuracy(edit.model)
             kept = [k for k in range(10) if k != cls]

@@ -25,7 +25,7 @@ TIME = Table(
     "collect_moments over the bare forward pass",
     "Time that `collect_moments` takes for a batch over that of the bare model (eval mode, no gradients) for the same "
     "batch just before; random weights, 10 classes. Median and quartile spread over all batches but the first of each "
-    "pass, which also finds out which norm reads which layer and reads both: its ratio stands by itself. Read: share "
+    "pass, which also finds out what reads which layer, and reads all of it: its ratio stands by itself. Read: share "
     "of the bare pass that a plain read of all maps that are pooled would take.",
     ("model", "input", "type", "batches", "bare, s per batch", "ratio", "spread", "first batch", "read"),
 )
@@ -144,7 +144,7 @@ def test_time(benchmark: Any, table: Callable[[Table], Table], read: Any, name: 
 
 
 def place_of(model: nn.Module, moments: discedit.Moments, layer: str) -> str:
-    """Where a layer is read: behind its batch norm, if it has one."""
+    """Behind its batch norm, if it has one. What the next layer gets, and what is read, has the same size."""
     norm = moments.norms.get(layer)
     return norm if norm and isinstance(model.get_submodule(norm), nn.BatchNorm2d) else layer
 
