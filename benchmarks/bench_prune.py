@@ -36,8 +36,8 @@ from discedit.evaluate import accuracy_per_class
 HERE = Path(__file__).parent
 RESULTS = HERE / "prune.json"
 MODELS = ("resnet20", "resnet56", "vit")
-RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-IN_TURN = (0.3, 0.5, 0.1, 0.7, 0.2, 0.4, 0.6)
+RATIOS = (0.1, 0.3, 0.5, 0.7)
+IN_TURN = (0.3, 0.5, 0.1, 0.7)
 REPAIRS = ("none", "mean", "batchnorm", "least_squares")
 OURS = ("max", "mean", "min", "pairwise_min", "l1", "l2", "random", "energy", "reconstruction", "combined")
 RIVALS = ("chip", "tvsprune", "tp magnitude", "tp taylor", "tp hessian", "tp bn_scale")
@@ -338,7 +338,7 @@ def markdown(log: Log) -> str:
 
 
 def plot(log: Log) -> None:
-    """benchmarks/prune.png: points lost by ratio, a panel per model and repair."""
+    """benchmarks/prune.png: points lost by ratio, a panel per model and repair, each on a scale of its own."""
     from matplotlib.figure import Figure
 
     rows = rows_of_table(log)
@@ -346,7 +346,7 @@ def plot(log: Log) -> None:
     if not models:
         raise ValueError("bench_prune: nothing of the part 'table' has been measured yet.")
     figure = Figure(figsize=(3.6 * len(REPAIRS), 3.4 * len(models)), layout="constrained")
-    grid = figure.subplots(len(models), len(REPAIRS), sharex=True, sharey="row", squeeze=False)
+    grid = figure.subplots(len(models), len(REPAIRS), sharex=True, squeeze=False)
     styles = {name: "-" if name in OURS else "--" for name in (*OURS, *RIVALS)}
     colours = {name: f"C{i % 10}" for i, name in enumerate((*OURS, *RIVALS))}
     for line, model in zip(grid, models, strict=True):
@@ -354,7 +354,7 @@ def plot(log: Log) -> None:
             for _, _, criterion, *cells in (row for row in rows if row[:2] == [model, repair]):
                 points = [(r, float(c)) for r, c in zip(RATIOS, cells, strict=True) if c != "not measured"]
                 axes.plot(*zip(*points, strict=True), styles[criterion], color=colours[criterion], label=criterion)
-            axes.set_title(f"{model}, repair {repair}", fontsize=9)
+            axes.set_title(f"{model}, repair {repair}" + ("" if axes.lines else " (none to repair)"), fontsize=9)
             axes.grid(alpha=0.3)
         line[0].set_ylabel("points of accuracy lost")
     for axes in grid[-1]:
