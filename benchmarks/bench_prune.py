@@ -322,7 +322,7 @@ def markdown(log: Log) -> str:
             "Every criterion and repair",
             "Points of accuracy lost when the same share of each layer goes. `tp`: importances of torch-pruning 1.6.1 "
             "(LAMP orders a layer as its magnitude does; the accumulation of its Hessian is corrected; on 256 images); "
-            "CHIP on 256 images. `random`: mean of three. TVSPrune: its score, least over pairs.",
+            "CHIP on 256 images. `random`: mean of three. TVSPrune: its score, least over pairs. ![Plot](prune.png)",
             ["model", "repair", "criterion", *map(str, RATIOS)],
             rows_of_table(log),
         ),

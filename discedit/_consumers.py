@@ -12,29 +12,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 # Functions that leave each channel in its place, by the name that torch gives them, whoever calls them.
-ACTIVATIONS = {
-    *(
-        "relu",
-        "relu_",
-        "relu6",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "celu",
-        "gelu",
-        "silu",
-        "mish",
-        "hardswish",
-        "hardsigmoid",
-    ),
-    *("hardtanh", "sigmoid", "tanh", "softplus", "softsign", "threshold", "clamp", "clamp_"),
-}
+PIECEWISE = {"relu", "relu_", "relu6", "leaky_relu", "hardswish", "hardsigmoid", "hardtanh", "threshold", "clamp"}
+SMOOTH = {"elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh", "softplus", "softsign"}
 NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm"}
 DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
 POOLINGS = {"max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
 SHAPES = {"contiguous", "clone", "float", "to", "flatten"}  # the last only where the maps are 1 x 1
 ARITHMETIC = {"add", "mul", "sub", "div", "pow", "__mul__", "__rmul__", "__add__", "__radd__", "__pow__"}
-ONE_BY_ONE = ACTIVATIONS | NORMS | DROPOUTS | POOLINGS | SHAPES | ARITHMETIC
+ONE_BY_ONE = PIECEWISE | SMOOTH | NORMS | DROPOUTS | POOLINGS | SHAPES | ARITHMETIC
 
 
 @dataclass(frozen=True)
@@ -61,10 +46,10 @@ class Follow(TorchFunctionMode):
         """The tensor holds the components of the layer, on the last axis or on axis 1."""
         self._known[id(tensor)] = _Known(layer, weakref.ref(tensor), tensor._version, last)
 
-    def layer_of(self, tensor: Any) -> str | None:
-        """The layer whose components the tensor's channels are."""
+    def layer_of(self, tensor: Tensor, *, last: bool) -> str | None:
+        """The layer whose components the tensor holds on the last axis, or on axis 1."""
         known = self._of(tensor)
-        return None if known is None else known.layer
+        return known.layer if known is not None and (known.last == last or tensor.ndim == 2) else None
 
     def _of(self, tensor: Any) -> _Known | None:
         found = self._known.get(id(tensor))
@@ -78,7 +63,7 @@ class Follow(TorchFunctionMode):
     ) -> Any:
         # Before the call, which may change its arguments.
         maps = [arg for arg in args if isinstance(arg, Tensor) and arg.ndim > 1]
-        sources = {self.layer_of(arg) for arg in maps}
+        sources = {known.layer if (known := self._of(arg)) else None for arg in maps}
         first = self._of(maps[0]) if maps else None
         shape = maps[0].shape if maps else torch.Size()
         result = func(*args, **(kwargs or {}))

@@ -478,6 +478,31 @@ def test_components_are_read_as_their_consumers_see_them():
         torch.testing.assert_close(moments[layer].m2, exact.m2, rtol=1e-4, atol=1e-6)
 
 
+class Mixed(nn.Module):
+    """A linear layer over the positions of a convolution's maps, a convolution over a linear layer's tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.mix = nn.Conv2d(3, 6, 4, 4), nn.Linear(4, 4)
+        self.tokens, self.across, self.head = nn.Linear(4, 4), nn.Conv1d(6, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.mix(self.patch(x).relu().flatten(2))
+        return self.head(self.across(self.tokens(x).relu()).mean(2))
+
+
+def test_who_reads_along_another_axis_is_no_consumer():
+    torch.manual_seed(3)
+    model, (x, labels) = Mixed().eval(), small_data().tensors
+    moments = collect_moments(model, [(x, labels)], 5)
+    with torch.no_grad():
+        patch = model.patch(x)
+        tokens = model.tokens(model.mix(patch.relu().flatten(2)))
+    for layer, maps, layout in (("patch", patch, "nchw"), ("tokens", tokens, "tokens")):
+        exact = ops.class_moments(maps, labels, 5, layout=layout, backend="reference")
+        torch.testing.assert_close(moments[layer].mean, exact.mean, rtol=1e-5, atol=1e-6)
+
+
 def test_components_are_read_at_the_output_alone():
     torch.manual_seed(3)
     model, data = small_model().eval(), small_data()
