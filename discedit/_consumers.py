@@ -24,9 +24,9 @@ ONE_BY_ONE = PIECEWISE | SMOOTH | NORMS | DROPOUTS | POOLINGS | SHAPES | ARITHME
 
 @dataclass(frozen=True)
 class _Known:
-    """A tensor whose channels are the components of a layer. Held weakly: a pass must not keep every map alive."""
+    """A tensor whose channels are the components of layers. Held weakly: a pass must not keep every map alive."""
 
-    layer: str
+    layers: tuple[str, ...]
     tensor: weakref.ref[Tensor]
     version: int
     last: bool  # channels on the last axis, otherwise on axis 1
@@ -35,7 +35,8 @@ class _Known:
 class Follow(TorchFunctionMode):
     """While it is entered, knows of each tensor whether its channels are the components of a noted layer, one by one.
 
-    Not where components meet others: in sums of a residual stream, attention, concatenation.
+    Not where components meet others: in sums of a residual stream, attention, concatenation. Nor behind a batch norm
+    that normalises by the batch, where they depend on what else is in it.
     """
 
     def __init__(self) -> None:
@@ -44,12 +45,17 @@ class Follow(TorchFunctionMode):
 
     def note(self, layer: str, tensor: Tensor, *, last: bool) -> None:
         """The tensor holds the components of the layer, on the last axis or on axis 1."""
-        self._known[id(tensor)] = _Known(layer, weakref.ref(tensor), tensor._version, last)
+        before = self._of(tensor)
+        others = before.layers if before is not None and before.last == last else ()
+        self._keep((*others, layer), tensor, last)
 
-    def layer_of(self, tensor: Tensor, *, last: bool) -> str | None:
-        """The layer whose components the tensor holds on the last axis, or on axis 1."""
+    def layers_of(self, tensor: Tensor, *, last: bool) -> tuple[str, ...]:
+        """The layers whose components the tensor holds on the last axis, or on axis 1."""
         known = self._of(tensor)
-        return known.layer if known is not None and (known.last == last or tensor.ndim == 2) else None
+        return known.layers if known is not None and (known.last == last or tensor.ndim == 2) else ()
+
+    def _keep(self, layers: tuple[str, ...], tensor: Tensor, last: bool) -> None:
+        self._known[id(tensor)] = _Known(layers, weakref.ref(tensor), tensor._version, last)
 
     def _of(self, tensor: Any) -> _Known | None:
         found = self._known.get(id(tensor))
@@ -63,13 +69,19 @@ class Follow(TorchFunctionMode):
     ) -> Any:
         # Before the call, which may change its arguments.
         maps = [arg for arg in args if isinstance(arg, Tensor) and arg.ndim > 1]
-        sources = {known.layer if (known := self._of(arg)) else None for arg in maps}
+        sources = {known.layers if (known := self._of(arg)) else () for arg in maps}
         first = self._of(maps[0]) if maps else None
         shape = maps[0].shape if maps else torch.Size()
         result = func(*args, **(kwargs or {}))
-        one_by_one = first is not None and len(sources) == 1 and getattr(func, "__name__", "") in ONE_BY_ONE
-        if one_by_one and isinstance(result, Tensor):
-            assert first is not None
-            if result.shape == shape if first.last else result.shape[:2] == shape[:2]:
-                self.note(first.layer, result, last=first.last)
+        if first is not None and len(sources) == 1 and _is_one_by_one(func, args) and isinstance(result, Tensor):
+            kept = result.shape == shape if first.last else result.shape[:2] == shape[:2]
+            if kept:
+                self._keep(first.layers, result, first.last)
         return result
+
+
+def _is_one_by_one(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a function works on each channel by itself, and on each sample."""
+    name = getattr(func, "__name__", "")
+    by_the_batch = name == "batch_norm" and (len(args) < 2 or args[1] is None)  # without running statistics
+    return name in ONE_BY_ONE and not by_the_batch

@@ -394,9 +394,9 @@ class _Reader:
                 if self.read != "output" and isinstance(norm, _BatchNorm) and norm.running_mean is not None:
                     self.places.setdefault(source, name)
         if name in self._consumers:
-            source = self._follow.layer_of(x, last=place.layout == "tokens")
-            if source is not None and self.places.get(source) not in self._consumers:
-                self.places[source] = name
+            for source in self._follow.layers_of(x, last=place.layout == "tokens"):
+                if self.places.get(source) not in self._consumers:
+                    self.places[source] = name
         if name in self.layers:
             self._order.append(name)
             self._follow.note(name, x, last=place.layout == "tokens")
