@@ -177,18 +177,12 @@ def table(bench: Bench, log: Log) -> None:
 
 def read(bench: Bench, log: Log) -> None:
     """Scores of components behind the norm and as their consumers see them."""
-    for repair, criterion, where, ratio in product(
-        ("none", "least_squares"), OF_CLASSES, ("norm", "consumer"), (0.3, 0.5)
-    ):
-
-        def run(
-            repair: str = repair, criterion: str = criterion, where: str = where, ratio: float = ratio
-        ) -> dict[str, Any]:
-            return outcome(
-                bench, bench.prune(scores=bench.scores(where), criterion=criterion, repair=repair, ratio=ratio)
-            )
-
-        log.measure(f"{bench.name}|read|{repair}|{criterion}|{where}|{ratio}", run)
+    for where, repair, criterion, ratio in product(PLACES, ("none", "least_squares"), OF_CLASSES, (0.3, 0.5)):
+        options = {"scores": bench.scores(where), "criterion": criterion, "repair": repair, "ratio": ratio}
+        log.measure(
+            f"{bench.name}|read|{repair}|{criterion}|{where}|{ratio}",
+            lambda options=options: outcome(bench, bench.prune(**options)),
+        )
 
 
 def across(bench: Bench, log: Log) -> None:
