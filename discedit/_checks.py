@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +81,34 @@ def index(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def classes(op: str, value: Any, num_classes: int) -> list[int]:
+    """The classes of a group, in the order given: indices of any library, or those that a predicate holds for."""
+    if callable(value) and not isinstance(value, Iterable):
+        found = []
+        for label in range(num_classes):
+            answer = value(label)
+            if not isinstance(answer, bool):
+                raise ValueError(f"{op}: classes as a predicate must give True or False, gave {answer!r} for {label}.")
+            if answer:
+                found.append(label)
+        if not found:
+            raise ValueError(f"{op}: classes must hold for at least one label in 0..{num_classes - 1}, holds for none.")
+        return found
+    if isinstance(value, (int, str)) or not isinstance(value, Iterable):
+        raise ValueError(f"{op}: classes must be a list of class indices, or a predicate on them, got {value!r}.")
+    found = []
+    for cls in value:
+        # Anything that is an index: NumPy integers and one-element integer tensors too.
+        label = index(cls)
+        if label is None or not 0 <= label < num_classes:
+            raise ValueError(f"{op}: classes must be indices in 0..{num_classes - 1}, got {cls!r}.")
+        if label not in found:
+            found.append(label)
+    if not found:
+        raise ValueError(f"{op}: classes must name at least one class, it is empty.")
+    return found
 
 
 def positive_integer(op: str, argument: str, value: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def unlearn(
     model: nn.Module,
     scores: Scores,
     *,
-    classes: Sequence[int],
+    classes: Sequence[int] | Callable[[int], bool],
     fraction: float = 0.06,
     sign: str = "up",
     layers: Iterable[str] | None = None,
@@ -94,18 +94,7 @@ def unlearn(
 
 
 def _checked_classes(scores: Scores, classes: Any) -> list[int]:
-    if isinstance(classes, (int, str)) or not isinstance(classes, Iterable):
-        raise ValueError(f"unlearn: classes must be a list of class indices, got {classes!r}.")
-    forget: list[int] = []
-    for cls in classes:
-        # Anything that is an index: NumPy integers and one-element integer tensors too.
-        index = _checks.index(cls)
-        if index is None or not 0 <= index < scores.num_classes:
-            raise ValueError(f"unlearn: classes must be indices in 0..{scores.num_classes - 1}, got {cls!r}.")
-        if index not in forget:
-            forget.append(index)
-    if not forget:
-        raise ValueError("unlearn: classes must name at least one class, it is empty.")
+    forget = _checks.classes("unlearn", classes, scores.num_classes)
     for cls in forget:
         if int(scores.counts[cls]) == 0:
             raise ValueError(f"unlearn: class {cls} has no sample in scores, so nothing is known to tell it apart.")
