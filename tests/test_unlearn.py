@@ -132,8 +132,8 @@ def test_summary(trained, digit_scores):
         ([1.0], r"classes must be indices in 0..9, got 1.0"),
         ([True], r"classes must be indices in 0..9, got True"),
         ([], "classes must name at least one class, it is empty"),
-        (3, "classes must be a list of class indices, got 3"),
-        ("3", "classes must be a list of class indices, got '3'"),
+        (3, "classes must be a list of class indices, or a predicate on them, got 3"),
+        ("3", "classes must be a list of class indices, or a predicate on them, got .3."),
     ],
 )
 def test_bad_classes(trained, digit_scores, classes, message):
