@@ -13,6 +13,7 @@ from importlib.metadata import version as _version
 from discedit import huggingface, ops, presets, uncertainty
 from discedit._importance import importances
 from discedit.collect import collect_blocks, collect_moments
+from discedit.evaluate import Evaluation, evaluate
 from discedit.moments import Moments
 from discedit.presets import preset
 from discedit.prune import prune
@@ -23,11 +24,13 @@ from discedit.unlearn import unlearn
 __version__ = _version("discedit")
 __all__ = [
     "Edit",
+    "Evaluation",
     "Moments",
     "Recipe",
     "Scores",
     "collect_blocks",
     "collect_moments",
+    "evaluate",
     "huggingface",
     "importances",
     "ops",

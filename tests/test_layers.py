@@ -14,7 +14,7 @@ ORDER = [
     "_backends",
     "ops moments uncertainty scores",
     "collect recipe _graph _importance prune unlearn presets",
-    "evaluate zoo huggingface demo cli __main__",
+    "_outputs _attacks _probes _recovery evaluate zoo huggingface demo cli __main__",
 ]
 RANK = {module: rank for rank, module in enumerate(" ".join(ORDER).split())}
 CSRC = [{"common"}, {"cpu", "cuda"}, {"bindings"}]

@@ -1,0 +1,233 @@
+"""What several classifiers give for the same samples: logits and penultimate features, in one pass over a loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from discedit import _checks
+from discedit._batches import call, checked_labels, device_of, first_tensor, map_tensors, moved, split, undisturbed
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """One model's answers to all samples, on the CPU: logits (samples, classes), features (samples, width)."""
+
+    logits: Tensor
+    features: Tensor | None
+    labels: Tensor
+
+    def of(self, chosen: Tensor) -> Outputs:
+        """Those of the samples that a mask or indices name."""
+        features = None if self.features is None else self.features[chosen]
+        return Outputs(self.logits[chosen], features, self.labels[chosen])
+
+    def penultimate(self) -> Tensor:
+        if self.features is None:
+            raise RuntimeError("features were not gathered.")
+        return self.features.double()
+
+
+def accuracies(outputs: Outputs, num_classes: int) -> Tensor:
+    """Share of each class's samples that are classified rightly, float64; NaN for a class without samples."""
+    hit = outputs.labels[outputs.logits.argmax(1) == outputs.labels]
+    right = torch.bincount(hit, minlength=num_classes).double()
+    return right / torch.bincount(outputs.labels, minlength=num_classes).double()
+
+
+def is_among(labels: Tensor, classes: Sequence[int]) -> Tensor:
+    return torch.isin(labels, torch.tensor(list(classes), dtype=labels.dtype, device=labels.device))
+
+
+class Samples:
+    """The first samples of each class that a loader gave, as inputs to run again: at most `quota[class]` of each."""
+
+    def __init__(self, quota: Mapping[int, int]) -> None:
+        self._left = dict(quota)
+        self._inputs: list[Any] = []
+        self._labels: list[Tensor] = []
+
+    def add(self, inputs: Any, labels: Tensor) -> None:
+        places = []
+        for place, label in enumerate(labels.tolist()):
+            if self._left.get(label, 0) > 0:
+                self._left[label] -= 1
+                places.append(place)
+        if places:
+            index = torch.tensor(places)
+            self._inputs.append(chosen(inputs, index, len(labels)))
+            self._labels.append(labels[index])
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.cat(self._labels) if self._labels else torch.zeros(0, dtype=torch.int64)
+
+    def joined(self) -> Any:
+        return _joined(self._inputs)
+
+
+def chosen(inputs: Any, index: Tensor, samples: int) -> Any:
+    """The same nest for some of the samples; what has no sample axis stays as it is."""
+    return map_tensors(inputs, lambda t: t[index.to(t.device)] if t.ndim and len(t) == samples else t)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts)) if first.ndim else first
+    if isinstance(first, Mapping):
+        return {name: _joined([part[name] for part in parts]) for name in first}
+    if isinstance(first, (tuple, list)):
+        return tuple(_joined(several) for several in zip(*parts, strict=True))
+    return first
+
+
+def gather(
+    op: str,
+    argument: str,
+    loader: Iterable[Any],
+    models: Mapping[str, nn.Module],
+    num_classes: int,
+    *,
+    features: bool | str = False,
+    samples: Samples | None = None,
+    seed: int = 0,
+) -> dict[str, Outputs]:
+    """What each model gives for the same batches, in one pass over the loader.
+
+    Args:
+        op, argument: what errors call the caller and the loader.
+        models: by the names that errors give them. They are left as they were.
+        features: whether to gather the input of the head as well; or the name of a layer, whose output is gathered.
+        samples: keeps samples of this pass.
+        seed: of torch's CPU generator during the pass, so that a loader that shuffles gives the same batches.
+
+    Raises:
+        ValueError: an empty loader, labels that do not fit, a model without logits or with NaN or Inf among them, or
+            no head to be found.
+    """
+    devices = {name: device_of(model) for name, model in models.items()}
+    logits: dict[str, list[Tensor]] = {name: [] for name in models}
+    labels: list[Tensor] = []
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(undisturbed(model))
+        torch.default_generator.manual_seed(seed)
+        readers = (
+            {name: stack.enter_context(_Reader(op, name, model, features)) for name, model in models.items()}
+            if features
+            else {}
+        )
+        for index, batch in enumerate(loader):
+            inputs, given = split(f"{op}: {argument}", batch, index, next(iter(devices.values())), labels_needed=True)
+            classes = checked_labels(f"{op}: {argument}", given, num_classes, index).cpu()
+            labels.append(classes)
+            if samples is not None:
+                samples.add(inputs, classes)
+            for name, model in models.items():
+                reader = readers.get(name)
+                output = first_tensor(call(model, moved(inputs, devices[name])))
+                logits[name].append(_checked(op, name, argument, index, output, len(classes), num_classes))
+                if reader is not None:
+                    reader.take(output, len(classes))
+    if not sum(map(len, labels)):
+        raise ValueError(f"{op}: {argument} must give at least one sample, it gave none.")
+    together = torch.cat(labels)
+    return {
+        name: Outputs(torch.cat(logits[name]), readers[name].features() if features else None, together)
+        for name in models
+    }
+
+
+def _checked(
+    op: str, name: str, argument: str, index: int, output: Tensor | None, samples: int, num_classes: int
+) -> Tensor:
+    if output is None or output.shape != (samples, num_classes):
+        found = "none" if output is None else f"shape {_checks.shape_of(output)}"
+        raise ValueError(
+            f"{op}: {name} must give logits of shape (samples, num_classes), here ({samples}, {num_classes}); in batch "
+            f"{index} of {argument} it gave {found}."
+        )
+    logits = output.detach().float().cpu()
+    if not bool(logits.isfinite().all()):
+        raise ValueError(f"{op}: {name} must give finite logits, in batch {index} of {argument} there is NaN or Inf.")
+    return logits
+
+
+class _Reader:
+    """Reads penultimate features while a model runs: the input of its head, found in the first batch."""
+
+    def __init__(self, op: str, name: str, model: nn.Module, layer: bool | str) -> None:
+        self._where = f"{op}: {name}"
+        self._features: list[Tensor] = []
+        self._seen: list[tuple[str, Tensor, Tensor]] = []  # since the model began: layer, what is read of it, output
+        self._handles: dict[str, RemovableHandle] = {}
+        self._layer: str | None = None
+        modules = dict(model.named_modules())
+        self._output = isinstance(layer, str)
+        if isinstance(layer, str):
+            if layer not in modules:
+                raise ValueError(f"{op}: features must name a layer of the models, {name} has none called {layer!r}.")
+            self._layer = layer
+            self._modules = {layer: modules[layer]}
+        else:
+            self._modules = {path: module for path, module in modules.items() if isinstance(module, nn.Linear)}
+
+    def __enter__(self) -> _Reader:
+        for path, module in self._modules.items():
+            self._handles[path] = module.register_forward_hook(self._hook(path), with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles.values():
+            handle.remove()
+        self._seen.clear()
+
+    def _hook(self, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            result = first_tensor(output)
+            read = result if self._output else first_tensor(args or kwargs)
+            # Of all linear layers only one that gives a row for each sample can be the head.
+            if read is not None and result is not None and (self._output or result.ndim == 2):
+                self._seen.append((path, read, result))
+
+        return hook
+
+    def take(self, logits: Tensor | None, samples: int) -> None:
+        if self._layer is None and logits is not None:
+            self._settle(logits)
+        if not self._seen:
+            raise ValueError(f"{self._where}: layer {self._layer!r} must run and give a tensor for every batch.")
+        read = self._seen[-1][1].detach()
+        self._seen.clear()
+        if read.ndim < 2 or len(read) != samples:
+            raise ValueError(
+                f"{self._where}: layer {self._layer!r} must give one row of features for each of {samples} samples, "
+                f"got shape {_checks.shape_of(read)}."
+            )
+        # Tokens are averaged over, and so are the places of a map.
+        if read.ndim > 2:
+            read = read.float().mean(1) if read.ndim == 3 else read.float().flatten(2).mean(2)
+        self._features.append(read.float().cpu())
+
+    def _settle(self, logits: Tensor) -> None:
+        heads = [seen for seen in self._seen if seen[2] is logits]
+        heads = heads or [seen for seen in self._seen if seen[2].shape == logits.shape and seen[2].equal(logits)]
+        if not heads:
+            raise ValueError(
+                f"{self._where}: the features are the input of the last linear layer, whose output must be the model's "
+                "output; there is none such. Name the layer whose output are the features: features='layer name'."
+            )
+        self._layer = heads[-1][0]
+        for path in self._handles.keys() - {self._layer}:
+            self._handles.pop(path).remove()
+        self._seen = heads
+
+    def features(self) -> Tensor:
+        return torch.cat(self._features)
