@@ -317,12 +317,13 @@ class Fit:
     yx: Tensor  # covariance (outputs, inputs)
     yy: Tensor  # variances (outputs,)
 
-    def solve(self, weights: Tensor, ridge: float) -> Tensor:
+    def solve(self, weights: Tensor, ridge: float, guard: Tensor | None = None) -> Tensor:
         """The weights (outputs, inputs) that give y from x, drawn towards the given ones.
 
         Args:
             ridge: share of the mean variance of an input that is added to each; ten times as much as often as the
                 system is not positive definite in float64.
+            guard: second moments (inputs, inputs) of inputs for which the given weights are to stay right.
         """
         if not bool(self.xx.isfinite().all() and self.yx.isfinite().all()):
             raise ValueError("prune: data must give finite feature maps, found NaN or Inf.")
@@ -331,8 +332,9 @@ class Fit:
             return weights
         missing = self.yx - weights @ self.xx
         eye = torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
+        system = self.xx if guard is None else self.xx + guard
         while True:
-            factor, failed = torch.linalg.cholesky_ex(self.xx + ridge * variance * eye)
+            factor, failed = torch.linalg.cholesky_ex(system + ridge * variance * eye)
             if not failed:
                 return weights + torch.cholesky_solve(missing.T, factor).T
             ridge *= 10

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -57,6 +57,10 @@ def repaired(
     inputs: Sequence[Any],
     *,
     weights: bool,
+    silenced: Mapping[str, list[int]] | None = None,
+    protected: Sequence[Any] = (),
+    protection: float = 0.0,
+    ignore: Collection[str] = (),
 ) -> Repairs:
     """Repairs `edited` in place, in one forward pass of each model, and returns what it set.
 
@@ -68,6 +72,11 @@ def repaired(
         norms: layer -> the norm that its output goes straight into.
         inputs: images in parts, see `calibration`.
         weights: least squares; otherwise the bias alone.
+        silenced: layer -> output rows that keep the weights that they have.
+        protected: images, in parts, for which no layer is to give anything else than it gives before its own repair:
+            new weights are drawn towards those that make no difference there.
+        protection: how much these count, all together, beside all of `inputs`.
+        ignore: layers to leave as they are.
     """
     result = Repairs()
     readers = set(consumers)
@@ -77,21 +86,26 @@ def repaired(
     for name, count in runs.items():
         begun = begun or name in readers
         why = "it runs more than once per forward pass" if count > 1 else why_not_fitted(edited, name, norms)
+        if name in ignore:
+            continue
         if begun and not why:
             names.append(name)
         elif name in readers:
             result.skipped[name] = why
     works = []
-    fitted = _Fitted(edited, norms, weights)
+    fitted = _Fitted(edited, norms, weights, silenced or {}, protection)
     with undisturbed(model), undisturbed(edited):
-        for part, batch in enumerate(inputs):
+        for part, batch in enumerate([*inputs, *protected]):
+            guards = part >= len(inputs)
+            parts = len(protected if guards else inputs)
+            first = PARTS * len(names) - len(inputs) if guards else 0  # of the seeds: another draw for each part
             targets = {}
             for i, name in enumerate(names):
-                positions = Positions(model.get_submodule(name), PARTS * i + part, len(inputs))
+                positions = Positions(model.get_submodule(name), first + PARTS * i + part, parts)
                 targets[name] = _Target(positions, sorted(removed.get(name, ())))
             with _Before(model, targets, norms):
                 call(model, batch)
-            works.append(partial(_pass_after, edited, batch, targets, norms, fitted))
+            works.append(partial(_pass_after, edited, batch, targets, norms, fitted, guards))
         in_lockstep(works, fitted.meet)
     result.before, result.values = fitted.replaced, fitted.values
     return result
@@ -103,9 +117,10 @@ def _pass_after(
     targets: Mapping[str, _Target],
     norms: Mapping[str, str],
     fitted: _Fitted,
+    guards: bool,
     pause: Pause,
 ) -> None:
-    after = _After(model, targets, norms, fitted, pause)
+    after = _After(model, targets, norms, fitted, guards, pause)
     with torch.no_grad(), after:
         call(model, batch)
     assert not after.waiting, f"their outputs were never added: {list(after.waiting)}"
@@ -258,10 +273,12 @@ class _After(_Watch):
         targets: Mapping[str, _Target],
         norms: Mapping[str, str],
         fitted: _Fitted,
+        guards: bool,
         pause: Pause,
     ) -> None:
         super().__init__(model, targets, norms)
         self.fitted, self.pause = fitted, pause
+        self.sums = fitted.guards if guards else fitted.sums
         self.waiting: dict[str, Tensor] = {}  # what layers read whose output is to be added
         self.again = False
 
@@ -293,16 +310,25 @@ class _After(_Watch):
         self.forget(name)
 
     def _fit(self, name: str, x: Tensor, target: Tensor) -> None:
-        self.fitted.sums.setdefault(name, Sums()).add(self.targets[name].positions, x, target)
+        self.sums.setdefault(name, Sums()).add(self.targets[name].positions, x, target)
         self.pause(name)
 
 
 class _Fitted:
     """Gives a layer new weights when all passes have come to it."""
 
-    def __init__(self, model: nn.Module, norms: Mapping[str, str], weights: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        norms: Mapping[str, str],
+        weights: bool,
+        silenced: Mapping[str, list[int]],
+        protection: float,
+    ) -> None:
         self.model, self.norms, self.weights = model, norms, weights
+        self.silenced, self.protection = silenced, protection
         self.sums: dict[str, Sums] = {}
+        self.guards: dict[str, Sums] = {}
         self.replaced: dict[str, Tensor] = {}
         self.values: dict[str, Tensor] = {}
 
@@ -310,10 +336,14 @@ class _Fitted:
         layer: Any = self.model.get_submodule(name)
         fit = self.sums.pop(name).fit()
         matrix = matrix_of(layer).double()
+        silenced = self.silenced.get(name, [])
         if self.weights:
-            self._set(f"{name}.weight", layer.weight, fit.solve(matrix, RIDGE).view_as(layer.weight))
+            fitted = fit.solve(matrix, RIDGE, self._guard(name, fit.mean_x))
+            fitted[silenced] = matrix[silenced]
+            self._set(f"{name}.weight", layer.weight, fitted.view_as(layer.weight))
             matrix = matrix_of(layer).double()  # as the layer now has it
         missing = fit.bias(matrix)  # beyond the layer's own, which is no part of the target
+        missing[silenced] = 0
         if layer.bias is not None:
             self._set(f"{name}.bias", layer.bias, self._first(f"{name}.bias", layer.bias) + missing)
             return
@@ -322,6 +352,15 @@ class _Fitted:
         assert norm.running_mean is not None
         mean = f"{self.norms[name]}.running_mean"
         self._set(mean, norm.running_mean, self._first(mean, norm.running_mean) - missing)
+
+    def _guard(self, name: str, mean: Tensor) -> Tensor | None:
+        """What a layer reads of protected samples, around what it reads of the others: (inputs, inputs)."""
+        sums = self.guards.pop(name, None)
+        if sums is None or not self.protection:
+            return None
+        seen = sums.fit()
+        shift = seen.mean_x - mean
+        return self.protection * (seen.xx + torch.outer(shift, shift))
 
     def _first(self, name: str, tensor: Tensor) -> Tensor:
         """What the tensor was before anything was set."""

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from discedit import _checks
 from discedit._attacks import LEAST, Attack, Membership, membership
 from discedit._batches import call, checked_labels, device_of, first_tensor, split, undisturbed
+from discedit._measure import accuracy_per_class as accuracy_per_class
 from discedit._outputs import Outputs, Samples, accuracies, gather, is_among
 from discedit._probes import Probe, Similarity, cka, knn, linear_probe, means
 from discedit._recovery import Kept, Recall, Relearning, batchnorm_recall, forget_accuracy, norms_of, relearning
 
-OP = "accuracy_per_class"
 METRICS = ("accuracy", "membership", "linear_probe", "knn", "cka", "relearning", "batchnorm_recall", "aus")
 NEEDS_TRAIN = ("membership", "linear_probe", "knn", "relearning", "batchnorm_recall")
 NEEDS_FORGOTTEN = ("membership", "linear_probe", "knn", "relearning")  # training samples of them
@@ -239,38 +239,6 @@ def adaptive_unlearning_score(drop: float, forget: float) -> float:
     Source: Cotogni et al., DUCK: Distance-based Unlearning via Centroid Kinematics, 2023.
     """
     return (1 - drop) / (1 + forget)
-
-
-def accuracy_per_class(model: nn.Module, loader: Iterable[Any], num_classes: int) -> Tensor:
-    """Share of each class's samples that the model classifies rightly.
-
-    Args:
-        model: a classifier; its mode and torch's random state are left as they were.
-        loader: any iterable of (inputs, labels).
-
-    Returns:
-        Shape (num_classes,), float64, in [0, 1]; NaN for a class without samples.
-
-    Raises:
-        ValueError: an empty loader, labels that do not fit, or a model without logits.
-    """
-    right = torch.zeros(num_classes, dtype=torch.float64)
-    total = torch.zeros(num_classes, dtype=torch.float64)
-    device = device_of(model)
-    with undisturbed(model):
-        for index, batch in enumerate(loader):
-            inputs, labels = split(OP, batch, index, device, labels_needed=True)
-            logits = first_tensor(call(model, inputs))
-            classes = checked_labels(OP, labels, num_classes, index).cpu()
-            if logits is None or logits.ndim != 2 or len(logits) != len(classes):
-                found = "none" if logits is None else f"shape {_checks.shape_of(logits)}"
-                raise ValueError(f"{OP}: batch {index}: model must give logits for {len(classes)} labels, got {found}.")
-            hit = logits.argmax(1).cpu() == classes
-            total += torch.bincount(classes, minlength=num_classes)
-            right += torch.bincount(classes[hit], minlength=num_classes)
-    if not total.any():
-        raise ValueError(f"{OP}: loader must give at least one sample, it gave none.")
-    return right / total
 
 
 class _Left:

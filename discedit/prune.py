@@ -292,7 +292,7 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         result = repaired(model, edit.model, readers, graph.producers(choice.removed), norms, inputs, weights=weights)
         if result.skipped:
             edit.recipe.settings["unrepaired"] = result.skipped
-        _record(edit, result.before, result.values)
+        record(edit, result.before, result.values)
     edit.skipped = {layer: skipped[layer] for layer in chosen if layer in skipped}
     edit.widths = {layer: len(scores[layer]) for layer in rows}
     return _Step(
@@ -541,10 +541,10 @@ def _reestimate_batch_norms(edit: Edit, data: Iterable[Any]) -> None:
             "prune: data must give at least one batch of two samples to re-estimate batch norms on, it gave "
             f"{index + 1} batches, none of them so large."
         )
-    _record(edit, before, edit.model.state_dict())
+    record(edit, before, edit.model.state_dict())
 
 
-def _record(edit: Edit, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+def record(edit: Edit, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     """Adds to the recipe that these tensors were replaced."""
     for name, old in before.items():
         index = len(edit.recipe.operations)

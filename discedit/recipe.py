@@ -23,7 +23,8 @@ from discedit import _files
 from discedit._measure import count_parameters
 from discedit._optimizers import RESTORED, OptimizerT, carried, parameters_of, watch
 
-KINDS = ("keep", "fill", "set", "attribute")
+KINDS = ("keep", "fill", "scale", "add", "set", "attribute")
+WITH_VALUES = ("add", "set")  # kinds that write values of the recipe's own
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Operation:
 
     kind "keep": keep `index` along `dim` of the tensor `target`, drop the rest.
     kind "fill": write `value` at `index` along `dim` of the tensor `target`.
+    kind "scale": multiply by `value` what is at `index` along `dim` of the tensor `target`.
+    kind "add": add the recipe's own values to what is at `index` along `dim` of the tensor `target`.
     kind "set": replace the tensor `target` by the recipe's own values.
     kind "attribute": change the attribute `name` of the module `target` from `before` to `value`.
     """
@@ -198,7 +201,7 @@ class Recipe:
                 raise ValueError(
                     f"Recipe: to undo, tensor {operation.target!r} ({tensor.dtype}) needs its values, found {found}."
                 )
-            if not undo and operation.kind == "set" and values is None:
+            if not undo and operation.kind in WITH_VALUES and values is None:
                 raise ValueError(f"Recipe: the values for tensor {operation.target!r} are missing from the recipe.")
 
     def edited_architecture(self) -> dict[str, list[int]]:
@@ -341,7 +344,7 @@ def joined(model: nn.Module, edits: list[Edit], inplace: bool) -> Edit:
                 key = (operation.target, operation.name)
                 attributes[key] = replace(operation, before=attributes.get(key, operation).before)
                 continue
-            if operation.kind == "set":
+            if operation.kind in WITH_VALUES:
                 tensors[f"set.{len(operations)}"] = edit.recipe.tensors[f"set.{i}"]
             operations.append(operation)
         for layer, channels in edit.recipe.components.items():
@@ -452,10 +455,15 @@ def _apply(
         undo = tensor.detach().index_select(operation.dim, dropped.long())
         slots.put(operation.target, tensor.detach().index_select(operation.dim, _index(operation, tensor)))
         return undo
-    if operation.kind == "fill":
+    if operation.kind in ("fill", "scale", "add"):
         index = _index(operation, tensor)
         undo = tensor.detach().index_select(operation.dim, index)
-        tensor.index_fill_(operation.dim, index, operation.value)
+        if operation.kind == "fill":
+            tensor.index_fill_(operation.dim, index, operation.value)
+        elif operation.kind == "scale":
+            tensor.index_copy_(operation.dim, index, undo * operation.value)
+        else:
+            tensor.index_copy_(operation.dim, index, undo + tensors[f"set.{position}"].to(undo))
         return undo
     undo = tensor.detach().clone()
     tensor.copy_(tensors[f"set.{position}"])
@@ -479,7 +487,7 @@ def _undo(model: nn.Module, slots: _Slots, operation: Operation, tensors: dict[s
         dropped = torch.tensor(_dropped(operation, size), dtype=torch.int64, device=tensor.device)
         whole.index_copy_(operation.dim, dropped, saved)
         slots.put(operation.target, whole)
-    elif operation.kind == "fill":
+    elif operation.kind in ("fill", "scale", "add"):
         tensor.index_copy_(operation.dim, _index(operation, tensor), saved)
     else:
         tensor.copy_(saved)
@@ -529,7 +537,7 @@ def _operation(entry: Any, architecture: dict[str, Any], position: int, path: Pa
     shape = architecture.get(operation.target)
     if not isinstance(shape, list):
         raise refuse(f"names the unknown tensor {operation.target!r}")
-    if operation.kind in ("keep", "fill"):
+    if operation.kind in ("keep", "fill", "scale", "add"):
         if type(operation.dim) is not int or not 0 <= operation.dim < len(shape):
             raise refuse(f"has dim {operation.dim!r} for a tensor of shape {shape}")
         size = shape[operation.dim]
@@ -537,6 +545,6 @@ def _operation(entry: Any, architecture: dict[str, Any], position: int, path: Pa
             set(operation.index)
         ):
             raise refuse(f"must have increasing indices in 0..{size - 1}")
-    if operation.kind == "fill" and not isinstance(operation.value, (int, float)):
-        raise refuse(f"must fill with a number, got {operation.value!r}")
+    if operation.kind in ("fill", "scale") and type(operation.value) not in (int, float):
+        raise refuse(f"must {operation.kind} with a number, got {operation.value!r}")
     return operation

@@ -1,21 +1,32 @@
-"""`unlearn`: class unlearning by zeroing what discriminates the class (DISCEDIT-U)."""
+"""`unlearn`: class unlearning by editing what discriminates the class (DISCEDIT-U)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-from discedit import _checks
-from discedit.prune import check_layers, why_not_editable
-from discedit.recipe import Edit, Operation, Recipe, architecture_of
+from discedit import _checks, _selection
+from discedit._batches import call, device_of, first_tensor, moved, undisturbed
+from discedit._calibration import norms_behind, runs_in_order
+from discedit._graph import Graph
+from discedit._retain import Classified
+from discedit._repair import repaired
+from discedit._silence import AROUND, silenced
+from discedit.prune import check_layers, record, why_not_editable
+from discedit.recipe import Edit, Recipe, architecture_of, joined
 from discedit.scores import Scores
 
-SIGNS = ("up", "any")
+REPAIRS = ("auto", "none", "mean", "least_squares")
+TARGETS = ("forget_accuracy", "retain_drop")
+FRACTION = {"none": 0.06, "mean": 0.06, "least_squares": 0.1}  # by repair (benchmarks/unlearn.md)
+PROTECTION = 1.0
+FIRST, MOST, PRECISION = 0.02, 0.5, 0.04  # of a search: where it begins, and shares at which it ends
 
 
 def unlearn(
@@ -23,74 +34,240 @@ def unlearn(
     scores: Scores,
     *,
     classes: Sequence[int] | Callable[[int], bool],
-    fraction: float = 0.06,
+    fraction: float | None = None,
+    top: int | None = None,
+    deviations: float | None = None,
+    damage: float | None = None,
+    forget_accuracy: float | None = None,
+    retain_drop: float | None = None,
+    by: str = "score",
     sign: str = "up",
     layers: Iterable[str] | None = None,
+    components: str = "rows",
+    factor: float = 0.0,
+    around: str = "zero",
+    repair: str = "auto",
+    protection: float = PROTECTION,
+    data: Iterable[Any] | None = None,
+    remove: bool = False,
+    example_inputs: Any = None,
     inplace: bool = False,
 ) -> Edit:
-    """Zero the components that tell the given classes from the rest, so that the model no longer recognises them.
+    """Edit the components that tell the given classes from the rest, so that the model no longer recognises them.
 
     Components of all chosen layers are ranked together by their score for the class, and the highest are zeroed:
-    weights and bias of the layer, and of the batch norm behind it. Several classes each get their own ranking.
+    weights and bias of the layer, and of the batch norm behind it. Several classes each get their own ranking. With
+    `data`, the layers behind them are then repaired on the samples of the other classes.
 
     Zeroing components is no guarantee of privacy: what the model learned from the class may still be found in what is
-    left of it.
+    left of it (docs/evaluation.md).
 
     Args:
         model: the model that `scores` came from; unchanged unless `inplace`.
         scores: from `discedit.score`.
-        classes: class indices to forget.
-        fraction: share of the chosen layers' components to zero for each class, in (0, 1); at least one goes.
+        classes: class indices to forget, or a predicate on them, such as ``lambda label: label >= 5``.
+
+        fraction: share of the chosen layers' components to edit for each class, in (0, 1); at least one goes. At most
+            one of the following is given; by default a fraction of 0.1 with the repair "least_squares", else 0.06.
+        top: so many components of each layer.
+        deviations: those that lie more than so many standard deviations above the mean of their layer.
+        damage: as many as carry together no more than this share, in (0, 1), of what tells the other classes apart:
+            the mean over these of the scores for those that a component is more active for.
+        forget_accuracy, retain_drop: targets in [0, 1], one or both, for the accuracy on `data` of the classes to
+            forget and for what the others lose, each a mean over classes. The smallest edit that forgets so much is
+            searched for, by forward passes alone; with `retain_drop` alone the largest that loses no more. A target
+            that is missed gives a warning, and ``recipe.settings["targets"]`` says by how much.
+
+        by: "score"; "specific": the score minus the highest that the component has for a class that stays.
         sign: "up": only components more active for the class than for the rest; "any".
         layers: names of layers to choose from; by default the last third of those scored that can be edited, where
             features are specific to classes.
+        components: "rows": single filters and neurons; "heads": heads of attention, which are edited as a whole by
+            their rows of the values, found on `example_inputs`.
+
+        factor: what a component's output is multiplied by: 0 (it is zeroed), between 0 and 1 (attenuated), -1
+            (negated).
+        around: "zero"; "mean": of `data`, over samples of the classes that stay. Of an output y behind its norm becomes
+            m + factor * (y - m), with m that mean: so with factor=0 it is replaced by it.
+        repair: "least_squares": every layer behind the first edited one, but the head, gets new weights, so that it
+            gives what it gave before on samples of the classes that stay; `protection` keeps it from learning back what
+            the class needs. "mean": biases alone. "none". "auto": "least_squares" when data is given, else "none".
+        protection: what samples of the classes to forget count, all together, beside the others, in the penalty for
+            giving anything else on them than without repair; 0 or more.
+        data: labelled batches of all classes for targets, repair and `around`; of repairs up to 1,024 samples of the
+            classes that stay and as many of those to forget are used.
+        remove: also remove the zeroed filters, neurons or heads physically, where nothing else shares them; needs
+            `example_inputs`. What stays zeroed is in `Edit.skipped`.
+        example_inputs: as for `prune`.
 
     Returns:
         `Edit` with the edited model, its recipe and a summary.
 
     Raises:
-        ValueError: unknown classes or classes without samples, fraction outside (0, 1), scores of another model, or no
-            component to choose from.
+        ValueError: unknown classes or classes without samples, several limits or one out of range, scores of another
+            model, no component to choose from, or an argument without the data or inputs that it needs.
 
-    Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (there the top components of each layer, of any sign).
+    Sources: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (there the top components of each layer, of any sign, are
+    masked: `preset("discedit_u")`). The repair is that of `prune`, with the second moments of the forgotten classes as
+    penalty.
     """
+    op = "unlearn"
     forget = _checked_classes(scores, classes)
-    if not _checks.is_number(fraction) or not 0 < fraction < 1:
-        raise ValueError(f"unlearn: fraction must be a number in (0, 1), got {fraction!r}.")
-    fraction = float(fraction)
-    _checks.choice("unlearn", "sign", sign, SIGNS)
-    chosen = check_layers("unlearn", model, scores, layers)
-    reasons = {layer: why for layer in chosen if (why := why_not_editable(model, layer))}
-    if layers is None:
-        order = [layer for layer in chosen if layer not in reasons]
-        chosen = order[len(order) - math.ceil(len(order) / 3) :]
-    elif reasons:
-        layer, why = next(iter(reasons.items()))
-        raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
-    if not chosen:
-        why = f" ({'; '.join(f'{layer}: {why}' for layer, why in reasons.items())})" if reasons else ", it is empty"
-        raise ValueError(f"unlearn: layers must name at least one layer that can be edited{why}.")
-    components: dict[str, set[int]] = {layer: set() for layer in chosen}
-    for cls in forget:
-        for layer, channel in _top(scores, chosen, cls, fraction, sign):
-            components[layer].add(channel)
-    picked = {layer: sorted(channels) for layer, channels in components.items() if channels}
-    recipe = Recipe(
-        edit="unlearn",
-        settings={
-            "classes": forget,
-            "fraction": fraction,
-            "sign": sign,
-            "layers": chosen,
-            **scores.settings,
-        },
-        components=picked,
-        architecture=architecture_of(model),
-        operations=_zeroing(model, scores, picked),
+    others = [cls for cls in range(scores.num_classes) if cls not in forget and int(scores.counts[cls])]
+    limit = _limit(fraction, top, deviations, damage, forget_accuracy, retain_drop)
+    _checks.choice(op, "by", by, _selection.MEASURES)
+    _checks.choice(op, "sign", sign, _selection.SIGNS)
+    _checks.choice(op, "components", components, ("rows", "heads"))
+    _checks.choice(op, "around", around, AROUND)
+    _checks.choice(op, "repair", repair, REPAIRS)
+    for name, value in (("factor", factor), ("protection", protection)):
+        if not _checks.is_number(value) or not math.isfinite(value) or (name == "protection" and value < 0):
+            least = " of at least 0" if name == "protection" else ""
+            raise ValueError(f"{op}: {name} must be a finite number{least}, got {value!r}.")
+    if factor == 1:
+        raise ValueError(f"{op}: factor must not be 1, which changes nothing, got {factor!r}.")
+    if repair == "auto":
+        repair = "none" if data is None else "least_squares"
+    needs = {"targets": limit[0] in TARGETS, f"repair={repair!r}": repair != "none", "around='mean'": around == "mean"}
+    for name, needed in needs.items():
+        if needed and data is None:
+            raise ValueError(f"{op}: {name} needs data, labelled batches of all classes, got data=None.")
+    if remove and (factor or around != "zero"):
+        raise ValueError(f"{op}: remove needs factor=0 and around='zero', got factor={factor!r}, around={around!r}.")
+    for name, needed in (("remove=True", remove), ("components='heads'", components == "heads")):
+        if needed and example_inputs is None:
+            raise ValueError(f"{op}: {name} needs example_inputs, got None.")
+    units = _units(model, scores, layers, components, example_inputs)
+    if not others and (by == "specific" or data is not None or limit[0] == "damage"):
+        raise ValueError(f"{op}: classes must leave at least one class with samples, got {forget}.")
+    plan = _Plan(
+        model=model,
+        scores=scores,
+        forget=forget,
+        units=units,
+        rankings=_rankings(scores, units, forget, others, by, sign),
+        factor=float(factor),
+        around=around,
+        repair=repair,
+        protection=float(protection),
+        data=None if data is None else Classified(op, model, data, forget, scores.num_classes),
+        settings={"by": by, "sign": sign, "components": components},
     )
-    edit = recipe.apply(model, inplace=inplace)
-    edit.widths = {layer: len(scores[layer]) for layer in picked}
+    if limit[0] in TARGETS:
+        edit = _searched(plan, {"forget_accuracy": forget_accuracy, "retain_drop": retain_drop})
+    else:
+        name, value = limit
+        if name == "default":
+            name, value = "fraction", FRACTION[repair]
+        parts = _selection.retain_damage(scores, units, others) if name == "damage" else {}
+        chosen = [_selection.taken(ranking, name, value, parts) for ranking in plan.rankings]
+        _report_nothing(forget, chosen, name, value)
+        edit = plan.edited(chosen)
+        edit.recipe.settings = {name: int(value) if name == "top" else float(value), **edit.recipe.settings}
+    skipped: dict[str, str] = {}
+    if remove:
+        edit, skipped = _without(model, edit, example_inputs)
+    if inplace:
+        made, edit = edit, edit.recipe.apply(model, inplace=True)
+        edit.widths = made.widths
+    edit.skipped = skipped
     return edit
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything about an edit but how many components go."""
+
+    model: nn.Module
+    scores: Scores
+    forget: list[int]
+    units: dict[str, list[tuple[int, ...]]]
+    rankings: list[_selection.Ranking]  # of each class to forget
+    factor: float
+    around: str
+    repair: str
+    protection: float
+    data: Classified | None
+    settings: dict[str, Any]
+
+    def edited(self, chosen: Iterable[list[tuple[str, int]]]) -> Edit:
+        """The edit of these components, those of each class together."""
+        picked: dict[str, set[int]] = {layer: set() for layer in self.units}
+        for places in chosen:
+            for layer, part in places:
+                picked[layer].update(self.units[layer][part])
+        rows = {layer: sorted(found) for layer, found in picked.items() if found}
+        means = None
+        if self.around == "mean":
+            assert self.data is not None
+            means = self.data.means({layer: self.scores.norms.get(layer, layer) for layer in rows})
+        operations, tensors = silenced(self.model, self.scores.norms, rows, self.factor, means)
+        edit = Recipe(
+            edit="unlearn",
+            settings={
+                "classes": self.forget,
+                **self.settings,
+                "layers": list(self.units),
+                "factor": self.factor,
+                "around": self.around,
+                "repair": self.repair,
+                **({"protection": self.protection} if self.repair == "least_squares" else {}),
+                **self.scores.settings,
+            },
+            components=rows,
+            architecture=architecture_of(self.model),
+            operations=operations,
+            tensors=tensors,
+        ).apply(self.model)
+        if self.repair != "none":
+            self._repair(edit, rows)
+        edit.widths = {layer: len(self.scores[layer]) for layer in rows}
+        return edit
+
+    def _repair(self, edit: Edit, rows: Mapping[str, list[int]]) -> None:
+        assert self.data is not None
+        retain, forget = (self.data.parts(kind) for kind in ("retain", "forget"))
+        norms = norms_behind(self.model, retain[0])
+        known = [name for name, part in edit.model.named_modules() if hasattr(part, "weight")]
+        order = list(runs_in_order(edit.model, known, retain[0]))
+        first = next(i for i, name in enumerate(order) if name in rows)
+        head = self.data.head
+        behind = [name for name in order[first + 1 :] if name != head]
+        result = repaired(
+            self.model,
+            edit.model,
+            [name for name in behind if isinstance(edit.model.get_submodule(name), (nn.Conv2d, nn.Linear))],
+            {},
+            norms,
+            retain,
+            weights=self.repair == "least_squares",
+            silenced=rows,
+            protected=forget if self.repair == "least_squares" else (),
+            protection=self.protection,
+            ignore=() if head is None else (head,),
+        )
+        if result.skipped:
+            edit.recipe.settings["unrepaired"] = result.skipped
+        record(edit, result.before, result.values)
+
+
+def _limit(*values: Any) -> tuple[str, float]:
+    """The name and value of the one limit that is given; of targets, the first."""
+    names = (*_selection.LIMITS, *TARGETS)
+    given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+    limits = [name for name in given if name not in TARGETS]
+    if len(limits) > 1 or (limits and len(given) > 1):
+        found = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ValueError(
+            f"unlearn: at most one of {', '.join(_selection.LIMITS)} or the targets {' and '.join(TARGETS)} may be "
+            f"given, got {found}."
+        )
+    for name, value in given.items():
+        if name not in TARGETS:
+            _selection.check_limit("unlearn", name, value)
+        elif not _checks.is_number(value) or not 0 <= value <= 1:
+            raise ValueError(f"unlearn: {name} must be a number in [0, 1], got {value!r}.")
+    return next(iter(given.items()), ("default", 0.0))
 
 
 def _checked_classes(scores: Scores, classes: Any) -> list[int]:
@@ -103,49 +280,154 @@ def _checked_classes(scores: Scores, classes: Any) -> list[int]:
     return forget
 
 
-def _top(scores: Scores, layers: list[str], cls: int, fraction: float, sign: str) -> list[tuple[str, int]]:
-    """The (layer, channel) pairs with the highest scores for the class, over all layers together."""
-    places = [(layer, channel) for layer in layers for channel in range(len(scores[layer]))]
-    values = torch.cat([scores[layer][:, cls].cpu() for layer in layers]).nan_to_num(-1.0)
-    if sign == "up":
-        active: Tensor = torch.cat([scores.direction[layer][:, cls].cpu() for layer in layers]) > 0
-        values = torch.where(active, values, -1.0)
-    count = max(1, math.floor(fraction * len(places) * (1 + 1e-12)))
-    best = [int(i) for i in values.argsort(descending=True, stable=True)[:count] if values[i] > 0]
-    if not best:
-        more = "more active for it than for the rest " if sign == "up" else ""
-        raise ValueError(f"unlearn: no component of the chosen layers {more}tells class {cls} from the rest.")
-    return [places[i] for i in best]
+def _units(
+    model: nn.Module, scores: Scores, layers: Iterable[str] | None, components: str, example_inputs: Any
+) -> dict[str, list[tuple[int, ...]]]:
+    """Layer -> the rows of each component that may be chosen."""
+    chosen = check_layers("unlearn", model, scores, layers)
+    reasons = {layer: why for layer in chosen if (why := why_not_editable(model, layer))}
+    units = {layer: [(row,) for row in range(len(scores[layer]))] for layer in chosen if layer not in reasons}
+    if components == "heads":
+        found, unfit = Graph(model, example_inputs).find(list(units), ["heads"])
+        reasons |= unfit
+        units = {layer: [tuple(rows) for rows in parts.rows] for layer, parts in found.items()}
+    if layers is None:
+        order = list(units)
+        units = {layer: units[layer] for layer in order[len(order) - math.ceil(len(order) / 3) :]}
+    elif len(units) < len(chosen):
+        layer, why = next(((layer, reasons[layer]) for layer in chosen if layer in reasons), ("", ""))
+        raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
+    if not units:
+        why = f" ({'; '.join(f'{layer}: {why}' for layer, why in reasons.items())})" if reasons else ", it is empty"
+        raise ValueError(f"unlearn: layers must name at least one layer that can be edited{why}.")
+    return units
 
 
-def _zeroing(model: nn.Module, scores: Scores, components: dict[str, list[int]]) -> list[Operation]:
-    present = dict([*model.named_parameters(), *model.named_buffers()])
-    operations = []
-    for layer, channels in components.items():
-        module = model.get_submodule(layer)
-        rows = 0
-        if isinstance(module, _ConvNd) and module.transposed:
-            rows = 1
-            if module.groups > 1:
-                raise ValueError(
-                    f"unlearn: layer {layer!r} is a transposed convolution in groups, which is not supported."
-                )
-        targets = [(f"{layer}.weight", rows), (f"{layer}.bias", 0)]
-        norm = scores.norms.get(layer)
-        if norm is not None:
-            after = model.get_submodule(norm)
-            if f"{norm}.weight" in present:
-                targets += [(f"{norm}.weight", 0), (f"{norm}.bias", 0)]
-            elif isinstance(after, (nn.GroupNorm, nn.LayerNorm)):
-                raise ValueError(
-                    f"unlearn: layer {layer!r} cannot be silenced: {norm!r} behind it mixes channels and has no "
-                    "weights."
-                )
-            else:  # such a norm gives 0 for a zero input around a zero mean
-                targets += [(f"{norm}.running_mean", 0)]
-        operations += [
-            Operation("fill", name, dim=dim, index=tuple(channels), value=0.0)
-            for name, dim in targets
-            if name in present
-        ]
-    return operations
+def _rankings(
+    scores: Scores, units: dict[str, list[tuple[int, ...]]], forget: list[int], others: list[int], by: str, sign: str
+) -> list[_selection.Ranking]:
+    found = []
+    for cls in forget:
+        ranking = _selection.rank(scores, units, cls, others, by=by, sign=sign)
+        if not ranking.places:
+            more = "more active for it than for the rest " if sign == "up" else ""
+            raise ValueError(f"unlearn: no component of the chosen layers {more}tells class {cls} from the rest.")
+        found.append(ranking)
+    return found
+
+
+def _report_nothing(forget: list[int], chosen: list[list[tuple[str, int]]], name: str, value: float) -> None:
+    """No silent no-op."""
+    empty = [cls for cls, places in zip(forget, chosen, strict=True) if not places]
+    if len(empty) == len(forget):
+        raise ValueError(f"unlearn: {name}={value!r} leaves no component to edit for the classes {empty}.")
+    if empty:
+        warnings.warn(f"unlearn: {name}={value!r} leaves no component to edit for the classes {empty}.", stacklevel=3)
+
+
+def _searched(plan: _Plan, targets: dict[str, float | None]) -> Edit:
+    """The smallest edit that forgets enough; without that target, the largest that the others bear."""
+    assert plan.data is not None
+    asked = {name: float(value) for name, value in targets.items() if value is not None}
+    data = plan.data
+    before = data.accuracy(plan.model, "retain")
+    sizes = plan.rankings[0].sizes
+    tried: dict[int, tuple[Edit, float, float | None]] = {}
+
+    def look(count: int) -> tuple[Edit, float, float | None]:
+        if count not in tried:
+            edit = plan.edited([ranking.places[:count] for ranking in plan.rankings])
+            drop = before - data.accuracy(edit.model, "retain") if "forget_accuracy" not in asked else None
+            tried[count] = (edit, data.accuracy(edit.model, "forget"), drop)
+        return tried[count]
+
+    def enough(count: int) -> bool:
+        """Whether the smallest edit that is looked for is no larger; of the largest, whether it is smaller."""
+        _, forgot, drop = look(count)
+        return drop > asked["retain_drop"] if drop is not None else forgot <= asked["forget_accuracy"]
+
+    most = min(max(len(ranking.places) for ranking in plan.rankings), math.floor(MOST * sizes))
+    low, high = 0, min(max(1, round(FIRST * sizes)), most)
+    while not enough(high) and high < most:
+        low, high = high, min(2 * high, most)
+    if enough(high):
+        while high - low > max(1, PRECISION * high):
+            middle = (low + high) // 2
+            low, high = (low, middle) if enough(middle) else (middle, high)
+    count = high
+    if "forget_accuracy" not in asked and enough(high):
+        count = max(low, 1)
+    elif "forget_accuracy" in asked and not enough(high):  # nothing forgets enough: what forgets most
+        count = min(tried, key=lambda count: (tried[count][1], count))
+    edit, forgot, drop = look(count)
+    if drop is None:
+        drop = before - data.accuracy(edit.model, "retain")
+    reached = {"forget_accuracy": forgot, "retain_drop": drop}
+    edit.recipe.settings = {
+        "targets": {
+            name: {"asked": value, "reached": reached[name], "met": reached[name] <= value}
+            for name, value in asked.items()
+        },
+        "count": count,
+        "tried": {str(tries): round(tried[tries][1], 4) for tries in sorted(tried)},
+        **edit.recipe.settings,
+    }
+    missed = [
+        f"{name} is {reached[name]:.4f}, which misses the target {value:g} by {reached[name] - value:.4f}"
+        for name, value in asked.items()
+        if reached[name] > value
+    ]
+    if missed:
+        warnings.warn(
+            f"unlearn: of {len(tried)} edits of up to {max(tried)} components per class none meets the targets: "
+            f"{'; '.join(missed)}.",
+            stacklevel=4,
+        )
+    return edit
+
+
+def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> tuple[Edit, dict[str, str]]:
+    """The edit, and the zeroed components removed, where they can be; and why the others stay."""
+    graph = Graph(edit.model, example_inputs)
+    gone = edit.recipe.components
+    found, skipped = graph.find(list(gone), ["filters", "neurons", "heads"])
+    chosen: dict[str, list[int]] = {}
+    for layer, parts in found.items():
+        whole = [i for i, rows in enumerate(parts.rows) if set(rows) <= set(gone[layer])]
+        if len(whole) == len(parts.rows):
+            skipped[layer] = "all its components are zeroed, and one must stay"
+        elif whole:
+            chosen[layer] = whole
+        else:
+            skipped[layer] = f"its {parts.kind} are zeroed in part only"
+    operations, failed = graph.plan(chosen)
+    skipped |= failed
+    chosen = {layer: parts for layer, parts in chosen.items() if layer not in failed}
+    if not chosen:
+        reasons = "; ".join(f"{layer}: {why}" for layer, why in skipped.items())
+        raise ValueError(f"unlearn: remove must find a zeroed component that can be removed ({reasons}).")
+    rows = {layer: sorted(r for i in parts for r in found[layer].rows[i]) for layer, parts in chosen.items()}
+    smaller = Recipe("prune", {}, rows, architecture_of(edit.model), operations).apply(edit.model)
+    smaller.widths = {layer: edit.widths[layer] for layer in rows}
+    _same_function(edit.model, smaller.model, example_inputs)
+    both = joined(model, [edit, smaller], inplace=False)
+    both.recipe.settings["removed"] = {layer: len(parts) for layer, parts in rows.items()}
+    return both, {layer: f"zeroed, not removed: {why}" for layer, why in skipped.items() if layer in gone}
+
+
+def _same_function(zeroed: nn.Module, smaller: nn.Module, example_inputs: Any) -> None:
+    device = device_of(zeroed)
+    with torch.no_grad():
+        before, after = (_logits(part, example_inputs, device) for part in (zeroed, smaller))
+    if not float((before - after).abs().max()) <= 1e-3 * float(before.abs().max()) + 1e-6:
+        raise ValueError(
+            "unlearn: remove must not change what the zeroed model gives; here zeroed components still give "
+            "something behind their activation, which is not 0 at 0."
+        )
+
+
+def _logits(model: nn.Module, inputs: Any, device: torch.device) -> Tensor:
+    with undisturbed(model):
+        output = first_tensor(call(model, moved(inputs, device)))
+    assert output is not None
+    return output

@@ -1,0 +1,119 @@
+"""Labelled data split into the samples of the classes to forget and those of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from discedit._batches import call, checked_labels, device_of, first_tensor, map_tensors, split, undisturbed
+from discedit._calibration import calibration, samples_of
+from discedit._measure import accuracy_per_class
+
+
+class Classified:
+    """Batches of two kinds: "forget" and "retain".
+
+    Args:
+        op: what asks, for errors.
+        data: (inputs, labels); read once where it is an iterator.
+        forget: classes.
+
+    Raises:
+        ValueError: no batch, labels that do not fit, or no sample of a kind.
+    """
+
+    def __init__(self, op: str, model: nn.Module, data: Iterable[Any], forget: list[int], num_classes: int) -> None:
+        self.op, self.model, self.num_classes = op, model, num_classes
+        self.forget = forget
+        self._parts: dict[str, list[Any]] = {}
+        found: dict[str, list[tuple[Any, Tensor]]] = {"forget": [], "retain": []}
+        device = device_of(model)
+        for index, batch in enumerate(data):
+            inputs, given = split(op, batch, index, device, labels_needed=True)
+            labels = checked_labels(op, given, num_classes, index).cpu().long()
+            if samples_of(inputs) != len(labels):
+                raise ValueError(
+                    f"{op}: data must give one label per sample, batch {index} has {samples_of(inputs)} samples and "
+                    f"{len(labels)} labels."
+                )
+            among = torch.isin(labels, torch.tensor(forget))
+            for kind, mask in (("forget", among), ("retain", ~among)):
+                if bool(mask.any()):
+                    found[kind].append((_chosen(inputs, mask.nonzero()[:, 0]), labels[mask]))
+        for kind, batches in found.items():
+            if not batches:
+                what = f"the classes {forget}" if kind == "forget" else f"classes other than {forget}"
+                raise ValueError(f"{op}: data must hold samples of {what}, it holds none.")
+        self.batches = found
+
+    def accuracy(self, model: nn.Module, kind: str) -> float:
+        """Mean over the classes of a kind, in [0, 1]."""
+        found = accuracy_per_class(model, self.batches[kind], self.num_classes)
+        return float(found[~found.isnan()].mean())
+
+    def parts(self, kind: str) -> list[Any]:
+        """The first samples of a kind, in parts, as a repair takes them."""
+        if kind not in self._parts:
+            self._parts[kind] = calibration(self.model, self.batches[kind])
+        return self._parts[kind]
+
+    @cached_property
+    def head(self) -> str | None:
+        """The linear layer whose output is the model's."""
+        outputs: dict[int, str] = {}
+        kept: list[Any] = []
+
+        def note(name: str) -> Any:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                kept.append(output)
+                outputs[id(output)] = name
+
+            return hook
+
+        handles = [
+            module.register_forward_hook(note(name))
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        try:
+            with undisturbed(self.model):
+                result = first_tensor(call(self.model, _chosen(self.batches["retain"][0][0], torch.tensor([0]))))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs.get(id(result))
+
+    def means(self, places: Mapping[str, str]) -> dict[str, Tensor]:
+        """Layer -> mean over retained samples and positions of what the module in that place gives: (channels,)."""
+        sums: dict[str, Tensor] = {}
+        number: dict[str, int] = {}
+
+        def note(layer: str, module: nn.Module) -> Any:
+            last = isinstance(module, (nn.Linear, nn.LayerNorm))
+
+            def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+                flat = output.flatten(0, -2) if last else output.transpose(0, 1).flatten(1).T
+                sums[layer] = sums.get(layer, torch.zeros(())) + flat.double().sum(0)
+                number[layer] = number.get(layer, 0) + len(flat)
+
+            return hook
+
+        modules = {layer: self.model.get_submodule(place) for layer, place in places.items()}
+        handles = [module.register_forward_hook(note(layer, module)) for layer, module in modules.items()]
+        try:
+            with undisturbed(self.model):
+                for inputs, _ in self.batches["retain"]:
+                    call(self.model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {layer: (total / number[layer]).float().cpu() for layer, total in sums.items()}
+
+
+def _chosen(inputs: Any, index: Tensor) -> Any:
+    size = samples_of(inputs)
+    return map_tensors(inputs, lambda x: x[index.to(x.device)] if x.ndim and len(x) == size else x)
