@@ -19,3 +19,18 @@ def test_finetune():
     assert before > 90
     assert tuned >= pruned - 2
     assert "32 of 64" in result.stdout
+
+
+def test_forget_and_finetune():
+    path = EXAMPLES / "forget_and_finetune.py"
+    assert len(path.read_text().splitlines()) <= 60
+    command = [sys.executable, "-W", "error", str(path)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    before, edited, tuned = (
+        tuple(float(number) for number in re.findall(r"([\d.]+) %", line)) for line in result.stdout.splitlines()
+    )
+    assert min(before) > 90
+    assert edited[0] < 30  # the digit is forgotten
+    assert edited[1] > 85
+    assert tuned[0] <= edited[0] + 5  # and stays so
+    assert tuned[1] > edited[1] - 1
