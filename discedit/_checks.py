@@ -98,17 +98,17 @@ def classes(op: str, value: Any, num_classes: int) -> list[int]:
         return found
     if isinstance(value, (int, str)) or not isinstance(value, Iterable):
         raise ValueError(f"{op}: classes must be a list of class indices, or a predicate on them, got {value!r}.")
-    found = []
+    indices: list[int] = []
     for cls in value:
         # Anything that is an index: NumPy integers and one-element integer tensors too.
-        label = index(cls)
-        if label is None or not 0 <= label < num_classes:
+        which = index(cls)
+        if which is None or not 0 <= which < num_classes:
             raise ValueError(f"{op}: classes must be indices in 0..{num_classes - 1}, got {cls!r}.")
-        if label not in found:
-            found.append(label)
-    if not found:
+        if which not in indices:
+            indices.append(which)
+    if not indices:
         raise ValueError(f"{op}: classes must name at least one class, it is empty.")
-    return found
+    return indices
 
 
 def positive_integer(op: str, argument: str, value: Any) -> int:

@@ -13,6 +13,8 @@ from discedit._batches import call, checked_labels, device_of, first_tensor, map
 from discedit._calibration import calibration, samples_of
 from discedit._measure import accuracy_per_class
 
+MEANS = 256  # samples that means are taken over
+
 
 class Classified:
     """Batches of two kinds: "forget" and "retain".
@@ -106,8 +108,12 @@ class Classified:
         handles = [module.register_forward_hook(note(layer, module)) for layer, module in modules.items()]
         try:
             with undisturbed(self.model):
-                for inputs, _ in self.batches["retain"]:
-                    call(self.model, inputs)
+                seen = 0
+                for inputs, labels in self.batches["retain"]:
+                    call(self.model, _chosen(inputs, torch.arange(min(len(labels), MEANS - seen))))
+                    seen += len(labels)
+                    if seen >= MEANS:
+                        break
         finally:
             for handle in handles:
                 handle.remove()

@@ -36,8 +36,16 @@ def silenced(
             kind = "scale" if factor else "fill"
             operations.append(Operation(kind, name, dim=dim, index=index, value=factor))
         if means is not None:
-            name, values = _shift(model, layer, norms.get(layer), (1 - factor) * means[layer][channels])
-            tensors[f"set.{len(operations)}"] = values
+            name = bias_of(model, layer, norms.get(layer))
+            if not name:
+                behind = f" with its norm {norms[layer]!r}" if layer in norms else ""
+                raise ValueError(
+                    f"unlearn: around='mean' needs a bias that can carry the mean, that of layer {layer!r}{behind} is "
+                    "None."
+                )
+            tensors[f"set.{len(operations)}"] = ((1 - factor) * means[layer][channels]).to(
+                model.get_parameter(name).dtype
+            )
             operations.append(Operation("add", name, index=index))
     return operations, tensors
 
@@ -67,12 +75,7 @@ def _rows_of(model: nn.Module, layer: str, norm: str | None, factor: float) -> l
     return [(name, dim) for name, dim in targets if name in present]
 
 
-def _shift(model: nn.Module, layer: str, norm: str | None, values: Tensor) -> tuple[str, Tensor]:
-    """The tensor that carries a constant added to an output behind its norm, and what is added to it."""
-    place = model.get_submodule(norm if norm is not None else layer)
-    if getattr(place, "bias", None) is not None:
-        return f"{norm if norm is not None else layer}.bias", values.to(place.bias.dtype)
-    raise ValueError(
-        f"unlearn: around='mean' needs a bias that can carry the mean, layer {layer!r} has none"
-        f"{'' if norm is None else f', nor has {norm!r} behind it'}."
-    )
+def bias_of(model: nn.Module, layer: str, norm: str | None) -> str:
+    """The tensor that can carry a constant added to the layer's output behind its norm; empty where there is none."""
+    place = layer if norm is None else norm
+    return f"{place}.bias" if getattr(model.get_submodule(place), "bias", None) is not None else ""

@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from discedit import _checks
 from discedit._attacks import LEAST, Attack, Membership, membership
-from discedit._batches import call, checked_labels, device_of, first_tensor, split, undisturbed
+from discedit._batches import device_of
 from discedit._measure import accuracy_per_class as accuracy_per_class
 from discedit._outputs import Outputs, Samples, accuracies, gather, is_among
 from discedit._probes import Probe, Similarity, cka, knn, linear_probe, means

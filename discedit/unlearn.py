@@ -15,16 +15,17 @@ from discedit import _checks, _selection
 from discedit._batches import call, device_of, first_tensor, moved, undisturbed
 from discedit._calibration import norms_behind, runs_in_order
 from discedit._graph import Graph
-from discedit._retain import Classified
 from discedit._repair import repaired
-from discedit._silence import AROUND, silenced
+from discedit._retain import Classified
+from discedit._silence import AROUND, bias_of, silenced
 from discedit.prune import check_layers, record, why_not_editable
 from discedit.recipe import Edit, Recipe, architecture_of, joined
 from discedit.scores import Scores
 
-REPAIRS = ("auto", "none", "mean", "least_squares")
+REPAIRS = ("none", "mean", "least_squares")
 TARGETS = ("forget_accuracy", "retain_drop")
-FRACTION = {"none": 0.06, "mean": 0.06, "least_squares": 0.1}  # by repair (benchmarks/unlearn.md)
+# By what an edit is around and its repair (benchmarks/unlearn.md).
+FRACTION = {("zero", "none"): 0.06, ("mean", "none"): 0.05, ("mean", "least_squares"): 0.08}
 PROTECTION = 1.0
 FIRST, MOST, PRECISION = 0.02, 0.5, 0.04  # of a search: where it begins, and shares at which it ends
 
@@ -45,8 +46,8 @@ def unlearn(
     layers: Iterable[str] | None = None,
     components: str = "rows",
     factor: float = 0.0,
-    around: str = "zero",
-    repair: str = "auto",
+    around: str = "auto",
+    repair: str = "none",
     protection: float = PROTECTION,
     data: Iterable[Any] | None = None,
     remove: bool = False,
@@ -55,11 +56,11 @@ def unlearn(
 ) -> Edit:
     """Edit the components that tell the given classes from the rest, so that the model no longer recognises them.
 
-    Components of all chosen layers are ranked together by their score for the class, and the highest are zeroed:
-    weights and bias of the layer, and of the batch norm behind it. Several classes each get their own ranking. With
-    `data`, the layers behind them are then repaired on the samples of the other classes.
+    Components of all chosen layers are ranked together by their score for the class, and the highest are silenced:
+    each gives zero from then on or, with `data`, its mean over samples of the classes that stay. Several classes each
+    get their own ranking.
 
-    Zeroing components is no guarantee of privacy: what the model learned from the class may still be found in what is
+    Silencing components is no guarantee of privacy: what the model learned from the class may still be found in what is
     left of it (docs/evaluation.md).
 
     Args:
@@ -68,7 +69,8 @@ def unlearn(
         classes: class indices to forget, or a predicate on them, such as ``lambda label: label >= 5``.
 
         fraction: share of the chosen layers' components to edit for each class, in (0, 1); at least one goes. At most
-            one of the following is given; by default a fraction of 0.1 with the repair "least_squares", else 0.06.
+            one of these limits is given; by default a fraction of 0.05 around the mean (0.08 with the repair
+            "least_squares"), else 0.06.
         top: so many components of each layer.
         deviations: those that lie more than so many standard deviations above the mean of their layer.
         damage: as many as carry together no more than this share, in (0, 1), of what tells the other classes apart:
@@ -87,11 +89,14 @@ def unlearn(
 
         factor: what a component's output is multiplied by: 0 (it is zeroed), between 0 and 1 (attenuated), -1
             (negated).
-        around: "zero"; "mean": of `data`, over samples of the classes that stay. Of an output y behind its norm becomes
-            m + factor * (y - m), with m that mean: so with factor=0 it is replaced by it.
-        repair: "least_squares": every layer behind the first edited one, but the head, gets new weights, so that it
-            gives what it gave before on samples of the classes that stay; `protection` keeps it from learning back what
-            the class needs. "mean": biases alone. "none". "auto": "least_squares" when data is given, else "none".
+        around: "mean": an output y behind the layer's norm becomes m + factor * (y - m), where m is its mean over
+            256 samples of `data` of the classes that stay: with factor=0 the component gives m, whatever it sees, and
+            the layers behind it get what they are used to. "zero": m = 0. "auto": "mean" when data is given and every
+            chosen layer has a bias, of its own or its norm's, that can carry m, else "zero".
+        repair: "none"; "least_squares": every layer behind the first edited one, but the head, gets new weights, so
+            that it gives what it gave before on samples of the classes that stay; `protection` keeps it from learning
+            back what the class needs: less is lost for the same forgetting, at some passes over `data`. "mean":
+            biases alone.
         protection: what samples of the classes to forget count, all together, beside the others, in the penalty for
             giving anything else on them than without repair; 0 or more.
         data: labelled batches of all classes for targets, repair and `around`; of repairs up to 1,024 samples of the
@@ -118,7 +123,7 @@ def unlearn(
     _checks.choice(op, "by", by, _selection.MEASURES)
     _checks.choice(op, "sign", sign, _selection.SIGNS)
     _checks.choice(op, "components", components, ("rows", "heads"))
-    _checks.choice(op, "around", around, AROUND)
+    _checks.choice(op, "around", around, ("auto", *AROUND))
     _checks.choice(op, "repair", repair, REPAIRS)
     for name, value in (("factor", factor), ("protection", protection)):
         if not _checks.is_number(value) or not math.isfinite(value) or (name == "protection" and value < 0):
@@ -126,18 +131,19 @@ def unlearn(
             raise ValueError(f"{op}: {name} must be a finite number{least}, got {value!r}.")
     if factor == 1:
         raise ValueError(f"{op}: factor must not be 1, which changes nothing, got {factor!r}.")
-    if repair == "auto":
-        repair = "none" if data is None else "least_squares"
     needs = {"targets": limit[0] in TARGETS, f"repair={repair!r}": repair != "none", "around='mean'": around == "mean"}
     for name, needed in needs.items():
         if needed and data is None:
             raise ValueError(f"{op}: {name} needs data, labelled batches of all classes, got data=None.")
-    if remove and (factor or around != "zero"):
+    if remove and (factor or around == "mean"):
         raise ValueError(f"{op}: remove needs factor=0 and around='zero', got factor={factor!r}, around={around!r}.")
     for name, needed in (("remove=True", remove), ("components='heads'", components == "heads")):
         if needed and example_inputs is None:
             raise ValueError(f"{op}: {name} needs example_inputs, got None.")
     units = _units(model, scores, layers, components, example_inputs)
+    if around == "auto":
+        can = data is not None and not remove and all(bias_of(model, layer, scores.norms.get(layer)) for layer in units)
+        around = "mean" if can else "zero"
     if not others and (by == "specific" or data is not None or limit[0] == "damage"):
         raise ValueError(f"{op}: classes must leave at least one class with samples, got {forget}.")
     plan = _Plan(
@@ -158,7 +164,7 @@ def unlearn(
     else:
         name, value = limit
         if name == "default":
-            name, value = "fraction", FRACTION[repair]
+            name, value = "fraction", FRACTION.get((around, repair), FRACTION["zero", "none"])
         parts = _selection.retain_damage(scores, units, others) if name == "damage" else {}
         chosen = [_selection.taken(ranking, name, value, parts) for ranking in plan.rankings]
         _report_nothing(forget, chosen, name, value)
@@ -286,7 +292,9 @@ def _units(
     """Layer -> the rows of each component that may be chosen."""
     chosen = check_layers("unlearn", model, scores, layers)
     reasons = {layer: why for layer in chosen if (why := why_not_editable(model, layer))}
-    units = {layer: [(row,) for row in range(len(scores[layer]))] for layer in chosen if layer not in reasons}
+    units: dict[str, list[tuple[int, ...]]] = {
+        layer: [(row,) for row in range(len(scores[layer]))] for layer in chosen if layer not in reasons
+    }
     if components == "heads":
         found, unfit = Graph(model, example_inputs).find(list(units), ["heads"])
         reasons |= unfit
