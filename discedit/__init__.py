@@ -19,6 +19,7 @@ from discedit.presets import preset
 from discedit.prune import prune
 from discedit.recipe import Edit, Recipe
 from discedit.scores import Scores, score
+from discedit.stack import Stack
 from discedit.unlearn import unlearn
 
 __version__ = _version("discedit")
@@ -28,6 +29,7 @@ __all__ = [
     "Moments",
     "Recipe",
     "Scores",
+    "Stack",
     "collect_blocks",
     "collect_moments",
     "evaluate",

@@ -88,7 +88,7 @@ class Recipe:
         before = dict(source.named_parameters())
         parameters_before = count_parameters(model)
         if not inplace:
-            model = _copied(source)
+            model = copied(source)
         slots = _Slots(model)
         tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith("set.")}
         for i, operation in enumerate(self.operations):
@@ -116,7 +116,7 @@ class Recipe:
         source = model
         before = list(source.parameters())
         if not inplace:
-            model = _copied(source)
+            model = copied(source)
         slots = _Slots(model)
         for i, operation in reversed(list(enumerate(self.operations))):
             _undo(model, slots, operation, self.tensors, i)
@@ -315,7 +315,7 @@ class Edit:
         return "\n".join(lines)
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
     """A copy without gradients: those were the whole model's, and `watch` takes them for a sign of training."""
     model = copy.deepcopy(model)
     for parameter in model.parameters():
