@@ -135,7 +135,7 @@ class Setting:
     Attributes:
         title: what tables call it.
         options: arguments; "last" is the share of the layers, from the end, that are to be chosen from.
-        data: whether it gets the training images as `data`, by which the default repairs.
+        data: whether it gets the training images as `data`, whose mean silenced components then give.
         few: whether moments, and `data`, come from 64 images per class.
         preset: by this published algorithm.
     """
@@ -150,30 +150,50 @@ class Setting:
 OURS = {
     "default": Setting("default, without data"),
     "default with data": Setting("default, with data", data=True),
+    "repaired": Setting('repair="least_squares", with data', {"repair": "least_squares"}, data=True),
     "target": Setting("forget_accuracy=0.02, with data", {"forget_accuracy": 0.02}, data=True),
     "discedit_u": Setting("preset discedit_u", preset="discedit_u"),
 }
 FEW = {
     "default": Setting("default, without data, 64 images per class", few=True),
     "default with data": Setting("default, with data, 64 images per class", data=True, few=True),
+    "repaired": Setting(
+        'repair="least_squares", with data, 64 images per class', {"repair": "least_squares"}, data=True, few=True
+    ),
 }
 DEFAULTS = tuple(FEW)
-_OPTIONS: dict[str, dict[str, Any]] = {
-    **{f"fraction={share}": {"fraction": share} for share in (0.03, 0.06, 0.1, 0.15)},
+_FRACTIONS = (0.03, 0.05, 0.06, 0.08, 0.1, 0.15)
+_BOTH: dict[str, dict[str, Any]] = {  # without data and with
+    **{f"fraction={share}": {"fraction": share} for share in _FRACTIONS},
     'sign="any"': {"sign": "any"},
     'by="specific"': {"by": "specific"},
     "top=3 (of each layer)": {"top": 3},
     "factor=0.5": {"factor": 0.5},
     "factor=-1 (negated)": {"factor": -1.0},
-    'around="mean"': {"around": "mean"},
-    "remove=True": {"remove": True},
     "all layers": {"last": 1.0},
     "last half of the layers": {"last": 1 / 2},
     "last sixth of the layers": {"last": 1 / 6},
 }
+_ON_DATA: dict[str, dict[str, Any]] = {
+    'repair="mean"': {"repair": "mean"},
+    **{
+        f'repair="least_squares", fraction={share}': {"repair": "least_squares", "fraction": share}
+        for share in (0.06, 0.1, 0.12)
+    },
+    'repair="least_squares", around="zero", fraction=0.1': {
+        "repair": "least_squares",
+        "around": "zero",
+        "fraction": 0.1,
+    },
+    'repair="least_squares", protection=0': {"repair": "least_squares", "protection": 0.0},
+}
 VARIANTS = {
-    f"{title}, {'with' if data else 'without'} data": Setting(title, options, data=data)
-    for data, (title, options) in product((False, True), _OPTIONS.items())
+    **{
+        f"{title}, {'with' if data else 'without'} data": Setting(title, options, data=data)
+        for data, (title, options) in product((False, True), _BOTH.items())
+    },
+    "remove=True, without data": Setting("remove=True", {"remove": True}),
+    **{f"{title}, with data": Setting(title, options, data=True) for title, options in _ON_DATA.items()},
 }
 SETTINGS = {"ours": OURS, "few": FEW, "variants": VARIANTS}
 RANDOM = {name for name, method in METHODS.items() if "rate" in method.grid[0]} | {"random_components"}
