@@ -359,15 +359,16 @@ class Bench:
         return found
 
 
-def edits(bench: Bench, log: Log, part: str, classes: Sequence[int]) -> None:
-    """Every setting of a part on each class; for the part "ours" also the model as it was."""
-    if part == "ours":
+def edits(bench: Bench, log: Log, part: str, classes: Sequence[int], only: Sequence[str]) -> None:
+    """The settings of a part (all, or those named) on each class; for the part "ours" also the model as it was."""
+    if part == "ours" and (not only or "original" in only):
         for cls in classes:
             log.measure(
                 f"{bench.name}|original|original|{cls}|0",
                 lambda cls=cls: bench.figures(bench.loaded.model, cls, recall=True),  # type: ignore[misc]
             )
-    for (name, setting), cls in product(SETTINGS[part].items(), classes):
+    settings = {name: setting for name, setting in SETTINGS[part].items() if not only or name in only}
+    for (name, setting), cls in product(settings.items(), classes):
 
         def run(setting: Setting = setting, cls: int = cls) -> dict[str, Any]:
             edit, seconds = bench.unlearn(setting, cls)
@@ -1111,6 +1112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[])
     parser.add_argument("--classes", nargs="+", type=int, help="for ours, few and variants; by default all")
+    parser.add_argument("--only", nargs="+", default=[], help="settings of ours, few and variants; by default all")
     parser.add_argument("--rival-classes", type=int, default=3, help="number of classes that rivals run on (3)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of rivals that chance plays a part in")
     parser.add_argument("--evaluate-class", type=int, help="by default the one that rivals are tuned on")
@@ -1132,7 +1134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 cls = first if options.evaluate_class is None else options.evaluate_class
                 evaluations(bench, log, cls, options.seeds[0])
             else:
-                edits(bench, log, part, options.classes or range(bench.num_classes))
+                edits(bench, log, part, options.classes or range(bench.num_classes), options.only)
     if options.write:
         (HERE / "unlearn.md").write_text(markdown(log.entries))
     if options.plot:
