@@ -32,6 +32,7 @@ class Classified:
         self.op, self.model, self.num_classes = op, model, num_classes
         self.forget = forget
         self._parts: dict[str, list[Any]] = {}
+        self._means: dict[tuple[tuple[str, str], ...], dict[str, Tensor]] = {}
         found: dict[str, list[tuple[Any, Tensor]]] = {"forget": [], "retain": []}
         device = device_of(model)
         for index, batch in enumerate(data):
@@ -90,7 +91,16 @@ class Classified:
         return outputs.get(id(result))
 
     def means(self, places: Mapping[str, str]) -> dict[str, Tensor]:
-        """Layer -> mean over retained samples and positions of what the module in that place gives: (channels,)."""
+        """Layer -> mean over retained samples and positions of what the module in that place gives: (channels,).
+
+        Computed once for the same places.
+        """
+        key = tuple(places.items())
+        if key not in self._means:
+            self._means[key] = self._measured(places)
+        return self._means[key]
+
+    def _measured(self, places: Mapping[str, str]) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
         number: dict[str, int] = {}
 

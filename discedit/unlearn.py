@@ -206,7 +206,7 @@ class _Plan:
         means = None
         if self.around == "mean":
             assert self.data is not None
-            means = self.data.means({layer: self.scores.norms.get(layer, layer) for layer in rows})
+            means = self.data.means({layer: self.scores.norms.get(layer, layer) for layer in self.units})
         operations, tensors = silenced(self.model, self.scores.norms, rows, self.factor, means)
         edit = Recipe(
             edit="unlearn",
