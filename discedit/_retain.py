@@ -32,6 +32,7 @@ class Classified:
         self.op, self.model, self.num_classes = op, model, num_classes
         self.forget = forget
         self._parts: dict[str, list[Any]] = {}
+        self._few: dict[str, list[tuple[Any, Tensor]]] = {}
         self._means: dict[tuple[tuple[str, str], ...], dict[str, Tensor]] = {}
         found: dict[str, list[tuple[Any, Tensor]]] = {"forget": [], "retain": []}
         device = device_of(model)
@@ -53,9 +54,10 @@ class Classified:
                 raise ValueError(f"{op}: data must hold samples of {what}, it holds none.")
         self.batches = found
 
-    def accuracy(self, model: nn.Module, kind: str) -> float:
-        """Mean over the classes of a kind, in [0, 1]."""
-        found = accuracy_per_class(model, self.batches[kind], self.num_classes)
+    def accuracy(self, model: nn.Module, kind: str, most: int | None = None) -> float:
+        """Mean over the classes of a kind, in [0, 1], of all samples or of so many of each class together."""
+        batches = self.batches[kind] if most is None else self._first(kind, most)
+        found = accuracy_per_class(model, batches, self.num_classes)
         return float(found[~found.isnan()].mean())
 
     def parts(self, kind: str) -> list[Any]:
@@ -63,6 +65,24 @@ class Classified:
         if kind not in self._parts:
             self._parts[kind] = calibration(self.model, self.batches[kind])
         return self._parts[kind]
+
+    def _first(self, kind: str, most: int) -> list[tuple[Any, Tensor]]:
+        """The first samples of each class, as many of each as make up so many together."""
+        if kind not in self._few:
+            classes = {label for _, labels in self.batches[kind] for label in labels.tolist()}
+            left = dict.fromkeys(classes, -(-most // len(classes)))
+            few = []
+            for inputs, labels in self.batches[kind]:
+                chosen = []
+                for i, label in enumerate(labels.tolist()):
+                    if left[label]:
+                        left[label] -= 1
+                        chosen.append(i)
+                if chosen:
+                    index = torch.tensor(chosen)
+                    few.append((_chosen(inputs, index), labels[index]))
+            self._few[kind] = few
+        return self._few[kind]
 
     @cached_property
     def head(self) -> str | None:
@@ -104,8 +124,9 @@ class Classified:
         sums: dict[str, Tensor] = {}
         number: dict[str, int] = {}
 
-        def note(layer: str, module: nn.Module) -> Any:
-            last = isinstance(module, (nn.Linear, nn.LayerNorm))
+        def note(layer: str) -> Any:
+            # By the layer: there are layer norms over the channels of maps that a convolution gives.
+            last = isinstance(self.model.get_submodule(layer), nn.Linear)
 
             def hook(_: nn.Module, __: Any, output: Tensor) -> None:
                 flat = output.flatten(0, -2) if last else output.transpose(0, 1).flatten(1).T
@@ -114,8 +135,9 @@ class Classified:
 
             return hook
 
-        modules = {layer: self.model.get_submodule(place) for layer, place in places.items()}
-        handles = [module.register_forward_hook(note(layer, module)) for layer, module in modules.items()]
+        handles = [
+            self.model.get_submodule(place).register_forward_hook(note(layer)) for layer, place in places.items()
+        ]
         try:
             with undisturbed(self.model):
                 seen = 0
@@ -127,7 +149,7 @@ class Classified:
         finally:
             for handle in handles:
                 handle.remove()
-        return {layer: (total / number[layer]).float().cpu() for layer, total in sums.items()}
+        return {layer: (total / number[layer]).cpu() for layer, total in sums.items()}
 
 
 def _chosen(inputs: Any, index: Tensor) -> Any:

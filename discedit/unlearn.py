@@ -24,8 +24,9 @@ from discedit.scores import Scores
 
 REPAIRS = ("none", "mean", "least_squares")
 TARGETS = ("forget_accuracy", "retain_drop")
-# By what an edit is around and its repair (benchmarks/unlearn.md).
-FRACTION = {("zero", "none"): 0.06, ("mean", "none"): 0.05, ("mean", "least_squares"): 0.08}
+FRACTION = {"none": 0.06, "mean": 0.06, "least_squares": 0.08}  # by repair
+FORGET = 0.05  # the target where there is data and nothing to repair
+LOOKED = 128  # samples to forget that every step of a search is judged by
 PROTECTION = 1.0
 FIRST, MOST, PRECISION = 0.02, 0.5, 0.04  # of a search: where it begins, and shares at which it ends
 
@@ -69,16 +70,16 @@ def unlearn(
         classes: class indices to forget, or a predicate on them, such as ``lambda label: label >= 5``.
 
         fraction: share of the chosen layers' components to edit for each class, in (0, 1); at least one goes. At most
-            one of these limits is given; by default a fraction of 0.05 around the mean (0.08 with the repair
-            "least_squares"), else 0.06.
+            one of these limits is given. By default the target ``forget_accuracy=0.05`` when data is given, else a
+            fraction of 0.06; with the repair "least_squares", which a search would do at every step, one of 0.08.
         top: so many components of each layer.
         deviations: those that lie more than so many standard deviations above the mean of their layer.
         damage: as many as carry together no more than this share, in (0, 1), of what tells the other classes apart:
             the mean over these of the scores for those that a component is more active for.
         forget_accuracy, retain_drop: targets in [0, 1], one or both, for the accuracy on `data` of the classes to
-            forget and for what the others lose, each a mean over classes. The smallest edit that forgets so much is
-            searched for, by forward passes alone; with `retain_drop` alone the largest that loses no more. A target
-            that is missed gives a warning, and ``recipe.settings["targets"]`` says by how much.
+            forget (of up to 128 samples) and for what the others lose, each a mean over classes. The smallest edit that
+            forgets so much is searched for, by forward passes alone; with `retain_drop` alone the largest that loses
+            no more. A target that is missed gives a warning, and ``recipe.settings["targets"]`` says by how much.
 
         by: "score"; "specific": the score minus the highest that the component has for a class that stays.
         sign: "up": only components more active for the class than for the rest; "any".
@@ -131,6 +132,8 @@ def unlearn(
             raise ValueError(f"{op}: {name} must be a finite number{least}, got {value!r}.")
     if factor == 1:
         raise ValueError(f"{op}: factor must not be 1, which changes nothing, got {factor!r}.")
+    if limit[0] == "default":
+        limit = ("forget_accuracy", FORGET) if data is not None and repair == "none" else ("fraction", FRACTION[repair])
     needs = {"targets": limit[0] in TARGETS, f"repair={repair!r}": repair != "none", "around='mean'": around == "mean"}
     for name, needed in needs.items():
         if needed and data is None:
@@ -160,11 +163,10 @@ def unlearn(
         settings={"by": by, "sign": sign, "components": components},
     )
     if limit[0] in TARGETS:
-        edit = _searched(plan, {"forget_accuracy": forget_accuracy, "retain_drop": retain_drop})
+        asked = {"forget_accuracy": forget_accuracy, "retain_drop": retain_drop, limit[0]: limit[1]}
+        edit = _searched(plan, {name: float(value) for name, value in asked.items() if value is not None})
     else:
         name, value = limit
-        if name == "default":
-            name, value = "fraction", FRACTION.get((around, repair), FRACTION["zero", "none"])
         parts = _selection.retain_damage(scores, units, others) if name == "damage" else {}
         chosen = [_selection.taken(ranking, name, value, parts) for ranking in plan.rankings]
         _report_nothing(forget, chosen, name, value)
@@ -290,7 +292,7 @@ def _units(
     model: nn.Module, scores: Scores, layers: Iterable[str] | None, components: str, example_inputs: Any
 ) -> dict[str, list[tuple[int, ...]]]:
     """Layer -> the rows of each component that may be chosen."""
-    chosen = check_layers("unlearn", model, scores, layers)
+    chosen = list(dict.fromkeys(check_layers("unlearn", model, scores, layers)))
     reasons = {layer: why for layer in chosen if (why := why_not_editable(model, layer))}
     units: dict[str, list[tuple[int, ...]]] = {
         layer: [(row,) for row in range(len(scores[layer]))] for layer in chosen if layer not in reasons
@@ -333,65 +335,78 @@ def _report_nothing(forget: list[int], chosen: list[list[tuple[str, int]]], name
         warnings.warn(f"unlearn: {name}={value!r} leaves no component to edit for the classes {empty}.", stacklevel=3)
 
 
-def _searched(plan: _Plan, targets: dict[str, float | None]) -> Edit:
+@dataclass(frozen=True)
+class _Tried:
+    """An edit of so many components for each class, and what is known of it."""
+
+    edit: Edit
+    forget_accuracy: float
+    retain_drop: float | None = None
+
+
+def _searched(plan: _Plan, asked: dict[str, float]) -> Edit:
     """The smallest edit that forgets enough; without that target, the largest that the others bear."""
     assert plan.data is not None
-    asked = {name: float(value) for name, value in targets.items() if value is not None}
     data = plan.data
-    before = data.accuracy(plan.model, "retain")
+    least = "forget_accuracy" in asked
+    before = data.accuracy(plan.model, "retain") if "retain_drop" in asked else math.nan
     sizes = plan.rankings[0].sizes
-    tried: dict[int, tuple[Edit, float, float | None]] = {}
+    tried: dict[int, _Tried] = {}
 
-    def look(count: int) -> tuple[Edit, float, float | None]:
+    def look(count: int) -> _Tried:
         if count not in tried:
             edit = plan.edited([ranking.places[:count] for ranking in plan.rankings])
-            drop = before - data.accuracy(edit.model, "retain") if "forget_accuracy" not in asked else None
-            tried[count] = (edit, data.accuracy(edit.model, "forget"), drop)
+            forgot = data.accuracy(edit.model, "forget", LOOKED)
+            tried[count] = _Tried(edit, forgot, None if least else before - data.accuracy(edit.model, "retain"))
         return tried[count]
 
-    def enough(count: int) -> bool:
-        """Whether the smallest edit that is looked for is no larger; of the largest, whether it is smaller."""
-        _, forgot, drop = look(count)
-        return drop > asked["retain_drop"] if drop is not None else forgot <= asked["forget_accuracy"]
+    def beyond(count: int) -> bool:
+        """Whether what is looked for is no larger than this; of the largest, whether it is smaller."""
+        found = look(count)
+        if least:
+            return found.forget_accuracy <= asked["forget_accuracy"]
+        assert found.retain_drop is not None
+        return found.retain_drop > asked["retain_drop"]
 
-    most = min(max(len(ranking.places) for ranking in plan.rankings), math.floor(MOST * sizes))
+    most = min(max(len(ranking.places) for ranking in plan.rankings), max(1, math.floor(MOST * sizes)))
     low, high = 0, min(max(1, round(FIRST * sizes)), most)
-    while not enough(high) and high < most:
+    while not beyond(high) and high < most:
         low, high = high, min(2 * high, most)
-    if enough(high):
-        while high - low > max(1, PRECISION * high):
-            middle = (low + high) // 2
-            low, high = (low, middle) if enough(middle) else (middle, high)
+    found = beyond(high)
+    while found and high - low > max(1, PRECISION * high):
+        middle = (low + high) // 2
+        low, high = (low, middle) if beyond(middle) else (middle, high)
     count = high
-    if "forget_accuracy" not in asked and enough(high):
+    if found and not least:
         count = max(low, 1)
-    elif "forget_accuracy" in asked and not enough(high):  # nothing forgets enough: what forgets most
-        count = min(tried, key=lambda count: (tried[count][1], count))
-    edit, forgot, drop = look(count)
-    if drop is None:
-        drop = before - data.accuracy(edit.model, "retain")
-    reached = {"forget_accuracy": forgot, "retain_drop": drop}
-    edit.recipe.settings = {
-        "targets": {
-            name: {"asked": value, "reached": reached[name], "met": reached[name] <= value}
-            for name, value in asked.items()
-        },
-        "count": count,
-        "tried": {str(tries): round(tried[tries][1], 4) for tries in sorted(tried)},
-        **edit.recipe.settings,
-    }
+    elif least and not found:  # nothing forgets enough: what forgets most
+        count = min(tried, key=lambda count: (tried[count].forget_accuracy, count))
+    chosen = look(count)
+    reached: dict[str, float] = {"forget_accuracy": chosen.forget_accuracy}
+    if "retain_drop" in asked:
+        drop = chosen.retain_drop
+        reached["retain_drop"] = before - data.accuracy(chosen.edit.model, "retain") if drop is None else drop
     missed = [
         f"{name} is {reached[name]:.4f}, which misses the target {value:g} by {reached[name] - value:.4f}"
         for name, value in asked.items()
         if reached[name] > value
     ]
+    chosen.edit.recipe.settings = {
+        "targets": {
+            name: {"asked": value, "reached": reached[name], "met": reached[name] <= value}
+            for name, value in asked.items()
+        },
+        "count": count,
+        "tried": {str(number): round(tried[number].forget_accuracy, 4) for number in sorted(tried)},
+        **chosen.edit.recipe.settings,
+    }
     if missed:
         warnings.warn(
             f"unlearn: of {len(tried)} edits of up to {max(tried)} components per class none meets the targets: "
             f"{'; '.join(missed)}.",
-            stacklevel=4,
+            stacklevel=3,
         )
-    return edit
+    return chosen.edit
 
 
 def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> tuple[Edit, dict[str, str]]:
