@@ -190,6 +190,7 @@ class Recipe:
     def _check_possible(self, model: nn.Module, *, undo: bool) -> None:
         """Refuses before anything has changed."""
         slots = _Slots(model)
+        shapes: dict[int, list[int]] = {}  # as the operations so far leave them, by identity
         for i, operation in enumerate(self.operations):
             if operation.kind == "attribute":
                 _attribute_owner(model, operation, operation.value if undo else operation.before)
@@ -203,6 +204,18 @@ class Recipe:
                 )
             if not undo and operation.kind in WITH_VALUES and values is None:
                 raise ValueError(f"Recipe: the values for tensor {operation.target!r} are missing from the recipe.")
+            shape = shapes.setdefault(id(tensor), list(tensor.shape))
+            if operation.kind == "keep":
+                shape[operation.dim] = len(operation.index)
+            if not undo and operation.kind in WITH_VALUES and values is not None:
+                written = list(shape)
+                if operation.kind == "add":
+                    written[operation.dim] = len(operation.index)
+                if list(values.shape) != written:
+                    raise ValueError(
+                        f"Recipe: the values for tensor {operation.target!r} must have shape {written}, they have "
+                        f"{list(values.shape)}."
+                    )
 
     def edited_architecture(self) -> dict[str, list[int]]:
         """Tensor name -> shape, of the model after the edit."""
