@@ -18,8 +18,6 @@ from discedit.scores import score
 from discedit.unlearn import unlearn
 
 MODELS = {"digits": ("digitsnet",), "cifar10": ("resnet56", "resnet20")}
-# A network of 224 components spends a larger share of them on each class than one of 2,032.
-FRACTIONS = {"digits": 0.15, "cifar10": 0.06}
 
 
 @dataclass
@@ -67,8 +65,8 @@ def run(
     step(f"scored {sum(map(len, scores.values())):,} components of {len(scores)} layers for 10 classes")
     step(f"pruning: {ratio:.0%} of the components of each layer; the layers after them make up for what is gone")
     smaller = prune(model, scores, ratio=ratio, example_inputs=example, data=calibration)
-    step(f"unlearning: zeroing what discriminates class {names[forget]!r}")
-    forgetful = unlearn(model, scores, classes=[forget], fraction=FRACTIONS[data])
+    step(f"unlearning: silencing what discriminates class {names[forget]!r}, until it is forgotten")
+    forgetful = unlearn(model, scores, classes=[forget], data=calibration)
 
     out.mkdir(parents=True, exist_ok=True)
     moments.save(out / "moments.safetensors")
@@ -85,8 +83,8 @@ def run(
     say("")
     say(table(columns, names, forget))
     say("")
-    zeroed = sum(len(channels) for channels in forgetful.recipe.components.values())
-    say(f"The unlearned model has {zeroed} components zeroed. Zeroing is no guarantee of privacy.")
+    silenced = sum(len(channels) for channels in forgetful.recipe.components.values())
+    say(f"The unlearned model has {silenced} components silenced. Silencing is no guarantee of privacy.")
     say(f"Written to {out}: scores.png, scores and moments (.safetensors), recipes prune.json and unlearn.json.")
     step("done")
     return columns

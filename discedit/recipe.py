@@ -55,7 +55,7 @@ class Recipe:
     Attributes:
         edit: "prune" or "unlearn".
         settings: the arguments that led to it, for the reader.
-        components: layer name -> the channels that were removed or zeroed.
+        components: layer name -> the channels that were removed or silenced.
         architecture: tensor name -> shape, of the model before the edit.
         operations: what is done, in order.
         tensors: "set.I" the values that operation I writes, "undo.I" those that it replaced.
@@ -314,7 +314,7 @@ class Edit:
 
     def summary(self) -> str:
         """A table of what went from each layer, and what it cost."""
-        verb = "removed" if self.recipe.edit == "prune" else "zeroed"
+        verb = "removed" if self.recipe.edit == "prune" else "silenced"
         names = [*self.recipe.components, *self.skipped]
         width = max((len(name) for name in names), default=5)
         lines = [f"{'layer':{width}}  {verb:>12}"]

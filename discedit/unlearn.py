@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,13 +93,15 @@ def unlearn(
         around: "mean": an output y behind the layer's norm becomes m + factor * (y - m), where m is its mean over
             256 samples of `data` of the classes that stay: with factor=0 the component gives m, whatever it sees, and
             the layers behind it get what they are used to. "zero": m = 0. "auto": "mean" when data is given and every
-            chosen layer has a bias, of its own or its norm's, that can carry m, else "zero".
+            chosen layer has a bias, of its own or its norm's, that can carry m, else "zero"; and where no edit
+            around the mean meets a target of forgetting that one around zero meets.
         repair: "none"; "least_squares": every layer behind the first edited one, but the head, gets new weights, so
             that it gives what it gave before on samples of the classes that stay; `protection` keeps it from learning
             back what the class needs: less is lost for the same forgetting, at some passes over `data`. "mean":
             biases alone.
         protection: what samples of the classes to forget count, all together, beside the others, in the penalty for
-            giving anything else on them than without repair; 0 or more.
+            weights that give anything else on them than those without repair; 0 or more. Biases are fitted to the
+            others alone: however large it is, what the repair "mean" does is done.
         data: labelled batches of all classes for targets, repair and `around`; of repairs up to 1,024 samples of the
             classes that stay and as many of those to forget are used.
         remove: also remove the zeroed filters, neurons or heads physically, where nothing else shares them; needs
@@ -144,7 +146,8 @@ def unlearn(
         if needed and example_inputs is None:
             raise ValueError(f"{op}: {name} needs example_inputs, got None.")
     units = _units(model, scores, layers, components, example_inputs)
-    if around == "auto":
+    chosen_for_them = around == "auto"
+    if chosen_for_them:
         can = data is not None and not remove and all(bias_of(model, layer, scores.norms.get(layer)) for layer in units)
         around = "mean" if can else "zero"
     if not others and (by == "specific" or data is not None or limit[0] == "damage"):
@@ -164,7 +167,15 @@ def unlearn(
     )
     if limit[0] in TARGETS:
         asked = {"forget_accuracy": forget_accuracy, "retain_drop": retain_drop, limit[0]: limit[1]}
-        edit = _searched(plan, {name: float(value) for name, value in asked.items() if value is not None})
+        targets = {name: float(value) for name, value in asked.items() if value is not None}
+        edit, missed = _searched(plan, targets)
+        if missed and chosen_for_them and plan.around == "mean" and "forget_accuracy" in targets:
+            # Zeros disturb more: what the means of small networks leave, they may not.
+            other, of_other = _searched(replace(plan, around="zero"), targets)
+            if not of_other:
+                edit, missed = other, ""
+        if missed:
+            warnings.warn(missed, stacklevel=2)
     else:
         name, value = limit
         parts = _selection.retain_damage(scores, units, others) if name == "damage" else {}
@@ -344,8 +355,11 @@ class _Tried:
     retain_drop: float | None = None
 
 
-def _searched(plan: _Plan, asked: dict[str, float]) -> Edit:
-    """The smallest edit that forgets enough; without that target, the largest that the others bear."""
+def _searched(plan: _Plan, asked: dict[str, float]) -> tuple[Edit, str]:
+    """The smallest edit that forgets enough; without that target, the largest that the others bear.
+
+    And what is to be said of targets that it misses.
+    """
     assert plan.data is not None
     data = plan.data
     least = "forget_accuracy" in asked
@@ -400,13 +414,12 @@ def _searched(plan: _Plan, asked: dict[str, float]) -> Edit:
         "tried": {str(number): round(tried[number].forget_accuracy, 4) for number in sorted(tried)},
         **chosen.edit.recipe.settings,
     }
-    if missed:
-        warnings.warn(
-            f"unlearn: of {len(tried)} edits of up to {max(tried)} components per class none meets the targets: "
-            f"{'; '.join(missed)}.",
-            stacklevel=3,
-        )
-    return chosen.edit
+    if not missed:
+        return chosen.edit, ""
+    return chosen.edit, (
+        f"unlearn: of {len(tried)} edits of up to {max(tried)} components per class none meets the targets: "
+        f"{'; '.join(missed)}."
+    )
 
 
 def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> tuple[Edit, dict[str, str]]:

@@ -1,11 +1,14 @@
 import copy
+import functools
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
-from discedit import Moments, collect_moments, score, unlearn, zoo
+from discedit import Moments, Recipe, collect_moments, score, unlearn, zoo
+from discedit._retain import MEANS
 from discedit.evaluate import accuracy_per_class
 
 
@@ -119,7 +122,7 @@ def test_classes_may_be_any_kind_of_index(trained, digit_scores):
 
 def test_summary(trained, digit_scores):
     text = unlearn(trained[0], digit_scores, classes=[1]).summary()
-    assert "zeroed" in text
+    assert "silenced" in text
     assert "of 64" in text
     assert "parameters: 60,714 -> 60,714" in text
 
@@ -172,3 +175,573 @@ def test_nothing_to_zero_is_an_error():
         ValueError, match="no component of the chosen layers more active .* tells class 0 from the rest"
     ):
         unlearn(model, score(moments), classes=[0])
+
+
+def output_of(model, place, x):
+    """What a module gives, in eval mode; channels first."""
+    seen = []
+    handle = model.get_submodule(place).register_forward_hook(lambda *args: seen.append(args[2].detach().clone()))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    return seen[0]
+
+
+class ChannelsFirst(nn.LayerNorm):
+    """The layer norm of ConvNext: over the channels of (samples, channels, height, width)."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+# What is edited, what stands behind it, what gives the classifier its input. Maps are as wide as they have channels.
+FRONTS = {
+    "convolution and batch norm": lambda: (nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)),
+    "convolution with bias and batch norm": lambda: (nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6)),
+    "convolution": lambda: (nn.Conv2d(1, 6, 3, padding=1), None),
+    "transposed convolution": lambda: (nn.ConvTranspose2d(1, 6, 3, padding=1), None),
+    "convolution and layer norm": lambda: (nn.Conv2d(1, 6, 3, padding=1), ChannelsFirst(6)),
+    "linear": lambda: (nn.Sequential(nn.Flatten(), nn.Linear(36, 6)), None),
+    "linear, several positions": lambda: (nn.Linear(6, 6), None),
+    "linear and batch norm": lambda: (nn.Sequential(nn.Flatten(), nn.Linear(36, 6, bias=False)), nn.BatchNorm1d(6)),
+    "convolution and batch norm without weights": lambda: (nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6, affine=False)),
+}  # fmt: skip
+
+
+@functools.cache
+def small(name):
+    """(network, scores, edited layer, place behind its norm, labelled images, others), in float64."""
+    torch.manual_seed(0)
+    layer, norm = FRONTS[name]()
+    parts = [layer, *([] if norm is None else [norm]), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)]
+    model = nn.Sequential(*parts).double()
+    labels = torch.arange(420) % 3
+    x = torch.randn(420, 1, 6, 6).double() + labels[:, None, None, None] * torch.linspace(-1, 1, 36).view(6, 6)
+    model.train()(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        model.train()(x)
+    model.eval()
+    edited = next(n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)))
+    if name == "linear, several positions":  # not scored as maps: hand-made
+        moments = Moments(3)
+        moments.update(edited, output_of(model, edited, x).flatten(1, 2).mean(1), labels)
+    else:
+        moments = collect_moments(model, [(x, labels)], 3)
+    fresh = torch.randn(30, 1, 6, 6, generator=torch.Generator().manual_seed(5)).double()
+    return model, score(moments), edited, edited if norm is None else "1", (x, labels), fresh
+
+
+def batched(x, labels, size=100):
+    return [(x[i : i + size], labels[i : i + size]) for i in range(0, len(x), size)]
+
+
+WITH_BIAS = [name for name in FRONTS if not name.endswith("without weights")]
+CASES = [(name, factor, around) for name in WITH_BIAS for factor in (0, 0.5, -1) for around in ("zero", "mean")]
+CASES += [("convolution and batch norm without weights", factor, "zero") for factor in (0, 0.5, -1)]
+
+
+@pytest.mark.parametrize(("name", "factor", "around"), CASES)
+def test_factor_around_a_mean(name, factor, around):
+    """m + factor (y - m) behind the norm; m over the first 256 samples that stay, whatever the batches are."""
+    model, scores, layer, place, (x, labels), fresh = small(name)
+    data = batched(x, labels)
+    edit = unlearn(
+        model, scores, classes=[2], factor=factor, around=around, data=data, layers=[layer], top=2, sign="any"
+    )
+    rows = edit.recipe.components[layer]
+    assert len(rows) == 2
+    axis = -1 if name.startswith("linear") else 1
+    y, found = (output_of(net, place, fresh).movedim(axis, -1) for net in (model, edit.model))
+    assert MEANS == 256
+    retained = output_of(model, place, x[labels != 2][:MEANS]).movedim(axis, -1)
+    assert int((labels != 2).sum()) > MEANS
+    m = retained.flatten(0, -2).mean(0) if around == "mean" else torch.zeros(6).double()
+    due = m[rows] + factor * (y[..., rows] - m[rows])
+    torch.testing.assert_close(found[..., rows], due, rtol=1e-9, atol=1e-11)
+    others = [row for row in range(6) if row not in rows]
+    if name != "convolution and layer norm" or factor:  # zeros in the layer change what its norm makes of the rest
+        torch.testing.assert_close(found[..., others], y[..., others], rtol=0, atol=0)
+    assert edit.recipe.settings["factor"] == factor
+    assert edit.recipe.settings["around"] == around
+    restored = edit.recipe.undo(edit.model)
+    assert all(
+        torch.equal(a, b) for a, b in zip(restored.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", FRONTS)
+def test_around_auto(name):
+    model, scores, layer, _, data, _ = small(name)
+    options = {"classes": [2], "layers": [layer], "top": 1, "sign": "any"}
+
+    def around(**more):
+        return unlearn(model, scores, **options, **more).recipe
+
+    assert around().settings["around"] == "zero"
+    can = name in WITH_BIAS
+    found = around(data=[data])
+    assert found.settings["around"] == ("mean" if can else "zero")
+    assert ("add" in {operation.kind for operation in found.operations}) == can
+    assert around(data=[data], around="zero").settings["around"] == "zero"
+
+
+def test_around_auto_needs_a_bias_in_every_layer(trained, digit_scores):
+    model, train, _ = trained
+    data = zoo.batches(train)
+    options = {"classes": [1], "top": 1, "data": data}
+    assert unlearn(model, digit_scores, **options).recipe.settings["around"] == "mean"
+    one = copy.deepcopy(model)
+    one.fc1.bias = None
+    edit = unlearn(one, digit_scores, **options)
+    assert edit.recipe.settings["layers"] == ["conv3", "fc1"]
+    assert edit.recipe.settings["around"] == "zero"
+    assert unlearn(one, digit_scores, **options, layers=["conv3"]).recipe.settings["around"] == "mean"
+    with pytest.raises(
+        ValueError, match="unlearn: around='mean' needs a bias that can carry the mean, that of layer 'fc1' is None"
+    ):
+        unlearn(one, digit_scores, **options, around="mean")
+    model, scores, layer, *_, (x, labels), _ = small("convolution and batch norm without weights")
+    with pytest.raises(ValueError, match="around='mean' needs a bias .* layer '0' with its norm '1' is None"):
+        unlearn(model, scores, classes=[2], layers=[layer], data=[(x, labels)], around="mean", sign="any")
+
+
+def test_the_default_size_depends_on_what_the_edit_is(trained, digit_scores):
+    model, train, _ = trained
+    data = zoo.batches(train)
+    for options, fraction in (
+        ({}, 0.06),
+        ({"data": data}, 0.05),
+        ({"data": data, "repair": "least_squares"}, 0.08),
+        ({"data": data, "around": "zero"}, 0.06),
+        ({"data": data, "around": "zero", "repair": "least_squares"}, 0.06),
+    ):
+        edit = unlearn(model, digit_scores, classes=[1], **options)
+        assert edit.recipe.settings["fraction"] == fraction
+        assert sum(map(len, edit.recipe.components.values())) == int(fraction * 128)
+
+
+def loss(model, x, y):
+    with torch.no_grad():
+        return float(functional.cross_entropy(model(x), y))
+
+
+@pytest.fixture(scope="module")
+def repaired(trained, digit_scores):
+    """Class 3, in the middle of the network, by repair and protection; and the test images, that class and others."""
+    model, train, test = trained
+    options = {"classes": [3], "fraction": 0.12, "layers": ["conv2", "conv3"], "data": zoo.batches(train)}
+    edits = {kind: unlearn(model, digit_scores, repair=kind, **options) for kind in ("none", "mean")}
+    for protection in (0, 1, 1e6):
+        edits[protection] = unlearn(model, digit_scores, repair="least_squares", protection=protection, **options)
+    x, y = test.tensors
+    return edits, x[y == 3], (x[y != 3], y[y != 3])
+
+
+def test_repair_keeps_what_is_silenced_silent(repaired, trained):
+    """Every edited row gives its mean for whatever image, also of a layer that is repaired; the head stays."""
+    edits, x, _ = repaired
+    components = edits["none"].recipe.components
+    assert components.keys() == {"conv2", "conv3"}
+    for kind in ("mean", 0, 1, 1e6):
+        edit = edits[kind]
+        assert edit.recipe.components == components
+        written = {operation.target for operation in edit.recipe.operations if operation.kind == "set"}
+        assert {name.rpartition(".")[0] for name in written} == (
+            {"bn3", "fc1"} if kind == "mean" else {"conv3", "bn3", "fc1"}
+        )
+        assert torch.equal(edit.model.fc2.weight, trained[0].fc2.weight)
+        assert torch.equal(edit.model.fc2.bias, trained[0].fc2.bias)
+        for layer, norm in (("conv2", "bn2"), ("conv3", "bn3")):
+            rows = components[layer]
+            given = output_of(edit.model, norm, x)[:, rows]
+            bias = edits["none"].model.get_submodule(norm).bias[rows].detach()
+            torch.testing.assert_close(given, bias[None, :, None, None].expand_as(given), rtol=0, atol=0)
+        assert not edit.model.conv3.weight[components["conv3"]].any()
+
+
+def test_repair_and_protection(repaired):
+    edits, forget, retain = repaired
+    losses = {kind: loss(edit.model, *retain) for kind, edit in edits.items()}
+    assert losses[1] < losses["mean"] < losses["none"]
+    assert losses[0] < losses["none"]
+
+    def recognised(kind):
+        with torch.no_grad():
+            return float((edits[kind].model(forget).argmax(1) == 3).float().mean())
+
+    assert recognised(0) > recognised(1) + 0.2
+    assert recognised(0) > recognised(1e6) + 0.2
+    assert abs(recognised(1) - recognised(1e6)) < 0.2
+    features = {kind: functional.relu(output_of(edit.model, "fc1", forget)) for kind, edit in edits.items()}
+    # The weights are left as they are, which leaves the biases: the repair "mean".
+    assert (features[1e6] - features["mean"]).norm() < 1e-3 * (features[0] - features["mean"]).norm()
+    to_unrepaired = {kind: float((features[kind] - features["none"]).norm()) for kind in (0, 1, 1e6)}
+    assert to_unrepaired[1e6] <= to_unrepaired[1] < 0.8 * to_unrepaired[0]
+
+
+def test_repair_settings(repaired):
+    edits, _, _ = repaired
+    assert [edits[kind].recipe.settings["repair"] for kind in ("none", "mean", 0)] == ["none", "mean", "least_squares"]
+    assert [edits[kind].recipe.settings.get("protection") for kind in ("none", "mean", 0, 1)] == [None, None, 0.0, 1.0]
+
+
+def test_repair_names_what_it_cannot_repair(trained, digit_scores):
+    model = copy.deepcopy(trained[0])
+    model.fc1.bias = None
+    edit = unlearn(
+        model, digit_scores, classes=[3], layers=["conv3"], top=2, data=zoo.batches(trained[1]), repair="least_squares"
+    )
+    assert edit.recipe.settings["unrepaired"] == {
+        "fc1": "it has neither a bias nor a batch norm behind it that could take one"
+    }
+
+
+def accuracies(model, data, forget):
+    found = accuracy_per_class(model, data, 10)
+    return float(found[forget].mean()), float(found[[k for k in range(10) if k not in forget]].mean())
+
+
+TARGET = {"layers": ["conv3", "fc1"], "around": "zero"}
+SIZES = 128
+
+
+@pytest.mark.parametrize("forget", [[3], [8], [1, 6]])
+def test_target_of_forgetting_is_met_by_the_smallest_edit(forget, trained, digit_scores):
+    model, train, _ = trained
+    data = zoo.batches(train)
+    edit = unlearn(model, digit_scores, classes=forget, data=data, forget_accuracy=0.5, **TARGET)
+    settings = edit.recipe.settings
+    count = settings["count"]
+    reached, _ = accuracies(edit.model, data, forget)
+    assert settings["targets"] == {"forget_accuracy": {"asked": 0.5, "reached": pytest.approx(reached), "met": True}}
+    assert reached <= 0.5
+    if len(forget) == 1:
+        assert sum(map(len, edit.recipe.components.values())) == count
+    assert 1 < count < 0.2 * SIZES
+    assert settings["tried"][str(count)] == round(reached, 4)
+    same, fewer = (
+        unlearn(model, digit_scores, classes=forget, data=data, fraction=(number + 0.5) / SIZES, **TARGET)
+        for number in (count, count - 1)
+    )
+    assert same.recipe.components == edit.recipe.components
+    assert accuracies(fewer.model, data, forget)[0] > 0.5
+    assert not {"fraction", "top"} & settings.keys()
+
+
+def test_target_of_what_the_others_lose(trained, digit_scores):
+    """Alone, it asks for the largest edit: the next one loses more."""
+    model, train, _ = trained
+    data = zoo.batches(train)
+    _, before = accuracies(model, data, [0])
+
+    def drop(edit):
+        return before - accuracies(edit.model, data, [0])[1]
+
+    edit = unlearn(model, digit_scores, classes=[0], data=data, retain_drop=0.05, **TARGET)
+    settings = edit.recipe.settings
+    count = settings["count"]
+    assert settings["targets"] == {"retain_drop": {"asked": 0.05, "reached": pytest.approx(drop(edit)), "met": True}}
+    assert drop(edit) <= 0.05
+    step = max(1, int(0.04 * (count + 2)))
+    larger = unlearn(model, digit_scores, classes=[0], data=data, fraction=(count + step + 0.5) / SIZES, **TARGET)
+    assert drop(larger) > 0.05
+    assert unlearn(model, digit_scores, classes=[0], data=data, retain_drop=1, **TARGET).recipe.settings[
+        "count"
+    ] == max(
+        map(int, unlearn(model, digit_scores, classes=[0], data=data, retain_drop=1, **TARGET).recipe.settings["tried"])
+    )
+
+
+def test_both_targets(trained, digit_scores):
+    model, train, _ = trained
+    options = {"classes": [3], "data": zoo.batches(train), **TARGET}
+    alone = unlearn(model, digit_scores, forget_accuracy=0.5, **options)
+    both = unlearn(model, digit_scores, forget_accuracy=0.5, retain_drop=0.2, **options)
+    assert both.recipe.components == alone.recipe.components
+    targets = both.recipe.settings["targets"]
+    assert {name: target["met"] for name, target in targets.items()} == {"forget_accuracy": True, "retain_drop": True}
+    drop = targets["retain_drop"]["reached"]
+    assert drop == pytest.approx(
+        accuracies(model, options["data"], [3])[1] - accuracies(both.model, options["data"], [3])[1]
+    )
+    assert drop > 0
+    with pytest.warns(
+        UserWarning,
+        match=rf"unlearn: of \d+ edits .* none meets the targets: retain_drop is {drop:.4f}, which misses the target "
+        rf"0 by {drop:.4f}\.",
+    ):
+        missed = unlearn(model, digit_scores, forget_accuracy=0.5, retain_drop=0, **options)
+    assert missed.recipe.components == alone.recipe.components
+    assert missed.recipe.settings["targets"]["retain_drop"] == {"asked": 0.0, "reached": drop, "met": False}
+
+
+def test_a_target_that_cannot_be_reached(trained, digit_scores):
+    """In one layer of four: not more than half of its components, and the edit that forgets most."""
+    model, train, _ = trained
+    with pytest.warns(UserWarning, match="none meets the targets") as seen:
+        edit = unlearn(model, digit_scores, classes=[3], data=zoo.batches(train), forget_accuracy=0, layers=["conv1"])
+    (warning,) = seen
+    assert warning.filename == __file__
+    settings = edit.recipe.settings
+    target = settings["targets"]["forget_accuracy"]
+    reached = target["reached"]
+    assert target == {"asked": 0.0, "reached": reached, "met": False}
+    assert reached == accuracies(edit.model, zoo.batches(train), [3])[0] > 0
+    tried = {int(count): accuracy for count, accuracy in settings["tried"].items()}
+    assert max(tried) <= 16
+    assert str(warning.message) == (
+        f"unlearn: of {len(tried)} edits of up to {max(tried)} components per class none meets the targets: "
+        f"forget_accuracy is {reached:.4f}, which misses the target 0 by {reached:.4f}."
+    )
+    assert round(reached, 4) == min(tried.values()) == tried[settings["count"]]
+
+
+def test_a_target_with_a_single_component():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 2))
+    x, labels = torch.randn(40, 2), torch.arange(40) % 2
+    x += 2 * labels[:, None]
+    scores = score(collect_moments(model, [(x, labels)], 2, layers=["0"]))
+    edit = unlearn(
+        model, scores, classes=[1], sign="any", data=[(x, labels)], repair="least_squares", retain_drop=1, layers=["0"]
+    )
+    assert edit.recipe.components == {"0": [0]}
+
+
+def test_targets_with_repair(trained, digit_scores):
+    model, train, _ = trained
+    data = zoo.batches(train)
+    edit = unlearn(model, digit_scores, classes=[3], data=data, forget_accuracy=0.6, repair="least_squares", **TARGET)
+    assert edit.recipe.settings["targets"]["forget_accuracy"]["met"]
+    assert accuracies(edit.model, data, [3])[0] <= 0.6
+
+
+def state_equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_removing_what_is_zeroed(trained, digit_scores, tmp_path):
+    model, train, test = trained
+    x = test.tensors[0]
+    before = copy.deepcopy(model)
+    options = {"classes": [2, 5], "fraction": 0.15, "sign": "any", "layers": ["conv2", "conv3", "fc1"]}
+    zeroed = unlearn(model, digit_scores, **options)
+    assert len(zeroed.recipe.components) == 3
+    removed = unlearn(model, digit_scores, remove=True, example_inputs=x[:2], **options)
+    with torch.no_grad():
+        torch.testing.assert_close(removed.model(x), zeroed.model(x), rtol=1e-4, atol=1e-4)
+    assert removed.recipe.components == zeroed.recipe.components
+    assert removed.recipe.settings["removed"] == {n: len(rows) for n, rows in zeroed.recipe.components.items()}
+    assert removed.skipped == {}
+    assert removed.widths == zeroed.widths
+    assert removed.recipe.settings["around"] == "zero"
+    assert removed.parameters_before == zeroed.parameters_after == sum(p.numel() for p in model.parameters())
+    assert removed.parameters_after == sum(p.numel() for p in removed.model.parameters()) < removed.parameters_before
+    for layer, rows in zeroed.recipe.components.items():
+        assert len(removed.model.get_submodule(layer).weight) == 64 - len(rows)
+    assert state_equal(removed.recipe.undo(removed.model), before)
+    assert state_equal(model, before)
+    torch.manual_seed(3)
+    fresh = zoo.DigitsNet().eval()
+    loaded = Recipe.load(removed.recipe.save(tmp_path / "removed")).apply(fresh)
+    assert str(loaded.model) == str(removed.model)
+    assert state_equal(loaded.recipe.undo(loaded.model), fresh)
+    mine = copy.deepcopy(model)
+    inplace = unlearn(mine, digit_scores, remove=True, example_inputs=x[:2], inplace=True, **options)
+    assert inplace.model is mine
+    assert str(mine) == str(removed.model)
+    assert state_equal(mine, removed.model)
+    assert inplace.widths == removed.widths
+    inplace.recipe.undo(mine, inplace=True)
+    assert state_equal(mine, before)
+    data = zoo.batches(train)
+    repaired = unlearn(
+        model, digit_scores, remove=True, example_inputs=x[:2], data=data, repair="least_squares", **options
+    )
+    whole = unlearn(model, digit_scores, around="zero", data=data, repair="least_squares", **options)
+    with torch.no_grad():
+        torch.testing.assert_close(repaired.model(x), whole.model(x), rtol=1e-3, atol=1e-3)
+    assert state_equal(repaired.recipe.undo(repaired.model), before)
+
+
+class Residual(nn.Module):
+    """Only `inner` can lose filters: `first` and `out` are added."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.first, self.inner, self.out = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 4, 1)
+        self.activation, self.head = activation, nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.head((x + self.out(self.activation(self.inner(x)))).mean((2, 3)))
+
+
+def test_what_cannot_be_removed_stays_zeroed_or_is_refused():
+    torch.manual_seed(0)
+    x, labels = torch.randn(60, 1, 5, 5), torch.arange(60) % 2
+    x += labels[:, None, None, None]
+    model = Residual(nn.ReLU()).eval()
+    scores = score(collect_moments(model, [(x, labels)], 2))
+    options = {"classes": [1], "top": 2, "sign": "any", "remove": True, "example_inputs": x[:2]}
+    edit = unlearn(model, scores, layers=["inner", "out"], **options)
+    assert edit.recipe.settings["removed"] == {"inner": 2}
+    assert edit.skipped.keys() == {"out"}
+    assert edit.skipped["out"].startswith("zeroed, not removed: it shares its channels with first")
+    assert edit.model.inner.out_channels == 3
+    assert edit.model.out.out_channels == 4
+    # Zeroed all the same, with the rows of the model before.
+    assert not output_of(edit.model, "out", x)[:, edit.recipe.components["out"]].any()
+    assert state_equal(edit.recipe.undo(edit.model), model)
+    for layers, more in ((["out"], {}), (["inner"], {"top": 5})):
+        with pytest.raises(
+            ValueError,
+            match=rf"unlearn: remove must find a zeroed component that can be removed \({layers[0]}: "
+            r"(it shares its channels with first|all its components are zeroed, and one must stay)",
+        ):
+            unlearn(model, scores, layers=layers, **{**options, **more})
+    sigmoid = Residual(nn.Sigmoid()).eval()
+    before = copy.deepcopy(sigmoid)
+    scores = score(collect_moments(sigmoid, [(x, labels)], 2))
+    with pytest.raises(ValueError, match="unlearn: remove must not change what the zeroed model gives; .* not 0 at 0"):
+        unlearn(sigmoid, scores, layers=["inner"], inplace=True, **options)
+    assert state_equal(sigmoid, before)
+
+
+KINDS = {
+    "zeroed": {},
+    "attenuated": {"factor": 0.5},
+    "negated": {"factor": -1},
+    "mean": {"data": True},
+    "negated around the mean": {"data": True, "factor": -1, "around": "mean"},
+    "biases": {"data": True, "repair": "mean"},
+    "least squares": {"data": True, "repair": "least_squares", "layers": ["conv2", "fc1"]},
+    "target": {"data": True, "around": "zero", "forget_accuracy": 0.7},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_edit_as_a_recipe(name, trained, digit_scores, tmp_path):
+    model, train, _ = trained
+    options = dict(KINDS[name])
+    if options.get("data"):
+        options["data"] = zoo.batches(train)
+    before = copy.deepcopy(model)
+    edit = unlearn(model, digit_scores, classes=[3], **options)
+    assert state_equal(model, before)
+    assert not state_equal(edit.model, before)
+    assert state_equal(edit.recipe.undo(edit.model), before)
+    loaded = Recipe.load(edit.recipe.save(tmp_path / "edit"))
+    assert loaded.settings == edit.recipe.settings
+    again = loaded.apply(copy.deepcopy(model))
+    assert state_equal(again.model, edit.model)
+    torch.manual_seed(1)
+    fresh = zoo.DigitsNet().eval()
+    other = loaded.apply(fresh)
+    assert not state_equal(other.model, fresh)
+    assert state_equal(other.recipe.undo(other.model), fresh)
+    parameters = [id(parameter) for parameter in before.parameters()]
+    inplace = unlearn(before, digit_scores, classes=[3], inplace=True, **options)
+    assert inplace.model is before
+    assert [id(parameter) for parameter in before.parameters()] == parameters
+    assert state_equal(before, edit.model)
+    assert inplace.widths == edit.widths
+    inplace.recipe.undo(before, inplace=True)
+    assert state_equal(before, model)
+
+
+BAD = {
+    "fraction=0": r"fraction must be a number in \(0, 1\), got 0\.",
+    "damage=1": r"damage must be a number in \(0, 1\), got 1\.",
+    "damage=float('nan')": r"damage must be a number in \(0, 1\), got nan\.",
+    "damage=True": r"damage must be a number in \(0, 1\), got True\.",
+    "top=0": r"top must be an integer of at least 1, got 0\.",
+    "top=1.5": r"top must be an integer of at least 1, got 1.5\.",
+    "deviations=float('inf')": r"deviations must be a finite number, got inf\.",
+    "deviations='2'": r"deviations must be a finite number, got '2'\.",
+    "forget_accuracy=-0.1, data=DATA": r"forget_accuracy must be a number in \[0, 1\], got -0.1\.",
+    "forget_accuracy=0.1, retain_drop=1.5, data=DATA": r"retain_drop must be a number in \[0, 1\], got 1.5\.",
+    "fraction=0.1, top=2": r"at most one of fraction, top, deviations, damage or the targets forget_accuracy and "
+    r"retain_drop may be given, got fraction=0.1, top=2\.",
+    "damage=0.1, retain_drop=0.2, data=DATA": r"at most one of .* got damage=0.1, retain_drop=0.2\.",
+    "by='rank'": r"by must be one of 'score', 'specific', got 'rank'\.",
+    "sign='down'": r"sign must be one of 'up', 'any', got 'down'\.",
+    "components='filters'": r"components must be one of 'rows', 'heads', got 'filters'\.",
+    "around='median'": r"around must be one of 'auto', 'zero', 'mean', got 'median'\.",
+    "repair='sgd'": r"repair must be one of 'none', 'mean', 'least_squares', got 'sgd'\.",
+    "factor=1": r"factor must not be 1, which changes nothing, got 1\.",
+    "factor=1.0": r"factor must not be 1, which changes nothing, got 1.0\.",
+    "factor='0'": r"factor must be a finite number, got '0'\.",
+    "factor=float('nan')": r"factor must be a finite number, got nan\.",
+    "factor=None": r"factor must be a finite number, got None\.",
+    "protection=-1, repair='least_squares', data=DATA": r"protection must be a finite number of at least 0, got -1\.",
+    "protection=float('inf')": r"protection must be a finite number of at least 0, got inf\.",
+    "forget_accuracy=0.1": r"targets needs data, labelled batches of all classes, got data=None\.",
+    "repair='mean'": r"repair='mean' needs data, labelled batches of all classes, got data=None\.",
+    "around='mean'": r"around='mean' needs data, labelled batches of all classes, got data=None\.",
+    "remove=True, factor=0.5, example_inputs=X": r"remove needs factor=0 and around='zero', got factor=0.5, "
+    r"around='auto'\.",
+    "remove=True, around='mean', data=DATA, example_inputs=X": r"remove needs .*, got factor=0.0, around='mean'\.",
+    "remove=True": r"remove=True needs example_inputs, got None\.",
+    "components='heads'": r"components='heads' needs example_inputs, got None\.",
+    "classes=range(10), by='specific'": r"classes must leave at least one class with samples, got \[0, 1, 2",
+    "classes=range(10), damage=0.1": r"classes must leave at least one class with samples, got \[0, 1, 2",
+    "classes=range(10), data=DATA": r"classes must leave at least one class with samples, got \[0, 1, 2",
+    "classes=lambda k: k > 9": r"classes must hold for at least one label in 0..9, holds for none\.",
+    "classes=lambda k: 1": r"classes as a predicate must give True or False, gave 1 for 0\.",
+    "data=[]": r"data must hold samples of the classes \[1\], it holds none\.",
+    "data=[(X, Y + 2)]": r"data must hold samples of the classes \[1\], it holds none\.",
+    "data=[(X, Y * 0 + 1)]": r"data must hold samples of classes other than \[1\], it holds none\.",
+    "data=[(X, Y), (X, Y + 9)]": r"batch 1: .*labels must lie in 0..9 .* found 10 at position 1",
+    "data=[(X, Y[:3])]": r"data must give one label per sample, batch 0 has 4 samples and 3 labels\.",
+    "data=[X]": r"loader must give \(inputs, labels\) pairs, batch 0 is a Tensor\.",
+}
+
+
+@pytest.mark.parametrize("call", BAD)
+def test_every_bad_argument_is_named_with_its_value(call, trained, digit_scores):
+    model, train, _ = trained
+    x, labels = train.tensors[0][:4], torch.arange(4)
+    options = eval(f"dict({call})", {"DATA": [train.tensors], "X": x, "Y": labels})
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=f"^unlearn: {BAD[call]}"):
+        unlearn(model, digit_scores, **{"classes": [1], "inplace": True, **options})
+    assert state_equal(model, before)
+
+
+def test_scores_of_another_model(trained, digit_scores):
+    with pytest.raises(ValueError, match="unlearn: scores must come from this model: it has no layer 'conv1'"):
+        unlearn(nn.Linear(2, 2), digit_scores, classes=[1])
+    wide = copy.deepcopy(trained[0])
+    wide.fc1 = nn.Linear(64, 65)
+    with pytest.raises(ValueError, match="layer 'fc1' has 65 components, its scores 64"):
+        unlearn(wide, digit_scores, classes=[1])
+    tied = copy.deepcopy(trained[0])
+    tied.other = nn.Linear(64, 64)
+    tied.other.weight = tied.fc1.weight
+    with pytest.raises(ValueError, match="unlearn: layer 'fc1' cannot be edited: its parameters are shared"):
+        unlearn(tied, digit_scores, classes=[1], layers=["conv3", "fc1"])
+    grouped = nn.Sequential(nn.ConvTranspose2d(2, 4, 3, groups=2))
+    moments = Moments(2)
+    moments.update("0", torch.arange(40.0).view(10, 4), torch.arange(10) // 5)
+    with pytest.raises(ValueError, match="unlearn: layer '0' is a transposed convolution in groups"):
+        unlearn(grouped, score(moments), classes=[1])
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4, affine=False), nn.Flatten(), nn.LazyLinear(2)).eval()
+    x = torch.randn(40, 1, 5, 5) + torch.arange(40)[:, None, None, None] % 2
+    plain(x)
+    with torch.no_grad():
+        scores = score(collect_moments(plain, [(x, torch.arange(40) % 2)], 2))
+    with pytest.raises(ValueError, match="unlearn: layer '0' cannot be silenced: '1' behind it mixes channels"):
+        unlearn(plain, scores, classes=[1], sign="any", layers=["0"])
+
+
+def test_one_class_alone_cannot_be_told_apart():
+    model = nn.Sequential(nn.Linear(2, 3))
+    moments = Moments(2)
+    moments.update("0", torch.randn(10, 3), torch.zeros(10, dtype=torch.int64))
+    with pytest.warns(UserWarning):
+        scores = score(moments)
+    with pytest.raises(ValueError, match="unlearn: scores must hold samples of at least two classes"):
+        unlearn(model, scores, classes=[0])
