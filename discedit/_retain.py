@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from discedit._batches import call, checked_labels, device_of, first_tensor, map_tensors, split, undisturbed
-from discedit._calibration import calibration, samples_of
+from discedit._calibration import SAMPLES, calibration, samples_of
 from discedit._measure import accuracy_per_class
 
 MEANS = 256  # samples that means are taken over
+KEPT = {"forget": 1024, "retain": 4096}  # samples that are held in memory, as many of each class
 
 
 class Classified:
-    """Batches of two kinds: "forget" and "retain".
+    """Batches of two kinds: "forget" and "retain", of each kind the first `KEPT` samples, spread evenly over classes.
 
     Args:
         op: what asks, for errors.
-        data: (inputs, labels); read once where it is an iterator.
+        data: (inputs, labels); read once, and no further than needed.
         forget: classes.
 
     Raises:
@@ -31,8 +32,11 @@ class Classified:
     def __init__(self, op: str, model: nn.Module, data: Iterable[Any], forget: list[int], num_classes: int) -> None:
         self.op, self.model, self.num_classes = op, model, num_classes
         self.forget = forget
+        share = {"forget": -(-KEPT["forget"] // len(forget))}
+        share["retain"] = -(-KEPT["retain"] // max(1, num_classes - len(forget)))
+        self._left = [share["forget" if cls in forget else "retain"] for cls in range(num_classes)]
         self._parts: dict[str, list[Any]] = {}
-        self._few: dict[str, list[tuple[Any, Tensor]]] = {}
+        self._few: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
         self._means: dict[tuple[tuple[str, str], ...], dict[str, Tensor]] = {}
         found: dict[str, list[tuple[Any, Tensor]]] = {"forget": [], "retain": []}
         device = device_of(model)
@@ -46,13 +50,24 @@ class Classified:
                 )
             among = torch.isin(labels, torch.tensor(forget))
             for kind, mask in (("forget", among), ("retain", ~among)):
-                if bool(mask.any()):
-                    found[kind].append((_chosen(inputs, mask.nonzero()[:, 0]), labels[mask]))
+                chosen = [i for i in mask.nonzero()[:, 0].tolist() if self._wanted(int(labels[i]))]
+                if chosen:
+                    places = torch.tensor(chosen)
+                    found[kind].append((_chosen(inputs, places), labels[places]))
+            if not any(self._left):
+                break
         for kind, batches in found.items():
             if not batches:
                 what = f"the classes {forget}" if kind == "forget" else f"classes other than {forget}"
                 raise ValueError(f"{op}: data must hold samples of {what}, it holds none.")
         self.batches = found
+
+    def _wanted(self, label: int) -> bool:
+        """Whether another sample of the class is to be kept; counts it."""
+        if not self._left[label]:
+            return False
+        self._left[label] -= 1
+        return True
 
     def accuracy(self, model: nn.Module, kind: str, most: int | None = None) -> float:
         """Mean over the classes of a kind, in [0, 1], of all samples or of so many of each class together."""
@@ -61,14 +76,15 @@ class Classified:
         return float(found[~found.isnan()].mean())
 
     def parts(self, kind: str) -> list[Any]:
-        """The first samples of a kind, in parts, as a repair takes them."""
+        """Samples of a kind, as many of each class, in parts, as a repair takes them."""
         if kind not in self._parts:
-            self._parts[kind] = calibration(self.model, self.batches[kind])
+            self._parts[kind] = calibration(self.model, self._first(kind, SAMPLES))
         return self._parts[kind]
 
     def _first(self, kind: str, most: int) -> list[tuple[Any, Tensor]]:
         """The first samples of each class, as many of each as make up so many together."""
-        if kind not in self._few:
+        key = (kind, most)
+        if key not in self._few:
             classes = {label for _, labels in self.batches[kind] for label in labels.tolist()}
             left = dict.fromkeys(classes, -(-most // len(classes)))
             few = []
@@ -81,8 +97,8 @@ class Classified:
                 if chosen:
                     index = torch.tensor(chosen)
                     few.append((_chosen(inputs, index), labels[index]))
-            self._few[kind] = few
-        return self._few[kind]
+            self._few[key] = few
+        return self._few[key]
 
     @cached_property
     def head(self) -> str | None:
@@ -140,12 +156,8 @@ class Classified:
         ]
         try:
             with undisturbed(self.model):
-                seen = 0
-                for inputs, labels in self.batches["retain"]:
-                    call(self.model, _chosen(inputs, torch.arange(min(len(labels), MEANS - seen))))
-                    seen += len(labels)
-                    if seen >= MEANS:
-                        break
+                for inputs, _ in self._first("retain", MEANS):
+                    call(self.model, inputs)
         finally:
             for handle in handles:
                 handle.remove()

@@ -91,7 +91,7 @@ def unlearn(
         factor: what a component's output is multiplied by: 0 (it is zeroed), between 0 and 1 (attenuated), -1
             (negated).
         around: "mean": an output y behind the layer's norm becomes m + factor * (y - m), where m is its mean over
-            256 samples of `data` of the classes that stay: with factor=0 the component gives m, whatever it sees, and
+            256 samples of `data`, as many of each class that stays: with factor=0 the component gives m, whatever it sees, and
             the layers behind it get what they are used to. "zero": m = 0. "auto": "mean" when data is given and every
             chosen layer has a bias, of its own or its norm's, that can carry m, else "zero"; and where no edit
             around the mean meets a target of forgetting that one around zero meets.
@@ -102,8 +102,9 @@ def unlearn(
         protection: what samples of the classes to forget count, all together, beside the others, in the penalty for
             weights that give anything else on them than those without repair; 0 or more. Biases are fitted to the
             others alone: however large it is, what the repair "mean" does is done.
-        data: labelled batches of all classes for targets, repair and `around`; of repairs up to 1,024 samples of the
-            classes that stay and as many of those to forget are used.
+        data: labelled batches of all classes for targets, repair and `around`. Held in memory are up to 4,096 samples
+            of the classes that stay and 1,024 of those to forget, as many of each class; repairs use up to 1,024 of
+            each kind.
         remove: also remove the zeroed filters, neurons or heads physically, where nothing else shares them; needs
             `example_inputs`. What stays zeroed is in `Edit.skipped`.
         example_inputs: as for `prune`.
