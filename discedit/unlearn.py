@@ -90,11 +90,11 @@ def unlearn(
 
         factor: what a component's output is multiplied by: 0 (it is zeroed), between 0 and 1 (attenuated), -1
             (negated).
-        around: "mean": an output y behind the layer's norm becomes m + factor * (y - m), where m is its mean over
-            256 samples of `data`, as many of each class that stays: with factor=0 the component gives m, whatever it sees, and
-            the layers behind it get what they are used to. "zero": m = 0. "auto": "mean" when data is given and every
-            chosen layer has a bias, of its own or its norm's, that can carry m, else "zero"; and where no edit
-            around the mean meets a target of forgetting that one around zero meets.
+        around: "mean": an output y behind the layer's norm becomes m + factor * (y - m), where m is its mean over 256
+            samples of `data`, as many of each class that stays: with factor=0 the component gives m, whatever it
+            sees, and the layers behind it get what they are used to. "zero": m = 0. "auto": "mean" when data is given
+            and every chosen layer has a bias, of its own or its norm's, that can carry m, else "zero"; and where no
+            edit around the mean meets a target of forgetting that one around zero meets.
         repair: "none"; "least_squares": every layer behind the first edited one, but the head, gets new weights, so
             that it gives what it gave before on samples of the classes that stay; `protection` keeps it from learning
             back what the class needs: less is lost for the same forgetting, at some passes over `data`. "mean":
