@@ -211,7 +211,7 @@ class Recipe:
                 written = list(shape)
                 if operation.kind == "add":
                     written[operation.dim] = len(operation.index)
-                if list(values.shape) != written:
+                if not _fits(operation, list(values.shape), written):
                     raise ValueError(
                         f"Recipe: the values for tensor {operation.target!r} must have shape {written}, they have "
                         f"{list(values.shape)}."
@@ -428,6 +428,13 @@ class _Slots:
 
 def _index(operation: Operation, tensor: Tensor) -> Tensor:
     return torch.tensor(operation.index, dtype=torch.int64, device=tensor.device)
+
+
+def _fits(operation: Operation, shape: list[int], written: list[int]) -> bool:
+    """Whether values of a shape can be written; what is added may be one number for a whole row or column."""
+    if operation.kind == "add" and len(shape) == len(written):
+        shape = [written[d] if n == 1 and d != operation.dim else n for d, n in enumerate(shape)]
+    return shape == written
 
 
 def _dropped(operation: Operation, size: int) -> list[int]:

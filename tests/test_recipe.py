@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from discedit import Recipe, prune, unlearn, zoo
+from discedit.recipe import KINDS
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -21,10 +22,17 @@ def edits(trained, digit_scores):
         "prune": prune(model, digit_scores, ratio=0.3, example_inputs=X),
         "prune and repair": prune(model, digit_scores, ratio=0.3, example_inputs=X, data=zoo.batches(train)),
         "unlearn": unlearn(model, digit_scores, classes=[3, 8]),
+        "attenuated": unlearn(model, digit_scores, classes=[3, 8], factor=0.5, top=3),
+        "negated around the mean": unlearn(
+            model, digit_scores, classes=[3, 8], factor=-1, around="mean", data=zoo.batches(train), top=3
+        ),
+        "repaired": unlearn(model, digit_scores, classes=[3], repair="least_squares", data=zoo.batches(train)),
+        "zeroed and removed": unlearn(model, digit_scores, classes=[3], top=3, remove=True, example_inputs=X),
     }
 
 
-EDITS = ["prune", "prune and repair", "unlearn"]
+UNLEARNT = ["unlearn", "attenuated", "negated around the mean", "repaired", "zeroed and removed"]
+EDITS = ["prune", "prune and repair", *UNLEARNT]
 
 
 def same_state(a, b):
@@ -48,7 +56,57 @@ def test_undo_gives_every_bit_back(name, edits, trained):
         assert torch.equal(restored(X), trained[0](X))
 
 
-@pytest.mark.parametrize("name", EDITS)
+def test_every_kind_is_among_these(edits):
+    """ "set" and "keep" too; a recipe that has none of its own values says so nowhere."""
+    assert {operation.kind for edit in edits.values() for operation in edit.recipe.operations} == set(KINDS)
+    kinds = {name: {operation.kind for operation in edits[name].recipe.operations} for name in UNLEARNT}
+    assert kinds["unlearn"] == {"fill"}
+    assert kinds["attenuated"] == {"scale"}
+    assert kinds["negated around the mean"] == {"scale", "add"}
+    assert kinds["repaired"] == {"fill", "add", "set"}
+    assert kinds["zeroed and removed"] == {"fill", "keep", "attribute"}
+
+
+def test_scaling_and_adding(edits, trained):
+    """Exactly these entries, in the tensor's type."""
+    for name in ("attenuated", "negated around the mean"):
+        recipe = edits[name].recipe
+        due = copy.deepcopy(trained[0].state_dict())
+        for i, operation in enumerate(recipe.operations):
+            rows, tensor = list(operation.index), due[operation.target]
+            assert rows
+            assert operation.dim == 0
+            if operation.kind == "scale":
+                assert operation.value == {"attenuated": 0.5}.get(name, -1)
+                tensor[rows] *= operation.value
+            else:
+                tensor[rows] += recipe.tensors[f"set.{i}"]
+        assert all(torch.equal(due[key], value) for key, value in edits[name].model.state_dict().items())
+
+
+def test_scaling_and_adding_along_any_axis_and_in_half():
+    from discedit.recipe import Operation, architecture_of
+
+    model = nn.Linear(3, 2).bfloat16()
+    operations = [
+        Operation("scale", "weight", dim=1, index=(0, 2), value=-0.5),
+        Operation("add", "weight", dim=1, index=(1,)),
+        Operation("add", "bias", index=(1,)),
+    ]
+    values = {"set.1": torch.tensor([[0.3], [7.0]]), "set.2": torch.tensor([1.1])}
+    edit = Recipe("unlearn", {}, {}, architecture_of(model), operations, values).apply(model)
+    assert torch.equal(edit.model.weight[:, [0, 2]], model.weight[:, [0, 2]] * -0.5)
+    assert torch.equal(edit.model.weight[:, 1], model.weight[:, 1] + values["set.1"][:, 0].bfloat16())
+    assert torch.equal(edit.model.bias[1], model.bias[1] + values["set.2"][0].bfloat16())
+    assert torch.equal(edit.model.bias[0], model.bias[0])
+    assert edit.model.weight.dtype == torch.bfloat16
+    assert same_state(edit.recipe.undo(edit.model), model)
+    row = Recipe("unlearn", {}, {}, architecture_of(model), [Operation("add", "weight", index=(1,))])
+    row.tensors["set.0"] = torch.tensor([[2.0]])  # one number for all of the row
+    assert torch.equal(row.apply(model).model.weight[1], model.weight[1] + 2)
+
+
+@pytest.mark.parametrize("name", ["prune", "prune and repair", "unlearn", "negated around the mean"])
 def test_saved_applied_and_undone_in_a_new_process(name, edits, trained, tmp_path):
     from safetensors.torch import save_file
 
@@ -78,7 +136,7 @@ def test_saved_applied_and_undone_in_a_new_process(name, edits, trained, tmp_pat
 def test_applies_to_other_weights_and_undoes_those(edits):
     torch.manual_seed(1)
     fresh = zoo.DigitsNet().eval()
-    for name in ("prune", "unlearn"):
+    for name in EDITS:
         edit = edits[name].recipe.apply(fresh)
         assert str(edit.model) == str(edits[name].model)
         assert same_state(edit.recipe.undo(edit.model), fresh)
@@ -223,9 +281,62 @@ def test_damaged_and_foreign_files(edits, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load(text)
+    scaled = {"kind": "scale", "target": "fc1.bias", "index": [2]}
+    added = {"kind": "add", "target": "fc1.bias", "index": [2]}
+    for operation, message in (
+        (scaled, "operation 0 must scale with a number, got None"),
+        ({**scaled, "value": "2"}, "operation 0 must scale with a number, got '2'"),
+        ({**scaled, "value": True}, "operation 0 must scale with a number, got True"),
+        ({**scaled, "value": 2, "index": [64]}, r"operation 0 must have increasing indices in 0..63"),
+        ({**scaled, "value": 2, "index": [True]}, r"operation 0 must have increasing indices in 0..63"),
+        ({**scaled, "value": 2, "dim": 1}, r"operation 0 has dim 1 for a tensor of shape \[64\]"),
+        ({**added, "index": [2, 2]}, r"operation 0 must have increasing indices in 0..63"),
+        ({**added, "index": [-1]}, r"operation 0 must have increasing indices in 0..63"),
+        ({**added, "dim": -1}, "operation 0 has dim -1"),
+        ({**added, "target": "fc9.bias"}, "operation 0 names the unknown tensor 'fc9.bias'"),
+        ({**added, "values": [1.0]}, "operation 0 must be an object with kind and target"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(change(operations=[operation]))
     (tmp_path / "r.values.safetensors").unlink()
     (tmp_path / "r.json").write_text(good)
     with pytest.raises(FileNotFoundError, match="needs 'r.values.safetensors' beside it"):
         Recipe.load(tmp_path / "r.json")
     with pytest.raises(FileNotFoundError, match=r"recipe file .*none.json' does not exist"):
         Recipe.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("name", ["negated around the mean", "repaired", "prune and repair"])
+def test_values_that_do_not_fit_are_refused_before_anything_changes(name, edits, trained, tmp_path):
+    """What a JSON file that was changed by hand, whose values' checksum is right, may lead to."""
+    path = edits[name].recipe.save(tmp_path / "edit")
+    loaded = Recipe.load(path)
+    model = copy.deepcopy(trained[0])
+    for i in reversed(range(len(loaded.operations))):
+        operation = loaded.operations[i]
+        if operation.kind not in ("add", "set"):
+            continue
+        tensors = {key: value for key, value in loaded.tensors.items() if key != f"set.{i}"}
+        fitting = loaded.tensors[f"set.{i}"]
+        for values in (None, fitting[:1], fitting.flatten()[0], torch.cat([fitting, fitting])):
+            broken = {**tensors, f"set.{i}": values} if values is not None else tensors
+            if values is not None and values.shape == fitting.shape:
+                continue
+            recipe = Recipe(
+                loaded.edit, loaded.settings, loaded.components, loaded.architecture, loaded.operations, broken
+            )
+            with pytest.raises(
+                ValueError, match=rf"Recipe: the values for tensor '{operation.target}' (are missing|must have shape)"
+            ):
+                recipe.apply(model, inplace=True)
+            assert same_state(model, trained[0])
+    header = json.loads(path.read_text())
+    for operation in header["operations"]:
+        if operation["kind"] == "add":
+            operation["index"] = operation["index"][:-1]
+    path.write_text(json.dumps(header))
+    shortened = Recipe.load(path)
+    if name == "negated around the mean":
+        with pytest.raises(ValueError, match=r"must have shape \[\d+\], they have \[\d+\]"):
+            shortened.apply(model, inplace=True)
+    assert same_state(model, trained[0])

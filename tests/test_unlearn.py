@@ -12,6 +12,15 @@ from discedit._retain import MEANS
 from discedit.evaluate import accuracy_per_class
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Nets this small gain nothing from more, and on a busy machine lose a lot."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_forgets_the_class_and_keeps_the_rest(trained, digit_scores):
     model, _, test = trained
     loader = zoo.batches(test)
@@ -204,7 +213,9 @@ FRONTS = {
     "linear": lambda: (nn.Sequential(nn.Flatten(), nn.Linear(36, 6)), None),
     "linear, several positions": lambda: (nn.Linear(6, 6), None),
     "linear and batch norm": lambda: (nn.Sequential(nn.Flatten(), nn.Linear(36, 6, bias=False)), nn.BatchNorm1d(6)),
-    "convolution and batch norm without weights": lambda: (nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6, affine=False)),
+    "convolution and batch norm without weights": lambda: (
+        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6, affine=False),
+    ),
 }  # fmt: skip
 
 
@@ -307,19 +318,35 @@ def test_around_auto_needs_a_bias_in_every_layer(trained, digit_scores):
         unlearn(model, scores, classes=[2], layers=[layer], data=[(x, labels)], around="mean", sign="any")
 
 
-def test_the_default_size_depends_on_what_the_edit_is(trained, digit_scores):
+def test_the_default_size_depends_on_what_is_given(trained, digit_scores):
     model, train, _ = trained
     data = zoo.batches(train)
     for options, fraction in (
         ({}, 0.06),
-        ({"data": data}, 0.05),
+        ({"data": data, "repair": "mean"}, 0.06),
         ({"data": data, "repair": "least_squares"}, 0.08),
-        ({"data": data, "around": "zero"}, 0.06),
-        ({"data": data, "around": "zero", "repair": "least_squares"}, 0.06),
     ):
         edit = unlearn(model, digit_scores, classes=[1], **options)
         assert edit.recipe.settings["fraction"] == fraction
         assert sum(map(len, edit.recipe.components.values())) == int(fraction * 128)
+    options = {"classes": [1], "data": data, "around": "zero"}
+    by_default, asked = (unlearn(model, digit_scores, **options, **more) for more in ({}, {"forget_accuracy": 0.05}))
+    assert by_default.recipe.settings == asked.recipe.settings
+    assert by_default.recipe.components == asked.recipe.components
+    assert by_default.recipe.settings["targets"]["forget_accuracy"]["asked"] == 0.05
+
+
+def test_zero_where_no_mean_meets_a_target(trained, digit_scores):
+    model, train, _ = trained
+    options = {"classes": [3], "data": zoo.batches(train), "forget_accuracy": 0.05}
+    auto, zero = (unlearn(model, digit_scores, around=around, **options) for around in ("auto", "zero"))
+    assert auto.recipe.settings == zero.recipe.settings
+    assert auto.recipe.settings["targets"]["forget_accuracy"]["met"]
+    assert auto.recipe.components == zero.recipe.components
+    with pytest.warns(UserWarning, match="none meets the targets") as seen:
+        mean = unlearn(model, digit_scores, around="mean", **options)
+    assert mean.recipe.settings["around"] == "mean"
+    assert [warning.filename for warning in seen] == [__file__]
 
 
 def loss(model, x, y):
@@ -359,6 +386,18 @@ def test_repair_keeps_what_is_silenced_silent(repaired, trained):
             bias = edits["none"].model.get_submodule(norm).bias[rows].detach()
             torch.testing.assert_close(given, bias[None, :, None, None].expand_as(given), rtol=0, atol=0)
         assert not edit.model.conv3.weight[components["conv3"]].any()
+
+
+@pytest.mark.parametrize("kind", ["mean", "least_squares"])
+def test_a_repaired_layer_keeps_the_biases_of_what_is_silenced(kind, trained, digit_scores):
+    model, train, test = trained
+    options = {"classes": [3], "layers": ["conv3", "fc1"], "top": 8, "data": zoo.batches(train)}
+    plain, edit = (unlearn(model, digit_scores, repair=repair, **options) for repair in ("none", kind))
+    rows = edit.recipe.components["fc1"]
+    given = output_of(edit.model, "fc1", test.tensors[0])
+    assert torch.equal(given[:, rows], plain.model.fc1.bias[rows].detach().expand(len(given), -1))
+    others = [row for row in range(64) if row not in rows]
+    assert not torch.equal(edit.model.fc1.bias[others], plain.model.fc1.bias[others])
 
 
 def test_repair_and_protection(repaired):
@@ -407,14 +446,22 @@ TARGET = {"layers": ["conv3", "fc1"], "around": "zero"}
 SIZES = 128
 
 
-@pytest.mark.parametrize("forget", [[3], [8], [1, 6]])
+def looked_at(data, forget):
+    """The first samples of each class to forget, 128 together."""
+    x, y = data.tensors
+    left = [(y == cls).nonzero()[: -(-128 // len(forget)), 0] for cls in forget]
+    return [(x[index], y[index]) for index in left]
+
+
+@pytest.mark.parametrize("forget", [[3], [1, 6]])
 def test_target_of_forgetting_is_met_by_the_smallest_edit(forget, trained, digit_scores):
     model, train, _ = trained
     data = zoo.batches(train)
     edit = unlearn(model, digit_scores, classes=forget, data=data, forget_accuracy=0.5, **TARGET)
     settings = edit.recipe.settings
     count = settings["count"]
-    reached, _ = accuracies(edit.model, data, forget)
+    few = looked_at(train, forget)
+    reached = float(accuracy_per_class(edit.model, few, 10)[forget].mean())
     assert settings["targets"] == {"forget_accuracy": {"asked": 0.5, "reached": pytest.approx(reached), "met": True}}
     assert reached <= 0.5
     if len(forget) == 1:
@@ -426,71 +473,76 @@ def test_target_of_forgetting_is_met_by_the_smallest_edit(forget, trained, digit
         for number in (count, count - 1)
     )
     assert same.recipe.components == edit.recipe.components
-    assert accuracies(fewer.model, data, forget)[0] > 0.5
+    assert float(accuracy_per_class(fewer.model, few, 10)[forget].mean()) > 0.5
     assert not {"fraction", "top"} & settings.keys()
 
 
 def test_target_of_what_the_others_lose(trained, digit_scores):
-    """Alone, it asks for the largest edit: the next one loses more."""
+    """Alone, it asks for the largest edit: one that is hardly larger loses more."""
     model, train, _ = trained
     data = zoo.batches(train)
+    options = {"classes": [0], "data": data, **TARGET}
     _, before = accuracies(model, data, [0])
 
     def drop(edit):
         return before - accuracies(edit.model, data, [0])[1]
 
-    edit = unlearn(model, digit_scores, classes=[0], data=data, retain_drop=0.05, **TARGET)
+    everything = unlearn(model, digit_scores, retain_drop=1, **options)
+    settings = everything.recipe.settings
+    up = sum(int((digit_scores.direction[layer][:, 0] > 0).sum()) for layer in TARGET["layers"])
+    assert settings["count"] == max(map(int, settings["tried"])) == min(up, SIZES // 2)
+    assert drop(everything) > 0
+    asked = drop(everything) / 2
+    edit = unlearn(model, digit_scores, retain_drop=asked, **options)
     settings = edit.recipe.settings
+    assert settings["targets"] == {"retain_drop": {"asked": asked, "reached": pytest.approx(drop(edit)), "met": True}}
+    assert drop(edit) <= asked
     count = settings["count"]
-    assert settings["targets"] == {"retain_drop": {"asked": 0.05, "reached": pytest.approx(drop(edit)), "met": True}}
-    assert drop(edit) <= 0.05
-    step = max(1, int(0.04 * (count + 2)))
-    larger = unlearn(model, digit_scores, classes=[0], data=data, fraction=(count + step + 0.5) / SIZES, **TARGET)
-    assert drop(larger) > 0.05
-    assert unlearn(model, digit_scores, classes=[0], data=data, retain_drop=1, **TARGET).recipe.settings[
-        "count"
-    ] == max(
-        map(int, unlearn(model, digit_scores, classes=[0], data=data, retain_drop=1, **TARGET).recipe.settings["tried"])
-    )
+    beyond = min(int(number) for number in settings["tried"] if int(number) > count)
+    assert beyond - count <= max(1, 0.04 * beyond)
+    assert drop(unlearn(model, digit_scores, fraction=(beyond + 0.5) / SIZES, **options)) > asked
 
 
 def test_both_targets(trained, digit_scores):
+    """The edit of the one; of the other it is said whether it is met."""
     model, train, _ = trained
-    options = {"classes": [3], "data": zoo.batches(train), **TARGET}
-    alone = unlearn(model, digit_scores, forget_accuracy=0.5, **options)
-    both = unlearn(model, digit_scores, forget_accuracy=0.5, retain_drop=0.2, **options)
+    data = zoo.batches(train)
+    options = {"classes": [3], "data": data, "layers": ["conv1"], "around": "zero", "forget_accuracy": 0.3}
+    alone = unlearn(model, digit_scores, **options)
+    both = unlearn(model, digit_scores, retain_drop=1, **options)
     assert both.recipe.components == alone.recipe.components
     targets = both.recipe.settings["targets"]
     assert {name: target["met"] for name, target in targets.items()} == {"forget_accuracy": True, "retain_drop": True}
     drop = targets["retain_drop"]["reached"]
-    assert drop == pytest.approx(
-        accuracies(model, options["data"], [3])[1] - accuracies(both.model, options["data"], [3])[1]
-    )
+    assert drop == pytest.approx(accuracies(model, data, [3])[1] - accuracies(both.model, data, [3])[1])
     assert drop > 0
     with pytest.warns(
         UserWarning,
         match=rf"unlearn: of \d+ edits .* none meets the targets: retain_drop is {drop:.4f}, which misses the target "
         rf"0 by {drop:.4f}\.",
     ):
-        missed = unlearn(model, digit_scores, forget_accuracy=0.5, retain_drop=0, **options)
+        missed = unlearn(model, digit_scores, retain_drop=0, **options)
     assert missed.recipe.components == alone.recipe.components
     assert missed.recipe.settings["targets"]["retain_drop"] == {"asked": 0.0, "reached": drop, "met": False}
 
 
 def test_a_target_that_cannot_be_reached(trained, digit_scores):
-    """In one layer of four: not more than half of its components, and the edit that forgets most."""
+    """Of one layer not more than half of its components go, and around the mean that is not enough."""
     model, train, _ = trained
     with pytest.warns(UserWarning, match="none meets the targets") as seen:
-        edit = unlearn(model, digit_scores, classes=[3], data=zoo.batches(train), forget_accuracy=0, layers=["conv1"])
+        edit = unlearn(
+            model, digit_scores, classes=[3], data=zoo.batches(train), forget_accuracy=0, layers=["fc1"], around="mean"
+        )
     (warning,) = seen
     assert warning.filename == __file__
     settings = edit.recipe.settings
     target = settings["targets"]["forget_accuracy"]
     reached = target["reached"]
+    few = looked_at(train, [3])
     assert target == {"asked": 0.0, "reached": reached, "met": False}
-    assert reached == accuracies(edit.model, zoo.batches(train), [3])[0] > 0
+    assert reached == float(accuracy_per_class(edit.model, few, 10)[3]) > 0
     tried = {int(count): accuracy for count, accuracy in settings["tried"].items()}
-    assert max(tried) <= 16
+    assert max(tried) <= 32
     assert str(warning.message) == (
         f"unlearn: of {len(tried)} edits of up to {max(tried)} components per class none meets the targets: "
         f"forget_accuracy is {reached:.4f}, which misses the target 0 by {reached:.4f}."
@@ -614,8 +666,8 @@ KINDS = {
     "zeroed": {},
     "attenuated": {"factor": 0.5},
     "negated": {"factor": -1},
-    "mean": {"data": True},
-    "negated around the mean": {"data": True, "factor": -1, "around": "mean"},
+    "mean": {"data": True, "top": 3},
+    "negated around the mean": {"data": True, "factor": -1, "around": "mean", "top": 3},
     "biases": {"data": True, "repair": "mean"},
     "least squares": {"data": True, "repair": "least_squares", "layers": ["conv2", "fc1"]},
     "target": {"data": True, "around": "zero", "forget_accuracy": 0.7},
@@ -737,11 +789,11 @@ def test_scores_of_another_model(trained, digit_scores):
         unlearn(plain, scores, classes=[1], sign="any", layers=["0"])
 
 
+@pytest.mark.filterwarnings("ignore:score")
 def test_one_class_alone_cannot_be_told_apart():
     model = nn.Sequential(nn.Linear(2, 3))
     moments = Moments(2)
     moments.update("0", torch.randn(10, 3), torch.zeros(10, dtype=torch.int64))
-    with pytest.warns(UserWarning):
-        scores = score(moments)
+    scores = score(moments)
     with pytest.raises(ValueError, match="unlearn: scores must hold samples of at least two classes"):
         unlearn(model, scores, classes=[0])
