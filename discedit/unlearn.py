@@ -252,11 +252,21 @@ class _Plan:
         order = list(runs_in_order(edit.model, known, retain[0]))
         first = next(i for i, name in enumerate(order) if name in rows)
         head = self.data.head
-        behind = [name for name in order[first + 1 :] if name != head]
+        behind = [
+            name
+            for name in order[first + 1 :]
+            if name != head and isinstance(edit.model.get_submodule(name), (nn.Conv2d, nn.Linear))
+        ]
+        if not behind:
+            warnings.warn(
+                f"unlearn: repair={self.repair!r} finds nothing to repair: only the head is behind {order[first]!r}.",
+                stacklevel=4,
+            )
+            return
         result = repaired(
             self.model,
             edit.model,
-            [name for name in behind if isinstance(edit.model.get_submodule(name), (nn.Conv2d, nn.Linear))],
+            behind,
             {},
             norms,
             retain,

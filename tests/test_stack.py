@@ -445,7 +445,7 @@ def test_pruning_and_unlearning_of_a_trained_network(trained, digit_scores):
     stack.remove("repaired")
     same(stack.model, base)
     attenuated = unlearn(
-        base, digit_scores, classes=[5], layers=["fc1"], factor=0.5, around="mean", repair="none",
+        base, digit_scores, classes=[5], layers=["fc1"], fraction=0.1, factor=0.5, around="mean", repair="none",
         data=zoo.batches(train),
     )  # fmt: skip
     kinds = {operation.kind for operation in attenuated.recipe.operations}

@@ -556,9 +556,9 @@ def test_a_target_with_a_single_component():
     x, labels = torch.randn(40, 2), torch.arange(40) % 2
     x += 2 * labels[:, None]
     scores = score(collect_moments(model, [(x, labels)], 2, layers=["0"]))
-    edit = unlearn(
-        model, scores, classes=[1], sign="any", data=[(x, labels)], repair="least_squares", retain_drop=1, layers=["0"]
-    )
+    options = {"sign": "any", "data": [(x, labels)], "repair": "least_squares", "retain_drop": 1, "layers": ["0"]}
+    with pytest.warns(UserWarning, match="only the head is behind '0'"):
+        edit = unlearn(model, scores, classes=[1], **options)
     assert edit.recipe.components == {"0": [0]}
 
 
@@ -797,3 +797,11 @@ def test_one_class_alone_cannot_be_told_apart():
     scores = score(moments)
     with pytest.raises(ValueError, match="unlearn: scores must hold samples of at least two classes"):
         unlearn(model, scores, classes=[0])
+
+
+def test_a_repair_with_nothing_to_repair_says_so(trained, digit_scores):
+    model, loader = trained[0], zoo.batches(zoo.digits()[0])
+    with pytest.warns(UserWarning, match="finds nothing to repair: only the head is behind 'fc1'"):
+        unlearn(
+            model, digit_scores, classes=[2], layers=["fc1"], fraction=0.1, repair="least_squares", data=list(loader)
+        )
