@@ -80,6 +80,30 @@ def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return inputs
 
 
+def chosen(inputs: Any, index: Tensor, samples: int) -> Any:
+    """The same nest for some of the samples; what has no sample axis stays as it is."""
+    return map_tensors(inputs, lambda t: t[index.to(t.device)] if t.ndim and len(t) == samples else t)
+
+
+class Quota:
+    """The first samples of each class: how many more of each are wanted; of classes that are not named, none."""
+
+    def __init__(self, of_class: Mapping[int, int]) -> None:
+        self._left = dict(of_class)
+
+    def take(self, labels: Tensor) -> Tensor:
+        """Places of the samples that are wanted, in order, on the CPU; they count from then on."""
+        places = []
+        for place, label in enumerate(labels.tolist()):
+            if self._left.get(label, 0) > 0:
+                self._left[label] -= 1
+                places.append(place)
+        return torch.tensor(places, dtype=torch.int64)
+
+    def full(self) -> bool:
+        return not any(self._left.values())
+
+
 def moved(inputs: Any, device: torch.device) -> Any:
     """On a GPU without waiting for the copy, which its stream waits for; on the CPU nobody else would."""
     return map_tensors(inputs, lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))

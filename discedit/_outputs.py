@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from discedit import _checks
-from discedit._batches import call, checked_labels, device_of, first_tensor, map_tensors, moved, split, undisturbed
+from discedit._batches import Quota, call, checked_labels, chosen, device_of, first_tensor, moved, split, undisturbed
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,13 @@ class Samples:
     """The first samples of each class that a loader gave, as inputs to run again: at most `quota[class]` of each."""
 
     def __init__(self, quota: Mapping[int, int]) -> None:
-        self._left = dict(quota)
+        self._quota = Quota(quota)
         self._inputs: list[Any] = []
         self._labels: list[Tensor] = []
 
     def add(self, inputs: Any, labels: Tensor) -> None:
-        places = []
-        for place, label in enumerate(labels.tolist()):
-            if self._left.get(label, 0) > 0:
-                self._left[label] -= 1
-                places.append(place)
-        if places:
-            index = torch.tensor(places)
+        index = self._quota.take(labels)
+        if len(index):
             self._inputs.append(chosen(inputs, index, len(labels)))
             self._labels.append(labels[index])
 
@@ -70,11 +65,6 @@ class Samples:
 
     def joined(self) -> Any:
         return _joined(self._inputs)
-
-
-def chosen(inputs: Any, index: Tensor, samples: int) -> Any:
-    """The same nest for some of the samples; what has no sample axis stays as it is."""
-    return map_tensors(inputs, lambda t: t[index.to(t.device)] if t.ndim and len(t) == samples else t)
 
 
 def _joined(parts: Sequence[Any]) -> Any:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from discedit._batches import call, first_tensor, moved, undisturbed
-from discedit._outputs import Outputs, Samples, accuracies, chosen, is_among
+from discedit._batches import Quota, call, chosen, first_tensor, moved, undisturbed
+from discedit._outputs import Outputs, Samples, accuracies, is_among
 from discedit._probes import means
 
 EVALUATED = 100  # samples at once
@@ -61,9 +61,8 @@ class Kept:
 
     def first(self, number: int) -> Kept:
         """About so many, as many of each class."""
-        classes = sorted(set(self.labels.tolist()))
-        each = -(-number // max(1, len(classes)))
-        return self.take(torch.cat([(self.labels == cls).nonzero()[:each, 0] for cls in classes]).sort().values)
+        classes = set(self.labels.tolist())
+        return self.take(Quota(dict.fromkeys(classes, -(-number // max(1, len(classes))))).take(self.labels))
 
     def among(self, classes: Sequence[int], *, inside: bool = True) -> Kept:
         return self.take((is_among(self.labels, classes) == inside).nonzero()[:, 0])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discedit._batches import call, checked_labels, device_of, first_tensor, map_tensors, split, undisturbed
+from discedit._batches import Quota, call, checked_labels, chosen, device_of, first_tensor, split, undisturbed
 from discedit._calibration import SAMPLES, calibration, samples_of
 from discedit._measure import accuracy_per_class
 
@@ -34,7 +34,7 @@ class Classified:
         self.forget = forget
         share = {"forget": -(-KEPT["forget"] // len(forget))}
         share["retain"] = -(-KEPT["retain"] // max(1, num_classes - len(forget)))
-        self._left = [share["forget" if cls in forget else "retain"] for cls in range(num_classes)]
+        quota = Quota({cls: share["forget" if cls in forget else "retain"] for cls in range(num_classes)})
         self._parts: dict[str, list[Any]] = {}
         self._few: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
         self._means: dict[tuple[tuple[str, str], ...], dict[str, Tensor]] = {}
@@ -48,26 +48,18 @@ class Classified:
                     f"{op}: data must give one label per sample, batch {index} has {samples_of(inputs)} samples and "
                     f"{len(labels)} labels."
                 )
-            among = torch.isin(labels, torch.tensor(forget))
-            for kind, mask in (("forget", among), ("retain", ~among)):
-                chosen = [i for i in mask.nonzero()[:, 0].tolist() if self._wanted(int(labels[i]))]
-                if chosen:
-                    places = torch.tensor(chosen)
-                    found[kind].append((_chosen(inputs, places), labels[places]))
-            if not any(self._left):
+            wanted = quota.take(labels)
+            among = torch.isin(labels[wanted], torch.tensor(forget))
+            for kind, places in (("forget", wanted[among]), ("retain", wanted[~among])):
+                if len(places):
+                    found[kind].append((chosen(inputs, places, len(labels)), labels[places]))
+            if quota.full():
                 break
         for kind, batches in found.items():
             if not batches:
                 what = f"the classes {forget}" if kind == "forget" else f"classes other than {forget}"
                 raise ValueError(f"{op}: data must hold samples of {what}, it holds none.")
         self.batches = found
-
-    def _wanted(self, label: int) -> bool:
-        """Whether another sample of the class is to be kept; counts it."""
-        if not self._left[label]:
-            return False
-        self._left[label] -= 1
-        return True
 
     def accuracy(self, model: nn.Module, kind: str, most: int | None = None) -> float:
         """Mean over the classes of a kind, in [0, 1], of all samples or of so many of each class together."""
@@ -86,17 +78,12 @@ class Classified:
         key = (kind, most)
         if key not in self._few:
             classes = {label for _, labels in self.batches[kind] for label in labels.tolist()}
-            left = dict.fromkeys(classes, -(-most // len(classes)))
+            quota = Quota(dict.fromkeys(classes, -(-most // len(classes))))
             few = []
             for inputs, labels in self.batches[kind]:
-                chosen = []
-                for i, label in enumerate(labels.tolist()):
-                    if left[label]:
-                        left[label] -= 1
-                        chosen.append(i)
-                if chosen:
-                    index = torch.tensor(chosen)
-                    few.append((_chosen(inputs, index), labels[index]))
+                places = quota.take(labels)
+                if len(places):
+                    few.append((chosen(inputs, places, len(labels)), labels[places]))
             self._few[key] = few
         return self._few[key]
 
@@ -120,7 +107,8 @@ class Classified:
         ]
         try:
             with undisturbed(self.model):
-                result = first_tensor(call(self.model, _chosen(self.batches["retain"][0][0], torch.tensor([0]))))
+                inputs, labels = self.batches["retain"][0]
+                result = first_tensor(call(self.model, chosen(inputs, torch.tensor([0]), len(labels))))
         finally:
             for handle in handles:
                 handle.remove()
@@ -162,8 +150,3 @@ class Classified:
             for handle in handles:
                 handle.remove()
         return {layer: (total / number[layer]).cpu() for layer, total in sums.items()}
-
-
-def _chosen(inputs: Any, index: Tensor) -> Any:
-    size = samples_of(inputs)
-    return map_tensors(inputs, lambda x: x[index.to(x.device)] if x.ndim and len(x) == size else x)

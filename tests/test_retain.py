@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from discedit import _retain, zoo
+from discedit._batches import Quota
 from discedit._retain import Classified
 
 MODEL = zoo.DigitsNet().eval()
@@ -13,6 +14,16 @@ def batches(labels, size):
     torch.manual_seed(0)
     x = torch.rand(len(labels), 1, 8, 8)
     return [(x[i : i + size], labels[i : i + size]) for i in range(0, len(labels), size)], x
+
+
+def test_the_first_samples_of_each_class():
+    quota = Quota({0: 1, 2: 3})
+    assert quota.take(torch.tensor([2, 1, 2, 0, 0])).tolist() == [0, 2, 3]
+    assert not quota.full()
+    none = quota.take(torch.tensor([0, 1], dtype=torch.uint8))
+    assert none.tolist() == torch.arange(5)[none].tolist() == []
+    assert quota.take(torch.tensor([1, 2, 2])).tolist() == [1]
+    assert quota.full()
 
 
 def test_every_sample_is_of_one_kind():
