@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +57,8 @@ def calibration(model: nn.Module, data: Iterable[Any]) -> list[Any]:
         raise ValueError("prune: data must give at least one sample, it gave none.")
     parts = 1 if device.type != "cpu" else min(PARTS, samples, -(-samples * largest // MAP))
     each = -(-samples // parts)
-    joined = _joined(batches)
-    return [_narrowed(joined, samples, min(each, samples - i), i) for i in range(0, samples, each)]
+    together = joined([inputs for inputs, _ in batches], batches[0][1])
+    return [_narrowed(together, samples, min(each, samples - i), i) for i in range(0, samples, each)]
 
 
 def samples_of(inputs: Any) -> int:
@@ -114,15 +114,15 @@ def _fits(first: Any, other: Any) -> bool:
     return bool(first == other)
 
 
-def _joined(batches: list[tuple[Any, int]]) -> Any:
-    """One batch of several, each with its number of samples; tensors without a sample axis as in the first."""
-    first, samples = batches[0]
+def joined(batches: Sequence[Any], samples: int) -> Any:
+    """One batch of several, the first with so many samples; tensors without a sample axis as in the first."""
+    first = batches[0]
     if isinstance(first, Tensor):
-        return torch.cat([x for x, _ in batches]) if first.ndim and len(first) == samples else first
+        return torch.cat(tuple(batches)) if first.ndim and len(first) == samples else first
     if isinstance(first, Mapping):
-        return {name: _joined([(batch[name], size) for batch, size in batches]) for name in first}
+        return {name: joined([batch[name] for batch in batches], samples) for name in first}
     if isinstance(first, (tuple, list)):
-        return tuple(_joined([(batch[i], size) for batch, size in batches]) for i in range(len(first)))
+        return tuple(joined(several, samples) for several in zip(*batches, strict=True))
     return first
 
 

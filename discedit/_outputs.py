@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from discedit import _checks
 from discedit._batches import Quota, call, checked_labels, chosen, device_of, first_tensor, moved, split, undisturbed
+from discedit._calibration import joined
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,7 @@ class Samples:
         return torch.cat(self._labels) if self._labels else torch.zeros(0, dtype=torch.int64)
 
     def joined(self) -> Any:
-        return _joined(self._inputs)
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(parts)) if first.ndim else first
-    if isinstance(first, Mapping):
-        return {name: _joined([part[name] for part in parts]) for name in first}
-    if isinstance(first, (tuple, list)):
-        return tuple(_joined(several) for several in zip(*parts, strict=True))
-    return first
+        return joined(self._inputs, len(self._labels[0]))
 
 
 def gather(

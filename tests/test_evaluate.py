@@ -459,6 +459,26 @@ def test_models_of_transformers():
     assert found.cka["edited-original"].forget == pytest.approx(1)
 
 
+class Scaled(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, scale):
+        return self.inner(x) * scale
+
+
+def test_inputs_without_a_sample_axis_are_kept_as_they_are(trained):
+    model, train, test = trained
+    plain = report(model, train, test, metrics="batchnorm_recall")
+    loaders = {
+        part: [{"x": x, "scale": torch.ones(10), "labels": labels} for x, labels in zoo.batches(data, 100)]
+        for part, data in (("train", train), ("test", test))
+    }
+    found = report(Scaled(model), train, test, metrics="batchnorm_recall", **loaders)
+    assert found.batchnorm_recall == plain.batchnorm_recall
+
+
 def test_several_classes_and_a_predicate(trained):
     model, train, test = trained
     metrics = ["accuracy", "membership", "relearning"]
