@@ -133,9 +133,10 @@ class Classified:
             last = isinstance(self.model.get_submodule(layer), nn.Linear)
 
             def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-                flat = output.flatten(0, -2) if last else output.transpose(0, 1).flatten(1).T
-                sums[layer] = sums.get(layer, torch.zeros(())) + flat.double().sum(0)
-                number[layer] = number.get(layer, 0) + len(flat)
+                axis = output.ndim - 1 if last else 1
+                dims = [dim for dim in range(output.ndim) if dim != axis]
+                sums[layer] = sums.get(layer, torch.zeros(())) + output.sum(dims, dtype=torch.float64)
+                number[layer] = number.get(layer, 0) + output.numel() // output.shape[axis]
 
             return hook
 
