@@ -37,7 +37,8 @@ from benchmarks import bench_prune, held_out
 from benchmarks._common import machine
 from benchmarks.unlearning_rivals import METHODS, retrained, retrained_file, tuned
 from discedit import Edit, Moments, collect_moments, evaluate, score, unlearn, zoo
-from discedit._recovery import Kept, batchnorm_recall, norms_of
+from discedit._calibration import batch_norms
+from discedit._recovery import Kept, batchnorm_recall
 from discedit.evaluate import accuracy_per_class
 from discedit.presets import preset
 from discedit.prune import why_not_editable
@@ -351,7 +352,7 @@ class Bench:
             "worst drop": round(float(lost[worst]), 3),
             "accuracy": [round(value, 2) for value in after.tolist()],
         }
-        if recall and norms_of(model):
+        if recall and batch_norms(model):
             again = batchnorm_recall(model, *self.samples, [cls], 0)
             found |= {"recall forget": round(100 * again.forget, 3), "recall retain": round(100 * again.retain, 3)}
         elif recall:  # nothing to take anew

@@ -150,6 +150,15 @@ def norm_behind(model: nn.Module, name: str, norms: Mapping[str, str]) -> _Batch
     return norm if isinstance(norm, _BatchNorm) and norm.running_mean is not None else None
 
 
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """By name, those with running statistics that training would change."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None
+    }
+
+
 def scale_behind(model: nn.Module, name: str, norms: Mapping[str, str]) -> Tensor | None:
     """What the batch norm behind a layer multiplies its outputs by: (outputs,)."""
     norm = norm_behind(model, name, norms)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from discedit._batches import Quota, call, chosen, first_tensor, moved, undisturbed
+from discedit._calibration import batch_norms
 from discedit._outputs import Outputs, Samples, accuracies, is_among
 from discedit._probes import means
 
@@ -138,7 +138,7 @@ def batchnorm_recall(model: nn.Module, train: Kept, test: Kept, classes: Sequenc
     order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed))
     with undisturbed(model):
         other = copy.deepcopy(model)
-        for norm in norms_of(other):
+        for norm in batch_norms(other).values():
             norm.reset_running_stats()
             norm.momentum = None  # the plain mean over all batches
             norm.train()
@@ -146,10 +146,6 @@ def batchnorm_recall(model: nn.Module, train: Kept, test: Kept, classes: Sequenc
             call(other, retain.take(index).inputs)
         other.eval()
         return Recall(*test_accuracy(other, test, classes), len(test))
-
-
-def norms_of(model: nn.Module) -> list[_BatchNorm]:
-    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
 
 
 def _logits(model: nn.Module, inputs: Any) -> Tensor:

@@ -14,10 +14,11 @@ from torch import nn
 from discedit import _checks
 from discedit._attacks import LEAST, Attack, Membership, membership
 from discedit._batches import device_of
+from discedit._calibration import batch_norms
 from discedit._measure import accuracy_per_class as accuracy_per_class
 from discedit._outputs import Outputs, Samples, accuracies, gather, is_among
 from discedit._probes import Probe, Similarity, cka, knn, linear_probe, means
-from discedit._recovery import Kept, Recall, Relearning, batchnorm_recall, forget_accuracy, norms_of, relearning
+from discedit._recovery import Kept, Recall, Relearning, batchnorm_recall, forget_accuracy, relearning
 
 METRICS = ("accuracy", "membership", "linear_probe", "knn", "cka", "relearning", "batchnorm_recall", "aus")
 NEEDS_TRAIN = ("membership", "linear_probe", "knn", "relearning", "batchnorm_recall")
@@ -390,12 +391,12 @@ def _recall(
     left_out: _Left, models: Mapping[str, nn.Module], kept: Mapping[str, Samples], forget: list[int], seed: int
 ) -> dict[str, Recall] | None:
     """Of each model that has batch norms; None, with the reason noted, if the edited one has none."""
-    if not norms_of(models["edited"]):
+    if not batch_norms(models["edited"]):
         left_out.reasons["batchnorm_recall"] = "not applicable, the model has no batch norm with running statistics"
         return None
     found = {}
     for name, model in models.items():
-        if norms_of(model):
+        if batch_norms(model):
             train, test = (Kept.of(kept[part], device_of(model)) for part in ("train", "test"))
             found[name] = batchnorm_recall(model, train, test, forget, seed)
     return found

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from discedit import _checks
 from discedit._batches import call, device_of, split, undisturbed
 from discedit._budget import BUDGETS, NORMALISATIONS, ROUNDING, Choice, Cost, Limits, choose, normalised
-from discedit._calibration import calibration, norms_behind, samples_of
+from discedit._calibration import batch_norms, calibration, norms_behind, samples_of
 from discedit._graph import Graph, width_of
 from discedit._importance import CRITERIA, GIVEN, OF_READERS, kinds_of, of_components
 from discedit._measure import count_macs, count_parameters, macs_of_weights
@@ -497,20 +496,12 @@ def why_not_editable(model: nn.Module, layer: str) -> str:
     return ""
 
 
-def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None
-    }
-
-
 def _reestimate_batch_norms(edit: Edit, data: Iterable[Any]) -> None:
     """Averages each batch norm's statistics over `data`, in one pass, and adds to the recipe what does the same.
 
     Batch averages, weighted by samples. A batch of a single sample, which may have no variance, is left out.
     """
-    norms = _batch_norms(edit.model)
+    norms = batch_norms(edit.model)
     before = {
         f"{name}.{buffer}": getattr(module, buffer).clone()
         for name, module in norms.items()
