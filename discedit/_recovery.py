@@ -115,10 +115,10 @@ def relearning(
 
 
 def forget_accuracy(model: nn.Module, test: Kept, classes: Sequence[int]) -> float:
-    return test_accuracy(model, test.among(classes), classes)[0]
+    return both_accuracies(model, test.among(classes), classes)[0]
 
 
-def test_accuracy(model: nn.Module, test: Kept, classes: Sequence[int]) -> tuple[float, float]:
+def both_accuracies(model: nn.Module, test: Kept, classes: Sequence[int]) -> tuple[float, float]:
     """Means over these and over the other classes."""
     with undisturbed(model):
         batches = [torch.arange(start, min(start + EVALUATED, len(test))) for start in range(0, len(test), EVALUATED)]
@@ -145,7 +145,7 @@ def batchnorm_recall(model: nn.Module, train: Kept, test: Kept, classes: Sequenc
         for index in order.tensor_split(max(1, round(len(order) / RECALIBRATED))):
             call(other, retain.take(index).inputs)
         other.eval()
-        return Recall(*test_accuracy(other, test, classes), len(test))
+        return Recall(*both_accuracies(other, test, classes), len(test))
 
 
 def _logits(model: nn.Module, inputs: Any) -> Tensor:
