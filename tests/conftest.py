@@ -23,6 +23,15 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread(_two_threads: None) -> Iterator[None]:
+    """For networks so small that more threads only wait for each other, on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def cifar():
     """ResNet20 with its weights, 1,000 training and 1,000 test images."""

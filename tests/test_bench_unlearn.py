@@ -5,7 +5,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -13,15 +12,9 @@ from benchmarks import bench_unlearn
 from benchmarks.bench_unlearn import MISSING, Bench, Loaded, Log, Row, Setting, Subject
 from discedit import zoo
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASS = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread(_two_threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

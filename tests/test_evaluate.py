@@ -28,16 +28,9 @@ from discedit._outputs import Outputs, gather
 from discedit._probes import linear_cka
 from discedit.evaluate import METRICS, accuracy_per_class, adaptive_unlearning_score
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASS = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Small networks: a second thread only waits, on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def masked(model):

@@ -17,6 +17,8 @@ transformers = pytest.importorskip("transformers")
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 INNER = ("filters", "neurons", "heads")
 ALL = (*INNER, "stream")
 SIZE = 32
@@ -102,15 +104,6 @@ def logits(net, x):
     with torch.no_grad():
         out = net(x)
     return out if isinstance(out, torch.Tensor) else out.logits
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Nets this small gain nothing from more, and on a busy machine lose a lot."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache

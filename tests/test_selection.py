@@ -13,16 +13,10 @@ from discedit import unlearn
 from discedit._selection import rank, retain_damage, taken
 from discedit.scores import Scores
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = 5
 WIDTHS = {"0": 7, "2": 5, "4": 9}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def network():

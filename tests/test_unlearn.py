@@ -11,14 +11,7 @@ from discedit import Moments, Recipe, collect_moments, score, unlearn, zoo
 from discedit._retain import MEANS
 from discedit.evaluate import accuracy_per_class
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Nets this small gain nothing from more, and on a busy machine lose a lot."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_forgets_the_class_and_keeps_the_rest(trained, digit_scores):

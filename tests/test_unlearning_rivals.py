@@ -42,18 +42,11 @@ from discedit.evaluate import accuracy_per_class
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASS = 3
 TRAINED = [name for name, method in METHODS.items() if "rate" in method.grid[0]]
 SAMPLES = 240
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread(_two_threads):
-    """Steps on few small images: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Digits:
