@@ -1,7 +1,9 @@
-"""Timing, machine facts and tables shared by the benchmarks."""
+"""Timing, machine facts, logs and tables shared by the benchmarks."""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import platform
 import re
 import resource
@@ -11,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -122,6 +125,51 @@ def in_a_fresh_process(code: str) -> list[float]:
     """The numbers that Python code prints."""
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     return [float(part) for part in run.stdout.split()]
+
+
+class Log:
+    """What has been measured, by key; kept on disk after each run, a line for each.
+
+    What is there at the same machine and commit is not measured again; with `any_commit`, neither is what others
+    measured. A run that fails is reported, and the others go on.
+    """
+
+    def __init__(self, path: Path, *, any_commit: bool = False) -> None:
+        self.path = path
+        self.entries: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        self.machine = machine()
+        self.any_commit = any_commit
+        self.failed: list[str] = []
+
+    def measure(self, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """The entry, after `run` where it is not there; None if that fails."""
+        entry = self.entries.get(key)
+        if entry is not None and (self.any_commit or entry["machine"] == self.machine):
+            return entry
+        if key in self.failed:
+            return None
+        start = time.perf_counter()
+        try:
+            entry = {**run(), "machine": self.machine}
+        except Exception:  # hours of other runs are not to be lost with this one
+            self.failed.append(key)
+            print(f"{key} failed:\n{traceback.format_exc()}", flush=True)
+            return None
+        with self.path.open("a+") as file:  # others may have written meanwhile
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            self.entries = {**json.loads(file.read() or "{}"), key: entry}
+            lines = [f"{json.dumps(name)}: {json.dumps(self.entries[name])}" for name in sorted(self.entries)]
+            file.truncate(0)
+            file.write("{\n" + ",\n".join(lines) + "\n}\n")
+        shown = {name: value for name, value in entry.items() if isinstance(value, (int, float))}
+        print(key, shown, f"{time.perf_counter() - start:.1f} s in all", flush=True)
+        return entry
+
+    def end(self, program: str) -> None:
+        """Of a program, with status 1 if a run failed."""
+        if self.failed:
+            raise SystemExit(f"{program}: {len(self.failed)} runs failed: {', '.join(self.failed)}")
 
 
 @dataclass

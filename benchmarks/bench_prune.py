@@ -6,16 +6,14 @@
 Calibration on the first 2,500 training images, accuracy on 5,000 test images (mean over classes), no fine-tuning. What
 is measured is kept in benchmarks/prune.json, one entry per run with the commit that it was measured at, and
 benchmarks/prune.md is written from it; what is there already at the same commit is not measured again. Several
-processes may measure different models side by side, but no times then.
+processes may measure different models side by side, but no times then. A run that fails is reported, the others go on,
+and the program ends with status 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
 import statistics
-from collections.abc import Callable
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -26,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from benchmarks._common import machine, paired_ratio, seconds
+from benchmarks._common import Log, paired_ratio, seconds
 from benchmarks.latency import latency_ratio
 from benchmarks.rivals import chip, torch_pruning_importance, tvsprune
 from discedit import Edit, Scores, collect_moments, importances, prune, score, zoo
@@ -113,27 +111,6 @@ class Bench:
         """`discedit.prune` with its defaults, but for what is named."""
         options.setdefault("scores", self.scores())
         return prune(self.model, example_inputs=self.example, data=self.few if few else self.train, **options)
-
-
-class Log:
-    """What has been measured, by key; kept on disk after each entry."""
-
-    def __init__(self, path: Path = RESULTS) -> None:
-        self.path = path
-        self.entries: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
-        self.machine = machine()
-
-    def measure(self, key: str, run: Callable[[], dict[str, Any]]) -> None:
-        if self.entries.get(key, {}).get("machine") == self.machine:
-            return
-        entry = {**run(), "machine": self.machine}
-        with self.path.open("a+") as file:  # others may have written meanwhile
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            self.entries = {**json.loads(file.read() or "{}"), key: entry}
-            file.truncate(0)
-            file.write(json.dumps(self.entries, indent=0, sort_keys=True) + "\n")
-        print(key, {name: value for name, value in entry.items() if name != "machine"}, flush=True)
 
 
 def outcome(bench: Bench, edit: Edit) -> dict[str, Any]:
@@ -368,7 +345,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    log = Log()
+    log = Log(RESULTS)
     for name in options.models if options.parts else ():
         bench = Bench(name)
         print(f"{name}: {bench.before():.2f} % before", flush=True)
@@ -382,6 +359,7 @@ def main() -> None:
         (HERE / "prune.md").write_text(markdown(log))
     if options.plot:
         plot(log)
+    log.end("bench_prune")
 
 
 if __name__ == "__main__":

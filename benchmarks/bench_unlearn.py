@@ -15,13 +15,10 @@ reported, the others go on, and the program ends with status 1.
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
 import math
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -33,8 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from benchmarks import bench_prune, held_out
-from benchmarks._common import machine
+from benchmarks import _common, bench_prune, held_out
 from benchmarks.unlearning_rivals import METHODS, retrained, retrained_file, tuned
 from discedit import Edit, Moments, collect_moments, evaluate, score, unlearn, zoo
 from discedit._calibration import batch_norms
@@ -215,40 +211,11 @@ TITLES = {
 REFERENCES = ("original", "retrained without the class")
 
 
-class Log:
-    """What has been measured, by key "model|part|what|class|seed"; kept on disk after each run, a line for each."""
+class Log(_common.Log):
+    """benchmarks/unlearn.json, by key "model|part|what|class|seed"."""
 
-    def __init__(self, path: Path | None = None, *, any_commit: bool = False) -> None:
-        self.path = HERE / "unlearn.json" if path is None else path
-        self.entries: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        self.machine = machine()
-        self.any_commit = any_commit
-        self.failed: list[str] = []
-
-    def measure(self, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """The entry, after `run` where it is not there; None if that fails."""
-        entry = self.entries.get(key)
-        if entry is not None and (self.any_commit or entry["machine"] == self.machine):
-            return entry
-        if key in self.failed:
-            return None
-        start = time.perf_counter()
-        try:
-            entry = {**run(), "machine": self.machine}
-        except Exception:  # hours of other runs are not to be lost with this one
-            self.failed.append(key)
-            print(f"{key} failed:\n{traceback.format_exc()}", flush=True)
-            return None
-        with self.path.open("a+") as file:  # others may have written meanwhile
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            self.entries = {**json.loads(file.read() or "{}"), key: entry}
-            lines = [f"{json.dumps(name)}: {json.dumps(self.entries[name])}" for name in sorted(self.entries)]
-            file.truncate(0)
-            file.write("{\n" + ",\n".join(lines) + "\n}\n")
-        shown = {name: value for name, value in entry.items() if isinstance(value, (int, float))}
-        print(key, shown, f"{time.perf_counter() - start:.1f} s in all", flush=True)
-        return entry
+    def __init__(self, *, any_commit: bool = False) -> None:
+        super().__init__(HERE / "unlearn.json", any_commit=any_commit)
 
 
 def in_batches(x: Tensor, labels: Tensor, size: int) -> Batches:
@@ -1142,8 +1109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in options.models:
             if any(key.startswith((f"{name}|ours|", f"{name}|rivals|")) for key in log.entries):
                 print(f"wrote {plot(log.entries, name)}")
-    if log.failed:
-        raise SystemExit(f"bench_unlearn: {len(log.failed)} runs failed: {', '.join(log.failed)}")
+    log.end("bench_unlearn")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The benchmarks still run, on as little data as shows it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import bench_cifar, bench_prune, gpu
+from benchmarks._common import Log
 
 
 @pytest.mark.data
@@ -45,6 +47,23 @@ def test_bench_prune_measures_once_and_writes_what_it_measured(cifar, monkeypatc
     assert text.count("| resnet20 | tp lamp | none |") == 2
     bench_prune.plot(again)
     assert (tmp_path / "prune.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["prune.json", "unlearn.json"])
+def test_a_log_keeps_what_was_measured_before(tmp_path, name):
+    text = (Path(bench_prune.__file__).parent / name).read_text()
+    path = tmp_path / name
+    path.write_text(text)
+    log = Log(path, any_commit=True)
+    assert log.measure(next(iter(log.entries)), lambda: pytest.fail("measured again")) in json.loads(text).values()
+    log.measure("new", lambda: {"value": 1})
+    known = json.loads(path.read_text())
+    assert len(path.read_text().splitlines()) == len(known) + 2  # a line each
+    assert known.pop("new") == {"value": 1, "machine": log.machine}
+    assert known == json.loads(text)
+    assert log.measure("broken", lambda: {"value": 1 // 0}) is None
+    with pytest.raises(SystemExit, match="bench: 1 runs failed: broken"):
+        log.end("bench")
 
 
 def test_what_the_gpu_gate_measures_and_prints(monkeypatch):
