@@ -50,7 +50,7 @@ from benchmarks import held_out
 from discedit import zoo
 from discedit._batches import call, device_of, first_tensor, split, undisturbed
 from discedit._graph import width_of
-from discedit.evaluate import accuracy_per_class
+from discedit.evaluate import accuracy_per_class, adaptive_unlearning_score
 from discedit.presets import preset
 from discedit.recipe import Edit, Operation, Recipe, architecture_of
 from discedit.scores import Scores
@@ -441,15 +441,6 @@ class Tuned:
     tried: list[dict[str, Any]]
     prepared: float
     model: nn.Module
-
-
-def adaptive_unlearning_score(drop: float, forget: float) -> float:
-    """AUS: (1 - drop of the retain accuracy) / (1 + forget accuracy); 1 is perfect, 0.5 what does nothing.
-
-    Source: Cotogni, Bonato, Sabetta, Pelosin and Nicolosi, DUCK: Distance-based Unlearning via Centroid Kinematics,
-    2023, for the forgetting of classes, where the forget accuracy should be 0.
-    """
-    return (1 - drop) / (1 + forget)
 
 
 def measured(model: nn.Module, edited: nn.Module, validate: Iterable[Any], classes: Sequence[int]) -> dict[str, float]:

@@ -20,7 +20,6 @@ from benchmarks.unlearning_rivals import (
     METHODS,
     SETTINGS,
     Training,
-    adaptive_unlearning_score,
     augmented,
     finetune,
     fishers,
@@ -38,7 +37,7 @@ from benchmarks.unlearning_rivals import (
     tuned,
 )
 from discedit import unlearn, zoo
-from discedit.evaluate import accuracy_per_class
+from discedit.evaluate import accuracy_per_class, adaptive_unlearning_score
 
 transformers = pytest.importorskip("transformers")
 
