@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from benchmarks import held_out
 from benchmarks._common import Log, paired_ratio, seconds
 from benchmarks.latency import latency_ratio
 from benchmarks.rivals import chip, torch_pruning_importance, tvsprune
@@ -51,8 +52,7 @@ RANKED = ("l1", "max", "energy", "reconstruction", "tp magnitude", "tp lamp", "t
 def _fashion(name: str, limit: int) -> TensorDataset:
     with np.load(zoo.data_folder() / name, allow_pickle=False) as archive:
         images, labels = archive["images"][:limit], archive["labels"][:limit]
-    x = (torch.from_numpy(images).float().div_(255) - 0.2860) / 0.3530
-    return TensorDataset(x[:, None].contiguous(), torch.from_numpy(labels.astype(np.int64)))
+    return TensorDataset(held_out.fashion_inputs(torch.from_numpy(images)), torch.from_numpy(labels.astype(np.int64)))
 
 
 class Bench:

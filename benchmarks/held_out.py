@@ -81,15 +81,17 @@ def fashion_training() -> TensorDataset:
 
 def _cifar10(part: str) -> TensorDataset:
     images, labels = _load("cifar10", part)
-    x = images.permute(0, 3, 1, 2).float().div_(255)
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-    return TensorDataset(x.sub_(mean).div_(std).contiguous(), labels)
+    return TensorDataset(zoo.cifar10_inputs(images), labels)
 
 
 def _fashion(part: str) -> TensorDataset:
     images, labels = _load("fashion", part)
-    return TensorDataset(images[:, None].float().div_(255).sub_(0.2860).div_(0.3530), labels)
+    return TensorDataset(fashion_inputs(images), labels)
+
+
+def fashion_inputs(images: Tensor) -> Tensor:
+    """Of images (n, 28, 28), uint8: (x / 255 - 0.2860) / 0.3530, (n, 1, 28, 28), float32."""
+    return images[:, None].float().div_(255).sub_(0.2860).div_(0.3530)
 
 
 def _load(name: str, part: str) -> tuple[Tensor, Tensor]:

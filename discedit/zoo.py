@@ -122,10 +122,15 @@ def cifar10(part: str, *, limit: int | None = None) -> TensorDataset:
         raise ValueError(f"cifar10: part must be 'train' or 'test', got {part!r}.")
     with np.load(_file(names[part]), allow_pickle=False) as archive:
         images, labels = archive["images"][:limit], archive["labels"][:limit]
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255)
+    return TensorDataset(cifar10_inputs(torch.from_numpy(images)), torch.from_numpy(labels.astype(np.int64)))
+
+
+def cifar10_inputs(images: Tensor) -> Tensor:
+    """What the ResNets expect of images (n, 32, 32, 3), uint8: normalised, (n, 3, 32, 32), float32."""
+    x = images.permute(0, 3, 1, 2).float().div_(255)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-    return TensorDataset(((x - mean) / std).contiguous(), torch.from_numpy(labels.astype(np.int64)))
+    return x.sub_(mean).div_(std).contiguous()
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
