@@ -82,7 +82,7 @@ class Recipe:
         Raises:
             ValueError: a parameter or buffer is missing, unknown or of another shape. The model is then unchanged.
         """
-        _check_architecture(model, self.architecture, "this recipe was made for another architecture")
+        check_architecture(model, self.architecture, "Recipe: this recipe was made for another architecture")
         self._check_possible(model, undo=False)
         source = model
         before = dict(source.named_parameters())
@@ -111,7 +111,7 @@ class Recipe:
         Raises:
             ValueError: the model's shapes are not those that this edit leaves.
         """
-        _check_architecture(model, self.edited_architecture(), "this model does not carry this recipe's edit")
+        check_architecture(model, self.edited_architecture(), "Recipe: this model does not carry this recipe's edit")
         self._check_possible(model, undo=True)
         source = model
         before = list(source.parameters())
@@ -384,20 +384,22 @@ def joined(model: nn.Module, edits: list[Edit], inplace: bool) -> Edit:
 
 def architecture_of(model: nn.Module) -> dict[str, list[int]]:
     """Shape of every parameter and buffer by name."""
-    return {name: list(tensor.shape) for name, tensor in _named_tensors(model)}
+    return {name: list(tensor.shape) for name, tensor in named_tensors(model)}
 
 
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, by each of their names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _check_architecture(model: nn.Module, expected: dict[str, list[int]], what: str) -> None:
+def check_architecture(model: nn.Module, expected: dict[str, list[int]], what: str) -> None:
+    """Raises a ValueError, which says `what`, unless the model's tensors have these shapes."""
     found = architecture_of(model)
     for name in [*expected, *found]:
         if expected.get(name) != found.get(name):
             raise ValueError(
-                f"Recipe: {what}: tensor {name!r} must have shape {expected.get(name, 'none (absent)')}, the model's "
+                f"{what}: tensor {name!r} must have shape {expected.get(name, 'none (absent)')}, the model's "
                 f"has {found.get(name, 'none (absent)')}."
             )
 
@@ -408,7 +410,7 @@ class _Slots:
     def __init__(self, model: nn.Module) -> None:
         self.places: dict[str, list[tuple[nn.Module, str]]] = {}
         by_identity: dict[int, list[tuple[nn.Module, str]]] = {}
-        for name, tensor in _named_tensors(model):
+        for name, tensor in named_tensors(model):
             owner, _, attribute = name.rpartition(".")
             shared = by_identity.setdefault(id(tensor), [])
             shared.append((model.get_submodule(owner), attribute))

@@ -16,7 +16,17 @@ from torch.nn.modules.conv import _ConvNd
 
 from discedit import _files
 from discedit._optimizers import watch
-from discedit.recipe import KINDS, WITH_VALUES, Edit, Operation, Recipe, architecture_of, copied
+from discedit.recipe import (
+    KINDS,
+    WITH_VALUES,
+    Edit,
+    Operation,
+    Recipe,
+    architecture_of,
+    check_architecture,
+    copied,
+    named_tensors,
+)
 
 FILE = "stack.json"
 # Which axis of its weight an attribute of a layer counts; the other way round in a transposed convolution.
@@ -187,15 +197,8 @@ class Stack:
             raise FileNotFoundError(f"stack file {str(target)!r} does not exist.")
         header = _header(target)
         stack = cls(model)
-        present = architecture_of(model)
         expected = _files.field(header, "architecture", dict, target)
-        for tensor in [*expected, *present]:
-            if expected.get(tensor) != present.get(tensor):
-                raise ValueError(
-                    f"Stack.load: model must have the architecture of the stack's base: tensor {tensor!r} must have "
-                    f"shape {expected.get(tensor, 'none (absent)')}, the model's has "
-                    f"{present.get(tensor, 'none (absent)')}."
-                )
+        check_architecture(model, expected, "Stack.load: model must have the architecture of the stack's base")
         entries: list[_Entry] = []
         for fields in _files.field(header, "entries", list, target):
             if not isinstance(fields, dict):
@@ -258,12 +261,12 @@ class _Rows:
     def __init__(self, base: nn.Module) -> None:
         self.first: dict[str, str] = {}  # name -> the first of the same tensor's names
         self.names: dict[str, list[str]] = {}  # the first -> all of them
+        self.sizes: dict[str, tuple[int, ...]] = {}
         known: dict[int, str] = {}
-        tensors = [*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False)]
-        for name, tensor in tensors:
+        for name, tensor in named_tensors(base):
             self.first[name] = known.setdefault(id(tensor), name)
             self.names.setdefault(self.first[name], []).append(name)
-        self.sizes = {name: tuple(tensor.shape) for name, tensor in tensors}
+            self.sizes[name] = tuple(tensor.shape)
         self.left: dict[_Axis, tuple[int, ...]] = {}  # where some are gone
         self.taken: dict[_Axis, dict[int, str]] = {}  # row -> the edit that took it
 
