@@ -138,7 +138,7 @@ def why_not_read(model: nn.Module, name: str) -> str:
     """Why what a layer reads cannot be written as rows; empty when it can."""
     layer = model.get_submodule(name)
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-        return f"it is a {type(layer).__name__}; only Conv2d and Linear can be repaired"
+        return f"it is a {type(layer).__name__}; only Conv2d and Linear can be fitted"
     if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or layer.padding_mode != "zeros"):
         return "it is a convolution in groups, or one that does not pad with zeros"
     return ""
@@ -238,7 +238,7 @@ class Positions:
             flat = self._flat(x)
             return flat.gather(1, chosen[:, :, None].expand(-1, -1, flat.shape[2])).flatten(0, 1)
         assert isinstance(layer, nn.Conv2d)
-        x = functional.pad(x, _padding(layer))
+        x = functional.pad(x, padding_of(layer))
         sizes, steps, gaps = layer.kernel_size, layer.stride, layer.dilation
         width = (x.shape[3] - gaps[1] * (sizes[1] - 1) - 1) // steps[1] + 1
         ends = (chosen // width * steps[0], chosen % width * steps[1])
@@ -254,7 +254,7 @@ class Positions:
         return patches.transpose(1, 2).reshape(chosen.numel(), -1)
 
 
-def _padding(layer: nn.Conv2d) -> list[int]:
+def padding_of(layer: nn.Conv2d) -> list[int]:
     """As `functional.pad` takes it: last axis first."""
     if layer.padding == "valid":
         return [0, 0, 0, 0]

@@ -36,6 +36,7 @@ class Classified:
         share["retain"] = -(-KEPT["retain"] // max(1, num_classes - len(forget)))
         quota = Quota({cls: share["forget" if cls in forget else "retain"] for cls in range(num_classes)})
         self._parts: dict[str, list[Any]] = {}
+        self._labelled: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
         self._few: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
         self._means: dict[tuple[tuple[str, str], ...], dict[str, Tensor]] = {}
         found: dict[str, list[tuple[Any, Tensor]]] = {"forget": [], "retain": []}
@@ -72,6 +73,17 @@ class Classified:
         if kind not in self._parts:
             self._parts[kind] = calibration(self.model, self._first(kind, SAMPLES))
         return self._parts[kind]
+
+    def labelled(self, kind: str, most: int) -> list[tuple[Any, Tensor]]:
+        """So many samples of a kind, as many of each class, with their labels, in parts."""
+        key = (kind, most)
+        if key not in self._labelled:
+            few = self._first(kind, most)
+            inputs = calibration(self.model, few)  # perhaps not of all
+            sizes = [samples_of(part) for part in inputs]
+            labels = torch.split(torch.cat([labels for _, labels in few])[: sum(sizes)], sizes)
+            self._labelled[key] = list(zip(inputs, labels, strict=True))
+        return self._labelled[key]
 
     def _first(self, kind: str, most: int) -> list[tuple[Any, Tensor]]:
         """The first samples of each class, as many of each as make up so many together."""

@@ -55,7 +55,7 @@ class Recipe:
     Attributes:
         edit: "prune" or "unlearn".
         settings: the arguments that led to it, for the reader.
-        components: layer name -> the channels that were removed or silenced.
+        components: layer name -> the channels that were removed or silenced; none where directions were erased.
         architecture: tensor name -> shape, of the model before the edit.
         operations: what is done, in order.
         tensors: "set.I" the values that operation I writes, "undo.I" those that it replaced.
@@ -314,13 +314,15 @@ class Edit:
 
     def summary(self) -> str:
         """A table of what went from each layer, and what it cost."""
-        verb = "removed" if self.recipe.edit == "prune" else "silenced"
-        names = [*self.recipe.components, *self.skipped]
+        directions = self.recipe.settings.get("directions", {})
+        verb = "removed" if self.recipe.edit == "prune" else "directions" if directions else "silenced"
+        names = [*self.recipe.components, *directions, *self.skipped]
         width = max((len(name) for name in names), default=5)
         lines = [f"{'layer':{width}}  {verb:>12}"]
         for layer, channels in self.recipe.components.items():
             of = f" of {self.widths[layer]}" if layer in self.widths else ""
             lines.append(f"{layer:{width}}  {f'{len(channels)}{of}':>12}")
+        lines += [f"{layer:{width}}  {len(bounds):>12}" for layer, bounds in directions.items()]
         lines += [f"{layer:{width}}  {'-':>12}  {why}" for layer, why in self.skipped.items()]
         lines.append(f"parameters: {_change(self.parameters_before, self.parameters_after)}")
         if self.macs_before is not None and self.macs_after is not None:

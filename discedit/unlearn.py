@@ -10,22 +10,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from discedit import _checks, _selection
 from discedit._batches import call, device_of, first_tensor, moved, undisturbed
-from discedit._calibration import norms_behind, runs_in_order
+from discedit._calibration import norms_behind, runs_in_order, why_not_fitted
+from discedit._erase import erased
 from discedit._graph import Graph
 from discedit._repair import repaired
 from discedit._retain import Classified
 from discedit._silence import AROUND, bias_of, silenced
 from discedit.prune import check_layers, record, why_not_editable
-from discedit.recipe import Edit, Recipe, architecture_of, joined
+from discedit.recipe import Edit, Recipe, architecture_of, copied, joined
 from discedit.scores import Scores
 
 REPAIRS = ("none", "mean", "least_squares")
 TARGETS = ("forget_accuracy", "retain_drop")
+COMPONENTS = ("auto", "directions", "rows", "heads")
 FRACTION = {"none": 0.06, "mean": 0.06, "least_squares": 0.08}  # by repair
 FORGET = 0.05  # the target where there is data and nothing to repair
+READERS, SEARCHED_READERS, LEAST_READERS = (
+    0.1,
+    1 / 3,
+    2,
+)  # shares of the layers, from the last, to erase directions from
+EACH, REST = 128, 512  # samples of each class to forget, and of all others, that directions are found on
 LOOKED = 128  # samples to forget that every step of a search is judged by
 PROTECTION = 1.0
 FIRST, MOST, PRECISION = 0.02, 0.5, 0.04  # of a search: where it begins, and shares at which it ends
@@ -45,7 +54,7 @@ def unlearn(
     by: str = "score",
     sign: str = "up",
     layers: Iterable[str] | None = None,
-    components: str = "rows",
+    components: str = "auto",
     factor: float = 0.0,
     around: str = "auto",
     repair: str = "none",
@@ -57,102 +66,128 @@ def unlearn(
 ) -> Edit:
     """Edit the components that tell the given classes from the rest, so that the model no longer recognises them.
 
-    Components of all chosen layers are ranked together by their score for the class, and the highest are silenced:
-    each gives zero from then on or, with `data`, its mean over samples of the classes that stay. Several classes each
-    get their own ranking.
+    With `data`, directions are erased from what the last layers read, the head among them: those in which the class
+    differs most from the others, and around their mean, so that these layers get what they are used to. Without, the
+    filters and neurons with the highest scores for the class give zero from then on.
 
-    Silencing components is no guarantee of privacy: what the model learned from the class may still be found in what is
-    left of it (docs/evaluation.md).
+    Neither is a guarantee of privacy: what the model learned from the class may still be found in what is left of it
+    (docs/evaluation.md).
 
     Args:
         model: the model that `scores` came from; unchanged unless `inplace`.
         scores: from `discedit.score`.
         classes: class indices to forget, or a predicate on them, such as ``lambda label: label >= 5``.
 
-        fraction: share of the chosen layers' components to edit for each class, in (0, 1); at least one goes. At most
-            one of these limits is given. By default the target ``forget_accuracy=0.05`` when data is given, else a
+        fraction: share of the chosen layers' rows or heads to edit for each class, in (0, 1); at least one goes. At
+            most one of these limits is given. By default the target ``forget_accuracy=0.05`` when data is given, else a
             fraction of 0.06; with the repair "least_squares", which a search would do at every step, one of 0.08.
-        top: so many components of each layer.
+            Directions are erased from all the chosen layers.
+        top: so many rows or heads of each layer.
         deviations: those that lie more than so many standard deviations above the mean of their layer.
         damage: as many as carry together no more than this share, in (0, 1), of what tells the other classes apart:
             the mean over these of the scores for those that a component is more active for.
         forget_accuracy, retain_drop: targets in [0, 1], one or both, for the accuracy on `data` of the classes to
             forget (of up to 128 samples) and for what the others lose, each a mean over classes. The smallest edit that
             forgets so much is searched for, by forward passes alone; with `retain_drop` alone the largest that loses
-            no more. A target that is missed gives a warning, and ``recipe.settings["targets"]`` says by how much.
+            no more. The size of an edit is its number of rows or heads, or for directions of layers, the last first. A
+            target that is missed gives a warning, and ``recipe.settings["targets"]`` says by how much.
 
+        components: "directions": of each layer, in what it reads at one position (channels of a feature map, features
+            of a token), one for each class: u = (S_f + S_r)^-1 (m_f - m_r), at which the Fisher bound between the
+            class and the others is attained (means m and covariances S are those of samples to forget and of samples
+            that stay, 128 of each class and 512 in all). The difference of the means is taken out of the weights along
+            it; after that no linear function of what the layer reads has another mean for the class. Needs `data`.
+            "rows": filters and neurons. They are ranked together by their score for the class, and the highest are
+            silenced; several classes each get their own ranking. "heads": heads of attention, which are edited as a
+            whole by their rows of the values, found on `example_inputs`. "auto": directions where there is data and no
+            argument that speaks of rows (`layers`, a limit, `by`, `sign`, `around`, `repair` or `remove`), else rows.
         by: "score"; "specific": the score minus the highest that the component has for a class that stays.
         sign: "up": only components more active for the class than for the rest; "any".
         layers: names of layers to choose from; by default the last third of those scored that can be edited, where
-            features are specific to classes.
-        components: "rows": single filters and neurons; "heads": heads of attention, which are edited as a whole by
-            their rows of the values, found on `example_inputs`.
+            features are specific to classes. For directions, layers that read: any convolution (not in groups) and
+            linear layer with a bias, or a batch norm behind, the head too. By default the last tenth of them, at least
+            two, since more lowers what the others keep; with targets, up to the last third.
 
-        factor: what a component's output is multiplied by: 0 (it is zeroed), between 0 and 1 (attenuated), -1
-            (negated).
-        around: "mean": an output y behind the layer's norm becomes m + factor * (y - m), where m is its mean over 256
-            samples of `data`, as many of each class that stays: with factor=0 the component gives m, whatever it
-            sees, and the layers behind it get what they are used to. "zero": m = 0. "auto": "mean" when data is given
-            and every chosen layer has a bias, of its own or its norm's, that can carry m, else "zero"; and where no
-            edit around the mean meets a target of forgetting that one around zero meets.
-        repair: "none"; "least_squares": every layer behind the first edited one, but the head, gets new weights, so
-            that it gives what it gave before on samples of the classes that stay; `protection` keeps it from learning
-            back what the class needs: less is lost for the same forgetting, at some passes over `data`. "mean":
-            biases alone.
+        factor: what a component's output is multiplied by: 0 (it is zeroed, or erased), between 0 and 1 (attenuated),
+            -1 (negated).
+        around: of rows and heads. "mean": an output y behind the layer's norm becomes m + factor * (y - m), where m is
+            its mean over 256 samples of `data`, as many of each class that stays: with factor=0 the component gives m,
+            whatever it sees, and the layers behind it get what they are used to. "zero": m = 0. "auto": "mean" when
+            data is given and every chosen layer has a bias, of its own or its norm's, that can carry m, else "zero";
+            and where no edit around the mean meets a target of forgetting that one around zero meets.
+        repair: of rows and heads. "none"; "least_squares": every layer behind the first edited one, but the head, gets
+            new weights, so that it gives what it gave before on samples of the classes that stay; `protection` keeps
+            it from learning back what the class needs: less is lost for the same forgetting, at some passes over
+            `data`. "mean": biases alone.
         protection: what samples of the classes to forget count, all together, beside the others, in the penalty for
             weights that give anything else on them than those without repair; 0 or more. Biases are fitted to the
             others alone: however large it is, what the repair "mean" does is done.
-        data: labelled batches of all classes for targets, repair and `around`. Held in memory are up to 4,096 samples
-            of the classes that stay and 1,024 of those to forget, as many of each class; repairs use up to 1,024 of
-            each kind.
+        data: labelled batches of all classes for directions, targets, repair and `around`. Held in memory are up to
+            4,096 samples of the classes that stay and 1,024 of those to forget, as many of each class; repairs use up
+            to 1,024 of each kind.
         remove: also remove the zeroed filters, neurons or heads physically, where nothing else shares them; needs
             `example_inputs`. What stays zeroed is in `Edit.skipped`.
         example_inputs: as for `prune`.
 
     Returns:
-        `Edit` with the edited model, its recipe and a summary.
+        `Edit` with the edited model, its recipe and a summary. Where no target was given and 5 % or more of the samples
+        to forget are still named rightly, there is a warning.
 
     Raises:
         ValueError: unknown classes or classes without samples, several limits or one out of range, scores of another
             model, no component to choose from, or an argument without the data or inputs that it needs.
 
     Sources: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (there the top components of each layer, of any sign, are
-    masked: `preset("discedit_u")`). The repair is that of `prune`, with the second moments of the forgotten classes as
+    masked: `preset("discedit_u")`). Directions are erased as by LEACE (Belrose et al., NeurIPS 2023), there from
+    features, here from weights. The repair is that of `prune`, with the second moments of the forgotten classes as
     penalty.
     """
     op = "unlearn"
     forget = _checked_classes(scores, classes)
     others = [cls for cls in range(scores.num_classes) if cls not in forget and int(scores.counts[cls])]
     limit = _limit(fraction, top, deviations, damage, forget_accuracy, retain_drop)
-    _checks.choice(op, "by", by, _selection.MEASURES)
-    _checks.choice(op, "sign", sign, _selection.SIGNS)
-    _checks.choice(op, "components", components, ("rows", "heads"))
-    _checks.choice(op, "around", around, ("auto", *AROUND))
-    _checks.choice(op, "repair", repair, REPAIRS)
-    for name, value in (("factor", factor), ("protection", protection)):
-        if not _checks.is_number(value) or not math.isfinite(value) or (name == "protection" and value < 0):
-            least = " of at least 0" if name == "protection" else ""
-            raise ValueError(f"{op}: {name} must be a finite number{least}, got {value!r}.")
-    if factor == 1:
-        raise ValueError(f"{op}: factor must not be 1, which changes nothing, got {factor!r}.")
-    if limit[0] == "default":
-        limit = ("forget_accuracy", FORGET) if data is not None and repair == "none" else ("fraction", FRACTION[repair])
-    needs = {"targets": limit[0] in TARGETS, f"repair={repair!r}": repair != "none", "around='mean'": around == "mean"}
-    for name, needed in needs.items():
-        if needed and data is None:
-            raise ValueError(f"{op}: {name} needs data, labelled batches of all classes, got data=None.")
-    if remove and (factor or around == "mean"):
-        raise ValueError(f"{op}: remove needs factor=0 and around='zero', got factor={factor!r}, around={around!r}.")
-    for name, needed in (("remove=True", remove), ("components='heads'", components == "heads")):
-        if needed and example_inputs is None:
-            raise ValueError(f"{op}: {name} needs example_inputs, got None.")
-    units = _units(model, scores, layers, components, example_inputs)
-    chosen_for_them = around == "auto"
-    if chosen_for_them:
-        can = data is not None and not remove and all(bias_of(model, layer, scores.norms.get(layer)) for layer in units)
-        around = "mean" if can else "zero"
+    of_rows = {
+        limit[0]: limit[0] in _selection.LIMITS,
+        "by": by != "score",
+        "sign": sign != "up",
+        "around": around not in ("auto", "mean"),
+        "repair": repair != "none",
+        "remove": remove,
+    }
+    _check_options(
+        limit, components, by, sign, factor, around, repair, protection, of_rows, data, remove, example_inputs
+    )
     if not others and (by == "specific" or data is not None or limit[0] == "damage"):
         raise ValueError(f"{op}: classes must leave at least one class with samples, got {forget}.")
+    targets = {name: float(v) for name, v in zip(TARGETS, (forget_accuracy, retain_drop), strict=True) if v is not None}
+    samples = None if data is None else Classified(op, model, data, forget, scores.num_classes)
+    readers: list[str] = []
+    norms: dict[str, str] = {}
+    undecided = components == "auto" and layers is None and around == "auto" and not any(of_rows.values())
+    if samples is not None and (components == "directions" or undecided):
+        share = SEARCHED_READERS if targets else READERS
+        readers, norms = _readers(model, layers, share, samples, named=components == "directions")
+    settings = {"classes": forget, "factor": float(factor), **scores.settings}
+    if readers:
+        assert samples is not None
+        erasure = _Erasure(model, forget, readers, norms, float(factor), samples, settings)
+        if targets:
+            edit, missed = _searched(erasure, targets)
+        else:
+            edit, missed = erasure.whole()
+        if missed:
+            warnings.warn(missed, stacklevel=2)
+        return edit.recipe.apply(model, inplace=True) if inplace else edit
+    components = "heads" if components == "heads" else "rows"
+    if limit[0] == "default":
+        limit = ("forget_accuracy", FORGET) if data is not None and repair == "none" else ("fraction", FRACTION[repair])
+    if limit[0] == "forget_accuracy":
+        targets["forget_accuracy"] = limit[1]
+    units = _units(model, scores, layers, components, example_inputs)
+    automatic = around == "auto"
+    if automatic:
+        can = data is not None and not remove and all(bias_of(model, layer, scores.norms.get(layer)) for layer in units)
+        around = "mean" if can else "zero"
     plan = _Plan(
         model=model,
         scores=scores,
@@ -163,14 +198,12 @@ def unlearn(
         around=around,
         repair=repair,
         protection=float(protection),
-        data=None if data is None else Classified(op, model, data, forget, scores.num_classes),
+        data=samples,
         settings={"by": by, "sign": sign, "components": components},
     )
-    if limit[0] in TARGETS:
-        asked = {"forget_accuracy": forget_accuracy, "retain_drop": retain_drop, limit[0]: limit[1]}
-        targets = {name: float(value) for name, value in asked.items() if value is not None}
+    if targets:
         edit, missed = _searched(plan, targets)
-        if missed and chosen_for_them and plan.around == "mean" and "forget_accuracy" in targets:
+        if missed and automatic and plan.around == "mean" and "forget_accuracy" in targets:
             # Zeros disturb more: what the means of small networks leave, they may not.
             other, of_other = _searched(replace(plan, around="zero"), targets)
             if not of_other:
@@ -194,6 +227,151 @@ def unlearn(
     return edit
 
 
+def _check_options(
+    limit: tuple[str, float],
+    components: str,
+    by: str,
+    sign: str,
+    factor: float,
+    around: str,
+    repair: str,
+    protection: float,
+    of_rows: Mapping[str, bool],
+    data: Any,
+    remove: bool,
+    example_inputs: Any,
+) -> None:
+    """Whether each argument is allowed, and has what it needs."""
+    op = "unlearn"
+    _checks.choice(op, "by", by, _selection.MEASURES)
+    _checks.choice(op, "sign", sign, _selection.SIGNS)
+    _checks.choice(op, "components", components, COMPONENTS)
+    _checks.choice(op, "around", around, ("auto", *AROUND))
+    _checks.choice(op, "repair", repair, REPAIRS)
+    for name, value in (("factor", factor), ("protection", protection)):
+        if not _checks.is_number(value) or not math.isfinite(value) or (name == "protection" and value < 0):
+            least = " of at least 0" if name == "protection" else ""
+            raise ValueError(f"{op}: {name} must be a finite number{least}, got {value!r}.")
+    if factor == 1:
+        raise ValueError(f"{op}: factor must not be 1, which changes nothing, got {factor!r}.")
+    directions = components == "directions"
+    foreign = [name for name, given in of_rows.items() if given]
+    if directions and foreign:
+        raise ValueError(
+            f"{op}: components='directions' takes no argument that speaks of rows, got one for {', '.join(foreign)}."
+        )
+    needs = {
+        "components='directions'": directions,
+        "targets": limit[0] in TARGETS,
+        f"repair={repair!r}": repair != "none",
+        "around='mean'": around == "mean",
+    }
+    for name, needed in needs.items():
+        if needed and data is None:
+            raise ValueError(f"{op}: {name} needs data, labelled batches of all classes, got data=None.")
+    if remove and (factor or around == "mean"):
+        raise ValueError(f"{op}: remove needs factor=0 and around='zero', got factor={factor!r}, around={around!r}.")
+    for name, needed in (("remove=True", remove), ("components='heads'", components == "heads")):
+        if needed and example_inputs is None:
+            raise ValueError(f"{op}: {name} needs example_inputs, got None.")
+
+
+def _readers(
+    model: nn.Module, layers: Iterable[str] | None, share: float, data: Classified, *, named: bool
+) -> tuple[list[str], dict[str, str]]:
+    """The layers that directions are to be erased from, in the order in which they run; and layer -> norm behind it.
+
+    Args:
+        layers: asked for; otherwise `share` of those that can be edited, the last.
+        named: whether directions were asked for; otherwise there may be none.
+    """
+    example = data.labelled("retain", 2)[0][0]
+    known = {name: module for name, module in model.named_modules() if isinstance(module, (_ConvNd, nn.Linear))}
+    norms = norms_behind(model, example)
+    runs = runs_in_order(model, known, example)
+    reasons: dict[str, str] = {}
+    for name in known:
+        why = why_not_editable(model, name) or why_not_fitted(model, name, norms)
+        if name not in runs:
+            why = "it does not run as a module of its own"
+        elif runs[name] > 1:
+            why = "it runs more than once per forward pass"
+        if why:
+            reasons[name] = why
+    able = [name for name in runs if name not in reasons]
+    if layers is None:
+        able = able[-max(LEAST_READERS, math.ceil(share * len(able))) :]
+    else:
+        chosen = list(dict.fromkeys(layers))
+        for name in chosen:
+            if name not in able:
+                why = reasons.get(name, "the model has no convolution or linear layer of that name")
+                raise ValueError(f"unlearn: layer {name!r} cannot be edited: {why}.")
+        able = [name for name in able if name in chosen]
+    if not able and named:
+        why = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "there is none"
+        raise ValueError(f"unlearn: layers must name at least one layer that can be edited ({why}).")
+    return able, norms
+
+
+@dataclass(frozen=True)
+class _Erasure:
+    """Directions to be erased from what layers read."""
+
+    model: nn.Module
+    forget: list[int]
+    layers: list[str]
+    norms: dict[str, str]
+    factor: float
+    data: Classified
+    settings: dict[str, Any]
+
+    @property
+    def sizes(self) -> int:
+        return len(self.layers)
+
+    @property
+    def most(self) -> int:
+        return len(self.layers)
+
+    what = "layers"
+
+    def first(self, count: int) -> Edit:
+        """From so many layers, the last of them."""
+        return self._edited(self.layers[len(self.layers) - count :])[0]
+
+    def whole(self) -> tuple[Edit, str]:
+        """From all layers; and what is to be said if that is not enough."""
+        edit, left = self._edited(self.layers)
+        edit.recipe.settings = {"forget_accuracy": left, **edit.recipe.settings}
+        if left <= FORGET:
+            return edit, ""
+        return edit, (
+            f"unlearn: {100 * left:.1f} % of the samples to forget are still named rightly, more than {100 * FORGET:g} "
+            f"%; more layers, or components='rows' with a target, may do better."
+        )
+
+    def _edited(self, layers: list[str]) -> tuple[Edit, float]:
+        trial = copied(self.model)
+        parts = [*self.data.labelled("retain", REST), *self.data.labelled("forget", EACH * len(self.forget))]
+        made = erased(trial, layers, self.norms, parts, self.forget, self.factor)
+        recipe = Recipe(
+            edit="unlearn",
+            settings={
+                **self.settings,
+                "components": "directions",
+                "layers": layers,
+                "around": "mean",
+                "directions": made.bounds,
+            },
+            components={},
+            architecture=architecture_of(self.model),
+            operations=made.operations,
+            tensors=made.tensors,
+        )
+        return recipe.apply(self.model), made.forgotten
+
+
 @dataclass(frozen=True)
 class _Plan:
     """Everything about an edit but how many components go."""
@@ -209,6 +387,20 @@ class _Plan:
     protection: float
     data: Classified | None
     settings: dict[str, Any]
+
+    what = "components per class"
+
+    @property
+    def sizes(self) -> int:
+        return self.rankings[0].sizes
+
+    @property
+    def most(self) -> int:
+        return min(max(len(ranking.places) for ranking in self.rankings), max(1, math.floor(MOST * self.sizes)))
+
+    def first(self, count: int) -> Edit:
+        """The edit of so many components for each class."""
+        return self.edited([ranking.places[:count] for ranking in self.rankings])
 
     def edited(self, chosen: Iterable[list[tuple[str, int]]]) -> Edit:
         """The edit of these components, those of each class together."""
@@ -366,7 +558,7 @@ class _Tried:
     retain_drop: float | None = None
 
 
-def _searched(plan: _Plan, asked: dict[str, float]) -> tuple[Edit, str]:
+def _searched(plan: _Plan | _Erasure, asked: dict[str, float]) -> tuple[Edit, str]:
     """The smallest edit that forgets enough; without that target, the largest that the others bear.
 
     And what is to be said of targets that it misses.
@@ -375,12 +567,11 @@ def _searched(plan: _Plan, asked: dict[str, float]) -> tuple[Edit, str]:
     data = plan.data
     least = "forget_accuracy" in asked
     before = data.accuracy(plan.model, "retain") if "retain_drop" in asked else math.nan
-    sizes = plan.rankings[0].sizes
     tried: dict[int, _Tried] = {}
 
     def look(count: int) -> _Tried:
         if count not in tried:
-            edit = plan.edited([ranking.places[:count] for ranking in plan.rankings])
+            edit = plan.first(count)
             forgot = data.accuracy(edit.model, "forget", LOOKED)
             tried[count] = _Tried(edit, forgot, None if least else before - data.accuracy(edit.model, "retain"))
         return tried[count]
@@ -393,8 +584,8 @@ def _searched(plan: _Plan, asked: dict[str, float]) -> tuple[Edit, str]:
         assert found.retain_drop is not None
         return found.retain_drop > asked["retain_drop"]
 
-    most = min(max(len(ranking.places) for ranking in plan.rankings), max(1, math.floor(MOST * sizes)))
-    low, high = 0, min(max(1, round(FIRST * sizes)), most)
+    most = plan.most
+    low, high = 0, min(max(1, round(FIRST * plan.sizes)), most)
     while not beyond(high) and high < most:
         low, high = high, min(2 * high, most)
     found = beyond(high)
@@ -428,8 +619,7 @@ def _searched(plan: _Plan, asked: dict[str, float]) -> tuple[Edit, str]:
     if not missed:
         return chosen.edit, ""
     return chosen.edit, (
-        f"unlearn: of {len(tried)} edits of up to {max(tried)} components per class none meets the targets: "
-        f"{'; '.join(missed)}."
+        f"unlearn: of {len(tried)} edits of up to {max(tried)} {plan.what} none meets the targets: {'; '.join(missed)}."
     )
 
 

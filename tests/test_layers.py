@@ -13,7 +13,7 @@ ORDER = [
     "kernels reference",
     "_backends",
     "ops moments uncertainty scores",
-    "collect recipe stack _graph _importance prune _selection _silence _retain unlearn presets",
+    "collect recipe stack _graph _importance prune _selection _silence _retain _erase unlearn presets",
     "_outputs _attacks _probes _recovery evaluate zoo huggingface demo cli __main__",
 ]
 RANK = {module: rank for rank, module in enumerate(" ".join(ORDER).split())}

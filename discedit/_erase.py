@@ -1,0 +1,215 @@
+"""Erasure in closed form: what a layer reads no longer differs, on average, between classes to forget and the others.
+
+The directions are those at which the Fisher bound of the layer's whole input is attained; taking the difference of the
+means out of the weights along them is the oblique projection of LEACE (Belrose et al., "LEACE: Perfect linear concept
+erasure in closed form", NeurIPS 2023). Layers are taken in the order in which they run, each on what those edited
+before it now give, all in one forward pass.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from discedit import _checks
+from discedit._batches import call, first_tensor, undisturbed
+from discedit._calibration import norm_behind, padding_of
+from discedit._lockstep import Pause, in_lockstep
+from discedit.recipe import Operation
+
+RIDGE = 1e-2  # of the mean variance: a few hundred samples know little of the directions that hardly vary
+ROWS_PER_CHANNEL = 64
+LEAST_ROWS = 2**14
+OTHERS = -1  # the group of all samples that stay
+
+
+@dataclass
+class Erased:
+    """What an erasure did.
+
+    Attributes:
+        operations, tensors: for a recipe, with its "set.I".
+        bounds: layer -> Fisher bound on the total variation distance between each class and the others, by what the
+            layer read before it was edited.
+        forgotten: share of the samples to forget that are still named rightly, a mean over classes.
+    """
+
+    operations: list[Operation] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    bounds: dict[str, list[float]] = field(default_factory=dict)
+    forgotten: float = 1.0
+
+
+def erased(
+    edited: nn.Module,
+    layers: Sequence[str],
+    norms: Mapping[str, str],
+    parts: Sequence[tuple[Any, Tensor]],
+    classes: Sequence[int],
+    factor: float,
+) -> Erased:
+    """Erases directions from what layers read, in place.
+
+    Args:
+        edited: the model.
+        layers: Conv2d (not in groups) and Linear, with a bias or a batch norm behind that can take one.
+        norms: layer -> the norm that its output goes straight into.
+        parts: inputs with labels. Samples of other classes are those that stay.
+        classes: what to forget.
+        factor: what is left of each direction: 0 erases it.
+
+    Raises:
+        ValueError: no sample of a class, feature maps that are not finite, or a model without logits.
+    """
+    result = Erased()
+    sums = {layer: _Sums(len(classes)) for layer in layers}
+    place = threading.local()
+
+    def meet(layer: str) -> None:
+        _edit(edited, layer, norms, sums.pop(layer), factor, result)
+
+    def enter(layer: str, module: nn.Module, arguments: Any) -> None:
+        sums[layer].add(module, arguments[0], place.groups, len(parts), place.seed)
+        place.pause(layer)
+
+    right, seen = torch.zeros(len(classes)), torch.zeros(len(classes))
+
+    def run(inputs: Any, groups: Tensor, seed: int, pause: Pause) -> None:
+        place.groups, place.seed, place.pause = groups, seed, pause
+        with torch.no_grad():
+            logits = first_tensor(call(edited, inputs))
+        if logits is None or logits.ndim != 2:
+            found = "none" if logits is None else f"shape {_checks.shape_of(logits)}"
+            raise ValueError(f"unlearn: model must give logits (samples, classes) to erase directions, got {found}.")
+        named = logits.argmax(1).cpu()
+        for i, cls in enumerate(classes):
+            seen[i] += int((groups == i).sum())
+            right[i] += int((named[groups == i] == cls).sum())
+
+    for cls in classes:
+        if not any(bool((labels == cls).any()) for _, labels in parts):
+            raise ValueError(f"unlearn: data must hold samples of every class to forget, it holds none of class {cls}.")
+    handles = [edited.get_submodule(layer).register_forward_pre_hook(partial(enter, layer)) for layer in layers]
+    works = []
+    for seed, (inputs, labels) in enumerate(parts):
+        groups = torch.full_like(labels, OTHERS)
+        for i, cls in enumerate(classes):
+            groups[labels == cls] = i
+        works.append(partial(run, inputs, groups, seed))
+    try:
+        with undisturbed(edited):
+            in_lockstep(works, meet)
+    finally:
+        for handle in handles:
+            handle.remove()
+    result.forgotten = float((right / seen).mean())
+    return result
+
+
+class _Sums:
+    """Means and covariances of what a layer reads at one position: (channels,), of each class and of the others."""
+
+    def __init__(self, classes: int) -> None:
+        self.totals: list[list[Tensor]] = [[] for _ in range(classes + 1)]  # the others last
+        self.counts = [[0, 0] for _ in range(classes + 1)]
+        self.shift = torch.empty(0)
+        self.inside = torch.ones(1)  # share of the positions at which each entry of a kernel reads no padding
+
+    def add(self, layer: nn.Module, x: Tensor, groups: Tensor, parts: int, seed: int) -> None:
+        """One part; means are over all positions, covariances over some."""
+        x = x.detach()
+        if isinstance(layer, nn.Conv2d):
+            self.inside = _inside(layer, x)
+            x = x.flatten(2).transpose(1, 2)
+        else:
+            x = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
+        samples, places, channels = x.shape
+        if not self.shift.numel():
+            self.shift = x.float().mean((0, 1))
+        each = min(places, -(-max(LEAST_ROWS, ROWS_PER_CHANNEL * channels) // (samples * parts)))
+        generator = torch.Generator().manual_seed(seed)
+        positions = torch.randperm(places, generator=generator)[:each].to(x.device)
+        for group in range(len(self.totals)):
+            chosen = (groups == (group if group < len(self.totals) - 1 else OTHERS)).nonzero()[:, 0].to(x.device)
+            if not len(chosen):
+                continue
+            mine = x[chosen].float() - self.shift
+            rows = mine[:, positions].flatten(0, 1)
+            terms = [mine.sum((0, 1), dtype=torch.float64), rows.sum(0, dtype=torch.float64), (rows.T @ rows).double()]
+            known = self.totals[group]
+            self.totals[group] = [a + b for a, b in zip(known, terms, strict=True)] if known else terms
+            self.counts[group][0] += mine.shape[0] * places
+            self.counts[group][1] += len(rows)
+
+    def moments(self) -> list[tuple[Tensor, Tensor]]:
+        """Mean and covariance of each group, float64."""
+        found = []
+        for (total, some, gram), (number, rows) in zip(self.totals, self.counts, strict=True):
+            mean = some / rows
+            found.append((total / number + self.shift, gram / rows - torch.outer(mean, mean)))
+        return found
+
+
+def _inside(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """(kernel height, kernel width)"""
+    height, width = layer.kernel_size
+    ones = functional.pad(x.new_ones(1, 1, *x.shape[2:], dtype=torch.float32), padding_of(layer))
+    seen = functional.unfold(ones, layer.kernel_size, layer.dilation, 0, layer.stride)
+    return seen.mean((0, 2)).view(height, width)
+
+
+def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, factor: float, result: Erased) -> None:
+    """Takes the directions out of one layer's weights, around the mean of the samples that stay."""
+    *forget, (mean, covariance) = sums.moments()
+    if not all(bool(m.isfinite().all() and c.isfinite().all()) for m, c in (*forget, (mean, covariance))):
+        raise ValueError(f"unlearn: data must give finite feature maps, what {name!r} reads holds NaN or Inf.")
+    differences = torch.stack([m - mean for m, _ in forget], dim=1)  # (channels, classes)
+    eye = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+
+    def solved(within: Tensor) -> Tensor:
+        variance = float(within.diagonal().mean())
+        ridge = RIDGE * variance if variance > 0 else 1.0
+        found: Tensor = torch.linalg.solve(within + ridge * eye, differences)
+        return found
+
+    bounds = []
+    for i, (_, of_class) in enumerate(forget):
+        fisher = float(differences[:, i] @ solved(of_class + covariance)[:, i])
+        bounds.append(round(fisher / (2 + fisher), 4))
+    result.bounds[name] = bounds
+    directions = solved(torch.stack([c for _, c in forget]).mean(0) + covariance)
+    between = differences.T @ directions
+    projected = torch.linalg.pinv((between + between.T) / 2, rtol=1e-10, hermitian=True) @ directions.T
+    layer: Any = model.get_submodule(name)
+    weight = layer.weight.detach().double()
+    moved = (1 - factor) * torch.einsum(
+        "oi...,ic->oc...", weight, differences
+    )  # what the layer makes of the differences
+    change = -torch.einsum("oc...,ci->oi...", moved, projected)
+    lost = torch.einsum("oc...,c->o...", moved, projected @ mean)
+    bias = (lost * sums.inside.to(lost)).flatten(1).sum(1) if lost.ndim > 1 else lost
+    _add(result, f"{name}.weight", layer.weight, change)
+    if layer.bias is not None:
+        _add(result, f"{name}.bias", layer.bias, bias)
+        return
+    norm = norm_behind(model, name, norms)
+    assert norm is not None
+    assert norm.running_mean is not None
+    # Not the norm's bias: so the means are those that the norm would find on the classes that stay.
+    _add(result, f"{norms[name]}.running_mean", norm.running_mean, -bias)
+
+
+@torch.no_grad()
+def _add(result: Erased, name: str, tensor: Tensor, values: Tensor) -> None:
+    """Adds, as the recipe's operation will."""
+    values = values.to(tensor.dtype)
+    result.tensors[f"set.{len(result.operations)}"] = values.cpu()
+    result.operations.append(Operation("add", name, index=tuple(range(len(tensor)))))
+    tensor += values
