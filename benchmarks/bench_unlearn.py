@@ -131,8 +131,9 @@ class Setting:
 
     Attributes:
         title: what tables call it.
-        options: arguments; "last" is the share of the layers, from the end, that are to be chosen from.
-        data: whether it gets the training images as `data`, whose mean silenced components then give.
+        options: arguments; "last" is the share of the layers, from the end, that rows are to be chosen from, "readers"
+            the number of layers, from the end, that directions are to be erased from.
+        data: whether it gets the training images as `data`.
         few: whether moments, and `data`, come from 64 images per class.
         preset: by this published algorithm.
     """
@@ -147,20 +148,17 @@ class Setting:
 OURS = {
     "default": Setting("default, without data"),
     "default with data": Setting("default, with data", data=True),
-    "repaired": Setting('repair="least_squares", with data', {"repair": "least_squares"}, data=True),
-    "target": Setting("forget_accuracy=0.02, with data", {"forget_accuracy": 0.02}, data=True),
+    "head": Setting("directions of the head alone, with data", {"readers": 1}, data=True),
+    "rows": Setting('components="rows", with data', {"components": "rows"}, data=True),
     "discedit_u": Setting("preset discedit_u", preset="discedit_u"),
 }
 FEW = {
     "default": Setting("default, without data, 64 images per class", few=True),
     "default with data": Setting("default, with data, 64 images per class", data=True, few=True),
-    "repaired": Setting(
-        'repair="least_squares", with data, 64 images per class', {"repair": "least_squares"}, data=True, few=True
-    ),
 }
 DEFAULTS = tuple(FEW)
 _FRACTIONS = (0.03, 0.05, 0.06, 0.08, 0.1, 0.15)
-_BOTH: dict[str, dict[str, Any]] = {  # without data and with
+_OF_ROWS: dict[str, dict[str, Any]] = {  # without data and with
     **{f"fraction={share}": {"fraction": share} for share in _FRACTIONS},
     'sign="any"': {"sign": "any"},
     'by="specific"': {"by": "specific"},
@@ -171,8 +169,9 @@ _BOTH: dict[str, dict[str, Any]] = {  # without data and with
     "last half of the layers": {"last": 1 / 2},
     "last sixth of the layers": {"last": 1 / 6},
 }
-_ON_DATA: dict[str, dict[str, Any]] = {
+_REPAIRED: dict[str, dict[str, Any]] = {
     'repair="mean"': {"repair": "mean"},
+    'repair="least_squares"': {"repair": "least_squares"},
     **{
         f'repair="least_squares", fraction={share}': {"repair": "least_squares", "fraction": share}
         for share in (0.06, 0.1, 0.12)
@@ -184,13 +183,18 @@ _ON_DATA: dict[str, dict[str, Any]] = {
     },
     'repair="least_squares", protection=0': {"repair": "least_squares", "protection": 0.0},
 }
+_OF_DIRECTIONS: dict[str, dict[str, Any]] = {
+    **{f"directions of the last {count} layers": {"readers": count} for count in (1, 2, 3, 4, 6, 8, 12, 16)},
+    **{f"directions, factor={factor}": {"components": "directions", "factor": factor} for factor in (0.2, -0.2, -0.5)},
+}
 VARIANTS = {
+    **{f"{title}, with data": Setting(title, options, data=True) for title, options in _OF_DIRECTIONS.items()},
     **{
-        f"{title}, {'with' if data else 'without'} data": Setting(title, options, data=data)
-        for data, (title, options) in product((False, True), _BOTH.items())
+        f"{title}, {'with' if data else 'without'} data": Setting(title, {"components": "rows", **options}, data=data)
+        for data, (title, options) in product((False, True), _OF_ROWS.items())
     },
     "remove=True, without data": Setting("remove=True", {"remove": True}),
-    **{f"{title}, with data": Setting(title, options, data=True) for title, options in _ON_DATA.items()},
+    **{f"{title}, with data": Setting(title, options, data=True) for title, options in _REPAIRED.items()},
 }
 SETTINGS = {"ours": OURS, "few": FEW, "variants": VARIANTS}
 RANDOM = {name for name, method in METHODS.items() if "rate" in method.grid[0]} | {"random_components"}
@@ -293,6 +297,9 @@ class Bench:
             if "last" in options:
                 order = [layer for layer in scores if not why_not_editable(model, layer)]
                 options["layers"] = order[len(order) - math.ceil(options.pop("last") * len(order)) :]
+            if "readers" in options:
+                order = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+                options |= {"components": "directions", "layers": order[-options.pop("readers") :]}
             edit = unlearn(model, scores, classes=[cls], **options)
         return edit, {"edit seconds": round(time.perf_counter() - start, 4), "moments seconds": round(passed, 3)}
 
@@ -340,7 +347,8 @@ def edits(bench: Bench, log: Log, part: str, classes: Sequence[int], only: Seque
 
         def run(setting: Setting = setting, cls: int = cls) -> dict[str, Any]:
             edit, seconds = bench.unlearn(setting, cls)
-            components = sum(len(channels) for channels in edit.recipe.components.values())
+            directions = edit.recipe.settings.get("directions", {})
+            components = sum(map(len, [*edit.recipe.components.values(), *directions.values()]))
             found = bench.figures(edit.model, cls, recall=part != "variants")
             return {**found, "components": components, **seconds}
 
@@ -822,7 +830,7 @@ def section(entries: Entries, model: str) -> str:
         (
             "variants",
             "Options of `unlearn`",
-            "Each option by itself, the others at their defaults; with data (the default then repairs) and without.",
+            "Each option by itself, the others at their defaults. Rows with data: as many as bring 5 %, or a share.",
             ["option", "data", "forget, %", "others lose, points", "worst-hit class loses", "components", "edit, s",
              "classes"],
             rows_of_variants(entries, model),
