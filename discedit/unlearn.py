@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from discedit import _checks, _selection
 from discedit._batches import call, device_of, first_tensor, moved, undisturbed
-from discedit._calibration import norms_behind, runs_in_order, why_not_fitted
+from discedit._calibration import SAMPLES, norms_behind, runs_in_order, why_not_fitted
 from discedit._erase import erased
 from discedit._graph import Graph
 from discedit._repair import repaired
@@ -29,12 +29,11 @@ TARGETS = ("forget_accuracy", "retain_drop")
 COMPONENTS = ("auto", "directions", "rows", "heads")
 FRACTION = {"none": 0.06, "mean": 0.06, "least_squares": 0.08}  # by repair
 FORGET = 0.05  # the target where there is data and nothing to repair
-READERS, SEARCHED_READERS, LEAST_READERS = (
-    0.1,
-    1 / 3,
-    2,
-)  # shares of the layers, from the last, to erase directions from
-EACH, REST = 128, 512  # samples of each class to forget, and of all others, that directions are found on
+# Shares of the layers, from the last, that directions are erased from: by default, and at most in a search.
+READERS, SEARCHED_READERS = 0.1, 1 / 3
+LEAST_READERS = 2
+# Samples that directions are found on: of each class to forget, of the others, of these for each feature of a layer.
+EACH, REST, PER_FEATURE = 128, 256, 2
 LOOKED = 128  # samples to forget that every step of a search is judged by
 PROTECTION = 1.0
 FIRST, MOST, PRECISION = 0.02, 0.5, 0.04  # of a search: where it begins, and shares at which it ends
@@ -94,9 +93,10 @@ def unlearn(
 
         components: "directions": of each layer, in what it reads at one position (channels of a feature map, features
             of a token), one for each class: u = (S_f + S_r)^-1 (m_f - m_r), at which the Fisher bound between the
-            class and the others is attained (means m and covariances S are those of samples to forget and of samples
-            that stay, 128 of each class and 512 in all). The difference of the means is taken out of the weights along
-            it; after that no linear function of what the layer reads has another mean for the class. Needs `data`.
+            class and the others is attained. Means m and covariances S are those of 128 samples of the class and of 256
+            that stay, or twice as many as the widest layer has inputs, up to 1,024. The difference of the means is
+            taken out of the weights along u; after that no linear function of what the layer reads has another mean
+            for the class. Needs `data`.
             "rows": filters and neurons. They are ranked together by their score for the class, and the highest are
             silenced; several classes each get their own ranking. "heads": heads of attention, which are edited as a
             whole by their rows of the values, found on `example_inputs`. "auto": directions where there is data and no
@@ -353,7 +353,9 @@ class _Erasure:
 
     def _edited(self, layers: list[str]) -> tuple[Edit, float]:
         trial = copied(self.model)
-        parts = [*self.data.labelled("retain", REST), *self.data.labelled("forget", EACH * len(self.forget))]
+        widest = max(self.model.get_parameter(f"{layer}.weight").shape[1] for layer in self.layers)
+        number = {"retain": max(REST, PER_FEATURE * widest), "forget": EACH * len(self.forget)}
+        parts = [part for kind, most in number.items() for part in self.data.labelled(kind, min(most, SAMPLES))]
         made = erased(trial, layers, self.norms, parts, self.forget, self.factor)
         recipe = Recipe(
             edit="unlearn",
