@@ -65,7 +65,7 @@ def run(
     step(f"scored {sum(map(len, scores.values())):,} components of {len(scores)} layers for 10 classes")
     step(f"pruning: {ratio:.0%} of the components of each layer; the layers after them make up for what is gone")
     smaller = prune(model, scores, ratio=ratio, example_inputs=example, data=calibration)
-    step(f"unlearning: silencing what discriminates class {names[forget]!r}, until it is forgotten")
+    step(f"unlearning: erasing what discriminates class {names[forget]!r} from what the last layers read")
     forgetful = unlearn(model, scores, classes=[forget], data=calibration)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -83,8 +83,7 @@ def run(
     say("")
     say(table(columns, names, forget))
     say("")
-    silenced = sum(len(channels) for channels in forgetful.recipe.components.values())
-    say(f"The unlearned model has {silenced} components silenced. Silencing is no guarantee of privacy.")
+    say(f"Erased from {' and '.join(forgetful.recipe.settings['layers'])}. That is no guarantee of privacy.")
     say(f"Written to {out}: scores.png, scores and moments (.safetensors), recipes prune.json and unlearn.json.")
     step("done")
     return columns
