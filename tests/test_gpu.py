@@ -248,14 +248,18 @@ def test_a_pass_over_maps_that_are_not_finite_is_refused():
         discedit.collect_moments(model, [(x, labels), (bad, labels), (x, labels)], 5)
 
 
-@pytest.mark.parametrize("criterion", ["l1", "combined"])
-def test_pruning_and_repair_are_those_of_the_cpu(criterion):
+def small_network():
     torch.manual_seed(0)
-    model = nn.Sequential(
+    return nn.Sequential(
         nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
         nn.Conv2d(12, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 4),
     ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("criterion", ["l1", "combined"])
+def test_pruning_and_repair_are_those_of_the_cpu(criterion):
+    model = small_network()
     x, labels = torch.randn(64, 3, 12, 12), torch.arange(64) % 4
     outputs = {}
     for device in ("cpu", "cuda"):
@@ -267,3 +271,19 @@ def test_pruning_and_repair_are_those_of_the_cpu(criterion):
     assert outputs["cpu"][0] == outputs["cuda"][0]
     # Convolutions in TF32 differ by 1e-3.
     torch.testing.assert_close(outputs["cpu"][1], outputs["cuda"][1], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:unlearn")  # a random network names nothing rightly anyway, or all
+def test_erased_directions_are_those_of_the_cpu():
+    model = small_network()
+    labels = torch.arange(64) % 4
+    x = torch.randn(64, 3, 12, 12) + labels[:, None, None, None]
+    found = {}
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        scores = discedit.score(discedit.collect_moments(model, [(x, labels)], 4))
+        edit = discedit.unlearn(model, scores, classes=[1], data=[(x, labels)], components="directions")
+        assert next(edit.model.parameters()).device.type == device
+        found[device] = {name: tensor.detach().cpu() for name, tensor in edit.model.state_dict().items()}
+    for name, tensor in found["cpu"].items():
+        torch.testing.assert_close(tensor, found["cuda"][name], rtol=1e-2, atol=1e-2)
