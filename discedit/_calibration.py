@@ -46,7 +46,7 @@ def calibration(model: nn.Module, data: Iterable[Any]) -> list[Any]:
             limit = max(1, min(SAMPLES, MEMORY // (MAPS * largest)))
         if not size:
             continue
-        if batches and not _fits(batches[0][0], inputs):
+        if batches and not fits(batches[0][0], inputs):
             break
         few = min(size, limit - samples)
         batches.append((_narrowed(inputs, size, few), few))
@@ -99,7 +99,7 @@ def _narrowed(inputs: Any, size: int, few: int, start: int = 0) -> Any:
     return map_tensors(inputs, lambda x: x[start : start + few] if x.ndim and len(x) == size else x)
 
 
-def _fits(first: Any, other: Any) -> bool:
+def fits(first: Any, other: Any) -> bool:
     """Whether two batches can be joined."""
     if isinstance(first, Tensor):
         return isinstance(other, Tensor) and first.shape[1:] == other.shape[1:] and first.dtype == other.dtype
@@ -107,10 +107,10 @@ def _fits(first: Any, other: Any) -> bool:
         return (
             isinstance(other, Mapping)
             and first.keys() == other.keys()
-            and all(_fits(first[name], other[name]) for name in first)
+            and all(fits(first[name], other[name]) for name in first)
         )
     if isinstance(first, (tuple, list)):
-        return isinstance(other, (tuple, list)) and len(first) == len(other) and all(map(_fits, first, other))
+        return isinstance(other, (tuple, list)) and len(first) == len(other) and all(map(fits, first, other))
     return bool(first == other)
 
 

@@ -9,7 +9,7 @@ before it now give, all in one forward pass.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from discedit import _checks
 from discedit._batches import call, first_tensor, undisturbed
-from discedit._calibration import norm_behind, padding_of
+from discedit._calibration import norm_behind, padding_of, samples_of
 from discedit._lockstep import Pause, in_lockstep
 from discedit.recipe import Operation
 
@@ -113,6 +113,33 @@ def erased(
     return result
 
 
+def why_not_erased(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[str, str]:
+    """The layers that do not read, in one run each, something of every sample in turn, with the reason."""
+    samples = samples_of(inputs)
+    read: dict[str, list[int]] = {name: [] for name in names}
+
+    def enter(name: str, _: nn.Module, arguments: Any) -> None:
+        first = first_tensor(arguments)
+        read[name].append(len(first) if first is not None and first.ndim > 1 else 0)
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(partial(enter, name)) for name in read]
+    try:
+        with undisturbed(model):
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    reasons = {}
+    for name, sizes in read.items():
+        if not sizes:
+            reasons[name] = "it does not run as a module of its own"
+        elif len(sizes) > 1:
+            reasons[name] = "it runs more than once per forward pass"
+        elif sizes[0] != samples:
+            reasons[name] = f"it reads {sizes[0]} rows for {samples} samples, such as windows of them"
+    return reasons
+
+
 class _Sums:
     """Means and covariances of what a layer reads at one position: (channels,), of each class and of the others."""
 
@@ -132,7 +159,7 @@ class _Sums:
             x = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
         samples, places, channels = x.shape
         if not self.shift.numel():
-            self.shift = x.float().mean((0, 1))
+            self.shift = x.mean((0, 1), dtype=torch.float32 if x.element_size() < 4 else x.dtype)
         each = min(places, -(-max(LEAST_ROWS, ROWS_PER_CHANNEL * channels) // (samples * parts)))
         generator = torch.Generator().manual_seed(seed)
         positions = torch.randperm(places, generator=generator)[:each].to(x.device)
@@ -140,7 +167,7 @@ class _Sums:
             chosen = (groups == (group if group < len(self.totals) - 1 else OTHERS)).nonzero()[:, 0].to(x.device)
             if not len(chosen):
                 continue
-            mine = x[chosen].float() - self.shift
+            mine = (x[chosen].float() if x.element_size() < 4 else x[chosen]) - self.shift
             rows = mine[:, positions].flatten(0, 1)
             terms = [mine.sum((0, 1), dtype=torch.float64), rows.sum(0, dtype=torch.float64), (rows.T @ rows).double()]
             known = self.totals[group]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from discedit._batches import Quota, call, checked_labels, chosen, device_of, first_tensor, split, undisturbed
-from discedit._calibration import SAMPLES, calibration, samples_of
+from discedit._calibration import SAMPLES, calibration, fits, joined, samples_of
 from discedit._measure import accuracy_per_class
 
 MEANS = 256  # samples that means are taken over
@@ -71,14 +71,14 @@ class Classified:
     def parts(self, kind: str) -> list[Any]:
         """Samples of a kind, as many of each class, in parts, as a repair takes them."""
         if kind not in self._parts:
-            self._parts[kind] = calibration(self.model, self._first(kind, SAMPLES))
+            self._parts[kind] = calibration(self.model, _in_turn(self._first(kind, SAMPLES)))
         return self._parts[kind]
 
     def labelled(self, kind: str, most: int) -> list[tuple[Any, Tensor]]:
         """So many samples of a kind, as many of each class, with their labels, in parts."""
         key = (kind, most)
         if key not in self._labelled:
-            few = self._first(kind, most)
+            few = _in_turn(self._first(kind, most))
             inputs = calibration(self.model, few)  # perhaps not of all
             sizes = [samples_of(part) for part in inputs]
             labels = torch.split(torch.cat([labels for _, labels in few])[: sum(sizes)], sizes)
@@ -101,19 +101,10 @@ class Classified:
 
     @cached_property
     def head(self) -> str | None:
-        """The linear layer whose output is the model's."""
-        outputs: dict[int, str] = {}
-        kept: list[Any] = []
-
-        def note(name: str) -> Any:
-            def hook(_: nn.Module, __: Any, output: Any) -> None:
-                kept.append(output)
-                outputs[id(output)] = name
-
-            return hook
-
+        """The linear layer that gives what the model gives, be it as a copy; of several, the last."""
+        outputs: list[tuple[str, Any]] = []
         handles = [
-            module.register_forward_hook(note(name))
+            module.register_forward_hook(lambda _, __, output, name=name: outputs.append((name, output)))
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear)
         ]
@@ -124,7 +115,10 @@ class Classified:
         finally:
             for handle in handles:
                 handle.remove()
-        return outputs.get(id(result))
+        if result is None:
+            return None
+        same = [name for name, output in outputs if output.shape == result.shape and torch.equal(output, result)]
+        return same[-1] if same else None
 
     def means(self, places: Mapping[str, str]) -> dict[str, Tensor]:
         """Layer -> mean over retained samples and positions of what the module in that place gives: (channels,).
@@ -163,3 +157,22 @@ class Classified:
             for handle in handles:
                 handle.remove()
         return {layer: (total / number[layer]).cpu() for layer, total in sums.items()}
+
+
+def _in_turn(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
+    """One batch, its classes in turn: however few of its first samples are used, they are as many of each.
+
+    Batches that cannot be joined stay as they are.
+    """
+    first, labels = batches[0]
+    if not all(fits(first, inputs) for inputs, _ in batches):
+        return batches
+    whole = joined([inputs for inputs, _ in batches], len(labels))
+    labels = torch.cat([labels for _, labels in batches])
+    seen: dict[int, int] = {}
+    turns = []
+    for label in labels.tolist():
+        turns.append(seen.get(label, 0))
+        seen[label] = turns[-1] + 1
+    order = torch.tensor(turns).argsort(stable=True)
+    return [(chosen(whole, order, len(labels)), labels[order])]

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from discedit import _checks, _selection
 from discedit._batches import call, device_of, first_tensor, moved, undisturbed
 from discedit._calibration import SAMPLES, norms_behind, runs_in_order, why_not_fitted
-from discedit._erase import erased
+from discedit._erase import erased, why_not_erased
 from discedit._graph import Graph
 from discedit._repair import repaired
 from discedit._retain import Classified
@@ -289,13 +289,9 @@ def _readers(
     known = {name: module for name, module in model.named_modules() if isinstance(module, (_ConvNd, nn.Linear))}
     norms = norms_behind(model, example)
     runs = runs_in_order(model, known, example)
-    reasons: dict[str, str] = {}
-    for name in known:
+    reasons = why_not_erased(model, known, example)
+    for name in runs:
         why = why_not_editable(model, name) or why_not_fitted(model, name, norms)
-        if name not in runs:
-            why = "it does not run as a module of its own"
-        elif runs[name] > 1:
-            why = "it runs more than once per forward pass"
         if why:
             reasons[name] = why
     able = [name for name in runs if name not in reasons]
