@@ -238,7 +238,7 @@ class Positions:
             flat = self._flat(x)
             return flat.gather(1, chosen[:, :, None].expand(-1, -1, flat.shape[2])).flatten(0, 1)
         assert isinstance(layer, nn.Conv2d)
-        x = functional.pad(x, padding_of(layer))
+        x = functional.pad(x, _padding(layer))
         sizes, steps, gaps = layer.kernel_size, layer.stride, layer.dilation
         width = (x.shape[3] - gaps[1] * (sizes[1] - 1) - 1) // steps[1] + 1
         ends = (chosen // width * steps[0], chosen % width * steps[1])
@@ -254,7 +254,7 @@ class Positions:
         return patches.transpose(1, 2).reshape(chosen.numel(), -1)
 
 
-def padding_of(layer: nn.Conv2d) -> list[int]:
+def _padding(layer: nn.Conv2d) -> list[int]:
     """As `functional.pad` takes it: last axis first."""
     if layer.padding == "valid":
         return [0, 0, 0, 0]

@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from discedit import _checks
 from discedit._batches import call, first_tensor, undisturbed
-from discedit._calibration import norm_behind, padding_of, samples_of
+from discedit._calibration import norm_behind, samples_of
 from discedit._lockstep import Pause, in_lockstep
 from discedit.recipe import Operation
 
@@ -147,13 +146,11 @@ class _Sums:
         self.totals: list[list[Tensor]] = [[] for _ in range(classes + 1)]  # the others last
         self.counts = [[0, 0] for _ in range(classes + 1)]
         self.shift = torch.empty(0)
-        self.inside = torch.ones(1)  # share of the positions at which each entry of a kernel reads no padding
 
     def add(self, layer: nn.Module, x: Tensor, groups: Tensor, parts: int, seed: int) -> None:
         """One part; means are over all positions, covariances over some."""
         x = x.detach()
         if isinstance(layer, nn.Conv2d):
-            self.inside = _inside(layer, x)
             x = x.flatten(2).transpose(1, 2)
         else:
             x = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
@@ -182,14 +179,6 @@ class _Sums:
             mean = some / rows
             found.append((total / number + self.shift, gram / rows - torch.outer(mean, mean)))
         return found
-
-
-def _inside(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """(kernel height, kernel width)"""
-    height, width = layer.kernel_size
-    ones = functional.pad(x.new_ones(1, 1, *x.shape[2:], dtype=torch.float32), padding_of(layer))
-    seen = functional.unfold(ones, layer.kernel_size, layer.dilation, 0, layer.stride)
-    return seen.mean((0, 2)).view(height, width)
 
 
 def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, factor: float, result: Erased) -> None:
@@ -221,7 +210,7 @@ def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, fa
     )  # what the layer makes of the differences
     change = -torch.einsum("oc...,ci->oi...", moved, projected)
     lost = torch.einsum("oc...,c->o...", moved, projected @ mean)
-    bias = (lost * sums.inside.to(lost)).flatten(1).sum(1) if lost.ndim > 1 else lost
+    bias = lost.flatten(1).sum(1) if lost.ndim > 1 else lost  # padding counts as what else is read
     _add(result, f"{name}.weight", layer.weight, change)
     if layer.bias is not None:
         _add(result, f"{name}.bias", layer.bias, bias)
@@ -229,7 +218,7 @@ def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, fa
     norm = norm_behind(model, name, norms)
     assert norm is not None
     assert norm.running_mean is not None
-    # Not the norm's bias: so the means are those that the norm would find on the classes that stay.
+    # Not the norm's bias: so the means are, but for padding, those that it would find on the classes that stay.
     _add(result, f"{norms[name]}.running_mean", norm.running_mean, -bias)
 
 
