@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_unlearn --models resnet20 --parts ours few variants --threads 1 --write --plot
     python -m benchmarks.bench_unlearn --models resnet20 --parts rivals evaluate --threads 1 --write --plot   # hours
+    python -m benchmarks.bench_unlearn --parts time --write --any-commit  # with nothing beside it
 
 Moments, repairs and rivals get the first 2,500 training images; figures rest on the first 5,000 test images; rivals are
 tuned on the last 5,000 test images, which no figure rests on (`benchmarks.held_out`, DISCEDIT_HELD_OUT), on one class
@@ -47,7 +48,7 @@ Entries = Mapping[str, Mapping[str, Any]]
 
 HERE = Path(__file__).parent
 RETRAINED = Path("out/retrained")
-PARTS = ("ours", "few", "variants", "rivals", "evaluate")
+PARTS = ("ours", "few", "time", "variants", "rivals", "evaluate")
 MISSING = "not measured"
 FASHION_CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 # Of every model: forget accuracy after batch-norm recall, %; seconds of the edit; points that 64 images per class may
@@ -353,6 +354,17 @@ def edits(bench: Bench, log: Log, part: str, classes: Sequence[int], only: Seque
             return {**found, "components": components, **seconds}
 
         log.measure(f"{bench.name}|{part}|{name}|{cls}|0", run)
+
+
+def timings(bench: Bench, log: Log, classes: Sequence[int]) -> None:
+    """Seconds of the defaults alone, each after one that does not count."""
+    for name, cls in product(DEFAULTS, classes):
+
+        def run(name: str = name, cls: int = cls) -> dict[str, Any]:
+            bench.unlearn(OURS[name], cls)
+            return bench.unlearn(OURS[name], cls)[1]
+
+        log.measure(f"{bench.name}|time|{name}|{cls}|0", run)
 
 
 def tuned_setting(bench: Bench, log: Log, method: str) -> dict[str, Any]:
@@ -751,10 +763,14 @@ def rows_of_goals(entries: Entries, models: Iterable[str]) -> list[list[str]]:
         )
         if not full.applies("recall forget"):
             found[-1][3:] = ["no batch norm", "n/a"]
-        seconds = full.values("edit seconds")
+        seconds = (row_of(entries, model, "time", name, "") if timed(entries, model) else full).values("edit seconds")
         middle = statistics.median(seconds) if seconds else None
         add(f"edit in less than {SECONDS_GOAL:g} s", f"{number(middle, 2)} s", (middle,), (SECONDS_GOAL,))
     return found
+
+
+def timed(entries: Entries, model: str) -> bool:
+    return any(key.startswith(f"{model}|time|") for key in entries)
 
 
 def signed(value: float | None) -> str:
@@ -779,10 +795,12 @@ lost in any run. Below 0: gained.
 Recall is the accuracy after the batch norms took their statistics anew from the retained part of the 2,500 images; a
 class that comes back this way was only hidden. "n/a": the model has no batch norm.
 
-"Edit" is the time from moments to the edited model: scoring, choosing, and where there is `data`, repair; "moments" is
-that of the pass before it, one for all classes. Medians over classes, torch with {threads}. For rivals, "edit" is the
-whole method with its preparations, without tuning. "Components" is their mean number. Zeroing components is no
-guarantee of privacy: see docs/evaluation.md for what each figure can show.
+"Edit" is the time from moments to the edited model: scoring, choosing, and where there is `data`, what is learned from
+it; "moments" is that of the pass before it, one for all classes. Medians over classes; torch with {threads}, other runs
+beside it. {apart}
+For rivals, "edit" is the whole method with its preparations, without tuning. "Components" is their mean number; of
+directions, there is one for each layer. None of this is a guarantee of privacy: see docs/evaluation.md for what each
+figure can show.
 
 Ours are the defaults of `discedit.unlearn`, the same for all models and classes; nothing of them was tuned for a class.
 Published rivals (benchmarks/unlearning_rivals.py) are our own implementations. Of a grid of six settings each, the one
@@ -864,15 +882,23 @@ def markdown(entries: Entries) -> str:
     """benchmarks/unlearn.md, from what was measured."""
     models = [name for name in SUBJECTS if any(key.startswith(f"{name}|") for key in entries)]
     machines = sorted({str(entry["machine"]) for entry in entries.values()})
-    threads = sorted({part.strip() for line in machines for part in line.split(",") if part.endswith(" threads")})
-    threads = ["1 thread" if part == "1 threads" else part for part in threads]
-    text = INTRODUCTION.format(threads=" and ".join(threads) or "no run yet")
+    apart = threads_of(entry for key, entry in entries.items() if "|time|" in key)
+    text = INTRODUCTION.format(
+        threads=threads_of(entry for key, entry in entries.items() if "|time|" not in key) or "no run yet",
+        apart=f"The goals' time was measured apart, with nothing beside it and {apart}." if apart else "",
+    )
     header = ["model", "setting", "goal", "measured", ""]
     text += "\n## Goals\n\nMeans over the classes of each row; the time is the median.\n\n"
     text += (table(header, rows_of_goals(entries, models)) if models else "Not measured.") + "\n"
     for model in models:
         text += section(entries, model)
     return text + "\nMeasured on: " + ("; ".join(machines) or "nothing yet") + ".\n"
+
+
+def threads_of(entries: Iterable[Mapping[str, Any]]) -> str:
+    parts = {part.strip() for entry in entries for part in str(entry["machine"]).split(",")}
+    found = sorted(part for part in parts if part.endswith(" threads"))
+    return " and ".join("1 thread" if part == "1 threads" else part for part in found)
 
 
 BLUE, LIGHT, GREY, DARK, GREEN = "#1f5fbf", "#8db4e8", "#8a8f98", "#3b3f46", "#2f9e62"
@@ -1105,6 +1131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for part in options.parts:
             if part == "rivals":
                 rivals(bench, log, options.rival_classes, options.seeds)
+            elif part == "time":
+                timings(bench, log, options.classes or range(bench.num_classes))
             elif part == "evaluate":
                 first = bench.subject.order[0]
                 cls = first if options.evaluate_class is None else options.evaluate_class
