@@ -388,10 +388,10 @@ def tuned_setting(bench: Bench, log: Log, method: str) -> dict[str, Any]:
     return setting
 
 
-def rivals(bench: Bench, log: Log, number: int, seeds: Sequence[int]) -> None:
+def rivals(bench: Bench, log: Log, number: int, seeds: Sequence[int], only: Sequence[str]) -> None:
     """Each tuned method on so many classes; what is random with each seed. All methods first, then more classes."""
     for seed, cls, method in product(seeds, bench.subject.order[:number], METHODS):
-        if seed != seeds[0] and method not in RANDOM:
+        if (seed != seeds[0] and method not in RANDOM) or (only and method not in only):
             continue
 
         def run(method: str = method, cls: int = cls, seed: int = seed) -> dict[str, Any]:
@@ -401,12 +401,14 @@ def rivals(bench: Bench, log: Log, number: int, seeds: Sequence[int]) -> None:
         log.measure(f"{bench.name}|rivals|{method}|{cls}|{seed}", run)
 
 
-def evaluations(bench: Bench, log: Log, cls: int, seed: int) -> None:
+def evaluations(bench: Bench, log: Log, cls: int, seed: int, only: Sequence[str]) -> None:
     """`discedit.evaluate` on one class for the original, the retrained model, ours and each rival."""
     network = bench.subject.network
     reference = network is not None and retrained_file(network, [cls], RETRAINED).is_file()
     names = ["original", *(["retrained"] if reference else []), *(f"ours {name}" for name in OURS), *METHODS]
     for name in names:
+        if only and name not in only:
+            continue
 
         def run(name: str = name) -> dict[str, Any]:
             original = bench.loaded.model
@@ -1114,7 +1116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[])
     parser.add_argument("--classes", nargs="+", type=int, help="for ours, few and variants; by default all")
-    parser.add_argument("--only", nargs="+", default=[], help="settings of ours, few and variants; by default all")
+    parser.add_argument("--only", nargs="+", default=[], help='settings, methods, "original"; of the part evaluate '
+                        'also "retrained" and "ours SETTING"; by default all')  # fmt: skip
     parser.add_argument("--rival-classes", type=int, default=3, help="number of classes that rivals run on (3)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of rivals that chance plays a part in")
     parser.add_argument("--evaluate-class", type=int, help="by default the one that rivals are tuned on")
@@ -1130,13 +1133,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = Bench(name)
         for part in options.parts:
             if part == "rivals":
-                rivals(bench, log, options.rival_classes, options.seeds)
+                rivals(bench, log, options.rival_classes, options.seeds, options.only)
             elif part == "time":
                 timings(bench, log, options.classes or range(bench.num_classes))
             elif part == "evaluate":
                 first = bench.subject.order[0]
                 cls = first if options.evaluate_class is None else options.evaluate_class
-                evaluations(bench, log, cls, options.seeds[0])
+                evaluations(bench, log, cls, options.seeds[0], options.only)
             else:
                 edits(bench, log, part, options.classes or range(bench.num_classes), options.only)
     if options.write:
