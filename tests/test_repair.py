@@ -119,7 +119,7 @@ def test_layers_that_cannot_be_repaired_are_named():
     model = nn.Sequential(nn.Conv1d(2, 6, 3), nn.ReLU(), nn.Conv1d(6, 4, 3), nn.Flatten(), nn.Linear(4 * 8, 3)).eval()
     scores = scores_of({"0": 6}, {"0": [1]})
     edit = prune(model, scores, ratio=0.2, example_inputs=data(2, 12)[0], data=data(2, 12), repair="mean", layers=["0"])
-    assert edit.recipe.settings["unrepaired"] == {"2": "it is a Conv1d; only Conv2d and Linear can be repaired"}
+    assert edit.recipe.settings["unrepaired"] == {"2": "it is a Conv1d; only Conv2d and Linear can be fitted"}
     bare = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4, bias=False)).eval()
     edit = prune(bare, scores, ratio=0.2, example_inputs=data(5)[0], data=data(5), repair="least_squares", layers=["0"])
     assert "neither a bias nor a batch norm" in edit.recipe.settings["unrepaired"]["2"]

@@ -331,7 +331,7 @@ def test_the_default_size_depends_on_what_is_given(trained, digit_scores):
 
 def test_zero_where_no_mean_meets_a_target(trained, digit_scores):
     model, train, _ = trained
-    options = {"classes": [3], "data": zoo.batches(train), "forget_accuracy": 0.05}
+    options = {"classes": [3], "data": zoo.batches(train), "components": "rows", "forget_accuracy": 0.05}
     auto, zero = (unlearn(model, digit_scores, around=around, **options) for around in ("auto", "zero"))
     assert auto.recipe.settings == zero.recipe.settings
     assert auto.recipe.settings["targets"]["forget_accuracy"]["met"]
@@ -664,6 +664,9 @@ KINDS = {
     "biases": {"data": True, "repair": "mean"},
     "least squares": {"data": True, "repair": "least_squares", "layers": ["conv2", "fc1"]},
     "target": {"data": True, "around": "zero", "forget_accuracy": 0.7},
+    "directions": {"data": True},
+    "directions, mirrored": {"data": True, "components": "directions", "layers": ["fc2"], "factor": -0.5},
+    "directions, target": {"data": True, "retain_drop": 0.5},
 }
 
 
@@ -713,7 +716,7 @@ BAD = {
     "damage=0.1, retain_drop=0.2, data=DATA": r"at most one of .* got damage=0.1, retain_drop=0.2\.",
     "by='rank'": r"by must be one of 'score', 'specific', got 'rank'\.",
     "sign='down'": r"sign must be one of 'up', 'any', got 'down'\.",
-    "components='filters'": r"components must be one of 'rows', 'heads', got 'filters'\.",
+    "components='filters'": r"components must be one of 'auto', 'directions', 'rows', 'heads', got 'filters'\.",
     "around='median'": r"around must be one of 'auto', 'zero', 'mean', got 'median'\.",
     "repair='sgd'": r"repair must be one of 'none', 'mean', 'least_squares', got 'sgd'\.",
     "factor=1": r"factor must not be 1, which changes nothing, got 1\.",
@@ -731,6 +734,7 @@ BAD = {
     "remove=True, around='mean', data=DATA, example_inputs=X": r"remove needs .*, got factor=0.0, around='mean'\.",
     "remove=True": r"remove=True needs example_inputs, got None\.",
     "components='heads'": r"components='heads' needs example_inputs, got None\.",
+    "components='directions'": r"components='directions' needs data, labelled batches of all classes, got data=None\.",
     "classes=range(10), by='specific'": r"classes must leave at least one class with samples, got \[0, 1, 2",
     "classes=range(10), damage=0.1": r"classes must leave at least one class with samples, got \[0, 1, 2",
     "classes=range(10), data=DATA": r"classes must leave at least one class with samples, got \[0, 1, 2",

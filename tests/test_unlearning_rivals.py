@@ -420,7 +420,7 @@ def test_retraining_writes_once_and_is_read_back(trained, monkeypatch, tmp_path)
     _, train, test = trained
     network = unlearning_rivals.Network(zoo.DigitsNet, lambda: train, lambda: test, TRAINING)
     monkeypatch.setitem(unlearning_rivals.NETWORKS, "resnet20", network)
-    arguments = ["--retrain", "resnet20", "--classes", "3", "--epochs", "1", "--threads", "2", "--out", str(tmp_path)]
+    arguments = ["--retrain", "resnet20", "--classes", "3", "--epochs", "1", "--threads", "1", "--out", str(tmp_path)]
     with pytest.raises(FileNotFoundError, match="--retrain resnet20 --classes 3 --epochs N"):
         unlearning_rivals.retrained("resnet20", [3], tmp_path)
     unlearning_rivals.main([*arguments, "--limit", "300"])
