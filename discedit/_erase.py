@@ -24,6 +24,7 @@ from discedit._lockstep import Pause, in_lockstep
 from discedit.recipe import Operation
 
 RIDGE = 1e-2  # of the mean variance: a few hundred samples know little of the directions that hardly vary
+LEAST_DIFFERENCE = 1e-6
 ROWS_PER_CHANNEL = 64
 LEAST_ROWS = 2**14
 OTHERS = -1  # the group of all samples that stay
@@ -78,7 +79,7 @@ def erased(
         sums[layer].add(module, arguments[0], place.groups, len(parts), place.seed)
         place.pause(layer)
 
-    right, seen = torch.zeros(len(classes)), torch.zeros(len(classes))
+    right, seen = torch.zeros(2, len(classes), dtype=torch.float64)
 
     def run(inputs: Any, groups: Tensor, seed: int, pause: Pause) -> None:
         place.groups, place.seed, place.pause = groups, seed, pause
@@ -134,6 +135,8 @@ def why_not_erased(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[
             reasons[name] = "it does not run as a module of its own"
         elif len(sizes) > 1:
             reasons[name] = "it runs more than once per forward pass"
+        elif not sizes[0]:
+            reasons[name] = "it is not called with a tensor of samples as its first argument"
         elif sizes[0] != samples:
             reasons[name] = f"it reads {sizes[0]} rows for {samples} samples, such as windows of them"
     return reasons
@@ -202,7 +205,9 @@ def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, fa
     result.bounds[name] = bounds
     directions = solved(torch.stack([c for _, c in forget]).mean(0) + covariance)
     between = differences.T @ directions
-    projected = torch.linalg.pinv((between + between.T) / 2, rtol=1e-10, hermitian=True) @ directions.T
+    # In squares of standard deviations. A difference that is rounding, as behind what was just erased, is none.
+    least = {"atol": LEAST_DIFFERENCE, "rtol": 1e-10, "hermitian": True}
+    projected = torch.linalg.pinv((between + between.T) / 2, **least) @ directions.T
     layer: Any = model.get_submodule(name)
     weight = layer.weight.detach().double()
     moved = (1 - factor) * torch.einsum(

@@ -130,8 +130,8 @@ def unlearn(
         example_inputs: as for `prune`.
 
     Returns:
-        `Edit` with the edited model, its recipe and a summary. Where no target was given and 5 % or more of the samples
-        to forget are still named rightly, there is a warning.
+        `Edit` with the edited model, its recipe and a summary. Where no target was given and more than 5 % of the
+        samples to forget are still named rightly, there is a warning.
 
     Raises:
         ValueError: unknown classes or classes without samples, several limits or one out of range, scores of another
@@ -292,6 +292,8 @@ def _readers(
     reasons = why_not_erased(model, known, example)
     for name in runs:
         why = why_not_editable(model, name) or why_not_fitted(model, name, norms)
+        if not why and known[name].weight.shape[1] <= len(data.forget):
+            why = f"it has {known[name].weight.shape[1]} inputs, of which nothing would be left"
         if why:
             reasons[name] = why
     able = [name for name in runs if name not in reasons]
