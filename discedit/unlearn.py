@@ -165,12 +165,12 @@ def unlearn(
     norms: dict[str, str] = {}
     undecided = components == "auto" and layers is None and around == "auto" and not any(of_rows.values())
     if samples is not None and (components == "directions" or undecided):
+        check_layers(op, model, scores, None)
         share = SEARCHED_READERS if targets else READERS
         readers, norms = _readers(model, layers, share, samples, named=components == "directions")
-    settings = {"classes": forget, "factor": float(factor), **scores.settings}
     if readers:
         assert samples is not None
-        erasure = _Erasure(model, forget, readers, norms, float(factor), samples, settings)
+        erasure = _Erasure(model, forget, readers, norms, float(factor), samples)
         if targets:
             edit, missed = _searched(erasure, targets)
         else:
@@ -322,7 +322,6 @@ class _Erasure:
     norms: dict[str, str]
     factor: float
     data: Classified
-    settings: dict[str, Any]
 
     @property
     def sizes(self) -> int:
@@ -358,9 +357,10 @@ class _Erasure:
         recipe = Recipe(
             edit="unlearn",
             settings={
-                **self.settings,
+                "classes": self.forget,
                 "components": "directions",
                 "layers": layers,
+                "factor": self.factor,
                 "around": "mean",
                 "directions": made.bounds,
             },

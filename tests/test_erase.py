@@ -1034,7 +1034,8 @@ def test_a_stack_with_neurons_removed(trained, digit_scores):
     smaller = prune(base, digit_scores, ratio=0.3, layers=["conv1"], example_inputs=torch.randn(2, 1, 8, 8))
     stack = Stack(base)
     stack.push("smaller", smaller)
-    made = unlearn(stack.model, digit_scores, classes=[3], data=zoo.batches(train))
+    data = zoo.batches(train)
+    made = unlearn(stack.model, score(collect_moments(stack.model, data, 10)), classes=[3], data=data)
     stack.push("directions", made)
     assert state_equal(stack.model, made.model)
     stack.remove("smaller")
@@ -1146,3 +1147,10 @@ def test_forgets_on_real_images(cifar, cifar_scores):
         kept = [other for other in range(10) if other != cls]
         assert after[cls] < 0.1 < 0.7 < before[cls]
         assert after[kept].mean() > before[kept].mean() - 0.02
+
+
+def test_scores_of_another_model_are_refused(trained, digit_scores):
+    _, train, _ = trained
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)).eval()
+    with pytest.raises(ValueError, match="scores must come from this model: it has no layer 'conv1'"):
+        unlearn(other, digit_scores, classes=[3], data=zoo.batches(train))
