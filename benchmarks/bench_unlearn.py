@@ -589,7 +589,7 @@ def rows_by_class(entries: Entries, model: str) -> list[list[str]]:
     found = []
     for name, setting in OURS.items():
         row = row_of(entries, model, "ours", name, setting.title)
-        for cls, title in enumerate(subject.names):
+        for cls, title in enumerate(subject.names if row.runs else ()):
             run = row.runs.get((cls, 0), {})
             worst = f"{number(run['worst drop'])} ({subject.names[run['worst class']]})" if run else MISSING
             one = row.of([cls])
