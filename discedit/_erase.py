@@ -210,9 +210,7 @@ def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, fa
     projected = torch.linalg.pinv((between + between.T) / 2, **least) @ directions.T
     layer: Any = model.get_submodule(name)
     weight = layer.weight.detach().double()
-    moved = (1 - factor) * torch.einsum(
-        "oi...,ic->oc...", weight, differences
-    )  # what the layer makes of the differences
+    moved = (1 - factor) * torch.einsum("oi...,ic->oc...", weight, differences)  # what the layer makes of them
     change = -torch.einsum("oc...,ci->oi...", moved, projected)
     lost = torch.einsum("oc...,c->o...", moved, projected @ mean)
     bias = lost.flatten(1).sum(1) if lost.ndim > 1 else lost  # padding counts as what else is read
