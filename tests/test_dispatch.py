@@ -132,8 +132,8 @@ def test_compiles_for_aarch64(tmp_path):
             [*command, *flags, str(source), "-o", str(target)], stderr=subprocess.PIPE, text=True
         )
         running.append((source, target, process))
-    for source, target, process in running:
-        said = process.communicate()[1]
+    said_by = [process.communicate()[1] for *_, process in running]  # of all, before one fails
+    for (source, target, process), said in zip(running, said_by, strict=True):
         assert process.returncode == 0, f"{source.name}: {said}"
         header = target.read_bytes()[:20]
         assert header[:4] == b"\x7fELF"

@@ -62,7 +62,7 @@ DISCEDIT_INLINE std::int64_t doubtful(const Strip& strip, int i) {
   if constexpr (parts & Parts::sum) result |= (as<std::int64_t>(strip.sum[i]) & infinity) == infinity ? Parts::sum : 0;
   if constexpr (parts & Parts::square) {
     const auto top = as<std::int64_t>(strip.top[i]);
-    result |= (top < low) & (top != 0) ? Parts::square : 0;
+    result |= ((top < low) & (top != 0)) ? Parts::square : 0;
     result |= top > high ? Parts::square : 0;
   }
   return result;
