@@ -42,7 +42,7 @@ def calibration(model: nn.Module, data: Iterable[Any]) -> list[Any]:
         inputs, _ = split("prune", batch, index, device, labels_needed=False)
         size = samples_of(inputs)
         if size and not batches:
-            largest = _largest_map(model, inputs, size)
+            largest = _largest_map(model, inputs)
             limit = max(1, min(SAMPLES, MEMORY // (MAPS * largest)))
         if not size:
             continue
@@ -69,7 +69,7 @@ def samples_of(inputs: Any) -> int:
     return len(first)
 
 
-def _largest_map(model: nn.Module, inputs: Any, size: int) -> int:
+def _largest_map(model: nn.Module, inputs: Any) -> int:
     """Bytes per sample of the largest output of a module."""
     largest = 1
 
@@ -79,19 +79,21 @@ def _largest_map(model: nn.Module, inputs: Any, size: int) -> int:
         if x is not None:
             largest = max(largest, x.numel() * x.element_size())
 
-    _run_hooked(model, inputs, [module.register_forward_hook(hook) for module in model.modules()])
-    return -(-largest // min(size, FEW))
+    few = run_hooked(model, inputs, [module.register_forward_hook(hook) for module in model.modules()])
+    return -(-largest // few)
 
 
-def _run_hooked(model: nn.Module, inputs: Any, handles: list[RemovableHandle]) -> None:
-    """Runs a model on a few samples for what its hooks see, and removes them."""
+def run_hooked(model: nn.Module, inputs: Any, handles: list[RemovableHandle]) -> int:
+    """Runs a model on a few samples for what its hooks see, and removes them. Gives the number of samples."""
     size = samples_of(inputs)
+    few = min(size, FEW)
     try:
         with undisturbed(model):
-            call(model, _narrowed(inputs, size, min(size, FEW)))
+            call(model, _narrowed(inputs, size, few))
     finally:
         for handle in handles:
             handle.remove()
+    return few
 
 
 def _narrowed(inputs: Any, size: int, few: int, start: int = 0) -> Any:
@@ -361,7 +363,7 @@ def runs_in_order(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[s
         seen[name] = seen.get(name, 0) + 1
 
     handles = [model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: count(name)) for name in names]
-    _run_hooked(model, inputs, handles)
+    run_hooked(model, inputs, handles)
     return seen
 
 
@@ -385,6 +387,6 @@ def norms_behind(model: nn.Module, inputs: Any) -> dict[str, str]:
                     found[source[0]] = name
 
             handles.append(module.register_forward_pre_hook(enter))
-    _run_hooked(model, inputs, handles)
+    run_hooked(model, inputs, handles)
     runs = runs_in_order(model, [*found, *found.values()], inputs)
     return {layer: norm for layer, norm in found.items() if runs[layer] == runs[norm] == 1}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from discedit import _checks
 from discedit._batches import call, first_tensor, undisturbed
-from discedit._calibration import norm_behind, samples_of
+from discedit._calibration import norm_behind, run_hooked
 from discedit._lockstep import Pause, in_lockstep
 from discedit.recipe import Operation
 
@@ -114,32 +114,29 @@ def erased(
 
 
 def why_not_erased(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[str, str]:
-    """The layers that do not read, in one run each, something of every sample in turn, with the reason."""
-    samples = samples_of(inputs)
-    read: dict[str, list[int]] = {name: [] for name in names}
+    """Why a layer does not read, in one run, something of every sample in turn; empty when it does.
+
+    In the order in which the layers first run; those that do not run come last.
+    """
+    names = list(names)
+    read: dict[str, list[int]] = {}
 
     def enter(name: str, _: nn.Module, arguments: Any) -> None:
         first = first_tensor(arguments)
-        read[name].append(len(first) if first is not None and first.ndim > 1 else 0)
+        read.setdefault(name, []).append(len(first) if first is not None and first.ndim > 1 else 0)
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(partial(enter, name)) for name in read]
-    try:
-        with undisturbed(model):
-            call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    reasons = {}
+    samples = run_hooked(
+        model, inputs, [model.get_submodule(name).register_forward_pre_hook(partial(enter, name)) for name in names]
+    )
+    reasons = dict.fromkeys(read, "")
     for name, sizes in read.items():
-        if not sizes:
-            reasons[name] = "it does not run as a module of its own"
-        elif len(sizes) > 1:
+        if len(sizes) > 1:
             reasons[name] = "it runs more than once per forward pass"
         elif not sizes[0]:
             reasons[name] = "it is not called with a tensor of samples as its first argument"
         elif sizes[0] != samples:
             reasons[name] = f"it reads {sizes[0]} rows for {samples} samples, such as windows of them"
-    return reasons
+    return reasons | {name: "it does not run as a module of its own" for name in names if name not in read}
 
 
 class _Sums:

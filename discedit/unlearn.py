@@ -288,15 +288,13 @@ def _readers(
     example = data.labelled("retain", 2)[0][0]
     known = {name: module for name, module in model.named_modules() if isinstance(module, (_ConvNd, nn.Linear))}
     norms = norms_behind(model, example)
-    runs = runs_in_order(model, known, example)
     reasons = why_not_erased(model, known, example)
-    for name in runs:
+    for name in reasons:
         why = why_not_editable(model, name) or why_not_fitted(model, name, norms)
         if not why and known[name].weight.shape[1] <= len(data.forget):
             why = f"it has {known[name].weight.shape[1]} inputs, of which nothing would be left"
-        if why:
-            reasons[name] = why
-    able = [name for name in runs if name not in reasons]
+        reasons[name] = why or reasons[name]
+    able = [name for name, why in reasons.items() if not why]
     if layers is None:
         able = able[-max(LEAST_READERS, math.ceil(share * len(able))) :]
     else:
@@ -307,7 +305,7 @@ def _readers(
                 raise ValueError(f"unlearn: layer {name!r} cannot be edited: {why}.")
         able = [name for name in able if name in chosen]
     if not able and named:
-        why = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "there is none"
+        why = "; ".join(f"{name}: {why}" for name, why in reasons.items() if why) or "there is none"
         raise ValueError(f"unlearn: layers must name at least one layer that can be edited ({why}).")
     return able, norms
 
