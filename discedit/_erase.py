@@ -160,24 +160,25 @@ class _Sums:
         each = min(places, -(-max(LEAST_ROWS, ROWS_PER_CHANNEL * channels) // (samples * parts)))
         generator = torch.Generator().manual_seed(seed)
         positions = torch.randperm(places, generator=generator)[:each].to(x.device)
+        sums = x.sum(1, dtype=torch.float64)
+        picked = x.index_select(1, positions) - self.shift
         for group in range(len(self.totals)):
             chosen = (groups == (group if group < len(self.totals) - 1 else OTHERS)).nonzero()[:, 0].to(x.device)
             if not len(chosen):
                 continue
-            mine = (x[chosen].float() if x.element_size() < 4 else x[chosen]) - self.shift
-            rows = mine[:, positions].flatten(0, 1)
-            terms = [mine.sum((0, 1), dtype=torch.float64), rows.sum(0, dtype=torch.float64), (rows.T @ rows).double()]
+            rows = picked[chosen].flatten(0, 1)
+            terms = [sums[chosen].sum(0), rows.sum(0, dtype=torch.float64), (rows.T @ rows).double()]
             known = self.totals[group]
             self.totals[group] = [a + b for a, b in zip(known, terms, strict=True)] if known else terms
-            self.counts[group][0] += mine.shape[0] * places
+            self.counts[group][0] += len(chosen) * places
             self.counts[group][1] += len(rows)
 
     def moments(self) -> list[tuple[Tensor, Tensor]]:
         """Mean and covariance of each group, float64."""
         found = []
         for (total, some, gram), (number, rows) in zip(self.totals, self.counts, strict=True):
-            mean = some / rows
-            found.append((total / number + self.shift, gram / rows - torch.outer(mean, mean)))
+            mean = some / rows  # around the shift
+            found.append((total / number, gram / rows - torch.outer(mean, mean)))
         return found
 
 
