@@ -1,9 +1,9 @@
 """Erasure in closed form: what a layer reads no longer differs, on average, between classes to forget and the others.
 
-The directions are those at which the Fisher bound of the layer's whole input is attained; taking the difference of the
-means out of the weights along them is the oblique projection of LEACE (Belrose et al., "LEACE: Perfect linear concept
-erasure in closed form", NeurIPS 2023). Layers are taken in the order in which they run, each on what those edited
-before it now give, all in one forward pass.
+The directions are those at which the Fisher bound of the layer's whole input is attained (nearly: a ridge steadies
+them, and several classes share one covariance); taking the difference of the means out of the weights along them is the
+oblique projection of LEACE (Belrose et al., "LEACE: Perfect linear concept erasure in closed form", NeurIPS 2023).
+Layers are taken in the order in which they run, each on what those edited before it now give, all in one forward pass.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from discedit import _checks
 from discedit._batches import call, first_tensor, undisturbed
 from discedit._calibration import norm_behind, run_hooked
 from discedit._lockstep import Pause, in_lockstep
+from discedit.ops import fisher_bound
 from discedit.recipe import Operation
 
 RIDGE = 1e-2  # of the mean variance: a few hundred samples know little of the directions that hardly vary
@@ -36,8 +37,8 @@ class Erased:
 
     Attributes:
         operations, tensors: for a recipe, with its "set.I".
-        bounds: layer -> Fisher bound on the total variation distance between each class and the others, by what the
-            layer read before it was edited.
+        bounds: layer -> Fisher bound on the total variation distance between each class and the others, along the
+            direction that is erased from what the layer reads, before it is.
         forgotten: share of the samples to forget that are still named rightly, a mean over classes.
     """
 
@@ -188,20 +189,11 @@ def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, fa
     if not all(bool(m.isfinite().all() and c.isfinite().all()) for m, c in (*forget, (mean, covariance))):
         raise ValueError(f"unlearn: data must give finite feature maps, what {name!r} reads holds NaN or Inf.")
     differences = torch.stack([m - mean for m, _ in forget], dim=1)  # (channels, classes)
+    within = torch.stack([c for _, c in forget]).mean(0) + covariance
+    variance = float(within.diagonal().mean())
     eye = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
-
-    def solved(within: Tensor) -> Tensor:
-        variance = float(within.diagonal().mean())
-        ridge = RIDGE * variance if variance > 0 else 1.0
-        found: Tensor = torch.linalg.solve(within + ridge * eye, differences)
-        return found
-
-    bounds = []
-    for i, (_, of_class) in enumerate(forget):
-        fisher = float(differences[:, i] @ solved(of_class + covariance)[:, i])
-        bounds.append(round(fisher / (2 + fisher), 4))
-    result.bounds[name] = bounds
-    directions = solved(torch.stack([c for _, c in forget]).mean(0) + covariance)
+    directions = torch.linalg.solve(within + (RIDGE * variance if variance > 0 else 1.0) * eye, differences)
+    result.bounds[name] = _bounds(directions.T, forget, (mean, covariance))
     between = differences.T @ directions
     # In squares of standard deviations. A difference that is rounding, as behind what was just erased, is none.
     least = {"atol": LEAST_DIFFERENCE, "rtol": 1e-10, "hermitian": True}
@@ -221,6 +213,17 @@ def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, fa
     assert norm.running_mean is not None
     # Not the norm's bias: so the means are, but for padding, those that it would find on the classes that stay.
     _add(result, f"{norms[name]}.running_mean", norm.running_mean, -bias)
+
+
+def _bounds(directions: Tensor, forget: list[tuple[Tensor, Tensor]], others: tuple[Tensor, Tensor]) -> list[float]:
+    """The Fisher bound of each class against the others, along the direction (a row) that is erased for it."""
+
+    def along(means: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor]:
+        return (directions * means).sum(1, keepdim=True), directions[:, None] @ covariances @ directions[:, :, None]
+
+    means, covariances = (torch.stack(moments) for moments in zip(*forget, strict=True))
+    found = fisher_bound(*along(means, covariances), *along(*others))
+    return [round(bound, 4) for bound in found.tolist()]
 
 
 @torch.no_grad()
