@@ -17,8 +17,9 @@ from discedit import collect_moments, score, zoo
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> Iterator[None]:
+    """Or as many as OMP_NUM_THREADS says: beside other work, one."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     yield
     torch.set_num_threads(before)
 
