@@ -27,7 +27,7 @@ WIDE = 256  # unknowns, from which it pays to compute half of a symmetric produc
 CHUNK = 2**22  # entries of rows that are gathered at once: small enough for memory to be used again
 
 
-def calibration(model: nn.Module, data: Iterable[Any]) -> list[Any]:
+def calibration(op: str, model: nn.Module, data: Iterable[Any]) -> list[Any]:
     """The first samples of `data` on the model's device, in equal parts.
 
     At most `SAMPLES`, and no more than `MEMORY` allows. Ends at a batch that does not fit the others.
@@ -39,8 +39,8 @@ def calibration(model: nn.Module, data: Iterable[Any]) -> list[Any]:
     samples, limit, largest = 0, SAMPLES, 1
     device = device_of(model)
     for index, batch in enumerate(data):
-        inputs, _ = split("prune", batch, index, device, labels_needed=False)
-        size = samples_of(inputs)
+        inputs, _ = split(op, batch, index, device, labels_needed=False)
+        size = samples_of(op, inputs)
         if size and not batches:
             largest = _largest_map(model, inputs)
             limit = max(1, min(SAMPLES, MEMORY // (MAPS * largest)))
@@ -54,18 +54,18 @@ def calibration(model: nn.Module, data: Iterable[Any]) -> list[Any]:
         if samples >= limit:
             break
     if not samples:
-        raise ValueError("prune: data must give at least one sample, it gave none.")
+        raise ValueError(f"{op}: data must give at least one sample, it gave none.")
     parts = 1 if device.type != "cpu" else min(PARTS, samples, -(-samples * largest // MAP))
     each = -(-samples // parts)
     together = joined([inputs for inputs, _ in batches], batches[0][1])
     return [_narrowed(together, samples, min(each, samples - i), i) for i in range(0, samples, each)]
 
 
-def samples_of(inputs: Any) -> int:
+def samples_of(op: str, inputs: Any) -> int:
     """Size of the first axis of the first tensor."""
     first = first_tensor(inputs)
     if first is None or not first.ndim:
-        raise ValueError(f"prune: data must give tensors with a sample axis, got {type(inputs).__name__}.")
+        raise ValueError(f"{op}: data must give tensors with a sample axis, got {type(inputs).__name__}.")
     return len(first)
 
 
@@ -85,7 +85,9 @@ def _largest_map(model: nn.Module, inputs: Any) -> int:
 
 def run_hooked(model: nn.Module, inputs: Any, handles: list[RemovableHandle]) -> int:
     """Runs a model on a few samples for what its hooks see, and removes them. Gives the number of samples."""
-    size = samples_of(inputs)
+    first = first_tensor(inputs)
+    assert first is not None  # of what `samples_of` has seen
+    size = len(first)
     few = min(size, FEW)
     try:
         with undisturbed(model):
@@ -328,16 +330,17 @@ class Fit:
     yx: Tensor  # covariance (outputs, inputs)
     yy: Tensor  # variances (outputs,)
 
-    def solve(self, weights: Tensor, ridge: float, guard: Tensor | None = None) -> Tensor:
+    def solve(self, op: str, weights: Tensor, ridge: float, guard: Tensor | None = None) -> Tensor:
         """The weights (outputs, inputs) that give y from x, drawn towards the given ones.
 
         Args:
+            op: what asks, for errors.
             ridge: share of the mean variance of an input that is added to each; ten times as much as often as the
                 system is not positive definite in float64.
             guard: second moments (inputs, inputs) of inputs for which the given weights are to stay right.
         """
         if not bool(self.xx.isfinite().all() and self.yx.isfinite().all()):
-            raise ValueError("prune: data must give finite feature maps, found NaN or Inf.")
+            raise ValueError(f"{op}: data must give finite feature maps, found NaN or Inf.")
         variance = float(self.xx.diagonal().mean())
         if variance <= 0:  # nothing varies: nothing to learn
             return weights

@@ -106,7 +106,7 @@ def erased(
         works.append(partial(run, inputs, groups, seed))
     try:
         with undisturbed(edited):
-            in_lockstep(works, meet)
+            in_lockstep("unlearn", works, meet)
     finally:
         for handle in handles:
             handle.remove()

@@ -73,6 +73,7 @@ class Graph:
     """What can be removed from a model, and how.
 
     Args:
+        op: what asks, for errors.
         model: unchanged.
         example_inputs: what the model can run on.
 
@@ -80,8 +81,8 @@ class Graph:
         ValueError: the model does not run, or torch-pruning cannot trace it.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        self.model = model
+    def __init__(self, op: str, model: nn.Module, example_inputs: Any) -> None:
+        self.op, self.model = op, model
         self.inputs = moved(example_inputs, device_of(model))
         self.shadow = copy.deepcopy(model).requires_grad_(True).eval()
         self.names = {id(part): name for name, part in (*self.shadow.named_modules(), *self.shadow.named_parameters())}
@@ -98,7 +99,7 @@ class Graph:
             self._trace()
             self.heads, self.unclear = self._find_heads()
         except Exception as error:
-            raise ValueError(f"prune: the model cannot be traced on example_inputs: {error}") from error
+            raise ValueError(f"{self.op}: the model cannot be traced on example_inputs: {error}") from error
 
     def find(self, layers: Iterable[str], kinds: Iterable[str]) -> tuple[dict[str, Components], dict[str, str]]:
         """What can be removed, as far as the trace tells, from these layers.
@@ -179,7 +180,7 @@ class Graph:
         if failed:
             operations, problem = self._trial(rest)
         if problem:
-            raise ValueError(f"prune: these layers cannot be pruned together: {list(rest)}: {problem}.")
+            raise ValueError(f"{self.op}: these layers cannot be pruned together: {list(rest)}: {problem}.")
         return operations, failed
 
     def _trace(self) -> None:
@@ -355,7 +356,7 @@ class Graph:
     def _found(self, layer: str) -> Components:
         components, why = self._inspect(layer)
         if components is None:
-            raise ValueError(f"prune: layer {layer!r} has no components that can be removed: {why}.")
+            raise ValueError(f"{self.op}: layer {layer!r} has no components that can be removed: {why}.")
         return components
 
     def _inspect(self, layer: str) -> tuple[Components | None, str]:

@@ -65,12 +65,12 @@ def importances(
     kinds = kinds_of(op, components)
     if criterion in OF_READERS and data is None:
         raise ValueError(f"{op}: criterion={criterion!r} needs data to estimate statistics on, got data=None.")
-    graph = Graph(model, example_inputs)
+    graph = Graph(op, model, example_inputs)
     found, _ = graph.find([layer for layer in scores if width_of(model.get_submodule(layer)) is not None], kinds)
     inputs: Any = None
     norms: dict[str, str] = {}
     if criterion in OF_READERS and data is not None:
-        inputs = calibration(model, data)
+        inputs = calibration(op, model, data)
         norms = norms_behind(model, inputs[0])
     values, instead = of_components(model, scores, criterion, graph, found, inputs, norms, seed)
     rows = {}

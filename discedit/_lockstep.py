@@ -50,10 +50,11 @@ class _Pass(threading.Thread):
         self.back.acquire()
 
 
-def in_lockstep(works: Sequence[Callable[[Pause], None]], meet: Callable[[Any], None]) -> None:
+def in_lockstep(op: str, works: Sequence[Callable[[Pause], None]], meet: Callable[[Any], None]) -> None:
     """Runs functions one at a time, each in a thread of its own, from one pause to the next.
 
     Args:
+        op: what asks, for errors.
         works: each is given `pause`, which it calls with the name of the place where it waits for the others.
         meet: called with that name when all wait there.
 
@@ -71,7 +72,7 @@ def in_lockstep(works: Sequence[Callable[[Pause], None]], meet: Callable[[Any], 
                 return
             places = {"the end" if one.done else one.place for one in passes}
             if len(places) > 1:
-                raise RuntimeError(f"prune: the model must do the same for every sample, it comes to {places}.")
+                raise RuntimeError(f"{op}: the model must do the same for every sample, it comes to {places}.")
             meet(places.pop())
     finally:
         for one in passes:

@@ -49,6 +49,7 @@ class Repairs:
 
 
 def repaired(
+    op: str,
     model: nn.Module,
     edited: nn.Module,
     consumers: Iterable[str],
@@ -65,6 +66,7 @@ def repaired(
     """Repairs `edited` in place, in one forward pass of each model, and returns what it set.
 
     Args:
+        op: what asks, for errors.
         model: before pruning.
         edited: after it; the same module names.
         consumers: the layers that read removed components.
@@ -93,7 +95,7 @@ def repaired(
         elif name in readers:
             result.skipped[name] = why
     works = []
-    fitted = _Fitted(edited, norms, weights, silenced or {}, protection)
+    fitted = _Fitted(op, edited, norms, weights, silenced or {}, protection)
     with undisturbed(model), undisturbed(edited):
         for part, batch in enumerate([*inputs, *protected]):
             guards = part >= len(inputs)
@@ -106,7 +108,7 @@ def repaired(
             with _Before(model, targets, norms):
                 call(model, batch)
             works.append(partial(_pass_after, edited, batch, targets, norms, fitted, guards))
-        in_lockstep(works, fitted.meet)
+        in_lockstep(op, works, fitted.meet)
     result.before, result.values = fitted.replaced, fitted.values
     return result
 
@@ -319,13 +321,14 @@ class _Fitted:
 
     def __init__(
         self,
+        op: str,
         model: nn.Module,
         norms: Mapping[str, str],
         weights: bool,
         silenced: Mapping[str, list[int]],
         protection: float,
     ) -> None:
-        self.model, self.norms, self.weights = model, norms, weights
+        self.op, self.model, self.norms, self.weights = op, model, norms, weights
         self.silenced, self.protection = silenced, protection
         self.sums: dict[str, Sums] = {}
         self.guards: dict[str, Sums] = {}
@@ -338,7 +341,7 @@ class _Fitted:
         matrix = matrix_of(layer).double()
         silenced = self.silenced.get(name, [])
         if self.weights:
-            fitted = fit.solve(matrix, RIDGE, self._guard(name, fit.mean_x))
+            fitted = fit.solve(self.op, matrix, RIDGE, self._guard(name, fit.mean_x))
             fitted[silenced] = matrix[silenced]
             self._set(f"{name}.weight", layer.weight, fitted.view_as(layer.weight))
             matrix = matrix_of(layer).double()  # as the layer now has it

@@ -35,7 +35,6 @@ class Classified:
         share = {"forget": -(-KEPT["forget"] // len(forget))}
         share["retain"] = -(-KEPT["retain"] // max(1, num_classes - len(forget)))
         quota = Quota({cls: share["forget" if cls in forget else "retain"] for cls in range(num_classes)})
-        self._parts: dict[str, list[Any]] = {}
         self._labelled: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
         self._few: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
         self._means: dict[tuple[tuple[str, str], ...], dict[str, Tensor]] = {}
@@ -44,10 +43,11 @@ class Classified:
         for index, batch in enumerate(data):
             inputs, given = split(op, batch, index, device, labels_needed=True)
             labels = checked_labels(op, given, num_classes, index).cpu().long()
-            if samples_of(inputs) != len(labels):
+            samples = samples_of(op, inputs)
+            if samples != len(labels):
                 raise ValueError(
-                    f"{op}: data must give one label per sample, batch {index} has {samples_of(inputs)} samples and "
-                    f"{len(labels)} labels."
+                    f"{op}: data must give one label per sample, batch {index} has {samples} samples and {len(labels)} "
+                    f"labels."
                 )
             wanted = quota.take(labels)
             among = torch.isin(labels[wanted], torch.tensor(forget))
@@ -70,17 +70,15 @@ class Classified:
 
     def parts(self, kind: str) -> list[Any]:
         """Samples of a kind, as many of each class, in parts, as a repair takes them."""
-        if kind not in self._parts:
-            self._parts[kind] = calibration(self.model, _in_turn(self._first(kind, SAMPLES)))
-        return self._parts[kind]
+        return [inputs for inputs, _ in self.labelled(kind, SAMPLES)]
 
     def labelled(self, kind: str, most: int) -> list[tuple[Any, Tensor]]:
         """So many samples of a kind, as many of each class, with their labels, in parts."""
         key = (kind, most)
         if key not in self._labelled:
             few = _in_turn(self._first(kind, most))
-            inputs = calibration(self.model, few)  # perhaps not of all
-            sizes = [samples_of(part) for part in inputs]
+            inputs = calibration(self.op, self.model, few)  # perhaps not of all
+            sizes = [samples_of(self.op, part) for part in inputs]
             labels = torch.split(torch.cat([labels for _, labels in few])[: sum(sizes)], sizes)
             self._labelled[key] = list(zip(inputs, labels, strict=True))
         return self._labelled[key]

@@ -244,7 +244,7 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         if layer not in scores:
             raise ValueError(f"{op}: ignore must name layers that scores holds, {layer!r} is none of {list(scores)}.")
     chosen = [layer for layer in known if layer not in options.ignore]
-    graph = Graph(model, options.example_inputs)
+    graph = Graph(op, model, options.example_inputs)
     skipped = {layer: why for layer in chosen if (why := why_not_editable(model, layer))}
     found, unfit = graph.find([layer for layer in chosen if layer not in skipped], options.kinds)
     skipped |= unfit
@@ -252,7 +252,7 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
     norms: dict[str, str] = {}
     in_order = options.repair in IN_ORDER
     if options.data is not None and (in_order or options.criterion in OF_READERS):
-        inputs = calibration(model, options.data)
+        inputs = calibration(op, model, options.data)
         norms = norms_behind(model, inputs[0])
     values, instead = of_components(model, scores, options.criterion, graph, found, inputs, norms, options.seed)
     if options.across == "auto":
@@ -288,7 +288,9 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
     elif in_order and any(choice.removed.values()):
         readers = [name for name, _ in graph.consumers(choice.removed)]
         weights = options.repair == "least_squares"
-        result = repaired(model, edit.model, readers, graph.producers(choice.removed), norms, inputs, weights=weights)
+        result = repaired(
+            op, model, edit.model, readers, graph.producers(choice.removed), norms, inputs, weights=weights
+        )
         if result.skipped:
             edit.recipe.settings["unrepaired"] = result.skipped
         record(edit, result.before, result.values)
@@ -517,7 +519,7 @@ def _reestimate_batch_norms(edit: Edit, data: Iterable[Any]) -> None:
         try:
             for index, batch in enumerate(data):
                 inputs, _ = split("prune", batch, index, device, labels_needed=False)
-                samples = samples_of(inputs)
+                samples = samples_of("prune", inputs)
                 if samples < 2:
                     continue
                 seen += samples

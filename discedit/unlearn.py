@@ -155,7 +155,18 @@ def unlearn(
         "remove": remove,
     }
     _check_options(
-        limit, components, by, sign, factor, around, repair, protection, of_rows, data, remove, example_inputs
+        limit,
+        of_rows,
+        components=components,
+        by=by,
+        sign=sign,
+        factor=factor,
+        around=around,
+        repair=repair,
+        protection=protection,
+        data=data,
+        remove=remove,
+        example_inputs=example_inputs,
     )
     if not others and (by == "specific" or data is not None or limit[0] == "damage"):
         raise ValueError(f"{op}: classes must leave at least one class with samples, got {forget}.")
@@ -229,6 +240,8 @@ def unlearn(
 
 def _check_options(
     limit: tuple[str, float],
+    of_rows: Mapping[str, bool],
+    *,
     components: str,
     by: str,
     sign: str,
@@ -236,12 +249,11 @@ def _check_options(
     around: str,
     repair: str,
     protection: float,
-    of_rows: Mapping[str, bool],
     data: Any,
     remove: bool,
     example_inputs: Any,
 ) -> None:
-    """Whether each argument is allowed, and has what it needs."""
+    """Whether each argument is allowed, and has what it needs; `of_rows` tells which of those on rows are given."""
     op = "unlearn"
     _checks.choice(op, "by", by, _selection.MEASURES)
     _checks.choice(op, "sign", sign, _selection.SIGNS)
@@ -454,6 +466,7 @@ class _Plan:
             )
             return
         result = repaired(
+            "unlearn",
             self.model,
             edit.model,
             behind,
@@ -510,7 +523,7 @@ def _units(
         layer: [(row,) for row in range(len(scores[layer]))] for layer in chosen if layer not in reasons
     }
     if components == "heads":
-        found, unfit = Graph(model, example_inputs).find(list(units), ["heads"])
+        found, unfit = Graph("unlearn", model, example_inputs).find(list(units), ["heads"])
         reasons |= unfit
         units = {layer: [tuple(rows) for rows in parts.rows] for layer, parts in found.items()}
     if layers is None:
@@ -623,7 +636,7 @@ def _searched(plan: _Plan | _Erasure, asked: dict[str, float]) -> tuple[Edit, st
 
 def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> tuple[Edit, dict[str, str]]:
     """The edit, and the zeroed components removed, where they can be; and why the others stay."""
-    graph = Graph(edit.model, example_inputs)
+    graph = Graph("unlearn", edit.model, example_inputs)
     gone = edit.recipe.components
     found, skipped = graph.find(list(gone), ["filters", "neurons", "heads"])
     chosen: dict[str, list[int]] = {}

@@ -158,7 +158,7 @@ def test_solve_is_ridge_regression_around_the_weights(ridge):
     """Least squares on the rows and, for each input, one more row that draws its weight to the given one."""
     rows, y, weights = seeded(60, 5).double() + 3, seeded(60, 2, seed=1).double(), seeded(2, 5, seed=2).double()
     fit = moments_of(rows, y)
-    ours = fit.solve(weights, ridge)
+    ours = fit.solve("prune", weights, ridge)
     x, target = rows - rows.mean(0), y - y.mean(0)
     pull = (len(x) * ridge * x.square().mean()).sqrt() * torch.eye(5, dtype=torch.float64)
     expected = torch.linalg.lstsq(torch.cat([x, pull]), torch.cat([target, pull @ weights.T])).solution.T
@@ -168,7 +168,7 @@ def test_solve_is_ridge_regression_around_the_weights(ridge):
 
 def test_solve_keeps_weights_that_are_right():
     rows, weights = seeded(60, 5).double(), seeded(2, 5, seed=2).double()
-    ours = moments_of(rows, rows @ weights.T + 7).solve(weights, 1.0)
+    ours = moments_of(rows, rows @ weights.T + 7).solve("prune", weights, 1.0)
     torch.testing.assert_close(ours, weights, rtol=1e-12, atol=1e-12)
 
 
@@ -178,7 +178,7 @@ def test_solve_of_a_singular_system_is_finite_and_right():
     rows = torch.cat([one, one, one, torch.zeros(60, 1)], 1)
     weights = torch.tensor([[5.0, -1.0, 0.5, 2.0]], dtype=torch.float64)
     for ridge in (1e-30, 1e-12):
-        ours = moments_of(rows, 3 * one).solve(weights, ridge)
+        ours = moments_of(rows, 3 * one).solve("prune", weights, ridge)
         torch.testing.assert_close(rows @ ours.T, 3 * one, rtol=1e-6, atol=1e-6)
         assert ours[0, 3] == pytest.approx(2.0)
 
@@ -187,14 +187,14 @@ def test_solve_without_variance_keeps_the_weights():
     weights = seeded(2, 3).double()
     fit = moments_of(torch.full((20, 3), 0.1), seeded(20, 2))
     fit.xx.zero_()
-    assert torch.equal(fit.solve(weights, 1e-3), weights)
+    assert torch.equal(fit.solve("prune", weights, 1e-3), weights)
 
 
 def test_solve_of_moments_that_are_not_finite_comes_to_an_end():
     """In a process of its own, since a loop without end could not be told from inside."""
     code = (
         "import torch; from discedit._calibration import Fit; n = torch.full((2, 2), float('nan')).double()\n"
-        "try: Fit(n[0], n[0], n, n, n[0]).solve(torch.zeros(2, 2).double(), 1e-3)\n"
+        "try: Fit(n[0], n[0], n, n, n[0]).solve('prune', torch.zeros(2, 2).double(), 1e-3)\n"
         "except (ValueError, RuntimeError): pass"
     )
     subprocess.run([sys.executable, "-c", code], timeout=20, check=True)
@@ -220,12 +220,12 @@ def test_batches_of_every_form_are_joined():
     y = [seeded(n, 2, seed=n + 9) for n in (5, 5, 2)]
     labels = torch.zeros(5, dtype=torch.int64)
     for batches in (x, [(part, labels) for part in x], [[part] for part in x]):
-        (inputs,) = calibration(net(), iter(batches))
+        (inputs,) = calibration("prune", net(), iter(batches))
         assert torch.equal(inputs, torch.cat(x))
-    (pairs,) = calibration(Named(), [((a, b), labels) for a, b in zip(x, y, strict=True)])
+    (pairs,) = calibration("prune", Named(), [((a, b), labels) for a, b in zip(x, y, strict=True)])
     assert isinstance(pairs, tuple)
     assert all(torch.equal(ours, torch.cat(parts)) for ours, parts in zip(pairs, (x, y), strict=True))
-    (dicts,) = calibration(Named(), [{"x": a, "y": b, "labels": labels} for a, b in zip(x, y, strict=True)])
+    (dicts,) = calibration("prune", Named(), [{"x": a, "y": b, "labels": labels} for a, b in zip(x, y, strict=True)])
     assert dicts.keys() == {"x", "y"}
     assert torch.equal(dicts["x"], torch.cat(x))
     assert torch.equal(dicts["y"], torch.cat(y))
@@ -233,7 +233,7 @@ def test_batches_of_every_form_are_joined():
 
 def test_what_has_no_sample_axis_is_not_joined():
     batches = [{"x": seeded(4, 3, seed=n), "scale": torch.tensor([1.0, 2.0])} for n in range(2)]
-    (inputs,) = calibration(Named(), batches)
+    (inputs,) = calibration("prune", Named(), batches)
     assert inputs["x"].shape == (8, 3)
     assert torch.equal(inputs["scale"], batches[0]["scale"])
 
@@ -245,7 +245,7 @@ def test_what_has_no_sample_axis_is_not_joined():
 )
 def test_a_batch_of_another_form_ends_it(other):
     first, last = seeded(4, 3), seeded(4, 3, seed=1)
-    (inputs,) = calibration(net(), [first, other, last])
+    (inputs,) = calibration("prune", net(), [first, other, last])
     assert torch.equal(inputs, first)
 
 
@@ -258,7 +258,7 @@ def test_no_more_samples_than_the_limit(monkeypatch):
             taken.append(index)
             yield seeded(3, 3, seed=index)
 
-    (inputs,) = calibration(net(), batches())
+    (inputs,) = calibration("prune", net(), batches())
     assert torch.equal(inputs, torch.cat([seeded(3, 3, seed=index) for index in range(3)])[:7])
     assert taken == [0, 1, 2]
 
@@ -266,18 +266,19 @@ def test_no_more_samples_than_the_limit(monkeypatch):
 def test_no_more_samples_than_the_memory_allows(monkeypatch):
     """The largest feature map of `net` has 4 floats."""
     monkeypatch.setattr(_calibration, "MEMORY", 5 * _calibration.MAPS * 4 * 4)
-    assert len(calibration(net(), [seeded(4, 3, seed=n) for n in range(5)])[0]) == 5
+    assert len(calibration("prune", net(), [seeded(4, 3, seed=n) for n in range(5)])[0]) == 5
     monkeypatch.setattr(_calibration, "MEMORY", 1)
-    (inputs,) = calibration(net(), [seeded(4, 3)])
+    (inputs,) = calibration("prune", net(), [seeded(4, 3)])
     assert torch.equal(inputs, seeded(4, 3)[:1])
 
 
-def test_data_without_samples_is_an_error():
+@pytest.mark.parametrize("op", ["prune", "unlearn"])
+def test_data_without_samples_is_an_error(op):
     for batches in ([], [torch.zeros(0, 3)]):
-        with pytest.raises(ValueError, match="prune: data must give at least one sample, it gave none"):
-            calibration(net(), batches)
-    with pytest.raises(ValueError, match="prune: data must give tensors with a sample axis, got Tensor"):
-        calibration(net(), [torch.tensor(1.0)])
+        with pytest.raises(ValueError, match=f"^{op}: data must give at least one sample, it gave none"):
+            calibration(op, net(), batches)
+    with pytest.raises(ValueError, match=f"^{op}: data must give tensors with a sample axis, got Tensor"):
+        calibration(op, net(), [torch.tensor(1.0)])
 
 
 class Shared(nn.Module):
@@ -327,7 +328,7 @@ def test_runs_are_counted_in_order():
 
 def test_an_empty_batch_is_passed_over():
     first, last = seeded(4, 3), seeded(4, 3, seed=1)
-    (inputs,) = calibration(net(), [torch.zeros(0, 3), first, torch.zeros(0, 3), last])
+    (inputs,) = calibration("prune", net(), [torch.zeros(0, 3), first, torch.zeros(0, 3), last])
     assert torch.equal(inputs, torch.cat([first, last]))
 
 
@@ -335,12 +336,12 @@ def test_parts_of_one_size_in_order(monkeypatch):
     """The largest feature map of `net` has 4 floats for each sample."""
     monkeypatch.setattr(_calibration, "MAP", 4 * 4 * 3)
     batches = [{"x": seeded(5, 3, seed=n), "scale": torch.ones(2)} for n in range(2)]
-    parts = calibration(Named(), batches)
+    parts = calibration("prune", Named(), batches)
     whole = torch.cat([batch["x"] for batch in batches])
     assert torch.equal(torch.cat([part["x"] for part in parts]), whole)
     assert all(torch.equal(part["scale"], torch.ones(2)) for part in parts)
     monkeypatch.setattr(_calibration, "PARTS", 2)
-    assert [len(part) for part in calibration(net(), [whole[:7]])] == [4, 3]
+    assert [len(part) for part in calibration("prune", net(), [whole[:7]])] == [4, 3]
 
 
 def test_sums_of_parts_are_sums_of_all():

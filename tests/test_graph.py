@@ -61,7 +61,7 @@ def layers_of(net):
 
 
 def found(net, kinds=KINDS, x=X):
-    return Graph(net.eval(), x).find(layers_of(net), kinds)
+    return Graph("prune", net.eval(), x).find(layers_of(net), kinds)
 
 
 def attention(module=Attention, *sizes):
@@ -109,14 +109,14 @@ def test_kinds_rows_and_layers():
 
 
 def test_a_stream_goes_by_its_first_layer_of_those_asked_for():
-    graph = Graph(residual().eval(), X)
+    graph = Graph("prune", residual().eval(), X)
     assert list(graph.find(["c", "b", "a"], KINDS)[0]) == ["b", "a"]
     assert list(graph.find(["c", "b"], KINDS)[0]) == ["c", "b"]
 
 
 def test_a_graph_is_not_used_up():
     net = residual().eval()
-    graph = Graph(net, X)
+    graph = Graph("prune", net, X)
     chosen = {"a": [1, 4], "b": [0]}
     first = graph.plan(chosen)
     assert graph.consumers(chosen) == [("b", [1, 4]), ("c", [0]), ("head", [1, 4])]
@@ -140,11 +140,11 @@ def test_a_graph_is_not_used_up():
 
 
 def test_footprint_of_one_component():
-    graph = Graph(residual().eval(), X)
+    graph = Graph("prune", residual().eval(), X)
     assert graph.footprint("b") == [("b.weight", 0, 1), ("b.bias", 0, 1), ("c.weight", 1, 1)]
     flat = Net(lambda s, x: s.head(s.a(x).flatten(1)), a=conv(3, 4), head=nn.Linear(256, 2)).eval()
-    assert Graph(flat, X).footprint("a") == [("a.weight", 0, 1), ("a.bias", 0, 1), ("head.weight", 1, 64)]
-    heads = Graph(attention().eval(), X).footprint("attention.value")
+    assert Graph("prune", flat, X).footprint("a") == [("a.weight", 0, 1), ("a.bias", 0, 1), ("head.weight", 1, 64)]
+    heads = Graph("prune", attention().eval(), X).footprint("attention.value")
     inside = [
         (f"attention.{name}.{kind}", 0, 4) for name in ("query", "key", "value", "gate") for kind in ("weight", "bias")
     ]
@@ -153,7 +153,7 @@ def test_footprint_of_one_component():
 
 def test_whole_heads_go():
     net = attention().eval()
-    graph = Graph(net, X)
+    graph = Graph("prune", net, X)
     got, skipped = graph.find(layers_of(net), KINDS)
     assert got["attention.value"] == Components(
         "attention.value", "heads", tuple(tuple(range(4 * h, 4 * h + 4)) for h in range(3)), ("attention.value",)
@@ -376,7 +376,7 @@ def test_refused_with_the_reason(name):
 
 def test_channels_that_meet_go_together():
     torch.manual_seed(0)
-    graph = Graph(paired().eval(), X)
+    graph = Graph("prune", paired().eval(), X)
     assert graph.find(["a"], ["filters"])[0]["a"].rows == ((0, 1), (2, 3), (4, 5), (6, 7))
     operations, failed = graph.plan({"a": [2]})
     assert not failed
@@ -387,7 +387,7 @@ def test_channels_that_meet_go_together():
 
 def test_a_gate_goes_with_what_it_gates():
     torch.manual_seed(0)
-    graph = Graph(fused_gate().eval(), X)
+    graph = Graph("prune", fused_gate().eval(), X)
     got = graph.find(["a"], ["filters"])[0]
     assert got["a"] == Components("a", "filters", ((0, 4), (1, 5), (2, 6), (3, 7)), ("a",))
     assert graph.footprint("a") == [("a.weight", 0, 2), ("a.bias", 0, 2), ("b.weight", 1, 1)]
@@ -419,7 +419,7 @@ def test_the_check_has_the_last_word():
     """torch-pruning follows neither a shuffle nor a sum over all channels."""
     torch.manual_seed(0)
     net = Net(lambda s, x: head(s, s.b(shuffled(s.a(x), 2)).relu()), a=conv(3, 10), b=conv(10, 4), head=nn.Linear(4, 2))
-    operations, failed = Graph(net.eval(), X).plan({"a": [0, 1, 2, 7], "b": [1]})
+    operations, failed = Graph("prune", net.eval(), X).plan({"a": [0, 1, 2, 7], "b": [1]})
     assert list(failed) == ["a"]
     assert failed["a"].startswith("removing its channels is not the same as hiding them")
     assert {op.target for op in operations} == {"b", "b.weight", "b.bias", "head", "head.weight"}
@@ -427,7 +427,7 @@ def test_the_check_has_the_last_word():
         lambda s, x: head(s, s.a(x) + s.b(x).sum((1, 2, 3), keepdim=True)),
         a=conv(3, 4), b=conv(3, 4), head=nn.Linear(4, 2),
     )  # fmt: skip
-    operations, failed = Graph(net.eval(), X).plan({"a": [1]})
+    operations, failed = Graph("prune", net.eval(), X).plan({"a": [1]})
     assert not operations
     why = "removing its channels is not the same as hiding them from the layers that read them"
     assert failed == {"a": why, "b": why}
@@ -446,7 +446,7 @@ def test_parameters_outside_layers():
         a=nn.Linear(3, 7), scale=nn.Parameter(torch.rand(1)), first=nn.Parameter(torch.randn(1, 1, 7)),
         place=nn.Embedding(65, 7), b=nn.Linear(7, 5), head=nn.Linear(5, 2),
     )  # fmt: skip
-    graph = Graph(net.eval(), X)
+    graph = Graph("prune", net.eval(), X)
     got, _ = graph.find(["a", "b"], KINDS)
     assert (got["a"].kind, got["b"].kind) == ("stream", "neurons")
     assert {place for place in graph.footprint("a") if place[0][0] in "spf"} == {
@@ -470,7 +470,7 @@ def test_concatenations_behind_tokens_that_are_parameters():
         function,
         a=nn.Linear(3, 7), first=nn.Parameter(torch.randn(1, 1, 7)), n=nn.LayerNorm(7), head=nn.Linear(14, 2),
     )  # fmt: skip
-    graph = Graph(net.eval(), X)
+    graph = Graph("prune", net.eval(), X)
     assert graph.find(["a"], KINDS)[0]["a"].kind == "stream"
     assert graph.consumers({"a": [2]}) == [("head", [2, 9])]
     assert graph.plan({"a": [2]})[1] == {}
@@ -487,7 +487,7 @@ def test_merged_patches_of_maps_with_channels_last(dots):
         return s.head(s.b(s.n(torch.cat(four, -1))).relu().mean((1, 2)))
 
     net = Net(function, a=nn.Linear(3, 5), n=nn.LayerNorm(20), b=nn.Linear(20, 6), head=nn.Linear(6, 2))
-    graph = Graph(net.eval(), X)
+    graph = Graph("prune", net.eval(), X)
     assert graph.find(["a"], KINDS)[0]["a"] == Components("a", "stream", singles(5), ("a",))
     assert graph.consumers({"a": [1]}) == [("b", [1, 6, 11, 16])]
     assert graph.plan({"a": [1, 4]})[1] == {}
@@ -500,7 +500,7 @@ def test_what_goes_along():
         a=conv(3, 6), dw=conv(6, 6, groups=6), n=nn.InstanceNorm2d(6), p=nn.PReLU(6), m=nn.BatchNorm2d(6, affine=False),
         b=nn.Linear(6, 5), head=nn.Linear(5, 2),
     )  # fmt: skip
-    graph = Graph(net.eval(), X)
+    graph = Graph("prune", net.eval(), X)
     assert graph.find(["a", "dw"], ["filters"])[1] == {"dw": "it is a convolution in 6 groups"}
     operations, failed = graph.plan({"a": [2]})
     assert not failed
@@ -516,23 +516,24 @@ def test_layer_norms_normalise_what_is_left():
         lambda s, x: s.head(s.b(s.n(s.a(x.flatten(1)))).relu()),
         a=nn.Linear(192, 9), n=nn.LayerNorm(9), b=nn.Linear(9, 8), head=nn.Linear(8, 2),
     ).eval()  # fmt: skip
-    graph = Graph(net, X)
+    graph = Graph("prune", net, X)
     operations, failed = graph.plan({"a": [0, 5]})
     assert not failed
     assert next(op for op in operations if op.target == "n" and op.kind == "attribute").value == [7]
     assert graph.find(["a"], ["neurons"])[1]["a"].startswith("removing its channels is not the same as hiding them")
 
 
-def test_models_that_cannot_be_traced():
-    with pytest.raises(ValueError, match="prune: the model cannot be traced on example_inputs: .*shape"):
-        Graph(nn.Linear(4, 4), X)
+@pytest.mark.parametrize("op", ["prune", "unlearn"])
+def test_models_that_cannot_be_traced(op):
+    with pytest.raises(ValueError, match=f"^{op}: the model cannot be traced on example_inputs: .*shape"):
+        Graph(op, nn.Linear(4, 4), X)
 
 
 def test_the_model_is_left_as_it_was():
     net = residual().train()
     net.a.eval()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    Graph(net, X).plan({"b": [1]})
+    Graph("prune", net, X).plan({"b": [1]})
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert net.training
     assert not net.a.training

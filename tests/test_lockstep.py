@@ -19,7 +19,7 @@ def test_everybody_comes_to_a_place_before_anybody_goes_on():
 
         return run
 
-    in_lockstep([work(0), work(1), work(2)], lambda place: log.append(("meet", place)))
+    in_lockstep("prune", [work(0), work(1), work(2)], lambda place: log.append(("meet", place)))
     expected = [(n, "before a") for n in range(3)] + [("meet", "a")]
     for n in range(3):
         expected += [(n, "after a"), (n, "before b")]
@@ -38,7 +38,7 @@ def test_only_one_runs_at_a_time():
             running -= 1
             pause(place)
 
-    in_lockstep([run] * 8, lambda _: None)
+    in_lockstep("prune", [run] * 8, lambda _: None)
     assert most == 1
 
 
@@ -64,14 +64,14 @@ def test_an_error_ends_all_passes(where):
             raise KeyError("broken")
 
     with pytest.raises(KeyError, match="broken"):
-        in_lockstep([work(n) for n in range(3)], meet)
+        in_lockstep("prune", [work(n) for n in range(3)], meet)
     assert sorted(ended) == [0, 1, 2]
     assert threading.active_count() == before
 
 
 def test_passes_that_go_different_ways_are_told():
-    with pytest.raises(RuntimeError, match="must do the same for every sample, it comes to"):
-        in_lockstep([lambda pause: pause("a"), lambda pause: pause("b")], lambda _: None)
-    with pytest.raises(RuntimeError, match="must do the same for every sample"):
-        in_lockstep([lambda pause: pause("a"), lambda _: None], lambda _: None)
-    in_lockstep([], lambda _: None)
+    with pytest.raises(RuntimeError, match="^prune: the model must do the same for every sample, it comes to"):
+        in_lockstep("prune", [lambda pause: pause("a"), lambda pause: pause("b")], lambda _: None)
+    with pytest.raises(RuntimeError, match="^unlearn: the model must do the same for every sample"):
+        in_lockstep("unlearn", [lambda pause: pause("a"), lambda _: None], lambda _: None)
+    in_lockstep("prune", [], lambda _: None)

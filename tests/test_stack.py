@@ -104,7 +104,7 @@ def same(a, b):
 
 def pruned(model, rows):
     """The recipe that removes these components, straight from the graph."""
-    operations, failed = Graph(model, X).plan(rows)
+    operations, failed = Graph("prune", model, X).plan(rows)
     assert not failed
     return Recipe("prune", {}, {layer: list(gone) for layer, gone in rows.items()}, architecture_of(model), operations)
 
