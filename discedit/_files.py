@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,44 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename last, where the system can."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def to_bytes(kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
-    """Safetensors whose metadata says what it is."""
-    metadata = {"discedit": json.dumps({"kind": kind, "version": VERSION, **header})}
+    """Safetensors whose metadata says what it is, with a checksum of all of it."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"kind": kind, "version": VERSION, **header}
+    metadata = {"discedit": json.dumps({**header, "sha256": _checksum(header, stored)})}
     return bytes(save(stored, metadata=metadata))
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    found = sha256(json.dumps(header).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def from_bytes(data: bytes, kind: str, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of what `to_bytes` made.
 
     Raises:
-        ValueError: the data is cut short, is no safetensors, or is not one of discedit's `kind`.
+        ValueError: the data is cut short, changed, is no safetensors, or is not one of discedit's `kind`.
     """
     try:
         tensors = load(data)
@@ -48,7 +72,11 @@ def from_bytes(data: bytes, kind: str, source: str) -> tuple[dict[str, Any], dic
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"{kind} file {source!r} is damaged, cut short or no safetensors file: {error}") from error
-    return check_header(metadata.get("discedit"), kind, source), tensors
+    header = check_header(metadata.get("discedit"), kind, source)
+    checksum = header.pop("sha256", None)  # files of discedit 0.1.0 have none
+    if checksum is not None and checksum != _checksum(header, tensors):
+        raise ValueError(f"{kind} file {source!r} is damaged: its contents do not fit its checksum.")
+    return header, tensors
 
 
 def save_tensors(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from discedit import _checks, _files, ops
 from discedit._backends import select
+from discedit._group import WORLD, Group
 from discedit._state import ClassMoments, State, VectorMoments
 
 Statistic = str | tuple[str, ...]
@@ -222,15 +223,24 @@ class Moments(Mapping[str, State]):
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
         """Merge the moments of all processes of a `torch.distributed` group, in rank order, on every process.
 
-        Every rank ends with the same bits. Raises RuntimeError when no process group is initialised.
+        Every process ends with the same bits.
+
+        Args:
+            group: by default all processes.
+
+        Raises:
+            RuntimeError: no process group is initialised, or another process died, failed or came to no end in the
+                group's timeout. ValueError: the processes accumulated different things.
         """
-        if not dist.is_available() or not dist.is_initialized():
-            raise RuntimeError("Moments.all_reduce: torch.distributed must be initialised first.")
+        return self.reduce_in(Group("Moments.all_reduce", WORLD if group is None else group))
+
+    def reduce_in(self, group: Group, device: torch.device | None = None) -> Moments:
+        """`all_reduce`; layers that this process has not read come to the device."""
         total = self._like()
-        for rank, data in enumerate(_gather_bytes(_files.to_bytes("moments", *self._contents()), group)):
+        for rank, data in enumerate(group.exchange(_files.to_bytes("moments", *self._contents()))):
             total.merge(self._from_contents(*_files.from_bytes(data, "moments", f"rank {rank}"), f"rank {rank}"))
         devices = {layer: state.device for layer, state in self.items()}
-        self._layers = {layer: state.to(devices.get(layer, "cpu")) for layer, state in total.items()}
+        self._layers = {layer: state.to(devices.get(layer, device or "cpu")) for layer, state in total.items()}
         self.norms = total.norms
         return self
 
@@ -319,17 +329,3 @@ def _refuse(bad: Tensor, rule: str) -> None:
     if bool(bad.any()):
         _, sample, channel = bad.nonzero()[0].tolist()
         raise ValueError(f"{rule} the map of sample {sample}, channel {channel}.")
-
-
-def _gather_bytes(data: bytes, group: dist.ProcessGroup | None) -> list[bytes]:
-    """Every rank's bytes, in rank order: as tensors, because objects would travel as pickle."""
-    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, torch.tensor([len(data)], device=device), group=group)
-    longest = max(int(size) for size in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: len(data)] = mine
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=group)
-    return [bytes(part[: int(size)].cpu().numpy()) for part, size in zip(parts, sizes, strict=True)]

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each may import those before it. Names are modules of the package; "kernels" is the folder of that name.
 ORDER = [
-    "_state _checks _budget _batches _files _measure _consumers _calibration _lockstep _repair _optimizers",
+    "_state _checks _budget _batches _files _group _measure _consumers _calibration _lockstep _repair _optimizers",
     "kernels reference",
     "_backends",
     "ops moments uncertainty scores",

@@ -1,4 +1,5 @@
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -205,6 +206,13 @@ def test_pooled_features_of_another_statistic_are_refused():
         Moments(3).fold("a", torch.ones(2, 5, dtype=torch.float64), labels[:1])
 
 
+def unsealed(data):
+    """A file without its checksum, as discedit 0.1.0 wrote them."""
+    data, found = re.subn(rb', \\"sha256\\": \\"[0-9a-f]{64}\\"', lambda match: b" " * len(match[0]), data)
+    assert found == 1
+    return data
+
+
 def test_damaged_and_foreign_files(tmp_path):
     path = tmp_path / "m.safetensors"
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -226,6 +234,9 @@ def test_damaged_and_foreign_files(tmp_path):
     path.write_bytes(whole.replace(b'version\\": 1', b'version\\": 9'))
     with pytest.raises(ValueError, match="has format version 9; this discedit reads 1"):
         Moments.load(path)
+    whole = unsealed(whole)
+    path.write_bytes(whole)
+    assert equal(Moments.load(path), filled())
     path.write_bytes(whole.replace(b'num_classes\\": 4', b'num_classes\\": 3'))
     with pytest.raises(ValueError, match=r"tensor '0.count' must have shape \(3,\), torch.int64; found shape \(4,\)"):
         Moments.load(path)
@@ -234,7 +245,7 @@ def test_damaged_and_foreign_files(tmp_path):
 def test_damaged_headers_are_refused(tmp_path):
     path = tmp_path / "m.safetensors"
     filled(**KINDS["vector"]).save(path)
-    whole = path.read_bytes()
+    whole = unsealed(path.read_bytes())
     for old, new, message in (
         (b'"witness\\', b'"witless\\', "header field 'witness' must be str, got None"),
         (b'"vector\\', b'"victor\\', "witness must be one of 'linear', .* got 'victor'"),
@@ -245,6 +256,20 @@ def test_damaged_headers_are_refused(tmp_path):
         assert whole.count(old) == 1, old
         path.write_bytes(whole.replace(old, new))
         with pytest.raises(ValueError, match=message):
+            Moments.load(path)
+
+
+def test_a_changed_byte_is_found(tmp_path):
+    path = tmp_path / "m.safetensors"
+    filled().save(path)
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    layer = whole.index(b'layers\\": {\\"') + len(b'layers\\": {\\"')
+    for place in (layer, start, start + 100, len(whole) - 1):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="its contents do not fit its checksum"):
             Moments.load(path)
 
 

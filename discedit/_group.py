@@ -1,0 +1,89 @@
+"""The processes of a torch.distributed group: what they tell each other, as tensors, never as pickle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+WORLD = "world"
+NOTHING, MORE, FAILED = 0, 1, 2  # what a process says of its next batch
+
+
+class Group:
+    """The processes that share a pass; without one, this process alone.
+
+    Args:
+        op: what asks, for errors.
+        group: "world", a process group, or None.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised. ValueError: something else, or a group that this process is
+        not in.
+    """
+
+    def __init__(self, op: str, group: Any) -> None:
+        self.op = op
+        self.rank, self.size, self._group = 0, 1, None
+        if group is None:
+            return
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(f"{op}: torch.distributed must be initialised first.")
+        if group == WORLD:
+            group = dist.group.WORLD
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(f'{op}: group must be "world", a torch.distributed process group or None, got {group!r}.')
+        self._group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+
+    def agree(self, word: int) -> list[int]:
+        """One number of every process, in rank order."""
+        if self.size == 1:
+            return [word]
+        return [int(number) for number in self._gathered(torch.tensor([word], device=self._device))]
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every process's bytes, in rank order."""
+        if self.size == 1:
+            return [data]
+        sizes = self.agree(len(data))
+        padded = torch.zeros(max(1, *sizes), dtype=torch.uint8, device=self._device)
+        if data:
+            padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
+        parts = self._gathered(padded)
+        return [part[:size].cpu().numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+
+    def exchange(self, data: bytes) -> list[bytes]:
+        """`gather`, when every process has said that it is done.
+
+        Raises:
+            RuntimeError: another one has failed.
+        """
+        self.check(self.agree(NOTHING))
+        return self.gather(data)
+
+    def check(self, words: list[int]) -> None:
+        """After `agree`.
+
+        Raises:
+            RuntimeError: another process has failed; the message holds its error.
+        """
+        if FAILED not in words:
+            return
+        errors = self.gather(b"")
+        rank = words.index(FAILED)
+        raise RuntimeError(f"{self.op}: process {rank} of {self.size} failed: {errors[rank].decode(errors='replace')}")
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the others, wherever they meet next, that this process has failed."""
+        if self.size > 1:
+            self.agree(FAILED)
+            self.gather(f"{type(error).__name__}: {error}".encode())
+
+    def _gathered(self, mine: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine, group=self._group)
+        return parts
