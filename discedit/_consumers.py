@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from discedit._sharded import identity
+
 # Functions that leave each channel in its place, by the name that torch gives them, whoever calls them.
 PIECEWISE = {"relu", "relu_", "relu6", "leaky_relu", "hardswish", "hardsigmoid", "hardtanh", "threshold", "clamp"}
 SMOOTH = {"elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh", "softplus", "softsign"}
 NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm"}
 DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
 POOLINGS = {"max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
-SHAPES = {"contiguous", "clone", "float", "to", "flatten"}  # the last only where the maps are 1 x 1
+SHAPES = {"contiguous", "clone", "float", "to", "view_as", "flatten"}  # the last only where the maps are 1 x 1
 ARITHMETIC = {"add", "mul", "sub", "div", "pow", "__mul__", "__rmul__", "__add__", "__radd__", "__pow__"}
 ONE_BY_ONE = PIECEWISE | SMOOTH | NORMS | DROPOUTS | POOLINGS | SHAPES | ARITHMETIC
 
@@ -55,9 +57,11 @@ class Follow(TorchFunctionMode):
         return known.layers if known is not None and (known.last == last or tensor.ndim == 2) else ()
 
     def _keep(self, layers: tuple[str, ...], tensor: Tensor, last: bool) -> None:
-        self._known[id(tensor)] = _Known(layers, weakref.ref(tensor), tensor._version, last)
+        local = identity(tensor)
+        self._known[id(local)] = _Known(layers, weakref.ref(local), local._version, last)
 
     def _of(self, tensor: Any) -> _Known | None:
+        tensor = identity(tensor)
         found = self._known.get(id(tensor))
         alive = None if found is None else found.tensor()
         if found is None or alive is None or alive is not tensor or found.version != alive._version:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from discedit import _files
+
 WORLD = "world"
 NOTHING, MORE, FAILED = 0, 1, 2  # what a process says of its next batch
+
+
+class OtherFailed(RuntimeError):
+    """What a process raises because another one did."""
 
 
 class Group:
@@ -75,7 +82,7 @@ class Group:
             return
         errors = self.gather(b"")
         rank = words.index(FAILED)
-        raise RuntimeError(f"{self.op}: process {rank} of {self.size} failed: {errors[rank].decode(errors='replace')}")
+        raise OtherFailed(f"{self.op}: process {rank} of {self.size} failed: {errors[rank].decode(errors='replace')}")
 
     def fail(self, error: BaseException) -> None:
         """Tells the others, wherever they meet next, that this process has failed."""
@@ -85,5 +92,42 @@ class Group:
 
     def _gathered(self, mine: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine, group=self._group)
+        try:
+            dist.all_gather(parts, mine, group=self._group)
+        except RuntimeError as error:  # it died, or the group's timeout is over
+            raise OtherFailed(
+                f"{self.op}: another process of {self.size} is gone or does not answer: {error}"
+            ) from error
         return parts
+
+
+def pack(inputs: Any) -> bytes:
+    """A nest of tensors, tuples, lists, dicts and what JSON has."""
+    tensors: dict[str, Tensor] = {}
+
+    def write(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            tensors[str(len(tensors))] = part
+            return {"tensor": str(len(tensors) - 1)}
+        if isinstance(part, Mapping):
+            return {"dict": {name: write(value) for name, value in part.items()}}
+        if isinstance(part, (tuple, list)):
+            return {"tuple": [write(value) for value in part]}
+        return {"value": part}
+
+    return _files.to_bytes("batch", {"nest": write(inputs)}, tensors)
+
+
+def unpack(data: bytes) -> Any:
+    """What `pack` made; lists become tuples."""
+    header, tensors = _files.from_bytes(data, "batch", "of another process")
+
+    def read(part: Any) -> Any:
+        ((kind, value),) = part.items()
+        if kind == "tensor":
+            return tensors[value]
+        if kind == "dict":
+            return {name: read(inner) for name, inner in value.items()}
+        return tuple(map(read, value)) if kind == "tuple" else value
+
+    return read(header["nest"])

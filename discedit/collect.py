@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -21,7 +23,12 @@ from tqdm.auto import tqdm
 from discedit import _checks
 from discedit._backends import select
 from discedit._batches import call, checked_labels, device_of, first_tensor, map_tensors, moved, split, undisturbed
+from discedit._checkpoint import Checkpoint, Progress, digest_of
 from discedit._consumers import Follow
+from discedit._group import MORE, NOTHING, Group, OtherFailed, pack, unpack
+from discedit._sharded import Channels, has_shards, identity, runs_together, unwrapped
+from discedit._stream import Stream
+from discedit.distributed import dropped_samples, own_samples
 from discedit.moments import GREATEST_EXPONENT, READS, Moments, Statistic
 
 OP = "collect_moments"
@@ -42,6 +49,9 @@ def collect_moments(
     scale: float | Mapping[str, float] | None = None,
     progress: bool | None = None,
     backend: str = "auto",
+    group: dist.ProcessGroup | str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
 ) -> Moments:
     """Accumulate the class-conditional moments of every layer's components in one forward pass over the data.
 
@@ -67,8 +77,19 @@ def collect_moments(
             layers with tokens are read: linear or layer norm, output of shape (samples, tokens, channels).
         witness, scale: what the moments are of, as in `Moments`: "quadratic" or "linear" (the statistic t), "exp"
             (exp(-scale t)) or "vector".
-        progress: show a progress bar on stderr; by default only on a terminal.
+        progress: show a progress bar on stderr; by default only on a terminal, and only of the first process.
         backend: as in `discedit.ops`.
+        group: "world" or a process group of torch.distributed whose processes each pass over a share of the data; every
+            one of them gets the moments of all, the same bits. Shares may differ in size, and be empty. What a
+            `DistributedSampler` repeats to make them equal counts once; `discedit.distributed.ShardSampler` repeats
+            nothing. The model may be wrapped in DistributedDataParallel, FSDP2 (`fully_shard`) or tensor-parallel
+            (`parallelize_module`): processes of one tensor-parallel group get the same batches, and `group` is then
+            that of the data-parallel dimension.
+        checkpoint: a folder for the state of the pass. A pass that ended before its time, however it did, goes on from
+            there when it is called again, and ends with the same bits. The loader must give the same batches again (a
+            sampler that shuffles needs a generator with a seed); that they are is checked. Delete the folder to begin
+            anew.
+        checkpoint_every: seconds between two states on disk.
 
     Returns:
         `Moments`, with one entry per layer in the order of execution. A layer that runs on windows of a sample (as in
@@ -76,8 +97,10 @@ def collect_moments(
 
     Raises:
         ValueError: an empty loader, labels that do not fit, no layer to read, an unknown layer name, a layer named in
-            `layers` without tokens for "cls", a statistic or scale that does not fit the witness, or NaN or Inf in a
-            feature map (the message names layer and batch).
+            `layers` without tokens for "cls", a statistic or scale that does not fit the witness, NaN or Inf in a
+            feature map (the message names layer and batch), or a checkpoint of another run or other batches.
+        RuntimeError: another process of the group failed (the message holds its error), died, or did not come to the
+            end in the group's timeout.
 
     Memory: the state, classes x channels x 40 bytes (for d statistics 8 d + 4 d (d + 1)), and one batch's pooled
     features, samples x channels x 8 bytes per statistic.
@@ -88,7 +111,9 @@ def collect_moments(
     >>> discedit.collect_moments(model, loader, num_classes=2)
     Moments(1 layers, 4 channels, 2 classes, 8 samples)
     """
-    options = _Options(labels, layers, read, statistic, witness, scale, progress, backend)
+    options = _Options(
+        labels, layers, read, statistic, witness, scale, progress, backend, group, checkpoint, checkpoint_every
+    )
     return _collect(model, loader, num_classes, options, None)
 
 
@@ -106,6 +131,9 @@ def collect_blocks(
     scale: float | Mapping[str, float] | None = None,
     progress: bool | None = None,
     backend: str = "auto",
+    group: dist.ProcessGroup | str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
 ) -> list[Moments]:
     """`collect_moments` in disjoint blocks of the samples, each class spread evenly over them, in the same one pass.
 
@@ -113,8 +141,8 @@ def collect_blocks(
 
     Args:
         blocks: number of blocks, at least 2. The samples of a class go to them in turn.
-        model, loader, num_classes, labels, layers, read, statistic, witness, scale, progress, backend: as for
-            `collect_moments`.
+        model, loader, num_classes, labels, layers, read, statistic, witness, scale, progress, backend, group,
+            checkpoint, checkpoint_every: as for `collect_moments`. Each process of a group deals its own share.
 
     Returns:
         One `Moments` for each block. Merged, they are what `collect_moments` returns, up to rounding.
@@ -134,7 +162,9 @@ def collect_blocks(
     if number is None or number < 2:
         raise ValueError(f"collect_blocks: blocks must be an integer of at least 2, got {blocks!r}.")
     classes = _checks.positive_integer(OP, "num_classes", num_classes)
-    options = _Options(labels, layers, read, statistic, witness, scale, progress, backend)
+    options = _Options(
+        labels, layers, read, statistic, witness, scale, progress, backend, group, checkpoint, checkpoint_every
+    )
     turns = _Turns(classes, number)
     # A class's share of a block is a class of its own.
     together = _collect(model, loader, classes, options, turns)
@@ -153,6 +183,9 @@ class _Options:
     scale: float | Mapping[str, float] | None
     progress: bool | None
     backend: str
+    group: dist.ProcessGroup | str | None
+    checkpoint: str | os.PathLike[str] | None
+    checkpoint_every: float
 
 
 class _Turns:
@@ -162,6 +195,11 @@ class _Turns:
         self.rows = classes * blocks
         self._blocks = blocks
         self._seen = torch.zeros(classes, dtype=torch.int64)
+
+    def go_on(self, moments: Moments) -> None:
+        """From the samples that were dealt already."""
+        for state in moments.values():
+            self._seen = state.count.view(-1, self._blocks).sum(1)
 
     def __call__(self, labels: Tensor) -> Tensor:
         """Class x blocks + block of each sample."""
@@ -183,43 +221,151 @@ def _collect(
     _checks.choice(OP, "read", options.read, READS)
     names = _checks.statistics(OP, options.statistic)
     _checks.witness(OP, options.witness, options.statistic, options.scale)
-    reader = _Reader(model, names, options.backend, options.layers, options.read)
-    moments = Moments(
-        turns.rows if turns else num_classes,
-        statistic=options.statistic,
-        witness=options.witness,
-        scale=options.scale,
-        read=options.read,
-        backend=options.backend,
-    )
-    device = device_of(model)
-    progress = sys.stderr.isatty() if options.progress is None else options.progress
-    given_labels = options.labels == "given"
-    watch = _Watch(device)
-    batch_index = -1
-    with undisturbed(model), reader:
-        for batch_index, batch in enumerate(tqdm(loader, desc="moments", unit="batch", disable=not progress)):
-            inputs, given = split(OP, batch, batch_index, device, labels_needed=given_labels)
-            classes = checked_labels(OP, given, num_classes, batch_index) if given_labels else None
-            output = reader.run(inputs)
-            if classes is None:
-                classes = _predicted(output, num_classes)
-            classes = moved(classes, device)
-            if turns is not None:
-                classes = turns(classes)
-            for layer, planes in reader.take(output):
-                try:
-                    moments.fold_planes(layer, planes, classes, checked=watch.defers)
-                except ValueError as error:
-                    raise ValueError(f"{OP}: layer {layer!r}, batch {batch_index}: {error}") from error
-                if watch.defers:
-                    watch.note(layer, moments.sentinel(layer, planes))
-            watch.end_batch(batch_index)
-    if batch_index < 0:
+    group = Group(OP, options.group)
+    try:
+        reader = _Reader(model, names, options.backend, options.layers, options.read)
+        moments = Moments(
+            turns.rows if turns else num_classes,
+            statistic=options.statistic,
+            witness=options.witness,
+            scale=options.scale,
+            read=options.read,
+            backend=options.backend,
+        )
+        moments = _Pass(model, loader, num_classes, options, turns, group, reader, moments).run()
+    except OtherFailed:
+        raise
+    except Exception as error:
+        group.fail(error)
+        raise
+    if group.size > 1:
+        moments.reduce_in(group, device_of(model))
+    if not moments:
         raise ValueError(f"{OP}: loader must give at least one batch, it gave none.")
-    watch.check()
-    moments.norms = reader.norms
     return moments
+
+
+class _Pass:
+    """One pass over a share of the data."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        num_classes: int,
+        options: _Options,
+        turns: _Turns | None,
+        group: Group,
+        reader: _Reader,
+        moments: Moments,
+    ) -> None:
+        self.model, self.num_classes, self.options, self.turns = model, num_classes, options, turns
+        self.group, self.reader, self.moments = group, reader, moments
+        self.device = device_of(model)
+        self.watch = _Watch(self.device)
+        self.checkpoint: Checkpoint | None = None
+        if options.checkpoint is not None:
+            run = {
+                **moments.settings,
+                "labels": options.labels,
+                "layers": list(reader.layers),
+                "blocks": turns.rows // num_classes if turns else 1,
+                "model": digest_of(model),
+            }
+            self.checkpoint = Checkpoint(OP, options.checkpoint, options.checkpoint_every, group, run)
+        self.progress = Progress()
+        if self.checkpoint is not None and self.checkpoint.moments is not None:
+            self.progress, self.moments = replace(self.checkpoint.progress), self.checkpoint.moments.to(self.device)
+            self.moments.backend = moments.backend
+            if turns is not None:
+                turns.go_on(self.moments)
+        self.loader = loader
+        self.stream: Stream | None = None
+        if self.checkpoint is not None:
+            self.stream = Stream(OP, loader, self.progress.batches, self.progress.digest)
+        self.own = own_samples(loader)
+        dropped = dropped_samples(loader)
+        if dropped:
+            warnings.warn(f"{OP}: left out: {dropped} samples that the loader's sampler drops.", stacklevel=4)
+
+    def run(self) -> Moments:
+        """The moments of this share; in step with the other processes where the model needs them."""
+        together = self.group.size > 1 and runs_together(self.model)
+        last: Any = None  # inputs for a pass that does not count
+        begun = False
+        with undisturbed(self.model), self.reader, closing(self._batches()) as batches:
+            while True:
+                batch = next(batches, None)
+                if together:
+                    words = self.group.agree(NOTHING if batch is None else MORE)
+                    self.group.check(words)
+                    if MORE not in words:
+                        break
+                    if not begun and NOTHING in words:
+                        mine = words.index(MORE) == self.group.rank
+                        packed = self.group.gather(pack(batch[0]) if mine and batch is not None else b"")
+                        last = moved(unpack(packed[words.index(MORE)]), self.device)
+                    begun = True
+                elif batch is None:
+                    break
+                if batch is None:
+                    for _ in self.reader.take(self.reader.run(last)):
+                        pass
+                    continue
+                last, classes, counted = batch
+                self._fold(last, classes, counted)
+                if self.checkpoint is not None and self.checkpoint.due():
+                    self._save()
+        self.watch.check()
+        self.moments.norms = {**self.moments.norms, **self.reader.norms}
+        if self.checkpoint is not None:
+            self._save()
+        return self.moments
+
+    def _batches(self) -> Generator[tuple[Any, Tensor | None, int]]:
+        """Inputs on the model's device, labels where they are given, and how many samples count, from the first."""
+        given_labels = self.options.labels == "given"
+        bar = sys.stderr.isatty() and self.group.rank == 0 if self.options.progress is None else self.options.progress
+        batches = self.loader if self.stream is None else self.stream
+        for batch in tqdm(batches, desc="moments", unit="batch", disable=not bar):
+            index = self.progress.batches
+            inputs, given = split(OP, batch, index, self.device, labels_needed=given_labels)
+            classes = checked_labels(OP, given, self.num_classes, index) if given_labels else None
+            first = first_tensor(inputs)
+            samples = len(first) if first is not None and first.ndim else 0
+            counted = samples if self.own is None else max(0, min(samples, self.own - self.progress.samples))
+            yield inputs, classes, counted
+
+    def _fold(self, inputs: Any, classes: Tensor | None, counted: int) -> None:
+        index = self.progress.batches
+        output = self.reader.run(inputs)
+        if classes is None:
+            classes = _predicted(output, self.num_classes)
+        classes = moved(classes, self.device)
+        whole = self.own is None or counted == len(classes)
+        if not whole:
+            classes = classes[:counted]
+        if self.turns is not None:
+            classes = self.turns(classes)
+        for layer, planes in self.reader.take(output):
+            try:
+                planes = planes if whole else planes[:, :counted]
+                self.moments.fold_planes(layer, planes, classes, checked=self.watch.defers)
+            except ValueError as error:
+                raise ValueError(f"{OP}: layer {layer!r}, batch {index}: {error}") from error
+            if self.watch.defers:
+                self.watch.note(layer, self.moments.sentinel(layer, planes))
+        self.watch.end_batch(index)
+        self.progress.batches += 1
+        self.progress.samples += counted
+
+    def _save(self) -> None:
+        assert self.checkpoint is not None
+        assert self.stream is not None
+        self.watch.check()
+        self.moments.norms = {**self.moments.norms, **self.reader.norms}
+        self.progress.digest = self.stream.digest
+        self.checkpoint.save(self.moments, replace(self.progress))
 
 
 class _Watch:
@@ -268,7 +414,13 @@ class _Place:
         self.planes: Tensor | None = None  # (statistics, samples, channels) of the last batch: the next one's buffer
         self._known: tuple[Any, ...] = ()
         self._axis = 1
+        self._channels = Channels()
+        self._own: Tensor | None = None  # planes of the channels that this process has
         self._run: Callable[..., Tensor]
+
+    def forget(self) -> None:
+        """What the last batch gave."""
+        self.planes = self._own = None
 
     def can_read(self, x: Tensor) -> bool:
         return "cls" not in self.statistics or (_checks.has_tokens(x, self.layout) and self.windows == 1)
@@ -282,6 +434,7 @@ class _Place:
     def read(self, x: Tensor) -> None:
         if self.windows > 1:
             x = x.reshape(len(x) // self.windows, -1, x.shape[-1])
+        x = self._channels.of(x, -1 if self.layout == "tokens" else 1)
         kind = (x.shape, x.dtype, x.device)
         if kind != self._known:
             try:
@@ -289,8 +442,9 @@ class _Place:
             except ValueError as error:
                 raise ValueError(f"{OP}: layer {self.name!r}: {error}") from error
             self._run = select("pool", self.backend, x.device)
-            self._known, self.planes = kind, None
-        self.planes = self._run(x.detach(), self._axis, self.statistics, self.planes)
+            self._known, self._own = kind, None
+        self._own = self._run(x.detach(), self._axis, self.statistics, self._own)
+        self.planes = self._channels.together(self._own)
 
 
 class _Reader:
@@ -305,7 +459,7 @@ class _Reader:
     ) -> None:
         self.model = model
         self.read = read
-        modules = dict(model.named_modules())
+        modules = dict(unwrapped(model).named_modules())
         self.explicit = layers is not None
         self.layers: dict[str, nn.Module]
         # Normalisations, which may directly follow a layer.
@@ -345,7 +499,10 @@ class _Reader:
 
     def __enter__(self) -> _Reader:
         for name, module in {**self.layers, **self.candidates}.items():
-            self._handles[name] = module.register_forward_hook(self._hook(self._places[name]))
+            # Before tensor parallelism makes a local tensor of the output, which then may be a part of the channels.
+            self._handles[name] = module.register_forward_hook(
+                self._hook(self._places[name]), prepend=has_shards(module)
+            )
         for name, module in self._consumers.items():
             hook = self._hook(self._places[name])
             self._handles[name] = module.register_forward_pre_hook(
@@ -360,7 +517,7 @@ class _Reader:
         """Removes the hooks of all other modules, and what they hold."""
         for name in self._handles.keys() - places:
             self._handles.pop(name).remove()
-            self._places[name].planes = None
+            self._places[name].forget()
 
     def _hook(self, place: _Place) -> Any:
         name, ran = place.name, self._ran
@@ -401,7 +558,7 @@ class _Reader:
             self._order.append(name)
             self._follow.note(name, x, last=place.layout == "tokens")
             # A weak reference: the first pass must not keep every feature map alive.
-            self._outputs[id(x)] = (name, weakref.ref(x))
+            self._outputs[id(identity(x))] = (name, weakref.ref(identity(x)))
             self._widths[name] = x.shape[-1 if place.layout == "tokens" else 1] if x.ndim > 1 else 0
         elif name not in self.places.values():
             return False
@@ -416,6 +573,7 @@ class _Reader:
 
     def _source(self, tensor: Any) -> str | None:
         """The layer whose output is this very tensor."""
+        tensor = identity(tensor)
         name, reference = self._outputs.get(id(tensor), (None, None))
         return name if reference is not None and reference() is tensor else None
 
@@ -460,7 +618,7 @@ class _Reader:
         if self._repeated:
             warnings.warn(
                 f"{OP}: left out, because they run more than once per forward pass: {sorted(self._repeated)}.",
-                stacklevel=4,
+                stacklevel=6,
             )
             self._order = [layer for layer in self._order if self._place(layer) not in self._repeated]
             self._repeated.clear()
@@ -483,7 +641,7 @@ class _Reader:
         order = [layer for layer in self._order if layer != head]
         foreign = [layer for layer in order if self._place(layer) in self._foreign]
         if foreign:
-            warnings.warn(f"{OP}: left out, because their outputs have no sample axis: {foreign}.", stacklevel=5)
+            warnings.warn(f"{OP}: left out, because their outputs have no sample axis: {foreign}.", stacklevel=7)
         order = [layer for layer in order if layer not in foreign]
         self._order = [layer for layer in order if self._place(layer) not in self._unreadable]
         if self.explicit and len(self._order) < len(self.layers):
@@ -498,7 +656,7 @@ class _Reader:
         if not self._order:
             raise ValueError(f"{OP}: {needs}, no layer has one: {tokenless}.")
         if tokenless:
-            warnings.warn(f"{OP}: left out, because {needs}: {tokenless}.", stacklevel=5)
+            warnings.warn(f"{OP}: left out, because {needs}: {tokenless}.", stacklevel=7)
         self.norms = {layer: norm for layer, norm in self.norms.items() if layer in self._order}
         self._keep({self._place(layer) for layer in self._order})
         self._outputs.clear()

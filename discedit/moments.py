@@ -237,8 +237,8 @@ class Moments(Mapping[str, State]):
     def reduce_in(self, group: Group, device: torch.device | None = None) -> Moments:
         """`all_reduce`; layers that this process has not read come to the device."""
         total = self._like()
-        for rank, data in enumerate(group.exchange(_files.to_bytes("moments", *self._contents()))):
-            total.merge(self._from_contents(*_files.from_bytes(data, "moments", f"rank {rank}"), f"rank {rank}"))
+        for rank, data in enumerate(group.exchange(_files.to_bytes("moments", *self.contents()))):
+            total.merge(self.from_contents(*_files.from_bytes(data, "moments", f"rank {rank}"), f"rank {rank}"))
         devices = {layer: state.device for layer, state in self.items()}
         self._layers = {layer: state.to(devices.get(layer, device or "cpu")) for layer, state in total.items()}
         self.norms = total.norms
@@ -266,7 +266,7 @@ class Moments(Mapping[str, State]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically."""
-        _files.save_tensors(path, "moments", *self._contents())
+        _files.save_tensors(path, "moments", *self.contents())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:
@@ -275,9 +275,9 @@ class Moments(Mapping[str, State]):
         Raises:
             FileNotFoundError: no such file. ValueError: a damaged or foreign file.
         """
-        return cls._from_contents(*_files.load_tensors(path, "moments"), path)
+        return cls.from_contents(*_files.load_tensors(path, "moments"), path)
 
-    def _contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Header and tensors of the file format."""
         tensors = {
             f"{index}.{field}": tensor
@@ -292,9 +292,7 @@ class Moments(Mapping[str, State]):
         return header, tensors
 
     @classmethod
-    def _from_contents(
-        cls, header: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike[str]
-    ) -> Moments:
+    def from_contents(cls, header: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> Moments:
         moments = cls(
             _files.field(header, "num_classes", int, path),
             statistic=_files.field(header, "statistic", (str, list), path),

@@ -527,9 +527,9 @@ def test_where_moments_were_read_is_kept_and_must_agree(tmp_path):
     scores.save(tmp_path / "scores")
     assert discedit.Scores.load(tmp_path / "scores").settings["read"] == "consumer"
     assert discedit.score(behind_norms).settings["read"] == "norm"
-    header, tensors = at_consumers._contents()
+    header, tensors = at_consumers.contents()
     del header["read"]  # of files from before there was a choice
-    assert discedit.Moments._from_contents(header, tensors, "a file").read == "norm"
+    assert discedit.Moments.from_contents(header, tensors, "a file").read == "norm"
     with pytest.raises(ValueError, match=r"must have read='consumer' like this object, it has read='norm'"):
         at_consumers.merge(behind_norms)
     with pytest.raises(ValueError, match=r"read must be one of 'consumer', 'norm', 'output', got 'input'"):

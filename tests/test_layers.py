@@ -9,11 +9,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each may import those before it. Names are modules of the package; "kernels" is the folder of that name.
 ORDER = [
-    "_state _checks _budget _batches _files _group _measure _consumers _calibration _lockstep _repair _optimizers",
+    "_state _checks _budget _batches _stream _files _group distributed _sharded _measure _consumers",
+    "_calibration _lockstep _repair _optimizers",
     "kernels reference",
     "_backends",
     "ops moments uncertainty scores",
-    "collect recipe stack _graph _importance prune _selection _silence _retain _erase unlearn presets",
+    "_checkpoint collect recipe stack _graph _importance prune _selection _silence _retain _erase unlearn presets",
     "_outputs _attacks _probes _recovery evaluate zoo huggingface demo cli __main__",
 ]
 RANK = {module: rank for rank, module in enumerate(" ".join(ORDER).split())}
