@@ -84,7 +84,8 @@ def collect_moments(
             `DistributedSampler` repeats to make them equal counts once; `discedit.distributed.ShardSampler` repeats
             nothing. The model may be wrapped in DistributedDataParallel, FSDP2 (`fully_shard`) or tensor-parallel
             (`parallelize_module`): processes of one tensor-parallel group get the same batches, and `group` is then
-            that of the data-parallel dimension.
+            that of the data-parallel dimension. Where tokens are dealt out between a layer and its consumer (sequence
+            parallelism), the layer is read as by "norm".
         checkpoint: a folder for the state of the pass. A pass that ended before its time, however it did, goes on from
             there when it is called again, and ends with the same bits. The loader must give the same batches again (a
             sampler that shuffles needs a generator with a seed); that they are is checked. Delete the folder to begin
