@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from discedit._batches import map_tensors
 
@@ -33,7 +33,11 @@ class Stream:
         self._digests: list[str] = []  # of the first, of the first two, ...: workers draw ahead of what is taken
         self._hash = sha256()
         self._loader, self._drawn = loader, False
-        if type(loader) is DataLoader and loader.batch_sampler is not None:
+        if (
+            type(loader) is DataLoader
+            and loader.batch_sampler is not None
+            and not isinstance(loader.dataset, IterableDataset)
+        ):
             self._loader, self._drawn = self._reloading(loader), True
 
     @property
