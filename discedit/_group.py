@@ -46,15 +46,20 @@ class Group:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
 
+    @property
+    def alone(self) -> bool:
+        """No group was given. A group of one talks to itself, which shows that its engine works."""
+        return self._group is None
+
     def agree(self, word: int) -> list[int]:
         """One number of every process, in rank order."""
-        if self.size == 1:
+        if self.alone:
             return [word]
         return [int(number) for number in self._gathered(torch.tensor([word], device=self._device))]
 
     def gather(self, data: bytes) -> list[bytes]:
         """Every process's bytes, in rank order."""
-        if self.size == 1:
+        if self.alone:
             return [data]
         sizes = self.agree(len(data))
         padded = torch.zeros(max(1, *sizes), dtype=torch.uint8, device=self._device)
@@ -86,7 +91,7 @@ class Group:
 
     def fail(self, error: BaseException) -> None:
         """Tells the others, wherever they meet next, that this process has failed."""
-        if self.size > 1:
+        if not self.alone:
             self.agree(FAILED)
             self.gather(f"{type(error).__name__}: {error}".encode())
 

@@ -239,7 +239,7 @@ def _collect(
     except Exception as error:
         group.fail(error)
         raise
-    if group.size > 1:
+    if not group.alone:
         moments.reduce_in(group, device_of(model))
     if not moments:
         raise ValueError(f"{OP}: loader must give at least one batch, it gave none.")
@@ -291,7 +291,7 @@ class _Pass:
 
     def run(self) -> Moments:
         """The moments of this share; in step with the other processes where the model needs them."""
-        together = self.group.size > 1 and runs_together(self.model)
+        together = not self.group.alone and runs_together(self.model)
         last: Any = None  # inputs for a pass that does not count
         begun = False
         with undisturbed(self.model), self.reader, closing(self._batches()) as batches:

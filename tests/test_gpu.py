@@ -5,6 +5,8 @@
 
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,3 +289,43 @@ def test_erased_directions_are_those_of_the_cpu():
         found[device] = {name: tensor.detach().cpu() for name, tensor in edit.model.state_dict().items()}
     for name, tensor in found["cpu"].items():
         torch.testing.assert_close(tensor, found["cuda"][name], rtol=1e-2, atol=1e-2)
+
+
+def test_a_group_of_nccl_gives_what_one_process_gives():
+    """A group of one talks to itself: what travels is on the device that NCCL wants."""
+    code = """
+        import torch, torch.distributed as dist, discedit
+        from test_gpu import small_network
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+        model = small_network().cuda()
+        batches = [(torch.randn(16, 3, 12, 12), torch.arange(16) % 4) for _ in range(3)]
+        alone = discedit.collect_moments(model, batches, 4)
+        for wrapped in (model, torch.nn.parallel.DistributedDataParallel(model)):
+            together = discedit.collect_moments(wrapped, batches, 4, group="world")
+            for layer in alone:
+                for a, b in zip(alone[layer].tensors(), together[layer].tensors()):
+                    assert torch.equal(a, b)
+        dist.destroy_process_group()
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_pass_goes_on_to_the_same_bits(tmp_path):
+    model = small_network().cuda()
+    batches = [(torch.randn(16, 3, 12, 12), torch.arange(16) % 4) for _ in range(5)]
+
+    def until(number):
+        yield from batches[:number]
+        raise KeyboardInterrupt
+
+    whole = discedit.collect_moments(model, batches, 4)
+    with pytest.raises(KeyboardInterrupt):
+        discedit.collect_moments(model, until(3), 4, checkpoint=tmp_path, checkpoint_every=0)
+    found = discedit.collect_moments(model, batches, 4, checkpoint=tmp_path)
+    for layer in whole:
+        assert found[layer].device.type == "cuda"
+        for a, b in zip(found[layer].tensors(), whole[layer].tensors(), strict=True):
+            assert torch.equal(a, b)
