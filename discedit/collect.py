@@ -103,7 +103,7 @@ def collect_moments(
         RuntimeError: another process of the group failed (the message holds its error), died, or did not come to the
             end in the group's timeout.
 
-    Memory: the state, classes x channels x 40 bytes (for d statistics 8 d + 4 d (d + 1)), and one batch's pooled
+    Memory: the state, classes x channels x 32 bytes (for d statistics 8 d + 4 d (d + 1)), and one batch's pooled
     features, samples x channels x 8 bytes per statistic.
 
     >>> import torch, discedit
