@@ -51,20 +51,26 @@ class Evaluation:
     """What `evaluate` measured. Figures are by model: "edited", and where given "original" and "retrained".
 
     A metric that was not measured is None, and `not_measured` says why. Accuracies are in [0, 1].
+
+    Attributes:
+        samples: "test" and "train": samples of the forgotten and of the other classes.
+        accuracy: by model, then "test" and "train".
+        cka: "edited-original", "edited-retrained", "original-retrained".
+        seconds: with their "total".
     """
 
     classes: tuple[int, ...]
     num_classes: int
-    samples: dict[str, dict[str, int]]  # "test" and "train": samples of the forgotten and of the other classes
-    accuracy: dict[str, dict[str, Accuracy]] | None = None  # by model, then "test" and "train"
+    samples: dict[str, dict[str, int]]
+    accuracy: dict[str, dict[str, Accuracy]] | None = None
     membership: dict[str, Membership] | None = None
     linear_probe: dict[str, Probe] | None = None
     knn: dict[str, Probe] | None = None
-    cka: dict[str, Similarity] | None = None  # "edited-original", "edited-retrained", "original-retrained"
+    cka: dict[str, Similarity] | None = None
     relearning: dict[str, Relearning] | None = None
     batchnorm_recall: dict[str, Recall] | None = None
     aus: dict[str, float] | None = None
-    seconds: dict[str, float] | None = None  # with their "total"
+    seconds: dict[str, float] | None = None
     not_measured: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 

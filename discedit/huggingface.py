@@ -40,8 +40,9 @@ def save_pretrained(edit: Edit, folder: str | os.PathLike[str]) -> bool:
         Whether transformers' own `from_pretrained` loads the folder too.
 
     Raises:
-        TypeError: edit is no `Edit`. ValueError: its model is no transformers model, or has other shapes than the edit
-        left. ImportError: transformers is not installed.
+        TypeError: edit is no `Edit`.
+        ValueError: its model is no transformers model, or has other shapes than the edit left.
+        ImportError: transformers is not installed.
     """
     transformers = _transformers("save_pretrained")
     if not isinstance(edit, Edit):
@@ -77,7 +78,8 @@ def load_pretrained(folder: str | os.PathLike[str]) -> Edit:
         transformers' default attention, and with the recipe, which can undo the edit.
 
     Raises:
-        FileNotFoundError: one of the files is missing. ValueError: one is damaged, or they do not fit together.
+        FileNotFoundError: one of the files is missing.
+        ValueError: one is damaged, or they do not fit together.
         ImportError: transformers is not installed.
     """
     transformers = _transformers("load_pretrained")

@@ -273,7 +273,8 @@ class Moments(Mapping[str, State]):
         """Read what `save` wrote, bit for bit.
 
         Raises:
-            FileNotFoundError: no such file. ValueError: a damaged or foreign file.
+            FileNotFoundError: no such file.
+            ValueError: a damaged or foreign file.
         """
         return cls.from_contents(*_files.load_tensors(path, "moments"), path)
 

@@ -31,12 +31,12 @@ WITH_VALUES = ("add", "set")  # kinds that write values of the recipe's own
 class Operation:
     """One elementary change.
 
-    kind "keep": keep `index` along `dim` of the tensor `target`, drop the rest.
-    kind "fill": write `value` at `index` along `dim` of the tensor `target`.
-    kind "scale": multiply by `value` what is at `index` along `dim` of the tensor `target`.
-    kind "add": add the recipe's own values to what is at `index` along `dim` of the tensor `target`.
-    kind "set": replace the tensor `target` by the recipe's own values.
-    kind "attribute": change the attribute `name` of the module `target` from `before` to `value`.
+    - kind "keep": keep `index` along `dim` of the tensor `target`, drop the rest.
+    - kind "fill": write `value` at `index` along `dim` of the tensor `target`.
+    - kind "scale": multiply by `value` what is at `index` along `dim` of the tensor `target`.
+    - kind "add": add the recipe's own values to what is at `index` along `dim` of the tensor `target`.
+    - kind "set": replace the tensor `target` by the recipe's own values.
+    - kind "attribute": change the attribute `name` of the module `target` from `before` to `value`.
     """
 
     kind: str
@@ -148,7 +148,8 @@ class Recipe:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: one of the two files is missing. ValueError: one is damaged, cut short or foreign.
+            FileNotFoundError: one of the two files is missing.
+            ValueError: one is damaged, cut short or foreign.
         """
         target = _json_path(path)
         if not target.is_file():
@@ -274,8 +275,9 @@ class Edit:
                 and others), or one whose constructor takes its `defaults` by name.
 
         Raises:
-            TypeError: optimizer is none. ValueError: it holds parameters that the model did not have, or state of
-            another form (LBFGS, Adafactor), or the edited model was changed after the edit.
+            TypeError: optimizer is none.
+            ValueError: it holds parameters that the model did not have, or state of another form (LBFGS, Adafactor), or
+                the edited model was changed after the edit.
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(

@@ -339,7 +339,8 @@ class Scores(Mapping[str, Tensor]):
         """Read what `save` wrote, bit for bit.
 
         Raises:
-            FileNotFoundError: no such file. ValueError: a damaged or foreign file.
+            FileNotFoundError: no such file.
+            ValueError: a damaged or foreign file.
         """
         header, tensors = _files.load_tensors(path, "scores")
         statistic = _files.field(header, "statistic", (str, list), path)

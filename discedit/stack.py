@@ -124,9 +124,10 @@ class Stack:
                 is copied. Which of the two is read off the shapes; where the shapes are the same, so are the rows.
 
         Raises:
-            TypeError: edit is neither. ValueError: the name is taken or empty; the recipe was made on another model or
-            is not complete; it sets whole tensors that an edit below has cut; nothing would be left of a tensor. The
-            stack is then unchanged.
+            TypeError: edit is neither.
+            ValueError: the name is taken or empty; the recipe was made on another model or is not complete; it sets
+                whole tensors that an edit below has cut; nothing would be left of a tensor. The stack is then
+                unchanged.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"Stack.push: name must be a string that is not empty, got {name!r}.")
@@ -147,8 +148,8 @@ class Stack:
 
         Raises:
             ValueError: there is no such edit, or one above it cannot be without it: it sets a whole tensor that this
-            one cuts, adds values to rows of which this one cuts a part, or changes an attribute that cannot be told
-            anew. The message names both, and the stack is unchanged.
+                one cuts, adds values to rows of which this one cuts a part, or changes an attribute that cannot be told
+                anew. The message names both, and the stack is unchanged.
         """
         if name not in self:
             raise ValueError(f"Stack.remove: name must be one of {self.names}, got {name!r}.")
@@ -190,7 +191,8 @@ class Stack:
             model: the base; with the weights of that time `model` is the same bit for bit.
 
         Raises:
-            FileNotFoundError: a file is missing. ValueError: one is damaged, or the model has another architecture.
+            FileNotFoundError: a file is missing.
+            ValueError: one is damaged, or the model has another architecture.
         """
         target = Path(folder) / FILE
         if not target.is_file():
