@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 NATIVE := find csrc -name '*.?pp' -o -name '*.cu'
 SOURCES := $(shell $(NATIVE)) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/discedit demo
@@ -30,8 +30,11 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench_cifar --write
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only -s --write-readme
 
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info discedit/*.so discedit/_build.json out
+	rm -rf $(VENV) build dist site *.egg-info discedit/*.so discedit/_build.json out
 
 # torch first: whatever is installed later then keeps this one. The extension is rebuilt when a source is newer.
 $(VENV)/.installed: $(SOURCES)
