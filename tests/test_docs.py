@@ -1,15 +1,20 @@
-"""Examples in docstrings and in the README run and say what they show."""
+"""Examples in docstrings, in the README and on the pages run and say what they show; commands are ones that exist."""
 
+import copy
 import doctest
 import re
+import shlex
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from discedit import collect, ops, presets, scores, uncertainty
+from discedit import cli, collect, ops, presets, scores, uncertainty, zoo
 
 ROOT = Path(__file__).parent.parent
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "docs").rglob("*.md"))}
+LANGUAGES = {"python", "bash", "text", "bibtex", "json", "toml"}  # of blocks: a Python block by another name would not run
 evaluate = import_module("discedit.evaluate")  # the package gives the name to the function
 
 
@@ -33,9 +38,9 @@ def test_every_op_documents_its_contract():
 
 def test_readme_example_runs(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
+    readme = blocks(ROOT / "README.md", "python")
+    assert readme
+    for block in readme:
         exec(compile(block, "README.md", "exec"), {})
     assert "parameters:" in capsys.readouterr().out
     assert (tmp_path / "out" / "prune.json").exists()
@@ -46,3 +51,78 @@ def test_readme_is_short_and_opens_with_the_two_commands():
     assert len(lines) <= 120
     commands = [line.split()[:2] for line in lines[:10] if line.startswith("make ")]
     assert commands == [["make", "demo"], ["make", "test"]]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def trained_once():
+    """`zoo.train_digits_net` that trains each network only once: most pages begin with the same."""
+    networks, really = {}, zoo.train_digits_net
+
+    def train(data, **options):
+        key = (len(data), *sorted(options.items()))
+        if key not in networks:
+            networks[key] = really(data, **options)
+        return copy.deepcopy(networks[key])
+
+    return train
+
+
+@pytest.mark.parametrize("page", [name for name, path in PAGES.items() if blocks(path, "python")])
+def test_examples_of_a_page_run(page, tmp_path, monkeypatch, trained_once, one_thread):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(zoo, "train_digits_net", trained_once)
+    namespace = {"__name__": "__main__"}
+    for number, block in enumerate(blocks(PAGES[page], "python"), start=1):
+        exec(compile(block, f"{page}, block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_of_a_page_are_in_known_languages(page):
+    fences = re.findall(r"^( *)```(.*)$", PAGES[page].read_text(), re.MULTILINE)
+    assert len(fences) % 2 == 0
+    assert {indent for indent, _ in fences} <= {""}, "an indented block would not be run"
+    assert {language for _, language in fences[::2]} <= LANGUAGES
+    assert {rest for _, rest in fences[1::2]} <= {""}
+
+
+def commands() -> dict[str, list[str]]:
+    """Command and its words -> pages, of all lines of bash blocks and of what the text calls a command."""
+    found: dict[str, list[str]] = {}
+    for name, path in PAGES.items():
+        lines = "".join(blocks(path, "bash")).replace("\\\n", " ").splitlines()
+        for line in [*lines, *re.findall(r"`((?:discedit|make|python -m) [^`\n]+)`", path.read_text())]:
+            found.setdefault(line, []).append(name)
+    return found
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_can_be_given(command, capsys, monkeypatch):
+    words = shlex.split(command, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)
+    options = [word.split("=")[0] for word in words if word.startswith("--")]
+    match [Path(word).name for word in words[:1]] + words[1:3]:
+        case ["make", target, *_]:
+            assert f"\n{target}:" in (ROOT / "Makefile").read_text()
+        case ["discedit", subcommand, *_]:
+            with pytest.raises(SystemExit, match="^0$"):
+                cli.main([subcommand, "--help"])
+            assert_named(options, capsys.readouterr().out)
+        case ["python", "-m", module] if module.startswith("benchmarks."):
+            main = import_module(module).main
+            if "argparse" not in Path(sys.modules[module].__file__).read_text():
+                assert not options
+                return
+            monkeypatch.setattr(sys, "argv", [module, "--help"])
+            with pytest.raises(SystemExit, match="^0$"):
+                main()
+            assert_named(options, capsys.readouterr().out)
+
+
+def assert_named(options: list[str], text: str) -> None:
+    for option in options:
+        assert re.search(rf"{option}\b", text), f"{option} is not among the options"
