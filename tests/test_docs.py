@@ -14,7 +14,7 @@ from discedit import cli, collect, ops, presets, scores, uncertainty, zoo
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "docs").rglob("*.md"))}
-LANGUAGES = {"python", "bash", "text", "bibtex", "json", "toml"}  # of blocks: a Python block by another name would not run
+LANGUAGES = {"python", "bash", "text", "bibtex", "json", "toml"}  # of blocks: Python by another name would not run
 evaluate = import_module("discedit.evaluate")  # the package gives the name to the function
 
 
