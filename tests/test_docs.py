@@ -36,8 +36,9 @@ def test_every_op_documents_its_contract():
             assert ">>>" in text, name
 
 
-def test_readme_example_runs(capsys, tmp_path, monkeypatch):
+def test_readme_example_runs(capsys, tmp_path, monkeypatch, trained_once, one_thread):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(zoo, "train_digits_net", trained_once)
     readme = blocks(ROOT / "README.md", "python")
     assert readme
     for block in readme:
