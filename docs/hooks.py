@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from mkdocs.structure.pages import Page
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/*.md", "benchmarks/*.png", "examples/*.py")
+ACROSS = re.DOTALL | re.MULTILINE
 LINK = re.compile(r"\]\(([^()\s]+)\)")
-CODE = re.compile(r"^( *)```.*?^\1```$|\[[^\]]*\]\([^)]*\)|^#.*?$|`([A-Za-z_][\w.]*)`", re.DOTALL | re.MULTILINE)
+CODE = re.compile(r"^( *)```.*?^\1```$|\[[^\]]*\]\([^)]*\)|^#.*?$|`([A-Za-z_][\w.]*)`", ACROSS)
 # What the reference holds, by all names that a reader may call it: "pool", "ops.pool", "discedit.ops.pool". A function
 # that hides its module, such as discedit.prune, has the module's name.
 REFERENCE = {
@@ -60,8 +62,8 @@ def site_uri(path: str) -> str:
     return re.sub(r"\.py$", ".md", path.removeprefix("docs/"))
 
 
-def linked(text: str, prefix: str = "", without: tuple[str, ...] = ()) -> str:
-    """The text with `name` in code as a link to the reference, but for names of arguments, headings and blocks."""
+def linked(text: str, prefix: str = "", without: Collection[str] = ()) -> str:
+    """The text with `name` in code as a link to the reference, but for names that mean something nearer, headings and blocks."""
 
     def link(match: re.Match[str]) -> str:
         name = match[2]
@@ -75,11 +77,20 @@ def linked(text: str, prefix: str = "", without: tuple[str, ...] = ()) -> str:
     return CODE.sub(link, text)
 
 
+def several(names: re.Match[str]) -> str:
+    """Names as one word without a type."""
+    return "    " + names[1].replace(" ", "\N{NO-BREAK SPACE}") + " ():"
+
+
 class Docstrings(griffe.Extension):
-    """Examples get their fences, and names their links."""
+    """Examples get their fences, several names for one text stay together, and names in code get their links."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
-            text = re.sub(r"^>>> .*?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", obj.docstring.value, flags=re.DOTALL | re.M)
-            arguments = tuple(argument.name for argument in getattr(obj, "parameters", ()))
-            obj.docstring.value = linked(text, without=(*arguments, obj.name))
+            text = re.sub(r"^>>> .*?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", obj.docstring.value, flags=ACROSS)
+            # Of "m2, m3: sums", what follows the first blank would be taken for a type; none has to be said.
+            text = re.sub(r"^ {4}(([a-z]\w*, )+[a-z]\w*):", several, text, flags=re.MULTILINE)
+            near = {obj.name, *(argument.name for argument in getattr(obj, "parameters", ()))}
+            if obj.parent is not None and obj.parent.is_class:
+                near |= obj.parent.members.keys()
+            obj.docstring.value = linked(text, without=near)

@@ -97,6 +97,7 @@ def test_docstrings_are_shown_as_they_are_meant(site):
         assert "<blockquote>" not in text  # of ">>>" outside a block of code
         assert not re.search(r"<p>(Args|Arguments|Returns|Raises|Attributes):", text)  # a section that is not seen
         assert not re.search(r"</code> \u2013 [^<]*\. [A-Z]\w+Error: ", text)  # two errors in one line
+        assert not re.search(r",</span></code></b>| \(\)</", text)  # several names with one text, torn apart
 
 
 def test_no_link_is_dead(site):
