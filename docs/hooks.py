@@ -63,7 +63,7 @@ def site_uri(path: str) -> str:
 
 
 def linked(text: str, prefix: str = "", without: Collection[str] = ()) -> str:
-    """The text with `name` in code as a link to the reference, but for names that mean something nearer, headings and blocks."""
+    """The text with `name` in code as a link to the reference, but not in headings, links and blocks."""
 
     def link(match: re.Match[str]) -> str:
         name = match[2]
