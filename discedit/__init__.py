@@ -18,6 +18,7 @@ from discedit.moments import Moments
 from discedit.presets import preset
 from discedit.prune import prune
 from discedit.recipe import Edit, Recipe
+from discedit.report import report
 from discedit.scores import Scores, score
 from discedit.stack import Stack
 from discedit.unlearn import unlearn
@@ -39,6 +40,7 @@ __all__ = [
     "preset",
     "presets",
     "prune",
+    "report",
     "score",
     "uncertainty",
     "unlearn",

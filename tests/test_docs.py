@@ -15,11 +15,13 @@ from discedit import cli, collect, ops, presets, scores, uncertainty, zoo
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "docs").rglob("*.md"))}
 LANGUAGES = {"python", "bash", "text", "bibtex", "json", "toml"}  # of blocks: Python by another name would not run
-evaluate = import_module("discedit.evaluate")  # the package gives the name to the function
+# The package gives these names to the functions.
+evaluate, report = (import_module(f"discedit.{name}") for name in ("evaluate", "report"))
 
 
 @pytest.mark.parametrize(
-    ("module", "examples"), [(ops, 29), (collect, 8), (scores, 4), (uncertainty, 10), (presets, 1), (evaluate, 7)]
+    ("module", "examples"),
+    [(ops, 29), (collect, 8), (scores, 4), (uncertainty, 10), (presets, 1), (evaluate, 7), (report, 6)],
 )
 def test_docstring_examples(module, examples):
     result = doctest.testmod(module)
