@@ -75,6 +75,7 @@ def report(
     >>> [page] = discedit.report(f"{folder.name}/page.html", discedit.score(moments), class_names=["cat", "dog"])
     >>> "What tells the classes apart" in page.read_text()
     True
+    >>> folder.cleanup()
     """
     target = Path(path)
     if target.suffix.lower() not in (".html", ".htm"):

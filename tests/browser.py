@@ -94,9 +94,9 @@ class Browser:
             raise RuntimeError(f"{expression}: {result['exceptionDetails']}")
         return result["result"].get("value")
 
-    def screenshot(self, *, whole: bool = True) -> bytes:
-        """A PNG of the page, or of what is in view."""
-        return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"])
+    def screenshot(self) -> bytes:
+        """A PNG of what is in view."""
+        return base64.b64decode(self.call("Page.captureScreenshot")["data"])
 
     def requests(self) -> list[str]:
         """Addresses that were asked for since the page was opened."""
