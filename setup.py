@@ -137,7 +137,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=["discedit", "discedit.kernels"],
     package_dir={"discedit": "discedit", "discedit.kernels": "kernels"},
-    package_data={"discedit": ["py.typed", "*.pyi", "templates/*"]},
+    package_data={"discedit": ["py.typed", "*.pyi", "report.html", "report.css"]},
     ext_modules=[Extension("discedit._cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

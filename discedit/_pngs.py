@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SERIES = ("#30363f", "#0068ad", "#c24e00", "#00805c", "#a8448a", "#8a6a00")  # as in templates/report.css
+SERIES = ("#30363f", "#0068ad", "#c24e00", "#00805c", "#a8448a", "#8a6a00")  # as in report.css
 MARKS = "osD^vP"
 MOST_TICKS = 60
 

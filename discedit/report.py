@@ -119,7 +119,7 @@ def report(
 @cache
 def _template() -> Template:
     environment = Environment(
-        loader=PackageLoader("discedit"),
+        loader=PackageLoader("discedit", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

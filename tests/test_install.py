@@ -78,7 +78,7 @@ def without_compiler(tmp_path_factory):
 def test_the_wheel_holds_everything(built):
     names = {str(path.relative_to(built)) for path in built.rglob("*") if path.is_file()}
     assert {"discedit/py.typed", "discedit/_cpu.pyi", "discedit/kernels/__init__.py", "discedit/_build.json"} <= names
-    assert {"discedit/templates/report.html", "discedit/templates/report.css"} <= names
+    assert {"discedit/report.html", "discedit/report.css"} <= names
     assert any(name.startswith("discedit/_cpu.") and name.endswith((".so", ".pyd")) for name in names)
     assert not any(name.startswith(("tests", "benchmarks", "kernels", "csrc")) for name in names)
     note = json.loads((built / "discedit" / "_build.json").read_text())
