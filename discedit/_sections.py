@@ -336,8 +336,11 @@ def edit(title: str, made: Edit | Recipe, scores: Scores, names: Names) -> dict[
             }
         )
     known = all(row["width"] for row in rows)
-    directions = recipe.settings.get("directions") or {}
-    settings = {name: value for name, value in recipe.settings.items() if name not in ("directions", "unrepaired")}
+    # Shown apart where they are what `unlearn` and `prune` write; whatever else is there stays among the settings.
+    apart = {name: recipe.settings.get(name) for name in ("directions", "unrepaired")}
+    apart = {name: value for name, value in apart.items() if isinstance(value, Mapping)}
+    directions = apart.get("directions") or {}
+    settings = {name: value for name, value in recipe.settings.items() if name not in apart}
     costs = []
     if isinstance(made, Edit):
         for what, before, after in (
@@ -359,7 +362,7 @@ def edit(title: str, made: Edit | Recipe, scores: Scores, names: Names) -> dict[
         "directions": [_direction(layer, bounds, names) for layer, bounds in directions.items()],
         "costs": costs,
         "skipped": _by_reason(made.skipped) if isinstance(made, Edit) else [],
-        "unrepaired": _by_reason(recipe.settings.get("unrepaired") or {}),
+        "unrepaired": _by_reason(apart.get("unrepaired") or {}),
         "settings": table(settings),
         "changed": len({operation.target for operation in recipe.operations if operation.kind != "attribute"}),
     }

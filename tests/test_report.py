@@ -331,6 +331,15 @@ def test_a_recipe_without_components_says_so(tmp_path):
     assert "No components and no directions: 0 tensors changed." in Page(path).section("edits")
 
 
+def test_a_recipe_of_foreign_settings(tmp_path):
+    recipe = Recipe("unlearn", {"directions": "up", "unrepaired": [1], "classes": "all"}, {"layer0": [9]}, {}, [])
+    [path] = report(tmp_path / "r.html", random_scores([3], 2), edits={"foreign": recipe})
+    text = Page(path).section("edits")
+    assert re.search(r"directions ?up", text)
+    assert re.search(r"unrepaired ?\[1\]", text)
+    assert "To forget" not in text
+
+
 def test_settings_are_flat_rows():
     settings = {"seed": 0, "of": {"deep": {"x": None, "empty": {}}, "list": [1, "é"]}, "text": "as it is"}
     assert _sections.table(settings) == [
