@@ -1,75 +1,135 @@
-"""The `discedit` console command."""
+"""The `discedit` console command: parse, run, print; what is wrong becomes a message and an exit code (docs/cli.md)."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from discedit import _backends, demo
+from discedit._arguments import UsageError, parser, wants_json
+from discedit._commands import COMMANDS, Result
+from discedit._runs import Console, GroupError, NothingChangedError, as_json, plain
 
-EXIT_BAD_INPUT = 2
+DONE, BAD_INPUT, NOTHING_CHANGED, GROUP_FAILED, INTERRUPTED = 0, 2, 3, 4, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command. Exit codes: 0 done, 2 bad arguments or input (the message is on stderr)."""
-    parser = argparse.ArgumentParser(
-        prog="discedit", description="Find what tells classes apart in a trained network, and prune or unlearn with it."
-    )
-    parser.add_argument("--version", action="version", version=f"discedit {version('discedit')}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    """Runs the command and returns its exit code.
 
-    show = commands.add_parser(
-        "demo", help="score, prune and unlearn a class on real images, with a before/after table"
-    )
-    show.add_argument("--data", choices=sorted(demo.MODELS, reverse=True), default="digits")
-    show.add_argument("--model", choices=[name for names in demo.MODELS.values() for name in names])
-    show.add_argument(
-        "--ratio", type=float, default=0.3, help="share of each layer's components to prune (default 0.3)"
-    )
-    show.add_argument("--forget", type=int, default=3, metavar="CLASS", help="class index to unlearn (default 3)")
-    show.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the files (default out/demo)")
+    0 done, 2 bad arguments or input, 3 nothing changed, 4 another process of the group failed, 130 interrupted. Any
+    other failure is a bug, and an exception.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files need not be text
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return _run(given)
+    except BrokenPipeError:  # nobody reads on, which is no failure
+        _close_stdout()
+        return DONE
 
-    commands.add_parser("doctor", help="what is built, which backends can run, and why the others cannot")
 
-    options = parser.parse_args(arguments)
+def _run(given: list[str]) -> int:
+    name = "discedit"
+    try:
+        try:
+            options = parser().parse_args(given)
+        except SystemExit as stop:  # --help and --version
+            return int(stop.code or 0)
+        name = f"discedit {options.command}"
+        console = Console(options.command, quiet=options.quiet)
+        with console.warning():
+            record, text = _result(options, console)
+        if record or text:
+            print(as_json(plain(record)) if options.json else text, flush=True)
+        return DONE
+    except UsageError as error:
+        print(error.usage, end="", file=sys.stderr)
+        return _failed(given, name, str(error), BAD_INPUT)
+    except NothingChangedError as error:
+        return _failed(given, name, str(error), NOTHING_CHANGED)
+    except GroupError as error:
+        return _failed(given, name, f"another process of the group failed or is late: {error}", GROUP_FAILED)
+    except KeyboardInterrupt:
+        return _failed(given, name, "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return _failed(given, name, f"out of memory, a smaller --batch-size may help: {error}", BAD_INPUT)
+    except (ValueError, OSError) as error:
+        return _failed(given, name, str(error), BAD_INPUT)
+    except ModuleNotFoundError as error:
+        extra = "demo" if name.endswith("demo") else "cli"
+        return _failed(given, name, f"{error}. Install what it needs: pip install 'discedit[{extra}]'", BAD_INPUT)
+    except BaseException as error:
+        if wants_json(given):
+            print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
+        raise
+
+
+def _result(options: argparse.Namespace, console: Console) -> Result:
     if options.command == "doctor":
-        print(doctor())
-        return 0
+        return doctor()
+    if options.command == "demo":
+        return _demo(options, console)
+    return COMMANDS[options.command](options, console)
+
+
+def _failed(given: list[str], name: str, message: str, code: int) -> int:
+    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    if wants_json(given):
+        print(json.dumps({"error": message}), flush=True)
+    return code
+
+
+def _close_stdout() -> None:
+    """So that the interpreter, which flushes at its end, does not complain either."""
+    with suppress(OSError, ValueError):  # where there is no file behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _demo(options: argparse.Namespace, console: Console) -> Result:
     models = demo.MODELS[options.data]
     name = options.model or models[0]
     if name not in models:
-        parser.error(f"--model must be one of {list(models)} for --data {options.data}, got {name!r}")
-    try:
-        demo.run(options.data, name, ratio=options.ratio, forget=options.forget, out=options.out, say=_say)
-    except (ValueError, OSError) as error:
-        print(f"discedit demo: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except ModuleNotFoundError as error:
-        print(f"discedit demo: {error}. Install the demo's needs: pip install 'discedit[demo]'", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    return 0
+        raise ValueError(f"--model must be one of {list(models)} for --data {options.data}, got {name!r}")
+
+    def say(text: str) -> None:
+        if not options.quiet:
+            print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+    columns = demo.run(options.data, name, ratio=options.ratio, forget=options.forget, out=options.out, say=say)
+    results: dict[str, Any] = {
+        column.title: {
+            "accuracy": column.accuracy.tolist(),
+            "parameters": column.parameters,
+            "macs": column.macs,
+        }
+        for column in columns
+    }
+    return {"command": "demo", "results": results, "out": str(options.out)} if options.json else {}, ""
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def doctor() -> str:
-    """The report of `discedit doctor`."""
-    lines = [
-        f"discedit {version('discedit')}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{platform.machine()}",
-        "",
-    ]
+def doctor() -> Result:
+    """What is built and can run, as JSON has it and as text."""
+    versions = {"discedit": version("discedit"), "Python": platform.python_version(), "torch": str(torch.__version__)}
+    lines = [", ".join(f"{name} {number}" for name, number in versions.items()) + f", {platform.machine()}", ""]
+    backends = {}
     for backend in _backends.status():
+        backends[backend.name] = {"runs": backend.runs, "detail": backend.detail, "ops": list(backend.ops)}
         lines.append(f"{backend.name:10} {'runs' if backend.runs else 'cannot run':11} {backend.detail}")
         if backend.ops:
             lines.append(f"{'':22} ops: {', '.join(backend.ops)}")
     lines += ["", '"auto" takes the first of these that can run an op on the tensor\'s device.']
-    return "\n".join(lines)
+    record = {"command": "doctor", "versions": versions, "machine": platform.machine(), "backends": backends}
+    return record, "\n".join(lines)

@@ -15,7 +15,8 @@ ORDER = [
     "_backends",
     "ops moments uncertainty scores",
     "_checkpoint collect recipe stack _graph _importance prune _selection _silence _retain _erase unlearn presets",
-    "_outputs _attacks _probes _recovery evaluate zoo huggingface _colours _sections _pngs report demo cli __main__",
+    "_outputs _attacks _probes _recovery evaluate zoo huggingface _colours _sections _pngs report demo",
+    "_sources _images _runs _arguments _commands cli __main__",
 ]
 RANK = {module: rank for rank, module in enumerate(" ".join(ORDER).split())}
 CSRC = [{"common"}, {"cpu", "cuda"}, {"bindings"}]
