@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from discedit import _backends, _checks, demo
 from discedit._budget import NORMALISATIONS
 from discedit._graph import KINDS
-from discedit._images import parse_numbers, parse_size
+from discedit._images import MOST_CLASSES, parse_numbers, parse_size
 from discedit._importance import CRITERIA
 from discedit._selection import MEASURES, SIGNS
 from discedit._silence import AROUND
@@ -22,6 +22,7 @@ from discedit.prune import REPAIRS
 from discedit.unlearn import COMPONENTS
 from discedit.unlearn import REPAIRS as UNLEARN_REPAIRS
 
+MANY = (1 << 63) - 1
 EPILOG = """\
 exit codes:
   0  done
@@ -88,14 +89,15 @@ def _value(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return run
 
 
-def _integer(least: int) -> Callable[[str], Any]:
+def _integer(least: int, most: int = MANY) -> Callable[[str], Any]:
     def parse(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
             number = least - 1
-        if not least <= number < 1 << 63:
-            raise ValueError(f"must be an integer of at least {least}, got {text!r}")
+        if not least <= number <= most:
+            rule = f"of at least {least}" if most == MANY else f"from {least} to {most}"
+            raise ValueError(f"must be an integer {rule}, got {text!r}")
         return number
 
     return _value(parse)
@@ -215,7 +217,10 @@ def _data(command: Parser, *, required: bool, test: bool, test_required: bool = 
     if test:
         group.add_argument("--test", required=test_required, metavar="SPEC", help="data to test on; as for --data")
     group.add_argument(
-        "--num-classes", type=_integer(1), metavar="N", help="number of classes (default: of the model's logits)"
+        "--num-classes",
+        type=_integer(1, MOST_CLASSES),
+        metavar="N",
+        help="number of classes (default: of the model's logits)",
     )
     group.add_argument(
         "--class-names", type=_value(_class_names), metavar="A,B,...",
@@ -226,7 +231,11 @@ def _data(command: Parser, *, required: bool, test: bool, test_required: bool = 
     )
     group.add_argument("--batch-size", type=_integer(1), default=256, metavar="N", help="(default 256)")
     group.add_argument(
-        "--workers", type=_integer(0), default=0, metavar="N", help="processes that read data (default 0: this one)"
+        "--workers",
+        type=_integer(0, 256),
+        default=0,
+        metavar="N",
+        help="processes that read data (default 0: this one)",
     )
     group = command.add_argument_group("images of folders and .npz files", "Default: what timm or the processor says.")
     group.add_argument(
@@ -284,7 +293,10 @@ def _score(command: Parser) -> None:
     )  # fmt: skip
     group.add_argument("--pairs", action="store_true", help="also score all pairs of classes (for pairwise criteria)")
     group.add_argument(
-        "--blocks", type=_integer(2), metavar="N", help="standard errors by the jackknife, from N blocks of the samples"
+        "--blocks",
+        type=_integer(2, 1000),
+        metavar="N",
+        help="standard errors by the jackknife, from N blocks of the samples",
     )
     group.add_argument(
         "--backend", choices=("auto", *_backends.NAMES), default="auto", help="default auto; see `discedit doctor`"
@@ -344,7 +356,7 @@ def _prune(command: Parser) -> None:
         "--layers", type=_value(_names), metavar="A,B,...", help="layers to prune (default: all that can be)"
     )
     group.add_argument("--ignore", type=_value(_names), default=[], metavar="A,B,...", help="layers to leave whole")
-    group.add_argument("--steps", type=_integer(1), default=1, metavar="N", help="in N equal steps (default 1)")
+    group.add_argument("--steps", type=_integer(1, 1000), default=1, metavar="N", help="in N equal steps (default 1)")
     group.add_argument("--rescore", action="store_true", help="score the model anew after each step; needs --data")
     _common(command, "out/prune")
 

@@ -567,7 +567,7 @@ def _finished(
     """Measures, writes and tells what an edit did."""
     kind = job.options.command
     if not edit.recipe.operations:
-        raise NothingChangedError(f"{kind}: the edit changes nothing, so nothing was written.")
+        raise NothingChangedError("the edit changes nothing, so nothing was written.")
     example = job.example
     results: dict[str, Any] = dict(extra)
     for name, model in (("before", job.model), ("after", edit.model)):
@@ -695,7 +695,7 @@ def report_command(options: argparse.Namespace, console: Console) -> Result:
     shown = [(title, folder, record) for title, (folder, record) in zip(titles, runs, strict=True)]
     scored = [(title, folder, record) for title, folder, record in shown if (folder / "scores.safetensors").is_file()]
     if not scored:
-        raise NothingChangedError("report: none of the runs holds scores, so there is nothing to show.")
+        raise NothingChangedError("none of the runs holds scores, so there is nothing to show.")
     scored.sort(key=lambda run: run[2]["command"] != "score")
     title, folder, record = scored[0]
     if len(scored) > 1:
@@ -751,7 +751,10 @@ def _of_edits(
             if values is None:
                 continue
             per_class = torch.tensor([float("nan") if v is None else v for v in values], dtype=torch.float64)
-            accuracy[title if name == "after" else "original"] = per_class
+            if name == "after":
+                accuracy[title] = per_class
+            elif not record["arguments"].get("recipe"):  # else an edited model was edited further
+                accuracy.setdefault("original", per_class)
             if kind == "prune" and name == "after":
                 curve.append(
                     {

@@ -103,7 +103,7 @@ def check_header(text: str | None, kind: str, path: str) -> dict[str, Any]:
     if not isinstance(header, dict) or header.get("kind") != kind:
         found = header.get("kind") if isinstance(header, dict) else "a foreign one"
         raise ValueError(f"{path!r} is not a discedit {kind} file: it is {found!r}.")
-    if header.get("version") != VERSION:
+    if header.get("version") != VERSION or isinstance(header["version"], bool):
         raise ValueError(
             f"{kind} file {path!r} has format version {header.get('version')!r}; this discedit reads {VERSION}."
         )
@@ -117,6 +117,19 @@ def field(header: dict[str, Any], name: str, kind: type | tuple[type, ...], path
         kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise ValueError(f"{str(path)!r} is damaged: its header field {name!r} must be {kinds}, got {value!r}.")
     return value
+
+
+def nothing_else(
+    header: dict[str, Any],
+    tensors: dict[str, Tensor],
+    known: tuple[dict[str, Any], dict[str, Tensor]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Refuses what a file holds beyond `known`, the header and tensors that were read from it: it would be lost."""
+    for what, found, own in (("header field", header, known[0]), ("tensor", tensors, known[1])):
+        unknown = sorted(map(str, found.keys() - own.keys() - {"kind", "version"}))
+        if unknown:
+            raise ValueError(f"{str(path)!r} is damaged: it holds the unknown {what} {unknown[0]!r}.")
 
 
 def take(

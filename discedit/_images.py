@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MOST_CLASSES = 1 << 20
+LARGEST = 1 << 13  # height or width
 TO_8_BITS = 257  # 65,535 / 255
 
 
@@ -360,9 +361,13 @@ class Batches:
             if len(indices) < ranks:
                 raise InputError(f"{argument}: must have a sample for each of {ranks} ranks, it has {len(indices)}.")
             return
-        if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, (DataLoader, list)):
+        if (
+            hasattr(source, "__len__")
+            and hasattr(source, "__getitem__")
+            and not isinstance(source, (DataLoader, list, tuple, str))
+        ):
             source = DataLoader(source, batch_size=batch_size, num_workers=workers)
-        if isinstance(source, Iterator) or not isinstance(source, Iterable):
+        if isinstance(source, (Iterator, tuple, str)) or not isinstance(source, Iterable):
             raise InputError(
                 f"{argument}: must give a dataset, or a loader that can be gone through again, it gives a "
                 f"{type(source).__name__}."
@@ -427,8 +432,8 @@ def parse_size(text: str) -> tuple[int, int]:
     """ "224" or "224x160" (height x width)."""
     parts = text.lower().split("x")
     sizes = [int(part) for part in parts if part.isascii() and part.isdigit()]
-    if len(sizes) != len(parts) or len(sizes) > 2 or not all(1 <= size <= 1 << 16 for size in sizes):
-        raise ValueError(f"must be N or HEIGHTxWIDTH, from 1 to {1 << 16}, got {text!r}")
+    if len(sizes) != len(parts) or len(sizes) > 2 or not all(1 <= size <= LARGEST for size in sizes):
+        raise ValueError(f"must be N or HEIGHTxWIDTH, from 1 to {LARGEST}, got {text!r}")
     return sizes[0], sizes[-1]
 
 

@@ -66,6 +66,10 @@ def _run(given: list[str]) -> int:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         return _failed(given, name, f"out of memory, a smaller --batch-size may help: {error}", BAD_INPUT)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's own, on the CPU
+            raise
+        return _failed(given, name, f"out of memory: {error}", BAD_INPUT)
     except (ValueError, OSError) as error:
         return _failed(given, name, str(error), BAD_INPUT)
     except ModuleNotFoundError as error:

@@ -299,7 +299,7 @@ class Moments(Mapping[str, State]):
             statistic=_files.field(header, "statistic", (str, list), path),
             witness=_files.field(header, "witness", str, path),
             scale=_files.field(header, "scale", (float, dict, type(None)), path),
-            read=_files.field(header, "read", (str, type(None)), path) or READ_ONCE,
+            read=READ_ONCE if "read" not in header else _files.field(header, "read", str, path),
         )
         moments.norms = _files.field(header, "norms", dict, path)
         layers = _files.field(header, "layers", dict, path)
@@ -312,6 +312,7 @@ class Moments(Mapping[str, State]):
                 for field, shape in shapes.items()
             )
             moments._layers[layer] = moments._kind(count, *sums)
+        _files.nothing_else(header, tensors, moments._contents(), path)
         return moments
 
 

@@ -179,10 +179,17 @@ class Recipe:
             _operation(entry, architecture, i, target)
             for i, entry in enumerate(_files.field(header, "operations", list, target))
         ]
+        settings = _files.field(header, "settings", dict, target)
+        components = _files.field(header, "components", dict, target)
+        for name, lists in (("components", components), ("directions", settings.get("directions", {}))):
+            if not isinstance(lists, dict) or not all(isinstance(numbers, list) for numbers in lists.values()):
+                raise ValueError(
+                    f"recipe file {str(target)!r} is damaged: {name} must be lists by layer, got {lists!r}."
+                )
         return cls(
             _files.field(header, "edit", str, target),
-            _files.field(header, "settings", dict, target),
-            _files.field(header, "components", dict, target),
+            settings,
+            components,
             architecture,
             operations,
             tensors,
@@ -550,12 +557,10 @@ def _operation(entry: Any, architecture: dict[str, Any], position: int, path: Pa
     operation = Operation(**{**entry, "index": tuple(entry.get("index", ()))})
     if operation.kind not in KINDS:
         raise refuse(f"has the unknown kind {operation.kind!r}")
+    if not isinstance(operation.target, str):
+        raise refuse(f"must have a name for target, got {operation.target!r}")
     if operation.kind == "attribute":
-        if (
-            not isinstance(operation.target, str)
-            or not isinstance(operation.name, str)
-            or operation.name.startswith("_")
-        ):
+        if not isinstance(operation.name, str) or operation.name.startswith("_"):
             raise refuse("must name a public attribute")
         if not _is_size(operation.before) or not _is_size(operation.value):
             raise refuse(f"must change an integer or a list of integers, got {operation.before!r}, {operation.value!r}")
@@ -567,9 +572,10 @@ def _operation(entry: Any, architecture: dict[str, Any], position: int, path: Pa
         if type(operation.dim) is not int or not 0 <= operation.dim < len(shape):
             raise refuse(f"has dim {operation.dim!r} for a tensor of shape {shape}")
         size = shape[operation.dim]
-        if not all(type(i) is int and 0 <= i < size for i in operation.index) or list(operation.index) != sorted(
-            set(operation.index)
-        ):
+        if type(size) is not int:
+            raise refuse(f"is on a tensor whose shape must be integers, got {shape}")
+        inside = all(type(i) is int and 0 <= i < size for i in operation.index)
+        if not inside or list(operation.index) != sorted(set(operation.index)):
             raise refuse(f"must have increasing indices in 0..{size - 1}")
     if operation.kind in ("fill", "scale") and type(operation.value) not in (int, float):
         raise refuse(f"must {operation.kind} with a number, got {operation.value!r}")

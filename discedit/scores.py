@@ -314,6 +314,10 @@ class Scores(Mapping[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically."""
+        _files.save_tensors(path, "scores", *self._contents())
+
+    def _contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Header and tensors of the file format."""
         tensors = {"counts": self.counts}
         for index, (layer, values) in enumerate(self.items()):
             tensors[f"{index}.score"] = values
@@ -332,7 +336,7 @@ class Scores(Mapping[str, Tensor]):
             "layers": {layer: len(values) for layer, values in self.items()},
             "norms": self.norms,
         }
-        _files.save_tensors(path, "scores", header, tensors)
+        return header, tensors
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
@@ -354,7 +358,7 @@ class Scores(Mapping[str, Tensor]):
                 pairs[layer] = _files.take(tensors, f"{index}.pairs", (channels, 2), torch.float64, path)
             if has_errors:
                 errors[layer] = _files.take(tensors, f"{index}.error", (channels, classes), torch.float64, path)
-        return cls(
+        scores = cls(
             values,
             direction,
             _files.take(tensors, "counts", (classes,), torch.int64, path),
@@ -362,13 +366,15 @@ class Scores(Mapping[str, Tensor]):
             witness=_files.field(header, "witness", str, path),
             statistic=statistic if isinstance(statistic, str) else tuple(statistic),
             scale=_files.field(header, "scale", (float, dict, type(None)), path),
-            read=_files.field(header, "read", (str, type(None)), path) or READ_ONCE,
+            read=READ_ONCE if "read" not in header else _files.field(header, "read", str, path),
             norms=_files.field(header, "norms", dict, path),
             options=_files.field(header, "options", (dict, type(None)), path),
             pairs=pairs,
             errors=errors,
             degrees=_files.take(tensors, "degrees", (classes,), torch.float64, path) if has_errors else None,
         )
+        _files.nothing_else(header, tensors, scores._contents(), path)
+        return scores
 
 
 def score(

@@ -17,6 +17,7 @@ from discedit import Moments, Recipe, Scores, Stack, zoo
 from discedit.cli import main
 from discedit.evaluate import accuracy_per_class
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = ["--model", "discedit.zoo:DigitsNet"]
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -322,7 +323,6 @@ def test_nothing_to_do_is_3(place, scored, tmp_path, capsys):
     assert main([*arguments, "--threshold", "0", "--criterion", "max"]) == 3
     captured = capsys.readouterr()
     assert "changes nothing" in json.loads(captured.out)["error"]
-    assert "warning: prune:" in captured.err
     assert not (tmp_path / "run").exists()
     run = tmp_path / "empty"
     run.mkdir()
@@ -338,6 +338,13 @@ def test_nothing_to_do_is_3(place, scored, tmp_path, capsys):
     (run / "run.json").write_text(json.dumps(record))
     assert main(["report", str(run), "--out", str(tmp_path / "page")]) == 3
     assert "none of the runs holds scores" in capsys.readouterr().err
+
+
+def test_warnings_are_said_and_kept(place, scored, tmp_path, capsys):
+    arguments = ["prune", *MODEL, "--size", "8", "--scores", str(scored), "--out", str(tmp_path), "--quiet"]
+    assert main([*arguments, "--parameters", "0.001"]) == 0
+    [warning] = record_of(tmp_path)["results"]["warnings"]
+    assert capsys.readouterr().err == f"discedit prune: warning: {warning}\n"
 
 
 def test_json_is_all_there_is_on_stdout(place, tmp_path, capsys):
