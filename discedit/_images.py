@@ -212,7 +212,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"--data: {str(path)!r} does not exist.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: np.asarray(archive[name]) for name in archive.files}
     except Exception as error:  # a damaged zip file raises many kinds
         raise InputError(f"--data: {str(path)!r} is no .npz file that can be read: {error}") from error
@@ -394,7 +394,7 @@ class Batches:
             if self._share is not None:
                 samples = samples_of(batch)
                 rank, ranks = self._share
-                own = torch.arange((rank - seen) % ranks, samples, ranks)
+                own = torch.tensor(range((rank - seen) % ranks, samples, ranks), dtype=torch.int64)
                 seen += samples
                 batch = chosen(batch, own, samples)
             if (quota is None and self._share is None) or samples_of(batch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -212,6 +213,11 @@ class Recipe:
                 )
             if not undo and operation.kind in WITH_VALUES and values is None:
                 raise ValueError(f"Recipe: the values for tensor {operation.target!r} are missing from the recipe.")
+            if not undo and operation.kind in ("fill", "scale") and not _representable(operation.value, tensor.dtype):
+                raise ValueError(
+                    f"Recipe: the number to {operation.kind} tensor {operation.target!r} with must be in the range of "
+                    f"its type {tensor.dtype}, got {operation.value!r:.40}."
+                )
             shape = shapes.setdefault(id(tensor), list(tensor.shape))
             if operation.kind == "keep":
                 shape[operation.dim] = len(operation.index)
@@ -450,6 +456,14 @@ def _fits(operation: Operation, shape: list[int], written: list[int]) -> bool:
     return shape == written
 
 
+def _representable(value: float, dtype: torch.dtype) -> bool:
+    """Whether a number of a file can be written to a tensor: JSON's have no limits."""
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    if isinstance(value, float) and not math.isfinite(value):
+        return dtype.is_floating_point
+    return abs(value) <= limits.max
+
+
 def _dropped(operation: Operation, size: int) -> list[int]:
     return sorted(set(range(size)) - set(operation.index))
 
@@ -492,7 +506,8 @@ def _apply(
         index = _index(operation, tensor)
         undo = tensor.detach().index_select(operation.dim, index)
         if operation.kind == "fill":
-            tensor.index_fill_(operation.dim, index, operation.value)
+            value = float(operation.value) if tensor.is_floating_point() else operation.value
+            tensor.index_fill_(operation.dim, index, value)
         elif operation.kind == "scale":
             tensor.index_copy_(operation.dim, index, undo * operation.value)
         else:

@@ -342,7 +342,7 @@ def test_nothing_to_do_is_3(place, scored, tmp_path, capsys):
 
 def test_warnings_are_said_and_kept(place, scored, tmp_path, capsys):
     arguments = ["prune", *MODEL, "--size", "8", "--scores", str(scored), "--out", str(tmp_path), "--quiet"]
-    assert main([*arguments, "--parameters", "0.001"]) == 0
+    assert main([*arguments, "--parameters", "0.0001"]) == 0
     [warning] = record_of(tmp_path)["results"]["warnings"]
     assert capsys.readouterr().err == f"discedit prune: warning: {warning}\n"
 
@@ -469,7 +469,7 @@ def test_options_of_the_document_are_those_of_the_parser(capsys):
         (["score", *MODEL, "--data", "{place}/train.npz", "--num-classes", "5"], "names 10"),
         (["score", *MODEL, "--data", "{place}/train.npz", "--class-names", "a,b"], "must be those of the model"),
         (["score", *MODEL, "--data", "discedit.zoo:digits()[0]", "--size", "8"], "not a factory"),
-        (["score", *MODEL, "--data", "discedit.zoo:digits"], "must be"),
+        (["score", *MODEL, "--data", "discedit.zoo:digits"], "it gives a tuple"),
         (["prune", *MODEL, "--size", "8", "--ratio", "0.3"], "--scores: must be given"),
         (["prune", *MODEL, "--data", "{place}/train.npz"], "exactly one of ratio"),
         (["prune", *MODEL, "--data", "{place}/train.npz", "--ratio", "1.5"], "ratio must be"),

@@ -163,7 +163,7 @@ def test_every_mode_of_image(tmp_path):
     colour = torch.from_numpy(rgb).permute(2, 0, 1).float() / 255
     for name in ("RGB.bmp", "RGBA.png"):
         assert torch.equal(x[order.index(name)], colour), name
-    palette = torch.from_numpy(np.asarray(flat.convert("RGB"))).permute(2, 0, 1).float() / 255
+    palette = torch.from_numpy(np.array(flat.convert("RGB"))).permute(2, 0, 1).float() / 255
     assert torch.equal(x[order.index("P.png")], palette)
     assert set(x[order.index("1.png")].unique().tolist()) <= {0.0, 1.0}
 

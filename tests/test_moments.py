@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import BACKENDS, same_bits
 
-from discedit import Moments, ops, score
+from discedit import Moments, _files, ops, score
 
 KINDS = {
     "quadratic": {},
@@ -338,3 +338,16 @@ def test_all_reduce_gives_every_rank_the_whole(tmp_path):
         assert equal(results[0], results[2])
         for ours, exact in zip(results[0]["a"].tensors(), whole["a"].tensors(), strict=True):
             torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("what", ["header field", "tensor"])
+def test_a_file_that_holds_more_is_refused(tmp_path, what):
+    """It would be lost when the file is saved again."""
+    moments = Moments(2)
+    moments.update("layer", torch.rand(4, 3), torch.tensor([0, 0, 1, 1]))
+    header, tensors = moments._contents()
+    more = {"header field": header, "tensor": tensors}[what]
+    more["extra"] = torch.ones(1) if what == "tensor" else 1
+    _files.save_tensors(tmp_path / "m.safetensors", "moments", header, tensors)
+    with pytest.raises(ValueError, match=f"holds the unknown {what} 'extra'"):
+        Moments.load(tmp_path / "m.safetensors")

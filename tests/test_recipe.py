@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from discedit import Recipe, prune, unlearn, zoo
-from discedit.recipe import KINDS
+from discedit.recipe import KINDS, Operation, architecture_of
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -295,6 +295,8 @@ def test_damaged_and_foreign_files(edits, tmp_path):
         ({**added, "dim": -1}, "operation 0 has dim -1"),
         ({**added, "target": "fc9.bias"}, "operation 0 names the unknown tensor 'fc9.bias'"),
         ({**added, "values": [1.0]}, "operation 0 must be an object with kind and target"),
+        ({**added, "target": ["fc1.bias"]}, "operation 0 must have a name for target"),
+        ({**added, "index": [2, None]}, r"operation 0 must have increasing indices in 0..63"),
     ):
         with pytest.raises(ValueError, match=message):
             load(change(operations=[operation]))
@@ -340,3 +342,26 @@ def test_values_that_do_not_fit_are_refused_before_anything_changes(name, edits,
         with pytest.raises(ValueError, match=r"must have shape \[\d+\], they have \[\d+\]"):
             shortened.apply(model, inplace=True)
     assert same_state(model, trained[0])
+
+
+@pytest.mark.parametrize("kind", ["fill", "scale"])
+@pytest.mark.parametrize("value", [10**400, 1e300, -1e300], ids=["400 digits", "1e300", "-1e300"])
+def test_numbers_that_a_tensor_cannot_hold_are_refused(kind, value):
+    model = torch.nn.Linear(2, 3)
+    operation = Operation(kind, "bias", index=(1,), value=value)
+    recipe = Recipe("unlearn", {}, {}, architecture_of(model), [operation])
+    before = model.bias.clone()
+    with pytest.raises(ValueError, match=rf"number to {kind} tensor 'bias' with must be in the range of its type"):
+        recipe.apply(model, inplace=True)
+    assert torch.equal(model.bias, before)
+    huge = Recipe("unlearn", {}, {}, architecture_of(model), [Operation("fill", "bias", index=(1,), value=1 << 70)])
+    assert huge.apply(model).model.bias.tolist()[1] == float(1 << 70)
+
+
+@pytest.mark.parametrize("change", [{"components": {"fc1": 3}}, {"settings": {"directions": {"fc1": 0.5}}}])
+def test_lists_by_layer_must_be_lists(tmp_path, change):
+    model = torch.nn.Linear(2, 3)
+    path = Recipe("unlearn", {}, {}, architecture_of(model), []).save(tmp_path / "r")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match="must be lists by layer"):
+        Recipe.load(path)
