@@ -120,6 +120,13 @@ def _above_zero(text: str) -> float:
     return number
 
 
+def _at_least_zero(text: str) -> float:
+    number = _finite(text)
+    if number < 0:
+        raise ValueError(f"must be a number of at least 0, got {text!r}")
+    return number
+
+
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if not all(names):
@@ -303,7 +310,9 @@ def _score(command: Parser) -> None:
     )
     group = command.add_argument_group("long runs")
     group.add_argument("--checkpoint", type=Path, metavar="DIR", help="save the state there, and go on from it")
-    group.add_argument("--checkpoint-every", type=_value(_above_zero), metavar="SECONDS", help="how often (default 60)")
+    group.add_argument(
+        "--checkpoint-every", type=_value(_at_least_zero), metavar="SECONDS", help="how often (default 60)"
+    )
     group.add_argument(
         "--timeout", type=_value(_above_zero), default=1800.0, metavar="SECONDS",
         help="under torchrun: how long to wait for other processes (default 1800)",

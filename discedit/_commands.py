@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from discedit import _backends, _checks, _files, huggingface
 from discedit._batches import call, chosen, device_of, first_tensor, moved, split, undisturbed
 from discedit._calibration import samples_of
+from discedit._group import OtherFailed
 from discedit._images import Batches, Images, check_labels, number_classes, open_data
 from discedit._measure import accuracy_per_class, count_macs, count_parameters
 from discedit._runs import Clock, Console, GroupError, NothingChangedError, RunFolder, load_run, record_of
@@ -253,7 +254,7 @@ def _example(opened: Mapping[str, Any], known: Preprocessing, dtype: torch.dtype
         if batch is None:
             raise InputError(f"--{argument}: must give at least one sample, it gives none.")
         inputs, _ = split(f"--{argument}", batch, 0, torch.device("cpu"), labels_needed=False)
-        return chosen(inputs, torch.arange(1), samples_of(inputs))
+        return chosen(inputs, torch.arange(1), samples_of("--data", inputs))
     if known.size is None or known.channels is None:
         return None
     return torch.randn(1, known.channels, *known.size, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -339,7 +340,7 @@ def process_group(size: int, device: torch.device, timeout: float) -> Iterator[N
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
         yield
-    except dist.DistError as error:
+    except (OtherFailed, dist.DistError) as error:
         raise GroupError(str(error)) from error
     except RuntimeError as error:
         if any(mark in str(error).lower() for mark in GROUP_FAILURES):

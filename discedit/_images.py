@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from discedit._batches import Quota, chosen, map_tensors
 from discedit._calibration import samples_of
 from discedit._sources import InputError, Preprocessing, called, some
+from discedit._stream import has_indices, remade
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -352,14 +356,17 @@ class Batches:
         self._argument = argument
         self._dtype = dtype
         self._quota = None
-        self._share = None
+        self._rank, self._ranks = rank, ranks
         self.per_class: list[int] | None = None  # samples, where known beforehand
+        self.batch_sampler: Iterable[list[int]] | None = None  # indices in each batch of this rank, where there are any
+        self._remake: Callable[[Any], Any] | None = None
         if isinstance(source, Images):
             indices = _first_of_each(source.labels, limit_per_class)
             self.per_class = torch.bincount(source.labels[indices], minlength=num_classes).tolist()
-            self._loader: Any = self._with_workers(source, indices[rank::ranks].tolist(), batch_size, workers)
-            if len(indices) < ranks:
-                raise InputError(f"{argument}: must have a sample for each of {ranks} ranks, it has {len(indices)}.")
+            order = indices.tolist()
+            whole = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+            self._remake = partial(_reading, source, workers)
+            self._deal(whole)
             return
         if (
             hasattr(source, "__len__")
@@ -372,38 +379,61 @@ class Batches:
                 f"{argument}: must give a dataset, or a loader that can be gone through again, it gives a "
                 f"{type(source).__name__}."
             )
-        self._loader = source
-        self._share = (rank, ranks) if ranks > 1 else None
+        self._loader: Any = source
         if limit_per_class is not None:
             self._quota = dict.fromkeys(range(num_classes), limit_per_class)
+        elif has_indices(source):
+            self._remake = partial(remade, source)
+            self._deal(source.batch_sampler or ())
 
-    @staticmethod
-    def _with_workers(images: Images, indices: list[int], batch_size: int, workers: int) -> Any:
-        batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-        return DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is)
+    def _deal(self, batches: Iterable[list[int]]) -> None:
+        """Whole batches, in turn: so the features do not depend on the number of ranks."""
+        assert self._remake is not None
+        self.batch_sampler = _Share(batches, self._rank, self._ranks)
+        self._loader = self._remake(self.batch_sampler)
+
+    def with_batches(self, batches: Iterable[list[int]]) -> Batches:
+        """The same samples in batches of these indices: others are not read."""
+        assert self._remake is not None
+        other = copy(self)
+        other._loader = self._remake(batches)
+        return other
 
     def __iter__(self) -> Iterator[Any]:
         quota = None if self._quota is None else Quota(self._quota)
-        seen = 0
-        for batch in self._loader:
+        for index, batch in enumerate(self._loader):
             if isinstance(batch, Unreadable):
                 raise InputError(f"{self._argument}: {batch.message}")
             if quota is not None:
                 labels = _labels_of(batch, self._argument)
                 batch = chosen(batch, quota.take(labels), len(labels))
-            if self._share is not None:
-                samples = samples_of(batch)
-                rank, ranks = self._share
-                own = torch.tensor(range((rank - seen) % ranks, samples, ranks), dtype=torch.int64)
-                seen += samples
-                batch = chosen(batch, own, samples)
-            if (quota is None and self._share is None) or samples_of(batch):
+            mine = self.batch_sampler is not None or index % self._ranks == self._rank
+            if mine and (quota is None or samples_of(self._argument, batch)):
                 yield map_tensors(batch, self._cast)
             if quota is not None and quota.full():
                 return
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Every so many of the batches."""
+
+    batches: Iterable[list[int]]
+    rank: int
+    ranks: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return islice(self.batches, self.rank, None, self.ranks)
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.batches), self.ranks))  # type: ignore[arg-type]
+
+
+def _reading(images: Images, workers: int, batches: Any) -> DataLoader[Any]:
+    return DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ EDGE = 64  # entries of a tensor, from its beginning, that its batch is known by
 class Stream:
     """A loader's batches in their order, and a digest of those that were taken.
 
-    Of a `DataLoader` over a dataset with indices, batches that are passed over are not loaded.
+    Of a `DataLoader` over a dataset with indices, batches that are passed over are not loaded; nor of a loader that has
+    a `batch_sampler`, and `with_batches(sampler)` to make another one.
 
     Args:
         op: what asks, for errors.
@@ -33,12 +35,10 @@ class Stream:
         self._digests: list[str] = []  # of the first, of the first two, ...: workers draw ahead of what is taken
         self._hash = sha256()
         self._loader, self._drawn = loader, False
-        if (
-            type(loader) is DataLoader
-            and loader.batch_sampler is not None
-            and not isinstance(loader.dataset, IterableDataset)
-        ):
-            self._loader, self._drawn = self._reloading(loader), True
+        remake = partial(remade, loader) if has_indices(loader) else getattr(loader, "with_batches", None)
+        sampler = getattr(loader, "batch_sampler", None)
+        if remake is not None and sampler is not None:
+            self._loader, self._drawn = remake(_Drawn(self, sampler)), True
 
     @property
     def digest(self) -> str:
@@ -62,22 +62,6 @@ class Stream:
             self.taken += 1
             yield batch
 
-    def _reloading(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        options = {
-            name: getattr(loader, name)
-            for name in (
-                "num_workers",
-                "collate_fn",
-                "pin_memory",
-                "timeout",
-                "worker_init_fn",
-                "multiprocessing_context",
-                "generator",
-                "prefetch_factor",
-            )
-        }
-        return DataLoader(loader.dataset, batch_sampler=_Drawn(self, loader.batch_sampler), **options)
-
     def _note(self, trace: bytes) -> None:
         self._hash.update(trace)
         self._digests.append(self._hash.hexdigest())
@@ -94,6 +78,30 @@ class Stream:
             f"{self.op}: loader must give the batches that it gave before the checkpoint, at least {self.skip}, it "
             f"ends after {len(self._digests)}."
         )
+
+
+def has_indices(loader: Any) -> TypeGuard[DataLoader[Any]]:
+    """Whether it is a DataLoader that draws batches of indices."""
+    return (
+        type(loader) is DataLoader
+        and loader.batch_sampler is not None
+        and not isinstance(loader.dataset, IterableDataset)
+    )
+
+
+def remade(loader: DataLoader[Any], batches: Any) -> DataLoader[Any]:
+    """The same loader with other batches of indices."""
+    names = (
+        "num_workers",
+        "collate_fn",
+        "pin_memory",
+        "timeout",
+        "worker_init_fn",
+        "multiprocessing_context",
+        "generator",
+        "prefetch_factor",
+    )
+    return DataLoader(loader.dataset, batch_sampler=batches, **{name: getattr(loader, name) for name in names})
 
 
 class _Drawn:

@@ -312,7 +312,7 @@ class Moments(Mapping[str, State]):
                 for field, shape in shapes.items()
             )
             moments._layers[layer] = moments._kind(count, *sums)
-        _files.nothing_else(header, tensors, moments._contents(), path)
+        _files.nothing_else(header, tensors, moments.contents(), path)
         return moments
 
 

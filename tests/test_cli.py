@@ -1,7 +1,9 @@
 """The console command: each command against the library called by hand, its exit codes and its hostile inputs."""
 
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import types
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import discedit
-from discedit import Moments, Recipe, Scores, Stack, zoo
+from discedit import Moments, Recipe, Scores, Stack, _images, zoo
 from discedit.cli import main
 from discedit.evaluate import accuracy_per_class
 
@@ -415,9 +417,85 @@ def test_every_sample_goes_to_one_rank(place, tmp_path, monkeypatch):
         for rank in range(3):
             monkeypatch.setenv("RANK", str(rank))
             assert main(["score", *MODEL, "--data", data, "--batch-size", "64", "--out", str(tmp_path / "run")]) == 4
-        whole = zoo.digits()[0].tensors[0]
-        assert all(torch.equal(share, whole[rank::3]) for rank, share in enumerate(shares))
+        whole = zoo.digits()[0].tensors[0].split(64)
+        assert all(torch.equal(share, torch.cat(whole[rank::3])) for rank, share in enumerate(shares))
         assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_gives_what_one_rank_gives(place, scored, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "discedit"]
+    run = subprocess.run(
+        [*command, "score", *with_data(place), "--out", str(tmp_path / "run"), "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    record = json.loads(run.stdout)  # of rank 0 alone
+    assert record["ranks"] == 2
+    ours, whole = (Scores.load(folder / "scores.safetensors") for folder in (tmp_path / "run", scored))
+    assert torch.equal(ours.counts, whole.counts)
+    for layer in whole:
+        torch.testing.assert_close(ours[layer], whole[layer], rtol=0, atol=1e-12)
+
+
+def test_a_rank_that_dies_makes_the_others_end_with_4(place, tmp_path):
+    (tmp_path / "dying.py").write_text(
+        "import os, signal\nfrom discedit import zoo\n"
+        "class Batches:\n"
+        "    def __iter__(self):\n"
+        "        for index, batch in enumerate(zoo.batches(zoo.digits()[0], 100)):\n"
+        "            if os.environ['RANK'] == '1' and index == 4:\n"
+        "                os.kill(os.getpid(), signal.SIGKILL)\n"
+        "            yield batch\n"
+        "def data():\n    return Batches()\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["score", *MODEL, "--data", "dying:data", "--timeout", "60"]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "discedit", *arguments, "--out", str(tmp_path / "run")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                **{"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{Path(discedit.__file__).parent.parent}"},
+                **{"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            },
+        )
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [4, -9], errors
+    assert "another process of the group failed or is late" in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_from_its_checkpoint(place, scored, tmp_path, monkeypatch, capsys):
+    """Images that were seen are not read again."""
+    read = []
+    original = _images.Images.__getitems__
+
+    def reading(self, indices):
+        read.append(list(indices))
+        if len(read) == stop:
+            raise OSError("the disk is gone")
+        return original(self, indices)
+
+    command = ["score", *with_data(place), "--checkpoint", str(tmp_path / "state"), "--checkpoint-every", "0"]
+    command += ["--out", str(tmp_path / "run")]
+    monkeypatch.setattr(_images.Images, "__getitems__", reading)
+    stop = 6
+    assert main(command) == 2
+    assert "the disk is gone" in capsys.readouterr().err
+    seen, stop = read[1:5], 0  # the first shows what an image looks like
+    read.clear()
+    assert main(command) == 0
+    assert not {index for batch in read[1:] for index in batch} & {index for batch in seen for index in batch}
+    assert same_scores(*(Scores.load(folder / "scores.safetensors") for folder in (tmp_path / "run", scored)))
 
 
 def test_a_broken_pipe_is_quiet():

@@ -235,10 +235,12 @@ def test_so_many_of_each_class_and_no_more():
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_ranks_share_the_samples(ranks):
     dataset = TensorDataset(torch.arange(13.0)[:, None], torch.zeros(13, dtype=torch.int64))
-    shares = [
-        all_of(DataLoader(dataset, batch_size=4), rank=rank, ranks=ranks)[0].flatten().tolist() for rank in range(ranks)
-    ]
-    assert shares == [[float(i) for i in range(rank, 13, ranks)] for rank in range(ranks)]
+    whole = dataset.tensors[0].split(4)
+    for source in (DataLoader(dataset, batch_size=4), list(DataLoader(dataset, batch_size=4))):
+        for rank in range(ranks):
+            given = [x for x, _ in batches(source, rank=rank, ranks=ranks)]
+            assert len(given) == len(whole[rank::ranks])
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(given, whole[rank::ranks], strict=True))
 
 
 def test_inputs_have_the_models_type_and_labels_keep_theirs():

@@ -345,7 +345,7 @@ def test_a_file_that_holds_more_is_refused(tmp_path, what):
     """It would be lost when the file is saved again."""
     moments = Moments(2)
     moments.update("layer", torch.rand(4, 3), torch.tensor([0, 0, 1, 1]))
-    header, tensors = moments._contents()
+    header, tensors = moments.contents()
     more = {"header field": header, "tensor": tensors}[what]
     more["extra"] = torch.ones(1) if what == "tensor" else 1
     _files.save_tensors(tmp_path / "m.safetensors", "moments", header, tensors)
