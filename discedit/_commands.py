@@ -712,9 +712,9 @@ def report_command(options: argparse.Namespace, console: Console) -> Result:
         written = write(
             page,
             Scores.load(folder / "scores.safetensors"),
-            edits=edits,
-            accuracy=accuracy,
-            curve=curve,
+            edits=edits or (),
+            accuracy=accuracy or None,
+            curve=curve or None,
             moments=Moments.load(moments_file) if moments_file.is_file() else None,
             class_names=model.get("class_names") if isinstance(model, dict) else None,
             title=options.title,
@@ -756,17 +756,28 @@ def _of_edits(
                 accuracy[title] = per_class
             elif not record["arguments"].get("recipe"):  # else an edited model was edited further
                 accuracy.setdefault("original", per_class)
-            if kind == "prune" and name == "after":
-                curve.append(
-                    {
-                        "title": title,
-                        "ratio": record["arguments"].get("ratio"),
-                        "parameters": found.get("parameters"),
-                        "macs": found.get("macs"),
-                        "accuracy": float(per_class.nanmean()),
-                    }
-                )
+            if kind == "prune":
+                point = _point(record, name, per_class)
+                if point not in curve:  # where nothing is pruned, all begin
+                    curve.append(point)
     return edits, accuracy, curve
+
+
+def _point(record: Mapping[str, Any], name: str, per_class: Tensor) -> dict[str, Any]:
+    """Of a pruning, before or after; points of the same way to prune make a line."""
+    results, ratio = record["results"], record["arguments"].get("ratio")
+    settings = results.get("settings", {})
+    point = {
+        "title": ", ".join(str(settings[key]) for key in ("criterion", "repair") if key in settings) or "prune",
+        "accuracy": float(per_class.nanmean()),
+    }
+    if name == "before" or isinstance(ratio, float):
+        point["ratio"] = 0.0 if name == "before" else ratio
+    for size in ("parameters", "macs"):
+        whole, left = (results[which].get(size) for which in ("before", name))
+        if whole and left is not None:
+            point[size] = left / whole
+    return point
 
 
 # ---- what commands have in common ------------------------------------------------------------------------------------

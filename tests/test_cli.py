@@ -283,12 +283,30 @@ def test_report_hands_over_what_the_runs_hold(place, scored, edited, tmp_path, m
     assert seen["accuracy"]["forgetful"].tolist() == after
     before = record_of(edited[0])["results"]["before"]["accuracy"]
     assert seen["accuracy"]["original"].tolist() == before  # not that of the pruned model, from which the other began
-    [point] = seen["curve"]
-    assert (point["title"], point["ratio"]) == ("pruned", 0.3)
-    assert point["parameters"] == record_of(edited[0])["results"]["after"]["parameters"]
+    start, point = seen["curve"]
+    results = record_of(edited[0])["results"]
+    title = f"{results['settings']['criterion']}, {results['settings']['repair']}"
+    assert (start["title"], start["ratio"], start["parameters"], start["macs"]) == (title, 0, 1, 1)
+    assert (point["title"], point["ratio"]) == (title, 0.3)
+    assert point["parameters"] == results["after"]["parameters"] / results["before"]["parameters"] < 0.8
+    assert point["accuracy"] == pytest.approx(np.mean(results["after"]["accuracy"]))
     assert (seen["class_names"], seen["title"], seen["pngs"]) == (NAMES, "Digits", True)
     assert len(seen["moments"]) == 4
     assert {file["name"] for file in record_of(tmp_path / "page")["files"]} == {"report.html", "scores.png"}
+
+
+def test_the_page_of_real_runs(scored, edited, tmp_path):
+    """With the report itself: title, classes by name, both edits and the curve are on the page."""
+    runs = [str(folder) for folder in (scored, *edited)]
+    assert main(["report", *runs, "--title", "Digits & more", "--out", str(tmp_path / "page"), "--quiet"]) == 0
+    page = (tmp_path / "page" / "report.html").read_text()
+    for words in ("Digits &amp; more", *NAMES, "pruned", "forgetful", "Trade-off", "conv3"):
+        assert words in page, words
+    assert "http://" not in page.replace("http://www.w3.org/", "")
+    assert main(["report", str(scored), "--out", str(tmp_path / "scores"), "--quiet"]) == 0
+    page = (tmp_path / "scores" / "report.html").read_text()
+    assert "Trade-off" not in page
+    assert "conv3" in page
 
 
 # ---- run folders ----------------------------------------------------------------------------------------------------
