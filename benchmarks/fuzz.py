@@ -169,8 +169,26 @@ def parted(data: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
+def formatted(header: dict[str, Any], rest: bytes) -> bytes:
+    """The reverse of `parted`."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + rest
+
+
+def unsealed(data: bytes) -> bytes:
+    """Without the checksum, as discedit 0.1.0 wrote files: so damage gets further than to that."""
+    header, rest = parted(data)
+    own = json.loads(header["__metadata__"]["discedit"])
+    del own["sha256"]
+    header["__metadata__"]["discedit"] = json.dumps(own)
+    return formatted(header, rest)
+
+
 def damaged_tensors(data: bytes, pick: random.Random) -> bytes:
-    """Safetensors that are damaged anywhere, or well-formed ones that say something else."""
+    """Safetensors that are damaged anywhere, or well-formed ones that say something else; most without a checksum."""
+    if pick.random() < 0.8:
+        data = unsealed(data)
     if pick.random() < 0.4:
         return damaged_bytes(data, pick)
     header, rest = parted(data)
@@ -181,9 +199,7 @@ def damaged_tensors(data: bytes, pick: random.Random) -> bytes:
         header["__metadata__"]["discedit"] = json.dumps(own)
     else:
         header = damaged_json(header, pick)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + rest
+    return formatted(header, rest)
 
 
 # ---- what the bytes say, by other code -------------------------------------------------------------------------------
@@ -211,6 +227,7 @@ def must_say(saved: bytes, given: bytes) -> None:
     # What files of earlier versions leave out.
     absent = {"pairs": False, "errors": False, "scale": None, "options": None, "read": READ_ONCE}
     for one in (header, own):
+        one.pop("sha256", None)
         for name, value in absent.items():
             one[name] = one.get(name) or value if name != "read" else one.get(name, value)
     if text_of(header) != text_of(own):
