@@ -135,7 +135,7 @@ class CMakeBuild(build_ext):
 
 # Metadata lives in pyproject.toml; what depends on the folder layout and the build lives here.
 setup(
-    packages=["discedit", "discedit.kernels"],
+    packages=["discedit", "discedit.integrations", "discedit.kernels"],
     package_dir={"discedit": "discedit", "discedit.kernels": "kernels"},
     package_data={"discedit": ["py.typed", "*.pyi", "report.html", "report.css"]},
     ext_modules=[Extension("discedit._cpu", sources=[])],

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Each may import those before it. Names are modules of the package; "kernels" is the folder of that name.
+# Each may import those before it. Names are modules of the package; "kernels" is the folder of that name,
+# and "integrations" a package within, whose modules may import each other.
 ORDER = [
     "_state _checks _budget _batches _stream _files _group distributed _sharded _measure _consumers",
     "_calibration _lockstep _repair _optimizers",
@@ -15,7 +16,8 @@ ORDER = [
     "_backends",
     "ops moments uncertainty scores",
     "_checkpoint collect recipe stack _graph _importance prune _selection _silence _retain _erase unlearn presets",
-    "_outputs _attacks _probes _recovery evaluate zoo huggingface _colours _sections _pngs report demo",
+    "_outputs _attacks _probes _recovery evaluate zoo huggingface integrations",
+    "_colours _sections _pngs report demo",
     "_sources _images _runs _arguments _commands cli __main__",
 ]
 RANK = {module: rank for rank, module in enumerate(" ".join(ORDER).split())}
@@ -39,14 +41,15 @@ def imported(path: Path) -> set[str]:
 
 def test_every_module_has_a_rank():
     modules = {path.stem for path in (ROOT / "discedit").glob("*.py")} - {"__init__"}
-    assert modules == set(RANK) - {"kernels"}
+    folders = {path.parent.name for path in (ROOT / "discedit").glob("*/__init__.py")}
+    assert modules | folders == set(RANK) - {"kernels"}
 
 
 @pytest.mark.parametrize("module", sorted(RANK))
 def test_imports_point_down(module):
-    paths = (ROOT / "kernels").glob("*.py") if module == "kernels" else [ROOT / "discedit" / f"{module}.py"]
-    for path in paths:
-        others = imported(path) - ({"kernels"} if module == "kernels" else set())  # which is a folder
+    folder = ROOT / "kernels" if module == "kernels" else ROOT / "discedit" / module
+    for path in folder.glob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
+        others = imported(path) - ({module} if folder.is_dir() else set())
         above = {other for other in others if RANK.get(other, len(RANK)) >= RANK[module]}
         assert not above, f"{path.name} imports {above}, which stand at its level or above"
 

@@ -1,0 +1,217 @@
+"""The scores as an importance of torch-pruning, for all of its pruners."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_pruning.pruner.importance import GroupMagnitudeImportance
+
+from discedit import _checks
+from discedit._batches import device_of
+from discedit._graph import width_of
+from discedit.integrations._channels import per_channel
+from discedit.scores import Scores
+
+# torch-pruning's name -> what scatter_reduce calls it. "first" and "gate" take one layer in place of all.
+OVER_LAYERS = {"mean": "mean", "sum": "sum", "max": "amax", "prod": "prod", "first": "mean", "gate": "mean"}
+NORMALIZERS = ("sum", "standarization", "mean", "max", "gaussian", "lamp")  # spelled as torch-pruning spells them
+OP = "DiscEditImportance"
+
+
+class DiscEditImportance(GroupMagnitudeImportance):  # type: ignore[misc]
+    """How much the channels of a torch-pruning group count, by scores of the layers that produce them.
+
+    Pass it as ``importance`` to `torch_pruning.pruner.BasePruner` (alias MetaPruner) or one of its kind. For a group it
+    returns one number per channel of the root, in the order of torch-pruning's ``root_idxs``: float64 on the device of
+    the root (float32 on devices without), higher = keep. A layer counts for a group where the group prunes its outputs;
+    layers that only read the channels, and layers without scores, do not. Each output is attributed to its root
+    channel, through concatenation, splitting and flattening, so in attention, whose groups torch-pruning roots on the
+    inputs of the projection, the rows of query, key and value that a channel goes with.
+
+    A root channel that no scored output belongs to, in a group that has others, counts infinitely much: it goes last.
+    A group without any score goes to `fallback`; without one the result is None, and torch-pruning leaves it whole.
+
+    Scores follow the model while torch-pruning shrinks it: from its first group on, every ``group.prune()`` of the same
+    dependency graph is observed. Groups pruned before the first call need `follow`.
+
+    Args:
+        model: the model that is pruned, or a part of it, as it was scored.
+        scores: `Scores`, or a mapping of layer names to tensors (channels,) or (channels, classes). A class that is NaN
+            in a whole layer, because it had no samples, is left out there.
+        reduction: over classes, as in `Scores.reduce`: "max", "mean", "min", and of `Scores` with pairs "pairwise_min"
+            and "pairwise_mean".
+        group_reduction: over the outputs that belong to one root channel: "mean", "sum", "max", "prod", or the mean
+            within one layer, the "first" of the group that has the channel, or the last ("gate"). As in torch-pruning,
+            but that "mean" divides by the number of outputs that a channel has.
+        normalizer: of a group's values, as in torch-pruning: "mean" (divides by it), "sum", "max", "standarization",
+            "gaussian", "lamp", "sentinel_0.5" (any quantile), a function, or None. It matters where groups are ranked
+            together (``global_pruning``); None then compares the scores as they are. Values that are all 0 stay 0.
+        fallback: an importance for groups without scores, such as ``torch_pruning.importance.MagnitudeImportance()``.
+
+    Attributes:
+        kept: layer -> indices of the channels that are left, int64, ascending; `Scores.select` takes it.
+
+    Raises:
+        ValueError: an unknown reduction or normalizer, a layer that the model does not have, a number of scores that is
+            not the layer's number of channels; when called, a group of another model, a scored layer that was replaced
+            or whose channels were changed by anything but the groups observed, a group that reaches beyond a layer's
+            channels, or a normalizer whose result is not finite.
+
+    Source: Fang, Ma, Song, Mi and Wang, DepGraph: Towards Any Structural Pruning, CVPR 2023 (torch-pruning 1.6.1) for
+    groups, reductions and normalizers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scores: Scores | Mapping[str, Tensor],
+        *,
+        reduction: str = "max",
+        group_reduction: str = "mean",
+        normalizer: str | Callable[[Tensor], Tensor] | None = "mean",
+        fallback: Callable[[Any], Tensor | None] | None = None,
+    ) -> None:
+        _checks.choice(OP, "group_reduction", group_reduction, OVER_LAYERS)
+        if isinstance(normalizer, str):
+            _checks.choice(OP, "normalizer", "mean" if _is_sentinel(normalizer) else normalizer, NORMALIZERS)
+        super().__init__(group_reduction=group_reduction, normalizer=normalizer)
+        self.model = model
+        self.fallback = fallback
+        self._values = per_channel(OP, scores, reduction)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self._names: dict[nn.Module, str] = {}
+        for layer, values in self._values.items():
+            if layer not in modules:
+                raise ValueError(f"{OP}: scores must name modules of the model, {layer!r} is none of them.")
+            module = modules[layer]
+            if module in self._names:
+                raise ValueError(
+                    f"{OP}: scores must name a module once, {layer!r} and {self._names[module]!r} are the same."
+                )
+            width = width_of(module)
+            if width is not None and width != len(values):
+                raise ValueError(
+                    f"{OP}: scores[{layer!r}] must have a row for each of the layer's {width} channels, got "
+                    f"{len(values)}."
+                )
+            self._names[module] = layer
+        self.kept = {layer: torch.arange(len(values)) for layer, values in self._values.items()}
+        self._followed: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    @torch.no_grad()
+    def __call__(self, group: Any) -> Tensor | None:
+        """Importance of the root's channels in the group, (channels,), or None where nothing in the group is scored."""
+        graph = group._DG
+        self.follow(graph)
+        for scored, name in self._names.items():
+            if self.model.get_submodule(name) is not scored:
+                raise ValueError(f"{OP}: layers must stay the modules that they were, {name!r} was replaced.")
+        root = group[0]
+        place = {index: place for place, index in enumerate(self._order(graph, root))}
+        members = []
+        for item in group.items:
+            layer = self._scored(graph, item.dep)
+            if layer is None or not item.idxs or None in item.root_idxs:  # None: shared heads, which have no one root
+                continue
+            self._check_unchanged(graph, layer, item.dep.target.module, max(item.idxs))
+            places = torch.tensor([place[index] for index in item.root_idxs])
+            members.append((places, self._values[layer][self.kept[layer][item.idxs]]))
+        if not members:
+            return None if self.fallback is None else self.fallback(group)
+        values = self._normalized(self._over_layers(members, len(place)))
+        module = root.dep.target.module
+        device = module.device if isinstance(module, Tensor) else device_of(module)
+        return values.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+    def follow(self, graph: Any) -> None:
+        """Observe the groups that a `torch_pruning.DependencyGraph` makes from now on; a call with a group does so.
+
+        Raises:
+            ValueError: the graph has none of the scored layers.
+        """
+        if graph in self._followed:
+            return
+        if not any(module in graph.module2node for module in self._names):
+            raise ValueError(
+                f"{OP}: groups must be of a graph of the model that was given, this one has none of its scored layers."
+            )
+        make = graph.get_pruning_group
+
+        def get_pruning_group(*args: Any, **kwargs: Any) -> Any:
+            group = make(*args, **kwargs)
+            group.prune = partial(self._prune, graph, group, group.prune)
+            return group
+
+        graph.get_pruning_group = get_pruning_group
+        self._followed.add(graph)
+
+    def _prune(self, graph: Any, group: Any, prune: Any, idxs: Any = None, record_history: bool = True) -> None:
+        """`Group.prune`, and then the same channels go here. With `idxs` it prunes a group of its own, which is
+        observed as well."""
+        gone = [(layer, list(own)) for dep, own in group.items if (layer := self._scored(graph, dep))]
+        prune(idxs, record_history)
+        for layer, channels in gone if idxs is None else ():
+            left = torch.ones(len(self.kept[layer]), dtype=torch.bool)
+            left[channels] = False
+            self.kept[layer] = self.kept[layer][left]
+
+    def _scored(self, graph: Any, dep: Any) -> str | None:
+        """The scored layer whose outputs a dependency prunes."""
+        layer = self._names.get(dep.target.module)
+        return layer if graph.is_out_channel_pruning_fn(dep.handler) else None
+
+    def _check_unchanged(self, graph: Any, layer: str, module: nn.Module, highest: int) -> None:
+        width, known = graph.get_out_channels(module), len(self.kept[layer])
+        if width != known:
+            raise ValueError(
+                f"{OP}: layers must change through observed groups alone (see follow), {layer!r} has {width} channels, "
+                f"{known} of its {len(self._values[layer])} scored ones should be left."
+            )
+        if highest >= width:
+            raise ValueError(
+                f"{OP}: groups must stay within the channels of their layers, this one reaches channel {highest} of "
+                f"{layer!r}, which has {width}: torch-pruning mistook layers of different widths for one group. "
+                f"Exclude them by ignored_layers."
+            )
+
+    def _order(self, graph: Any, root: Any) -> list[int]:
+        """The root's channels in the order of the result: ascending for all of them, else as the group has them."""
+        module, handler = root.dep.target.module, root.dep.handler
+        outputs = graph.is_out_channel_pruning_fn(handler)
+        width = graph.get_out_channels(module) if outputs else graph.get_in_channels(module)
+        order: list[int] = list(root.idxs)
+        return sorted(order) if len(order) == width else order
+
+    def _over_layers(self, members: list[tuple[Tensor, Tensor]], channels: int) -> Tensor:
+        how = OVER_LAYERS[self.group_reduction]
+        values = torch.full((channels,), torch.inf, dtype=torch.float64)
+        if self.group_reduction not in ("first", "gate"):
+            members = [(torch.cat([places for places, _ in members]), torch.cat([own for _, own in members]))]
+        for places, own in reversed(members) if self.group_reduction == "first" else members:
+            values.scatter_reduce_(0, places, own, how, include_self=False)  # what is not among the places stays
+        return values
+
+    def _normalized(self, values: Tensor) -> Tensor:
+        known = values.isfinite()
+        given = values[known]
+        if self.normalizer is None or not bool(given.any()):
+            return values
+        # torch-pruning's "lamp" is float32 alone.
+        scaled = self._normalize(given.float() if self.normalizer == "lamp" else given, self.normalizer)
+        if not bool(scaled.isfinite().all()):
+            raise ValueError(
+                f"{OP}: normalizer must give finite numbers, {self.normalizer!r} gives {scaled.tolist()} of "
+                f"{given.tolist()}."
+            )
+        return values.masked_scatter(known, scaled.double())
+
+
+def _is_sentinel(normalizer: str) -> bool:
+    """sentinel_0.5 and the like, any number of at least 0 and below 1."""
+    name, _, share = normalizer.partition("_")
+    return name == "sentinel" and share.replace(".", "", 1).isdigit() and float(share) < 1
