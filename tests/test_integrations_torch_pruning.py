@@ -160,12 +160,12 @@ def test_every_pruner_makes_the_same_choice(resnet, cifar_scores, pruner):
 # Kinds of groups, on small networks.
 
 
-def chain(groups=1):
+def chain():
     torch.manual_seed(0)
     return Net(
         lambda m, x: m.head(F.relu(m.second(F.relu(m.first(x)))).mean((2, 3))),
         first=nn.Conv2d(3, 8, 3),
-        second=nn.Conv2d(8, 6, 3, groups=groups),
+        second=nn.Conv2d(8, 6, 3),
         head=nn.Linear(6, 4),
     )
 
