@@ -137,7 +137,7 @@ def torch_pruning_importance(
     with torch.random.fork_rng([]), torch.enable_grad():
         graph.build_dependency(copied, example_inputs=moved(example_inputs, device_of(copied)))
         if name in ("taylor", "hessian"):
-            _differentiate(copied, batches, squared=name == "hessian")
+            differentiate(copied, batches, squared=name == "hessian")
     importance = TORCH_PRUNING[name]()
     found = {}
     for layer in layers:
@@ -214,7 +214,7 @@ def _roots(eigenvalues: Tensor, rounding: Tensor) -> Tensor:
     return torch.where(eigenvalues > rounding, eigenvalues, 0.0).sqrt().sum(-1)
 
 
-def _differentiate(model: nn.Module, batches: Iterable[Any], *, squared: bool) -> None:
+def differentiate(model: nn.Module, batches: Iterable[Any], *, squared: bool) -> None:
     """Sets each parameter's grad to the mean over samples of the loss's gradient, or of its square."""
     parameters = list(model.parameters())
     sums = [torch.zeros_like(parameter) for parameter in parameters]

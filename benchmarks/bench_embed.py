@@ -1,0 +1,215 @@
+"""torch-pruning's pruner with our importance against the same pruner with its own; its example scripts with ours.
+
+    python -m benchmarks.bench_embed --write           # about 15 minutes on one core
+    python -m benchmarks.bench_embed --examples DIR    # scripts for torch-pruning, such as its tests and examples
+
+`BasePruner` with the same settings for all: the inner channels of every block of the CIFAR ResNets, the same share of
+each layer. Scores and gradients from the first 2,500 training images (the Hessian from 256), accuracy on 5,000 test
+images (mean over classes), no training: as pruned, and with batch norms re-estimated on the 2,500 images. What is
+measured is kept in benchmarks/embed.json, and benchmarks/embed.md is written from it.
+
+The scripts run in processes of their own, without network, with every importance class replaced by ours on random
+scores (benchmarks/embed_example.py). One that fails runs once more as it is, to tell whose fault it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+from torch_pruning import importance
+from torch_pruning.pruner import BasePruner
+
+from benchmarks._common import Log
+from benchmarks.bench_prune import Bench
+from benchmarks.rivals import differentiate
+from discedit.integrations.torch_pruning import DiscEditImportance
+
+HERE = Path(__file__).parent
+RESULTS, EXAMPLES = HERE / "embed.json", HERE / "embed_examples.json"
+MODELS = ("resnet20", "resnet56")
+RATIOS = (0.1, 0.3, 0.5)
+REPAIRS = ("none", "batchnorm")
+OURS = ("max", "mean", "min", "pairwise_min")
+THEIRS: dict[str, Callable[[], Any]] = {
+    "magnitude l1": lambda: importance.MagnitudeImportance(p=1),
+    "magnitude l2": lambda: importance.MagnitudeImportance(p=2),
+    "lamp": importance.LAMPImportance,
+    "bn_scale": importance.BNScaleImportance,
+    "taylor": importance.TaylorImportance,
+    "hessian": importance.HessianImportance,
+    "random": importance.RandomImportance,
+}
+SEEDS = 3  # of "random"
+
+
+def pruned(bench: Bench, criterion: str, ratio: float, seed: int = 0) -> nn.Module:
+    """A copy of the model after one step of BasePruner."""
+    model = copy.deepcopy(bench.model)
+    inner = [name for name, _ in model.named_modules() if name.endswith(".conv1")]
+    others = [m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and name not in inner]
+    if criterion in OURS:
+        chosen: Any = DiscEditImportance(model, bench.scores(), reduction=criterion)
+    else:
+        chosen = THEIRS[criterion]()
+    if criterion in ("taylor", "hessian"):
+        squared = criterion == "hessian"
+        differentiate(model, bench.train[:1] if squared else bench.train, squared=squared)
+    pruner = BasePruner(model, bench.example, chosen, pruning_ratio=ratio, ignored_layers=others)
+    torch.manual_seed(seed)
+    pruner.step()
+    for name in inner:  # the comparison is of the choice alone
+        width, left = bench.model.get_submodule(name).out_channels, model.get_submodule(name).out_channels
+        assert left == int(width * (1 - ratio)), (criterion, name, left)
+    return model.eval()
+
+
+def outcome(bench: Bench, criterion: str, ratio: float) -> dict[str, Any]:
+    """Points of accuracy lost, by repair."""
+    seeds = range(SEEDS if criterion == "random" else 1)
+    lost = dict.fromkeys(REPAIRS, 0.0)
+    for seed in seeds:
+        model = pruned(bench, criterion, ratio, seed)
+        lost["none"] += (bench.before() - bench.accuracy(model)) / len(seeds)
+        update_bn(bench.train, model)
+        lost["batchnorm"] += (bench.before() - bench.accuracy(model)) / len(seeds)
+    return {repair: round(points, 3) for repair, points in lost.items()}
+
+
+def compare(models: list[str], log: Log) -> None:
+    for name in models:
+        bench = Bench(name)
+        print(f"{name}: {bench.before():.2f} % before", flush=True)
+        for ratio, criterion in product(RATIOS, (*OURS, *THEIRS)):
+            log.measure(f"{name}|{criterion}|{ratio}", lambda c=criterion, r=ratio, b=bench: outcome(b, c, r))
+
+
+def run_examples(folder: Path, seconds: int, only: list[str]) -> dict[str, dict[str, str]]:
+    """Script -> how it ended with our importance and, if it failed, as it is."""
+    scripts = [path for path in sorted(folder.rglob("*.py")) if "importance" in path.read_text(errors="replace")]
+    found = {}
+    for path in scripts:
+        name = str(path.relative_to(folder))
+        if only and name not in only:
+            continue
+        found[name] = {"ours": run_example(path.resolve(), seconds, "ours")}
+        if found[name]["ours"].startswith("failed"):
+            found[name]["as it is"] = run_example(path.resolve(), seconds, "theirs")
+        print(name, found[name], flush=True)
+    return found
+
+
+def run_example(path: Path, seconds: int, which: str) -> str:
+    command = [sys.executable, "-m", "benchmarks.embed_example", which, str(path)]
+    known = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parent), "MPLBACKEND": "agg"}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            run = subprocess.run(command, cwd=folder, env=known, capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds} s"
+    lines = [line for line in run.stdout.splitlines() if line.startswith("embed_example: ")]
+    return lines[-1].removeprefix("embed_example: ") if lines else f"failed: process ended with {run.returncode}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else "Not measured."
+
+
+def rows_of_points(log: Log) -> list[list[str]]:
+    rows = []
+    for model, criterion in product(MODELS, (*OURS, *THEIRS)):
+        found = [log.entries.get(f"{model}|{criterion}|{ratio}", {}) for ratio in RATIOS]
+        if any(found):
+            cells = [f"{entry[repair]:.1f}" if entry else "not measured" for repair, entry in product(REPAIRS, found)]
+            who = f"**ours, {criterion}**" if criterion in OURS else criterion
+            rows.append([model, who, *cells])
+    return rows
+
+
+def rows_of_places(log: Log) -> list[list[str]]:
+    """For every model, repair and ratio the best of ours and of theirs, and how many of theirs lose less than ours."""
+    rows = []
+    for model, repair, ratio in product(MODELS, REPAIRS, RATIOS):
+        found = {
+            criterion: log.entries[key][repair]
+            for criterion in (*OURS, *THEIRS)
+            if (key := f"{model}|{criterion}|{ratio}") in log.entries
+        }
+        if len(found) < len(OURS) + len(THEIRS):
+            continue
+        ours, theirs = (min(group, key=found.__getitem__) for group in (OURS, THEIRS))
+        better = sum(found[criterion] < found["max"] for criterion in THEIRS)
+        cells = [f"{name}: {found[name]:.1f}" for name in (ours, theirs)]
+        rows.append([model, repair, str(ratio), *cells, f"{better} of {len(THEIRS)}"])
+    return rows
+
+
+def markdown(log: Log) -> str:
+    """benchmarks/embed.md, from what was measured."""
+    machines = sorted({entry["machine"] for entry in log.entries.values()})
+    columns = [f"{repair}, {ratio}" for repair, ratio in product(("no repair", "batch norms"), RATIOS)]
+    text = (
+        "# Our importance in torch-pruning's pruner\n\n"
+        "Written by `python -m benchmarks.bench_embed --write`; do not edit.\n\n"
+        "Points of accuracy lost on 5,000 test images (mean over classes) after one step of torch-pruning 1.6.1's "
+        "`BasePruner`, which takes the same share of the inner channels of each block. Scores and gradients from 2,500 "
+        "training images (the Hessian from 256, its accumulation corrected as in benchmarks/rivals.py); defaults of "
+        "all importances. `random`: mean of three. LAMP orders a layer as the squared magnitude does. Batch norms: "
+        "re-estimated on the 2,500 images.\n\n"
+        f"{table(['model', 'importance', *columns], rows_of_points(log))}\n\n"
+        "## Where ours lose\n\n"
+        "The best of ours and of theirs, and how many of theirs lose fewer points than our default (`max`). The pruner "
+        "neither repairs weights nor chooses by what readers lose: `discedit.prune` does (prune.md).\n\n"
+        + table(
+            ["model", "repair", "ratio", "best of ours", "best of theirs", "better than our default"],
+            rows_of_places(log),
+        )
+        + "\n\n## Scripts written for torch-pruning\n\n"
+        "With every importance class replaced by ours, on random scores; no network. `calls`: how often ours was "
+        "asked. A script that fails with ours ran once more as it is.\n\n"
+    )
+    known = json.loads(EXAMPLES.read_text()) if EXAMPLES.is_file() else {}
+    rows = [[name, entry["ours"], entry.get("as it is", "")] for name, entry in sorted(known.items())]
+    text += table(["script", "with ours", "as it is"], rows)
+    return text + "\n\nMeasured on " + "; ".join(machines) + ".\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/embed.md")
+    parser.add_argument("--examples", type=Path, help="run the scripts in this folder instead")
+    parser.add_argument("--only", nargs="+", default=[], help="of the scripts, by path in the folder")
+    parser.add_argument("--seconds", type=int, default=300, help="for each script")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    log = Log(RESULTS)
+    if options.examples is not None:
+        if not options.examples.is_dir():
+            parser.error(f"--examples must name a folder, got {options.examples}")
+        known = json.loads(EXAMPLES.read_text()) if EXAMPLES.is_file() else {}
+        known.update(run_examples(options.examples, options.seconds, options.only))
+        EXAMPLES.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    else:
+        compare(options.models, log)
+    if options.write:
+        (HERE / "embed.md").write_text(markdown(log))
+    log.end("bench_embed")
+
+
+if __name__ == "__main__":
+    main()
