@@ -13,16 +13,17 @@ def test_compares_and_writes(cifar, monkeypatch, tmp_path):
     small = Bench("resnet20", 200, 200)
     monkeypatch.setattr(bench_embed, "Bench", lambda name: small)
     monkeypatch.setattr(bench_embed, "MODELS", ("resnet20",))
-    monkeypatch.setattr(bench_embed, "RATIOS", (0.3,))
+    for ratios in ("RATIOS", "IN_TURN"):
+        monkeypatch.setattr(bench_embed, ratios, (0.3,))
     monkeypatch.setattr(bench_embed, "OURS", ("max",))
-    monkeypatch.setattr(bench_embed, "SEEDS", 1)
-    monkeypatch.setattr(bench_embed, "THEIRS", {k: bench_embed.THEIRS[k] for k in ("magnitude l1", "taylor", "random")})
+    monkeypatch.setattr(bench_embed, "THEIRS", {k: bench_embed.THEIRS[k] for k in ("magnitude l2", "lamp", "taylor")})
     monkeypatch.setattr(bench_embed, "EXAMPLES", tmp_path / "none.json")
     log = Log(tmp_path / "embed.json")
     bench_embed.compare(["resnet20"], log)
     assert not log.failed
     assert len(log.entries) == 4
-    assert log.entries["resnet20|max|0.3"] != log.entries["resnet20|random|0.3"]
+    assert log.entries["resnet20|max|0.3"] != log.entries["resnet20|taylor|0.3"]
+    assert log.entries["resnet20|lamp|0.3"] == log.entries["resnet20|magnitude l2|0.3"]
     before = {name: parameter.clone() for name, parameter in small.model.named_parameters()}
     kept = bench_embed.pruned(small, "max", 0.3).layer1[0].conv1.weight
     lowest = small.scores()["layer1.0.conv1"].amax(1).argsort()[: 16 - 11]
