@@ -33,6 +33,8 @@ NEVER_NEGATIVE = ("l2", "rms", "absmax", "positive_fraction")
 class Scores(Mapping[str, Tensor]):
     """Scores of every component: a mapping from layer name to a tensor (channels, classes), float64, in [0, 1].
 
+    ``dict(scores)`` is the same as a plain dictionary of tensors.
+
     Attributes:
         direction: layer name -> int8 (channels, classes): 1 where the component is more active for the class than for
             the rest, -1 where less, 0 where equal. More active: a larger mean of the statistic, of the first one where

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from discedit import cli, collect, ops, presets, scores, uncertainty, zoo
 
@@ -47,6 +48,21 @@ def test_readme_example_runs(capsys, tmp_path, monkeypatch, trained_once, one_th
         exec(compile(block, "README.md", "exec"), {})
     assert "parameters:" in capsys.readouterr().out
     assert (tmp_path / "out" / "prune.json").exists()
+
+
+def test_embedding_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "embedding.md").read_text(), re.DOTALL)
+    known = {}
+    for block in blocks:
+        exec(compile(block, "docs/embedding.md", "exec"), known)
+    assert len(blocks) == 4
+    assert known["smaller"].conv2.out_channels == len(known["left"]["conv2"]) == 44  # of 64
+    assert [len(known["silent"][layer]) for layer in ("conv2", "conv3")] == [19, 16]
+    assert int((known["masked"].conv1.weight == 0).flatten(1).all(1).sum()) == 8
+    again = torch.load(tmp_path / "scores.pt")
+    assert all(torch.equal(again[layer], values) for layer, values in known["scores"].items())
+    assert set(known["worst"]) == set(known["scores"])
 
 
 def test_readme_is_short_and_opens_with_the_two_commands():

@@ -321,6 +321,15 @@ def test_flattened_channels():
     assert torch.equal(model.head.weight, before["head"].view(4, 4, 9)[:, kept].flatten(1))
 
 
+def test_outputs_without_a_root_do_not_count():
+    """As torch-pruning has it for key and value heads that several queries share."""
+    model, scores = residual(), random_scores(residual())
+    group = group_of(model, X, "a")
+    shared = next(item for item in group.items if item.dep.target.module is model.b)
+    shared.root_idxs = [None] * 8
+    assert torch.equal(DiscEditImportance(model, scores, normalizer=None)(group), scores["a"].double().amax(1))
+
+
 def test_part_of_a_group_in_its_order():
     model, scores = residual(), random_scores(residual())
     group = graph_of(model, X).get_pruning_group(model.a, torch_pruning.prune_conv_out_channels, [6, 1, 4])

@@ -95,6 +95,13 @@ def test_reduce():
         scores.reduce("sum")
 
 
+def test_a_plain_dictionary_holds_the_same_tensors(digit_scores):
+    plain = dict(digit_scores)
+    assert type(plain) is dict
+    assert list(plain) == list(digit_scores)
+    assert all(type(values) is torch.Tensor and values is digit_scores[layer] for layer, values in plain.items())
+
+
 def test_a_class_without_samples_is_reported_once_and_ignored():
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(60, 4, generator=generator), torch.arange(60) % 3
