@@ -1,6 +1,6 @@
 """torch-pruning's pruner with our importance against the same pruner with its own; its example scripts with ours.
 
-    python -m benchmarks.bench_embed --write           # about 15 minutes on one core
+    python -m benchmarks.bench_embed --write           # 21 minutes of one core, on a busy machine
     python -m benchmarks.bench_embed --examples DIR    # scripts for torch-pruning, such as its tests and examples
 
 `BasePruner` with the same settings for all: the inner channels of every block of the CIFAR ResNets, the same share of
