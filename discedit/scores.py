@@ -316,9 +316,9 @@ class Scores(Mapping[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically."""
-        _files.save_tensors(path, "scores", *self._contents())
+        _files.save_tensors(path, "scores", *self.contents())
 
-    def _contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Header and tensors of the file format."""
         tensors = {"counts": self.counts}
         for index, (layer, values) in enumerate(self.items()):
@@ -375,7 +375,7 @@ class Scores(Mapping[str, Tensor]):
             errors=errors,
             degrees=_files.take(tensors, "degrees", (classes,), torch.float64, path) if has_errors else None,
         )
-        _files.nothing_else(header, tensors, scores._contents(), path)
+        _files.nothing_else(header, tensors, scores.contents(), path)
         return scores
 
 
