@@ -216,6 +216,7 @@ class _Watch(TorchFunctionMode):
 
     def note(self, name: str, output: Tensor, *, normed: bool) -> None:
         self.forget(name)
+        self.outputs.pop(id(output), None)  # of a tensor that is gone: the order of the dict is that of the layers
         # What changes a tensor in place, such as an activation, makes it another one.
         self.outputs[id(output)] = _Output(name, weakref.ref(output), output._version, normed)
 

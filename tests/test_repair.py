@@ -1,6 +1,7 @@
 """Repair in closed form: exact where it can be, better than nothing on a trained network, and part of the recipe."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -526,3 +527,15 @@ def test_parts_give_what_one_batch_gives(how, images, monkeypatch):
     assert error(found[5], residual(how), x) < 0.5 * error(
         without(residual(how), INNER, batches, repair="none").model, residual(how), x
     )
+
+
+def test_outputs_stay_in_order_where_memory_is_used_again():
+    """A tensor may lie where one lay that is gone; of two that are added, the later one is what a fit is for."""
+    watch = _repair._Watch(nn.Identity(), {}, {})
+    gone = weakref.ref(torch.ones(1))
+    first, later = torch.ones(1), torch.zeros(1)
+    watch.outputs[id(later)] = _repair._Output("gone", gone, 0, False)
+    watch.note("first", first, normed=False)
+    watch.note("later", later, normed=False)
+    assert [output.layer for output in watch.outputs.values()] == ["first", "later"]
+    assert watch.noted(later).layer == "later"
