@@ -142,8 +142,9 @@ def collect_blocks(
 
     Args:
         blocks: number of blocks, at least 2. The samples of a class go to them in turn.
-        model, loader, num_classes, labels, layers, read, statistic, witness, scale, progress, backend, group,
-            checkpoint, checkpoint_every: as for `collect_moments`. Each process of a group deals its own share.
+        model, loader, num_classes, labels, layers, read, statistic, witness, scale, progress, backend: as for
+            `collect_moments`.
+        group, checkpoint, checkpoint_every: as for `collect_moments`. Each process of a group deals its own share.
 
     Returns:
         One `Moments` for each block. Merged, they are what `collect_moments` returns, up to rounding.

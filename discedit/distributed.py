@@ -24,8 +24,8 @@ class ShardSampler(Sampler[int]):
             batches that one process would run, so that their features are the same bits.
 
     Raises:
-        TypeError: dataset has no length. ValueError: rank or replicas are no integers with 0 <= rank < replicas, or
-        block is none of at least 1.
+        TypeError: dataset has no length.
+        ValueError: rank or replicas are no integers with 0 <= rank < replicas, or block is none of at least 1.
 
     >>> [list(ShardSampler(range(7), rank=rank, replicas=3)) for rank in range(3)]
     [[0, 3, 6], [1, 4], [2, 5]]
