@@ -52,7 +52,7 @@ def test_readme_example_runs(capsys, tmp_path, monkeypatch, trained_once, one_th
 
 def test_readme_is_short_and_opens_with_the_two_commands():
     lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= 130
+    assert len(lines) <= 120
     commands = [line.split()[:2] for line in lines[:10] if line.startswith("make ")]
     assert commands == [["make", "demo"], ["make", "test"]]
 
