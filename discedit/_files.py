@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -33,22 +34,21 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename last, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Makes a rename last, where the system can: not all can, and the file is there either way."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
-def to_bytes(kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
-    """Safetensors whose metadata says what it is, with a checksum of all of it."""
+def to_bytes(kind: str, header: dict[str, Any], tensors: dict[str, Tensor], *, sealed: bool = True) -> bytes:
+    """Safetensors whose metadata says what it is; sealed: with a checksum of all of it."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"kind": kind, "version": VERSION, **header}
-    metadata = {"discedit": json.dumps({**header, "sha256": _checksum(header, stored)})}
-    return bytes(save(stored, metadata=metadata))
+    seal = {"sha256": _checksum(header, stored)} if sealed else {}
+    return bytes(save(stored, metadata={"discedit": json.dumps({**header, **seal})}))
 
 
 def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -93,6 +93,19 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any
     if not target.is_file():
         raise FileNotFoundError(f"{kind} file {str(target)!r} does not exist.")
     return from_bytes(target.read_bytes(), kind, str(target))
+
+
+def load_json(path: Path, kind: str) -> dict[str, Any]:
+    """The object of a JSON file that says what it is.
+
+    Raises:
+        ValueError: no text, or not one of discedit's `kind`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{kind} file {str(path)!r} is no text: {error}") from error
+    return check_header(text, kind, str(path))
 
 
 def check_header(text: str | None, kind: str, path: str) -> dict[str, Any]:

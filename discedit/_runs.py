@@ -182,11 +182,7 @@ def load_run(path: Path) -> tuple[Path, dict[str, Any]]:
     file = folder / FILE
     if not file.is_file():
         raise FileNotFoundError(f"run folder {str(folder)!r} has no {FILE}.")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"run file {str(file)!r} is no text: {error}") from error
-    record = _files.check_header(text, "run", str(file))
+    record = _files.load_json(file, "run")
     for name, kind in (("command", str), ("arguments", dict), ("results", dict), ("files", list), ("data", dict)):
         _files.field(record, name, kind, file)
     return folder, record

@@ -155,11 +155,7 @@ class Recipe:
         target = _json_path(path)
         if not target.is_file():
             raise FileNotFoundError(f"recipe file {str(target)!r} does not exist.")
-        try:
-            text = target.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"recipe file {str(target)!r} is no text: {error}") from error
-        header = _files.check_header(text, "recipe", str(target))
+        header = _files.load_json(target, "recipe")
         pointer = _files.field(header, "tensors", dict, target)
         values = target.with_name(Path(_files.field(pointer, "file", str, target)).name)
         if not values.is_file():

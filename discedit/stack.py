@@ -197,7 +197,7 @@ class Stack:
         target = Path(folder) / FILE
         if not target.is_file():
             raise FileNotFoundError(f"stack file {str(target)!r} does not exist.")
-        header = _header(target)
+        header = _files.load_json(target, "stack")
         stack = cls(model)
         expected = _files.field(header, "architecture", dict, target)
         check_architecture(model, expected, "Stack.load: model must have the architecture of the stack's base")
@@ -339,20 +339,12 @@ def _numbers(shape: Sequence[int]) -> list[str]:
     return [str(dim) for dim in range(len(shape))]
 
 
-def _header(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"stack file {str(path)!r} is no text: {error}") from error
-    return _files.check_header(text, "stack", str(path))
-
-
 def _listed(path: Path) -> list[str]:
     """The recipe files of a stack that was saved before, if there is one."""
     if not path.is_file():
         return []
     try:
-        entries = _header(path)["entries"]
+        entries = _files.load_json(path, "stack")["entries"]
         return [Path(entry["file"]).name for entry in entries if str(entry["file"]).endswith(".json")]
     except (ValueError, KeyError, TypeError):
         return []  # not one of ours: nothing of it is deleted
