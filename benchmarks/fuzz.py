@@ -241,46 +241,47 @@ def must_say(saved: bytes, given: bytes) -> None:
             raise Fault(f"tensor {name} was changed")
 
 
+Run = Callable[[Place, random.Random, Path], str]
+
+
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
 
-def of_moments(place: Place, pick: random.Random, scratch: Path) -> str:
-    data = damaged_tensors(
-        (place.folder / pick.choice(("moments", "vector"))).with_suffix(".safetensors").read_bytes(), pick
-    )
-    file = scratch / "m.safetensors"
-    file.write_bytes(data)
-    try:
-        moments = Moments.load(file)
-    except REFUSED:
-        return "refused"
-    moments.save(scratch / "again.safetensors")
-    must_say((scratch / "again.safetensors").read_bytes(), data)
-    try:
-        discedit.score(moments, bound=pick.choice(("minimax", "fisher", "hellinger")))
-    except REFUSED:
-        return "loaded, refused later"
-    return "loaded"
+def _of_file(
+    names: tuple[str, ...], load: Callable[[Path], Any], use: Callable[[Any, Place, random.Random], object]
+) -> Run:
+    """Cases of files that `save` writes whole: what loads must hold what the bytes say, and go on working."""
+
+    def run(place: Place, pick: random.Random, scratch: Path) -> str:
+        data = damaged_tensors((place.folder / pick.choice(names)).with_suffix(".safetensors").read_bytes(), pick)
+        file, again = scratch / "damaged.safetensors", scratch / "again.safetensors"
+        file.write_bytes(data)
+        try:
+            loaded = load(file)
+        except REFUSED:
+            return "refused"
+        loaded.save(again)
+        must_say(again.read_bytes(), data)
+        try:
+            use(loaded, place, pick)
+        except REFUSED:
+            return "loaded, refused later"
+        return "loaded"
+
+    return run
 
 
-def of_scores(place: Place, pick: random.Random, scratch: Path) -> str:
-    data = damaged_tensors(
-        (place.folder / pick.choice(("plain", "errors"))).with_suffix(".safetensors").read_bytes(), pick
-    )
-    file = scratch / "s.safetensors"
-    file.write_bytes(data)
-    try:
-        scores = Scores.load(file)
-    except REFUSED:
-        return "refused"
-    scores.save(scratch / "again.safetensors")
-    must_say((scratch / "again.safetensors").read_bytes(), data)
-    try:
-        scores.reduce(pick.choice(("max", "min", "mean", "pairwise_min")))
-        discedit.unlearn(place.model, scores, classes=[0], top=1)
-    except REFUSED:
-        return "loaded, refused later"
-    return "loaded"
+def _use_moments(moments: Moments, _: Place, pick: random.Random) -> None:
+    discedit.score(moments, bound=pick.choice(("minimax", "fisher", "hellinger")))
+
+
+def _use_scores(scores: Scores, place: Place, pick: random.Random) -> None:
+    scores.reduce(pick.choice(("max", "min", "mean", "pairwise_min")))
+    discedit.unlearn(place.model, scores, classes=[0], top=1)
+
+
+of_moments = _of_file(("moments", "vector"), Moments.load, _use_moments)
+of_scores = _of_file(("plain", "errors"), Scores.load, _use_scores)
 
 
 def of_recipe(place: Place, pick: random.Random, scratch: Path) -> str:
