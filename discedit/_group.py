@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,12 @@ from discedit import _files
 
 WORLD = "world"
 NOTHING, MORE, FAILED = 0, 1, 2  # what a process says of its next batch
+
+
+# The last work, kept until the next has ended. Whoever lets go of a work last frees its tensors, which takes Python's
+# lock. Were that gloo's thread when the main one ends the group, it would wait for the main one, which holds the lock
+# and waits for gloo's (seen with torch 2.13, where a script ends with a model in DistributedDataParallel).
+_last: list[dist.Work] = []
 
 
 class OtherFailed(RuntimeError):
@@ -68,14 +74,25 @@ class Group:
         parts = self._gathered(padded)
         return [part[:size].cpu().numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
 
-    def exchange(self, data: bytes) -> list[bytes]:
-        """`gather`, when every process has said that it is done.
+    def exchange(self, data: bytes) -> Iterator[bytes]:
+        """Every process's bytes, in rank order, one at a time, when all have said that they are done.
+
+        To be taken to the end: each is sent when the one before has been.
 
         Raises:
-            RuntimeError: another one has failed.
+            RuntimeError: another process has failed.
         """
+        if self.alone:
+            yield data
+            return
         self.check(self.agree(NOTHING))
-        return self.gather(data)
+        for rank, size in enumerate(self.agree(len(data))):
+            mine = rank == self.rank
+            sent = torch.empty(size, dtype=torch.uint8, device=self._device)
+            if mine:
+                sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            self._answer(dist.broadcast, sent, group_src=rank)
+            yield data if mine else sent.cpu().numpy().tobytes()
 
     def check(self, words: list[int]) -> None:
         """After `agree`.
@@ -97,13 +114,21 @@ class Group:
 
     def _gathered(self, mine: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(mine) for _ in range(self.size)]
+        self._answer(dist.all_gather, parts, mine)
+        return parts
+
+    def _answer(self, operation: Callable[..., dist.Work], *tensors: Any, **options: int) -> None:
+        """Runs it to its end."""
         try:
-            dist.all_gather(parts, mine, group=self._group)
-        except RuntimeError as error:  # it died, or the group's timeout is over
+            work = operation(*tensors, **options, group=self._group, async_op=True)
+            try:
+                work.wait()
+            finally:
+                _last[:] = [work]
+        except RuntimeError as error:  # a process died, or the group's timeout is over
             raise OtherFailed(
                 f"{self.op}: another process of {self.size} is gone or does not answer: {error}"
             ) from error
-        return parts
 
 
 def pack(inputs: Any) -> bytes:
@@ -120,7 +145,7 @@ def pack(inputs: Any) -> bytes:
             return {"tuple": [write(value) for value in part]}
         return {"value": part}
 
-    return _files.to_bytes("batch", {"nest": write(inputs)}, tensors)
+    return _files.to_bytes("batch", {"nest": write(inputs)}, tensors, sealed=False)
 
 
 def unpack(data: bytes) -> Any:
