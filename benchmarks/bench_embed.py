@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -105,23 +105,25 @@ def compare(models: list[str], log: Log) -> None:
 
 
 def run_examples(folder: Path, seconds: int, only: list[str]) -> dict[str, dict[str, str]]:
-    """Script -> how it ended with our importance and, if it failed, as it is."""
+    """Script, with its arguments -> how it ended with our importance and, if it failed, as it is."""
     scripts = [path for path in sorted(folder.rglob("*.py")) if "importance" in path.read_text(errors="replace")]
     found = {}
-    for path in scripts:
-        name = str(path.relative_to(folder))
-        if only and name not in only:
-            continue
-        found[name] = {"ours": run_example(path.resolve(), seconds, "ours")}
+    for name in only or [str(path.relative_to(folder)) for path in scripts]:
+        script, *arguments = name.split()
+        path = (folder / script).resolve()
+        found[name] = {"ours": run_example(path, seconds, "ours", arguments)}
         if found[name]["ours"].startswith("failed"):
-            found[name]["as it is"] = run_example(path.resolve(), seconds, "theirs")
+            found[name]["as it is"] = run_example(path, seconds, "theirs", arguments)
         print(name, found[name], flush=True)
     return found
 
 
-def run_example(path: Path, seconds: int, which: str) -> str:
-    command = [sys.executable, "-m", "benchmarks.embed_example", which, str(path)]
-    folders = os.pathsep.join((str(HERE.parent), str(HERE.parent / "tests")))  # tests: for vision_ops
+def run_example(path: Path, seconds: int, which: str, arguments: Sequence[str] = ()) -> str:
+    command = [sys.executable, "-m", "benchmarks.embed_example", which, str(path), *arguments]
+    known_folders = os.environ.get("PYTHONPATH", "").split(
+        os.pathsep
+    )  # such as the transformers a script was written for
+    folders = os.pathsep.join((str(HERE.parent), str(HERE.parent / "tests"), *known_folders))  # tests: for vision_ops
     known = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": folders, "MPLBACKEND": "agg"}
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -187,10 +189,16 @@ def markdown(log: Log) -> str:
             rows_of_places(log),
         )
         + "\n\n## Scripts written for torch-pruning\n\n"
-        "With every importance class replaced by ours, on random scores; no network. `calls`: how often ours was "
-        "asked. A script that fails with ours ran once more as it is. (test_importance_reduction.py checks "
-        "`group_reduction=None` of torch-pruning's own, which ours does not have.) Those listed are the scripts of the "
-        "source distribution of torch-pruning 1.6.1 that name an importance; it has no examples.\n\n"
+        "With every importance class replaced by ours, on random scores; no network, so weights that a script would "
+        "download are drawn at random. `calls`: how often ours was asked. A script that fails with ours ran once more "
+        "as it is. (test_importance_reduction.py checks `group_reduction=None` of torch-pruning's own, which ours does "
+        "not have.) Those listed are the scripts of the source distribution of torch-pruning 1.6.1 that name an "
+        "importance and, under examples/, those of its repository that prune without a data set or a GPU: "
+        "prune_hf_vit.py and prune_hf_swin.py with transformers 4.51, for which they were written; "
+        "torchvision_pruning.py on 17 of its networks, from AlexNet to ViT-B/16, all of which were pruned; "
+        "prune_timm_models.py with one ratio. prune_hf_swin.py: torch-pruning takes the patches that Swin merges for "
+        "halves of the channels; its L2 norm happens to choose a whole half, which it then leaves, while ours and its "
+        "own RandomImportance do not, and the model no longer runs. measure_latency.py needs a GPU.\n\n"
     )
     known = json.loads(EXAMPLES.read_text()) if EXAMPLES.is_file() else {}
     rows = [[name, entry["ours"], entry.get("as it is", "")] for name, entry in sorted(known.items())]
@@ -205,7 +213,7 @@ def main() -> None:
     parser.add_argument("--any-commit", action="store_true", help="do not measure again what an earlier commit did")
     parser.add_argument("--write", action="store_true", help="write benchmarks/embed.md")
     parser.add_argument("--examples", type=Path, help="run the scripts in this folder instead")
-    parser.add_argument("--only", nargs="+", default=[], help="of the scripts, by path in the folder")
+    parser.add_argument("--only", nargs="+", default=[], help="of the scripts, by path in the folder, with arguments")
     parser.add_argument("--seconds", type=int, default=300, help="for each script")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

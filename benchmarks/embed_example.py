@@ -1,19 +1,22 @@
 """Runs one script written for torch-pruning with every importance replaced by ours: see benchmarks/bench_embed.py.
 
-    python -m benchmarks.embed_example ours|theirs SCRIPT
+    python -m benchmarks.embed_example ours|theirs SCRIPT [ARGUMENTS]
 
-The last line of the output says how it ended.
+No network: weights that a script would download are drawn at random, as are its picture and its words. The last line of
+the output says how it ended.
 """
 
 from __future__ import annotations
 
 import inspect
+import io
 import re
 import runpy
 import socket
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,6 +66,40 @@ def replace() -> None:
             setattr(importance, name, type(name, (Ours,), {}))
 
 
+def stand_in() -> None:
+    """Random weights, pictures and words where a script for transformers or timm would download them."""
+    import requests
+    import timm
+    import transformers
+    from PIL import Image
+
+    def picture(*_: Any, **__: Any) -> SimpleNamespace:
+        file = io.BytesIO()
+        Image.effect_noise((256, 256), 64).convert("RGB").save(file, "png")
+        file.seek(0)
+        return SimpleNamespace(raw=file)
+
+    def model(cls: Any, *_: Any, **__: Any) -> nn.Module:
+        torch.manual_seed(0)
+        made: nn.Module = cls(cls.config_class(**({"num_labels": 1000} if "Classification" in cls.__name__ else {})))
+        return made.eval()
+
+    def of_name(name: str, **_: Any) -> nn.Module:
+        return model({"swin": transformers.SwinForImageClassification}[name.split("/")[-1].split("-")[0]])
+
+    def words(*_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        ids = torch.arange(100, 108)[None]
+        return {"input_ids": ids, "token_type_ids": ids * 0, "attention_mask": ids * 0 + 1}
+
+    create = timm.create_model
+    timm.create_model = lambda *args, **options: create(*args, **{**options, "pretrained": False})
+    requests.get = picture
+    transformers.PreTrainedModel.from_pretrained = classmethod(model)  # type: ignore[assignment, method-assign]
+    transformers.AutoModelForImageClassification.from_pretrained = of_name
+    transformers.AutoImageProcessor.from_pretrained = lambda *_, **__: transformers.ViTImageProcessor()
+    transformers.AutoTokenizer.from_pretrained = lambda *_, **__: words
+
+
 def no_network(*_: Any, **__: Any) -> None:
     raise NoNetwork("needs a download")
 
@@ -71,9 +108,10 @@ def main() -> None:
     which, path = sys.argv[1], Path(sys.argv[2])
     if which == "ours":
         replace()
+    stand_in()
     socket.socket.connect = no_network  # type: ignore[method-assign]
     socket.getaddrinfo = no_network  # type: ignore[assignment]
-    sys.argv = [str(path)]
+    sys.argv = sys.argv[2:]
     sys.path.insert(0, str(path.parent))
     try:
         runpy.run_path(str(path), run_name="__main__")
