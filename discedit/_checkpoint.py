@@ -6,11 +6,11 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from discedit import _checks, _files
 from discedit._group import Group
 from discedit._sharded import identity
-from discedit.moments import Moments
 
+Saved = TypeVar("Saved")
 KIND = "checkpoint"
 
 
@@ -38,7 +38,7 @@ class Progress:
     digest: str = ""
 
 
-class Checkpoint:
+class Checkpoint(Generic[Saved]):
     """Two files of each process that take turns.
 
     Args:
@@ -47,13 +47,23 @@ class Checkpoint:
         every: seconds between two states.
         group: the processes of the pass.
         run: what must be the same in the run that goes on: JSON.
+        load: makes the state from header, tensors and path of a file.
+
+    Attributes:
+        state, progress: of the newest file that is whole; of none, None and the beginning.
 
     Raises:
         ValueError: folder or every are none, files are there but none of them whole, or they are another run's.
     """
 
     def __init__(
-        self, op: str, folder: str | os.PathLike[str], every: float, group: Group, run: Mapping[str, Any]
+        self,
+        op: str,
+        folder: str | os.PathLike[str],
+        every: float,
+        group: Group,
+        run: Mapping[str, Any],
+        load: Callable[[dict[str, Any], dict[str, Tensor], Path], Saved],
     ) -> None:
         if not isinstance(folder, (str, os.PathLike)):
             raise ValueError(f"{op}: checkpoint must be a folder's path, got {folder!r}.")
@@ -69,7 +79,8 @@ class Checkpoint:
         for left in self.folder.glob(f".{name}.*.tmp"):  # of a run that was killed while it wrote
             left.unlink(missing_ok=True)
         self.files = [self.folder / f"{name}.{turn}.safetensors" for turn in "ab"]
-        self.moments: Moments | None = None
+        self._state_of = load
+        self.state: Saved | None = None
         self.progress = Progress()
         self._load()
         self._last = time.monotonic()
@@ -77,11 +88,10 @@ class Checkpoint:
     def due(self) -> bool:
         return time.monotonic() - self._last >= self.every
 
-    def save(self, moments: Moments, progress: Progress) -> None:
+    def save(self, header: dict[str, Any], tensors: dict[str, Tensor], progress: Progress) -> None:
         """In place of the older of the two. A disk that does not take it is a warning: the other one stays."""
         if progress == self.progress:
             return
-        header, tensors = moments.contents()
         data = _files.to_bytes(KIND, {"moments": header, "run": self.run, "progress": asdict(progress)}, tensors)
         try:
             _files.write_atomically(self.files[0], data)
@@ -120,7 +130,7 @@ class Checkpoint:
             warnings.warn(f"{self.op}: checkpoint goes on from the other file: {' '.join(errors)}", stacklevel=2)
         if not found:
             return
-        run, self.moments, self.progress, path = max(found, key=lambda entry: entry[2].batches)
+        run, self.state, self.progress, path = max(found, key=lambda entry: entry[2].batches)
         if self.files[0] == path:
             self.files.reverse()  # the other one is to be written next
         different = [name for name in self.run if run.get(name) != self.run[name]]
@@ -131,13 +141,13 @@ class Checkpoint:
                 f"not {_short(self.run[name])}. Give another folder, or delete it to begin anew."
             )
 
-    def _read(self, path: Path) -> tuple[dict[str, Any], Moments, Progress]:
+    def _read(self, path: Path) -> tuple[dict[str, Any], Saved, Progress]:
         header, tensors = _files.load_tensors(path, KIND)
-        moments = Moments.from_contents(_files.field(header, "moments", dict, path), tensors, path)
+        state = self._state_of(_files.field(header, "moments", dict, path), tensors, path)
         progress = _files.field(header, "progress", dict, path)
         kinds = {"batches": int, "samples": int, "digest": str}
         found = {name: _files.field(progress, name, kind, path) for name, kind in kinds.items()}
-        return _files.field(header, "run", dict, path), moments, Progress(**found)
+        return _files.field(header, "run", dict, path), state, Progress(**found)
 
 
 def _short(value: Any) -> str:

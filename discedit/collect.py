@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +17,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
-from tqdm.auto import tqdm
 
 from discedit import _checks
 from discedit._backends import select
-from discedit._batches import call, checked_labels, device_of, first_tensor, map_tensors, moved, split, undisturbed
+from discedit._batches import call, device_of, first_tensor, map_tensors, moved
 from discedit._checkpoint import Checkpoint, Progress, digest_of
 from discedit._consumers import Follow
-from discedit._group import MORE, NOTHING, Group, OtherFailed, pack, unpack
-from discedit._sharded import Channels, has_shards, identity, runs_together, unwrapped
-from discedit._stream import Stream
-from discedit.distributed import dropped_samples, own_samples
+from discedit._group import Group, OtherFailed
+from discedit._pass import Pass
+from discedit._sharded import Channels, has_shards, identity, unwrapped
 from discedit.moments import GREATEST_EXPONENT, READS, Moments, Statistic
 
 OP = "collect_moments"
@@ -234,7 +231,9 @@ def _collect(
             read=options.read,
             backend=options.backend,
         )
-        moments = _Pass(model, loader, num_classes, options, turns, group, reader, moments).run()
+        passing = _Pass(model, loader, num_classes, options, turns, group, reader, moments)
+        passing.run()
+        moments = passing.moments
     except OtherFailed:
         raise
     except Exception as error:
@@ -247,8 +246,8 @@ def _collect(
     return moments
 
 
-class _Pass:
-    """One pass over a share of the data."""
+class _Pass(Pass):
+    """Pools every layer and folds what it gives into the moments."""
 
     def __init__(
         self,
@@ -261,11 +260,8 @@ class _Pass:
         reader: _Reader,
         moments: Moments,
     ) -> None:
-        self.model, self.num_classes, self.options, self.turns = model, num_classes, options, turns
-        self.group, self.reader, self.moments = group, reader, moments
-        self.device = device_of(model)
-        self.watch = _Watch(self.device)
-        self.checkpoint: Checkpoint | None = None
+        self.num_classes, self.turns, self.reader, self.moments = num_classes, turns, reader, moments
+        checkpoint: Checkpoint[Moments] | None = None
         if options.checkpoint is not None:
             run = {
                 **moments.settings,
@@ -274,76 +270,40 @@ class _Pass:
                 "blocks": turns.rows // num_classes if turns else 1,
                 "model": digest_of(model),
             }
-            self.checkpoint = Checkpoint(OP, options.checkpoint, options.checkpoint_every, group, run)
-        self.progress = Progress()
-        if self.checkpoint is not None and self.checkpoint.moments is not None:
-            self.progress, self.moments = replace(self.checkpoint.progress), self.checkpoint.moments.to(self.device)
+            load = Moments.from_contents
+            checkpoint = Checkpoint(OP, options.checkpoint, options.checkpoint_every, group, run, load)
+        super().__init__(
+            OP,
+            model,
+            loader,
+            labels=num_classes if options.labels == "given" else None,
+            progress=options.progress,
+            group=group,
+            checkpoint=checkpoint,
+            hooks=reader,
+        )
+        self.watch = _Watch(self.device)
+        if checkpoint is not None and checkpoint.state is not None:
+            self.moments = checkpoint.state.to(self.device)
             self.moments.backend = moments.backend
             if turns is not None:
                 turns.go_on(self.moments)
-        self.loader = loader
-        self.stream: Stream | None = None
-        if self.checkpoint is not None:
-            self.stream = Stream(OP, loader, self.progress.batches, self.progress.digest)
-        self.own = own_samples(loader)
-        dropped = dropped_samples(loader)
-        if dropped:
-            warnings.warn(f"{OP}: left out: {dropped} samples that the loader's sampler drops.", stacklevel=4)
 
-    def run(self) -> Moments:
-        """The moments of this share; in step with the other processes where the model needs them."""
-        together = not self.group.alone and runs_together(self.model)
-        last: Any = None  # inputs for a pass that does not count
-        begun = False
-        with undisturbed(self.model), self.reader, closing(self._batches()) as batches:
-            while True:
-                batch = next(batches, None)
-                if together:
-                    words = self.group.agree(NOTHING if batch is None else MORE)
-                    self.group.check(words)
-                    if MORE not in words:
-                        break
-                    if not begun and NOTHING in words:
-                        mine = words.index(MORE) == self.group.rank
-                        packed = self.group.gather(pack(batch[0]) if mine and batch is not None else b"")
-                        last = moved(unpack(packed[words.index(MORE)]), self.device)
-                    begun = True
-                elif batch is None:
-                    break
-                if batch is None:
-                    for _ in self.reader.take(self.reader.run(last)):
-                        pass
-                    continue
-                last, classes, counted = batch
-                self._fold(last, classes, counted)
-                if self.checkpoint is not None and self.checkpoint.due():
-                    self._save()
+    def check(self) -> None:
         self.watch.check()
         self.moments.norms = {**self.moments.norms, **self.reader.norms}
-        if self.checkpoint is not None:
-            self._save()
-        return self.moments
 
-    def _batches(self) -> Generator[tuple[Any, Tensor | None, int]]:
-        """Inputs on the model's device, labels where they are given, and how many samples count, from the first."""
-        given_labels = self.options.labels == "given"
-        bar = sys.stderr.isatty() and self.group.rank == 0 if self.options.progress is None else self.options.progress
-        batches = self.loader if self.stream is None else self.stream
-        for batch in tqdm(batches, desc="moments", unit="batch", disable=not bar):
-            index = self.progress.batches
-            inputs, given = split(OP, batch, index, self.device, labels_needed=given_labels)
-            classes = checked_labels(OP, given, self.num_classes, index) if given_labels else None
-            first = first_tensor(inputs)
-            samples = len(first) if first is not None and first.ndim else 0
-            counted = samples if self.own is None else max(0, min(samples, self.own - self.progress.samples))
-            yield inputs, classes, counted
+    def save(self, checkpoint: Checkpoint[Any], progress: Progress) -> None:
+        checkpoint.save(*self.moments.contents(), progress)
 
-    def _fold(self, inputs: Any, classes: Tensor | None, counted: int) -> None:
+    def idle(self, inputs: Any) -> None:
+        for _ in self.reader.take(self.reader.run(inputs)):
+            pass
+
+    def fold(self, inputs: Any, labels: Tensor | None, counted: int) -> None:
         index = self.progress.batches
         output = self.reader.run(inputs)
-        if classes is None:
-            classes = _predicted(output, self.num_classes)
-        classes = moved(classes, self.device)
+        classes = moved(_predicted(output, self.num_classes) if labels is None else labels, self.device)
         whole = self.own is None or counted == len(classes)
         if not whole:
             classes = classes[:counted]
@@ -358,16 +318,6 @@ class _Pass:
             if self.watch.defers:
                 self.watch.note(layer, self.moments.sentinel(layer, planes))
         self.watch.end_batch(index)
-        self.progress.batches += 1
-        self.progress.samples += counted
-
-    def _save(self) -> None:
-        assert self.checkpoint is not None
-        assert self.stream is not None
-        self.watch.check()
-        self.moments.norms = {**self.moments.norms, **self.reader.norms}
-        self.progress.digest = self.stream.digest
-        self.checkpoint.save(self.moments, replace(self.progress))
 
 
 class _Watch:
