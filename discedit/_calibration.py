@@ -242,7 +242,7 @@ class Positions:
             flat = self._flat(x)
             return flat.gather(1, chosen[:, :, None].expand(-1, -1, flat.shape[2])).flatten(0, 1)
         assert isinstance(layer, nn.Conv2d)
-        x = functional.pad(x, _padding(layer))
+        x = functional.pad(x, padding_of(layer))
         sizes, steps, gaps = layer.kernel_size, layer.stride, layer.dilation
         width = (x.shape[3] - gaps[1] * (sizes[1] - 1) - 1) // steps[1] + 1
         ends = (chosen // width * steps[0], chosen % width * steps[1])
@@ -258,7 +258,7 @@ class Positions:
         return patches.transpose(1, 2).reshape(chosen.numel(), -1)
 
 
-def _padding(layer: nn.Conv2d) -> list[int]:
+def padding_of(layer: nn.Conv2d) -> list[int]:
     """As `functional.pad` takes it: last axis first."""
     if layer.padding == "valid":
         return [0, 0, 0, 0]
@@ -288,7 +288,7 @@ class Sums:
                 self.shift_x, self.shift_y = rows.mean(0), part.mean(0)
             self.number += len(rows)
             rows, part = rows.sub_(self.shift_x), part - self.shift_y
-            terms = (rows.sum(0), part.sum(0), _gram(rows), part.T @ rows, part.square().sum(0))
+            terms = (rows.sum(0), part.sum(0), gram_of(rows), part.T @ rows, part.square().sum(0))
             if not self.sums:
                 self.sums = [term.double() for term in terms]
             else:
@@ -306,7 +306,7 @@ class Sums:
         )
 
 
-def _gram(rows: Tensor) -> Tensor:
+def gram_of(rows: Tensor) -> Tensor:
     """rows' rows: of a wide one, what is symmetric is computed once."""
     unknowns = rows.shape[1]
     if unknowns < WIDE:
@@ -314,7 +314,7 @@ def _gram(rows: Tensor) -> Tensor:
     half = unknowns // 2
     left, right = rows[:, :half], rows[:, half:]
     gram = rows.new_empty(unknowns, unknowns)
-    gram[:half, :half], gram[half:, half:] = _gram(left), _gram(right)
+    gram[:half, :half], gram[half:, half:] = gram_of(left), gram_of(right)
     gram[:half, half:] = left.T @ right
     gram[half:, :half] = gram[:half, half:].T
     return gram

@@ -28,7 +28,7 @@ from discedit._graph import KINDS, Components, Graph, width_of
 from discedit.scores import REDUCTIONS, Scores
 
 OF_WEIGHTS = ("l1", "l2", "random")
-OF_READERS = ("energy", "reconstruction", "combined")
+OF_READERS = ("energy", "reconstruction", "combined", "fidelity")
 CRITERIA = (*REDUCTIONS, *OF_WEIGHTS, *OF_READERS)
 GIVEN = "given"  # importances of the caller's own
 RIDGE = 1e-4  # of the mean variance of an input
@@ -164,7 +164,8 @@ def _of_readers(
     "energy": by its own part in them, while all else stays. "reconstruction": by what is left of that once the other
     components have made up for it as well as they can, the cheapest component first and so on (optimal brain surgery,
     Hassibi and Stork 1993, for blocks of weights). "combined": the same, and a change counts by how well the output
-    tells the class that it tells best (its score).
+    tells the class that it tells best (its score). "fidelity": how much of the outputs it gives alone, with the best
+    factor, in the mean over outputs (ModHiFi).
     """
     readers: dict[str, dict[str, list[list[int]]]] = {}
     why: dict[str, str] = {}
@@ -180,13 +181,31 @@ def _of_readers(
             continue
         readers[layer] = {name: block for name, block in blocks.items() if name not in unread}
     names = dict.fromkeys(name for blocks in readers.values() for name in blocks)
-    once = [name for name, runs in runs_in_order(model, names, inputs[0]).items() if runs == 1]
+    fits = fits_of(model, names, inputs)
     for layer, blocks in list(readers.items()):
-        readers[layer] = {name: block for name, block in blocks.items() if name in once}
+        readers[layer] = {name: block for name, block in blocks.items() if name in fits}
         if not readers[layer]:
             why[layer] = f"{min(blocks)}, which reads it, does not run just once per forward pass"
             del readers[layer]
     surgeons: dict[str, _Surgeon] = {}
+    values: dict[str, Tensor] = {}
+    for layer, blocks in readers.items():
+        for name in blocks.keys() - surgeons.keys():
+            worth = _worth(model, name, norms, scores if criterion == "combined" else {})
+            matrix = matrix_of(model.get_submodule(name)).double()
+            surgeons[name] = _Surgeon(*fits.pop(name), matrix, worth)
+        read_by = [(surgeons[name], block) for name, block in blocks.items()]
+        values[layer] = JUDGES.get(criterion, _eliminated)(read_by)
+    return values, why
+
+
+def fits_of(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[str, tuple[Fit, int]]:
+    """Moments of what layers read and give, and how many channels they read; of those that run just once.
+
+    Args:
+        inputs: calibration images in parts.
+    """
+    once = [name for name, runs in runs_in_order(model, names, inputs[0]).items() if runs == 1]
     sums = {name: Sums() for name in once}
     channels: dict[str, int] = {}
     draws = {name: iter(range(PARTS * i, PARTS * (i + 1))) for i, name in enumerate(once)}
@@ -205,15 +224,7 @@ def _of_readers(
     finally:
         for handle in handles:
             handle.remove()
-    values: dict[str, Tensor] = {}
-    for layer, blocks in readers.items():
-        for name in blocks.keys() - surgeons.keys():
-            worth = _worth(model, name, norms, scores if criterion == "combined" else {})
-            matrix = matrix_of(model.get_submodule(name)).double()
-            surgeons[name] = _Surgeon(sums.pop(name).fit(), matrix, worth, channels[name])
-        read_by = [(surgeons[name], block) for name, block in blocks.items()]
-        values[layer] = _energies(read_by) if criterion == "energy" else _eliminated(read_by)
-    return values, why
+    return {name: (sums.pop(name).fit(), channels[name]) for name in once}
 
 
 def _blocks(graph: Graph, layer: str, components: int) -> dict[str, list[list[int]]]:
@@ -247,9 +258,9 @@ class _Surgeon:
     """What a layer reads, its weights, and what a change of its outputs counts."""
 
     fit: Fit
+    channels: int  # that it reads
     weights: Tensor  # (outputs, inputs)
     worth: Tensor  # (outputs,)
-    channels: int  # that it reads
 
     @property
     def total(self) -> float:
@@ -274,6 +285,23 @@ def _energies(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
     return torch.as_tensor(found).cpu()
 
 
+def _fidelities(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
+    """E<Y, A>^2 / (E||Y||^2 E||A||^2) of what each component adds (A) to an output (Y), in the mean over outputs."""
+    found, audible = torch.zeros(len(parts[0][1]), dtype=torch.float64), 0
+    for surgeon, blocks in parts:
+        columns = surgeon.columns(blocks)
+        with_outputs = surgeon.weights @ surgeon.fit.xx
+        energy = (surgeon.weights * with_outputs).sum(1)
+        weights = surgeon.weights[:, columns].transpose(0, 1)  # components, outputs, columns
+        covariance = surgeon.fit.xx[columns[:, :, None], columns[:, None, :]]
+        own = ((weights @ covariance) * weights).sum(2)
+        both = (weights * with_outputs[:, columns].transpose(0, 1)).sum(2)
+        whole = own * energy
+        found += torch.where(whole > TINY, both.square() / whole.clamp(min=TINY), 0.0).clamp(max=1.0).sum(1).cpu()
+        audible += int((energy > TINY).sum())
+    return found / max(audible, 1)
+
+
 def _eliminated(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
     """Share of the readers' variance that is lost when a component goes after all that are cheaper, the others having
     made up for it in the best way."""
@@ -292,6 +320,9 @@ def _eliminated(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
         for state in states:
             state.remove(index)
     return lost
+
+
+JUDGES = {"energy": _energies, "fidelity": _fidelities}  # by criterion; others eliminate
 
 
 class _Elimination:

@@ -15,6 +15,7 @@ from discedit import _checks
 from discedit._batches import call, device_of, split, undisturbed
 from discedit._budget import BUDGETS, NORMALISATIONS, ROUNDING, Choice, Cost, Limits, choose, normalised
 from discedit._calibration import batch_norms, calibration, norms_behind, samples_of
+from discedit._compensation import compensated
 from discedit._graph import Graph, width_of
 from discedit._importance import CRITERIA, GIVEN, OF_READERS, kinds_of, of_components
 from discedit._measure import count_macs, count_parameters, macs_of_weights
@@ -22,12 +23,14 @@ from discedit._repair import repaired
 from discedit.recipe import Edit, Operation, Recipe, architecture_of, joined
 from discedit.scores import Scores
 
-REPAIRS = ("auto", "none", "mean", "batchnorm", "least_squares")
+REPAIRS = ("auto", "none", "mean", "batchnorm", "least_squares", "compensation")
 IN_ORDER = ("mean", "least_squares")  # repairs that take one layer after the other
+METHODS = ("discedit", "modhifi")
 ACROSS = ("global_ratio", "parameters", "macs")  # budgets that compare importances of different layers
 SHARES = ("reconstruction", "combined")  # criteria that mean the same in every layer
 # Criteria where each layer loses a share of its own, by repair (benchmarks/prune.md).
 BEST_WITH = {"none": "energy", "mean": "energy", "batchnorm": "reconstruction", "least_squares": "l1"}
+MODHIFI = {"criterion": "fidelity", "repair": "compensation"}
 
 
 def prune(
@@ -250,8 +253,8 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
     skipped |= unfit
     inputs: Any = None
     norms: dict[str, str] = {}
-    in_order = options.repair in IN_ORDER
-    if options.data is not None and (in_order or options.criterion in OF_READERS):
+    in_order, compensates = options.repair in IN_ORDER, options.repair == "compensation"
+    if options.data is not None and (in_order or compensates or options.criterion in OF_READERS):
         inputs = calibration(op, model, options.data)
         norms = norms_behind(model, inputs[0])
     values, instead = of_components(model, scores, options.criterion, graph, found, inputs, norms, options.seed)
@@ -283,17 +286,19 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         architecture=architecture_of(model),
         operations=operations,
     ).apply(model)
-    if options.repair == "batchnorm" and options.data is not None:
-        _reestimate_batch_norms(edit, options.data)
-    elif in_order and any(choice.removed.values()):
-        readers = [name for name, _ in graph.consumers(choice.removed)]
-        weights = options.repair == "least_squares"
-        result = repaired(
-            op, model, edit.model, readers, graph.producers(choice.removed), norms, inputs, weights=weights
-        )
+    if (in_order or compensates) and any(choice.removed.values()):
+        readers, producers = dict(graph.consumers(choice.removed)), graph.producers(choice.removed)
+        if compensates:
+            result = compensated(model, edit.model, readers, producers, norms, inputs)
+        else:
+            weights = options.repair == "least_squares"
+            result = repaired(op, model, edit.model, readers, producers, norms, inputs, weights=weights)
         if result.skipped:
             edit.recipe.settings["unrepaired"] = result.skipped
         record(edit, result.before, result.values)
+    norms_too = options.repair == "batchnorm" or (compensates and batch_norms(edit.model))
+    if norms_too and options.data is not None:
+        _reestimate_batch_norms(edit, options.data)
     edit.skipped = {layer: skipped[layer] for layer in chosen if layer in skipped}
     edit.widths = {layer: len(scores[layer]) for layer in rows}
     return _Step(

@@ -11,11 +11,12 @@ ROOT = Path(__file__).parent.parent
 # and "integrations" a package within, whose modules may import each other.
 ORDER = [
     "_state _checks _budget _batches _stream _files _group distributed _sharded _measure _consumers",
-    "_calibration _lockstep _repair _optimizers",
+    "_calibration _contributions _lockstep _repair _optimizers",
     "kernels reference",
     "_backends",
     "ops moments uncertainty scores",
-    "_checkpoint collect recipe stack _graph _importance prune _selection _silence _retain _erase unlearn presets",
+    "_checkpoint _pass collect fidelity recipe stack _graph _importance _compensation prune",
+    "_selection _silence _retain _erase unlearn presets",
     "_outputs _attacks _probes _recovery evaluate zoo huggingface integrations",
     "_colours _sections _pngs report demo",
     "_sources _images _runs _arguments _commands cli __main__",

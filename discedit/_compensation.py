@@ -1,0 +1,82 @@
+"""What is left of a pruned network, set right by one factor for each kept channel and output (ModHiFi-P)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from discedit._calibration import matrix_of, norm_behind, why_not_fitted
+from discedit._contributions import Contributions
+from discedit._importance import fits_of
+from discedit._repair import Repairs
+
+RIDGE = 1e-4
+
+
+def compensated(
+    model: nn.Module,
+    edited: nn.Module,
+    read: Mapping[str, list[int]],
+    removed: Mapping[str, list[int]],
+    norms: Mapping[str, str],
+    inputs: Any,
+) -> Repairs:
+    """Scales what readers of removed channels make of the others, in `edited`, and returns what it set.
+
+    The factors are those that bring a reader's output closest to what it gave before, around its mean; the mean goes
+    to its bias, or to the running mean of the batch norm behind it. All readers on what the model before pruning gives.
+
+    Args:
+        model: before pruning. edited: after it; the same module names.
+        read: reader -> the input channels that it has lost.
+        removed: layer -> the output rows that it has lost.
+        norms: layer -> the norm that its output goes straight into.
+        inputs: calibration images in parts.
+    """
+    result = Repairs()
+    names = []
+    for name in read:
+        why = why_not_fitted(edited, name, norms)
+        if why:
+            result.skipped[name] = why
+        else:
+            names.append(name)
+    fits = fits_of(model, names, inputs)
+    result.skipped |= dict.fromkeys(set(names) - set(fits), "it does not run just once per forward pass")
+    for name, (fit, channels) in fits.items():
+        whole = matrix_of(model.get_submodule(name)).double().cpu()
+        weight = whole.view(len(whole), channels, -1)
+        kept = _others(channels, read[name])
+        xx = fit.xx.cpu()
+        parts = Contributions(xx, (whole @ xx).view(weight.shape), weight, None)
+        factors = parts.compensation(kept, RIDGE)
+        rows = _others(len(whole), removed.get(name, []))
+        weight = (weight[:, kept] * factors[:, :, None])[rows].flatten(1)
+        columns = (kept[:, None] * (whole.shape[1] // channels) + torch.arange(whole.shape[1] // channels)).flatten()
+        mean = fit.mean_x.cpu()
+        missing = whole[rows] @ mean - weight @ mean[columns]
+        layer: Any = edited.get_submodule(name)
+        _set(result, f"{name}.weight", layer.weight, weight.view(layer.weight.shape))
+        norm = norm_behind(edited, name, norms)
+        if layer.bias is not None:
+            _set(result, f"{name}.bias", layer.bias, layer.bias.detach().double().cpu() + missing)
+        elif norm is not None and norm.running_mean is not None:
+            place = f"{norms[name]}.running_mean"
+            _set(result, place, norm.running_mean, norm.running_mean.double().cpu() - missing)
+    return result
+
+
+def _others(number: int, gone: list[int]) -> Tensor:
+    left = torch.ones(number, dtype=torch.bool)
+    left[gone] = False
+    return left.nonzero().flatten()
+
+
+def _set(result: Repairs, name: str, tensor: Tensor, value: Tensor) -> None:
+    result.before[name] = tensor.detach().clone()
+    with torch.no_grad():
+        tensor.copy_(value)
+    result.values[name] = tensor.detach().clone()
