@@ -370,6 +370,26 @@ def runs_in_order(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[s
     return seen
 
 
+def head_of(model: nn.Module, inputs: Any) -> str | None:
+    """The linear layer that gives what the model gives, be it as a copy; of several, the last."""
+    outputs: list[tuple[str, Any]] = []
+    handles = [
+        module.register_forward_hook(lambda _, __, output, name=name: outputs.append((name, output)))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        with undisturbed(model):
+            result = first_tensor(call(model, inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if result is None:
+        return None
+    same = [name for name, output in outputs if output.shape == result.shape and torch.equal(output, result)]
+    return same[-1] if same else None
+
+
 def norms_behind(model: nn.Module, inputs: Any) -> dict[str, str]:
     """Layer -> the batch norm that its output goes straight into, where each runs once."""
     outputs: dict[int, tuple[str, Tensor, int]] = {}  # by identity, which holding them keeps; and their version

@@ -18,6 +18,7 @@ from discedit._calibration import (
     Positions,
     Sums,
     calibration,
+    head_of,
     matrix_of,
     norms_behind,
     runs_in_order,
@@ -33,6 +34,17 @@ CRITERIA = (*REDUCTIONS, *OF_WEIGHTS, *OF_READERS)
 GIVEN = "given"  # importances of the caller's own
 RIDGE = 1e-4  # of the mean variance of an input
 TINY = 1e-300
+
+
+class Unscored(dict[str, Tensor]):
+    """The layers of a model, in place of scores, for criteria that need none: layer -> (rows,), all 0."""
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Any) -> Unscored:
+        """All but the head."""
+        head = head_of(model, inputs)
+        widths = {name: width_of(module) for name, module in model.named_modules() if name != head}
+        return cls({name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items() if width})
 
 
 def importances(
@@ -111,9 +123,9 @@ def of_components(
     Returns:
         layer -> (components,) float64; layer -> why the criterion does not apply.
     """
-    if not isinstance(scores, Scores):
+    if not isinstance(scores, (Scores, Unscored)):
         return {layer: _over_rows(scores[layer].double(), parts) for layer, parts in found.items()}, {}
-    if criterion in REDUCTIONS:
+    if isinstance(scores, Scores) and criterion in REDUCTIONS:
         reduced = scores.reduce(criterion)
         return {layer: _over_rows(reduced[layer].cpu(), parts) for layer, parts in found.items()}, {}
     if criterion == "random":
@@ -152,7 +164,7 @@ def _of_weights(model: nn.Module, graph: Graph, parts: Components, power: int) -
 
 def _of_readers(
     model: nn.Module,
-    scores: Scores,
+    scores: Mapping[str, Tensor],
     criterion: str,
     graph: Graph,
     found: Mapping[str, Components],

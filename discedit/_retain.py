@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discedit._batches import Quota, call, checked_labels, chosen, device_of, first_tensor, split, undisturbed
-from discedit._calibration import SAMPLES, calibration, fits, joined, samples_of
+from discedit._batches import Quota, call, checked_labels, chosen, device_of, split, undisturbed
+from discedit._calibration import SAMPLES, calibration, fits, head_of, joined, samples_of
 from discedit._measure import accuracy_per_class
 
 MEANS = 256  # samples that means are taken over
@@ -100,23 +100,8 @@ class Classified:
     @cached_property
     def head(self) -> str | None:
         """The linear layer that gives what the model gives, be it as a copy; of several, the last."""
-        outputs: list[tuple[str, Any]] = []
-        handles = [
-            module.register_forward_hook(lambda _, __, output, name=name: outputs.append((name, output)))
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear)
-        ]
-        try:
-            with undisturbed(self.model):
-                inputs, labels = self.batches["retain"][0]
-                result = first_tensor(call(self.model, chosen(inputs, torch.tensor([0]), len(labels))))
-        finally:
-            for handle in handles:
-                handle.remove()
-        if result is None:
-            return None
-        same = [name for name, output in outputs if output.shape == result.shape and torch.equal(output, result)]
-        return same[-1] if same else None
+        inputs, labels = self.batches["retain"][0]
+        return head_of(self.model, chosen(inputs, torch.tensor([0]), len(labels)))
 
     def means(self, places: Mapping[str, str]) -> dict[str, Tensor]:
         """Layer -> mean over retained samples and positions of what the module in that place gives: (channels,).

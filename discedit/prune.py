@@ -17,11 +17,11 @@ from discedit._budget import BUDGETS, NORMALISATIONS, ROUNDING, Choice, Cost, Li
 from discedit._calibration import batch_norms, calibration, norms_behind, samples_of
 from discedit._compensation import compensated
 from discedit._graph import Graph, width_of
-from discedit._importance import CRITERIA, GIVEN, OF_READERS, kinds_of, of_components
+from discedit._importance import CRITERIA, GIVEN, OF_READERS, Unscored, kinds_of, of_components
 from discedit._measure import count_macs, count_parameters, macs_of_weights
 from discedit._repair import repaired
 from discedit.recipe import Edit, Operation, Recipe, architecture_of, joined
-from discedit.scores import Scores
+from discedit.scores import REDUCTIONS, Scores
 
 REPAIRS = ("auto", "none", "mean", "batchnorm", "least_squares", "compensation")
 IN_ORDER = ("mean", "least_squares")  # repairs that take one layer after the other
@@ -29,13 +29,18 @@ METHODS = ("discedit", "modhifi")
 ACROSS = ("global_ratio", "parameters", "macs")  # budgets that compare importances of different layers
 SHARES = ("reconstruction", "combined")  # criteria that mean the same in every layer
 # Criteria where each layer loses a share of its own, by repair (benchmarks/prune.md).
-BEST_WITH = {"none": "energy", "mean": "energy", "batchnorm": "reconstruction", "least_squares": "l1"}
-MODHIFI = {"criterion": "fidelity", "repair": "compensation"}
+BEST_WITH = {
+    "none": "energy",
+    "mean": "energy",
+    "batchnorm": "reconstruction",
+    "compensation": "reconstruction",
+    "least_squares": "l1",
+}
 
 
 def prune(
     model: nn.Module,
-    scores: Scores | Mapping[str, Tensor],
+    scores: Scores | Mapping[str, Tensor] | None = None,
     *,
     example_inputs: Any,
     ratio: float | Mapping[str, float] | None = None,
@@ -46,6 +51,7 @@ def prune(
     across: str = "auto",
     round_to: int = 1,
     floor: int | Mapping[str, int] = 1,
+    method: str = "discedit",
     criterion: str = "auto",
     repair: str = "auto",
     data: Iterable[Any] | None = None,
@@ -68,7 +74,7 @@ def prune(
     Args:
         model: the model that `scores` came from; unchanged unless `inplace`.
         scores: from `discedit.score`; or importances of one's own, layer -> (rows of the layer,), higher = keep, which
-            are then the criterion.
+            are then the criterion; or None for criteria that need no scores, and so no labels.
         example_inputs: a tensor, or a tuple or dict of arguments, that the model can run on. Shows what hangs on what
             and checks the removal: real or random inputs, since components that are silent on them pass unchecked.
 
@@ -85,21 +91,27 @@ def prune(
         round_to: the number of components that stay in a layer is a multiple of this, or the layer stays whole.
         floor: components that stay in each layer at least, or layer -> components.
 
+        method: what "auto" stands for in `criterion` and `repair`. "discedit": as said there. "modhifi": "fidelity" and
+            "compensation", which need `data`, but no labels and no scores (ModHiFi-P).
         criterion: of importance. Of the scores over classes "max", "mean" or "min" (DISCEDIT-SP as published), over
             pairs of classes "pairwise_min" (WitnessPrune, TVSPrune) or "pairwise_mean"; of the weights that give a
             component "l1", "l2"; "random"; or, on `data`, of what the layers that read it lose: "energy" (the variance
-            that it adds to their outputs), "reconstruction" (what of that the other components cannot make up for), or
-            "combined" (the same, where an output counts by how well it tells the class that it tells best). "auto": the
-            importances given as `scores`; without data "l1"; under `ratio` what benchmarks/prune.md shows to be best
-            with the repair ("least_squares": "l1"; "batchnorm": "reconstruction"; "mean" and "none": "energy"); under
-            the other budgets "reconstruction".
+            that it adds to their outputs), "reconstruction" (what of that the other components cannot make up for),
+            "combined" (the same, where an output counts by how well it tells the class that it tells best), or
+            "fidelity" (the share of an output's variance that it gives alone, scaled in the best way, in the mean over
+            outputs: `discedit.fidelity.singleton_fidelity`). "auto": the importances given as `scores`; without data
+            "l1"; under `ratio` what benchmarks/prune.md shows to be best with the repair ("least_squares": "l1";
+            "batchnorm" and "compensation": "reconstruction"; "mean" and "none": "energy"); under the other budgets
+            "reconstruction".
         repair: what follows the removal, without gradients or labels. "least_squares": every layer after the first
             removal gets new weights, so that it gives what it gave before, or what makes the sum right to which it is
             added; in the order in which they run, each on what those before it now give. "mean": the same for biases
-            alone, which then carry the mean of what was removed. Both look at up to 1,024 samples of `data`; Conv2d
-            (not in groups) and Linear, with a bias or a batch norm behind them; others that read removed components are
-            named in the recipe's settings. "batchnorm": the statistics of batch norms, on all of `data`. "none".
-            "auto": "least_squares" when data is given, else "none".
+            alone, which then carry the mean of what was removed. "compensation": what a reader makes of each channel
+            that stays is scaled, for each output by the factor that makes up best for those that went
+            (`discedit.fidelity.compensation`, around the mean); then "batchnorm". These three look at up to 1,024
+            samples of `data`; Conv2d (not in groups) and Linear, with a bias or a batch norm behind them; others that
+            read removed components are named in the recipe's settings. "batchnorm": the statistics of batch norms, on
+            all of `data`. "none". "auto": "least_squares" when data is given, else "none".
         data: batches (labels are not used) for the criterion and the repair.
 
         layers: names of the layers to prune, by default all in `scores` that can be.
@@ -125,8 +137,10 @@ def prune(
 
     Sources: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (criterion="min", repair="none"). Least squares for what
     reads a pruned layer: He, Zhang and Sun, ICCV 2017. "reconstruction": Hassibi and Stork, NIPS 1992, for groups of
-    weights.
+    weights. "modhifi": Kashyap, Murti, Nayak, Narshana and Bhattacharyya, ModHiFi, NeurIPS 2025.
     """
+    if scores is None:
+        scores = Unscored.of(model, example_inputs)
     options = _Options(
         example_inputs=example_inputs,
         budget={
@@ -137,6 +151,7 @@ def prune(
         across=across,
         round_to=round_to,
         floor=floor,
+        method=method,
         criterion=criterion,
         repair=repair,
         data=list(data) if isinstance(data, Iterator) else data,
@@ -166,6 +181,7 @@ class _Options:
     across: str
     round_to: int
     floor: int | Mapping[str, int]
+    method: str
     criterion: str
     repair: str
     data: Iterable[Any] | None
@@ -189,9 +205,16 @@ class _Options:
         _checks.choice(op, "criterion", self.criterion, ("auto", *CRITERIA))
         _checks.choice(op, "repair", self.repair, REPAIRS)
         repair, criterion = self.repair, self.criterion
+        modhifi = _checks.choice(op, "method", self.method, METHODS) == "modhifi"
+        if modhifi and self.data is None:
+            raise ValueError(f"{op}: method='modhifi' needs data to estimate fidelities on, got data=None.")
         if repair == "auto":
-            repair = "none" if self.data is None else "least_squares"
-        if not isinstance(scores, Scores):
+            repair = "compensation" if modhifi else "none" if self.data is None else "least_squares"
+        if criterion == "auto" and modhifi and isinstance(scores, (Scores, Unscored)):
+            criterion = "fidelity"
+        if isinstance(scores, Unscored) and criterion in (*REDUCTIONS, "combined"):
+            raise ValueError(f"{op}: criterion={criterion!r} needs scores, got scores=None.")
+        if not isinstance(scores, (Scores, Unscored)):
             if criterion != "auto":
                 raise ValueError(
                     f"{op}: criterion must be left out where scores are importances themselves, got {criterion!r}."
@@ -361,6 +384,7 @@ def _described(
     [(name, budget)] = options.budget.items()
     described: dict[str, Any] = {
         name: _plain(budget),
+        "method": options.method,
         "criterion": options.criterion,
         "repair": options.repair,
         "components": list(options.kinds),
@@ -388,7 +412,7 @@ def _in_steps(
 ) -> Edit:
     """In equal parts of what is to go, each of what the one before has left."""
     [(name, budget)] = options.budget.items()
-    asked = options.criterion if isinstance(scores, Scores) else "auto"
+    asked = options.criterion if isinstance(scores, (Scores, Unscored)) else "auto"
     whole = 0
     if name in ("parameters", "macs"):
         whole = count_parameters(model) if name == "parameters" else count_macs(model, options.example_inputs)
@@ -415,7 +439,8 @@ def _in_steps(
         current = done[-1].edit.model
         if step < steps:
             scores = _left(scores, done[-1].edit) if rescore is None else rescore(current)
-            options = replace(options, criterion=asked if isinstance(scores, Scores) else "auto").checked(scores)
+            known = isinstance(scores, (Scores, Unscored))
+            options = replace(options, criterion=asked if known else "auto").checked(scores)
     _report(done, options)
     if steps == 1:
         done[0].edit.recipe.settings[name] = _plain(options.budget[name])
@@ -464,9 +489,10 @@ def _left(scores: Scores | Mapping[str, Tensor], edit: Edit) -> Scores | Mapping
                 kept[layer] = torch.tensor(operation.index)
     if isinstance(scores, Scores):
         return scores.select(kept)
-    return {
+    left = {
         layer: values[kept[layer].to(values.device)] if layer in kept else values for layer, values in scores.items()
     }
+    return Unscored(left) if isinstance(scores, Unscored) else left
 
 
 def check_layers(op: str, model: nn.Module, scores: Mapping[str, Tensor], layers: Iterable[str] | None) -> list[str]:
