@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ RESULTS = HERE / "prune.json"
 MODELS = ("resnet20", "resnet56", "vit")
 RATIOS = (0.1, 0.3, 0.5, 0.7)
 IN_TURN = (0.3, 0.5, 0.1, 0.7)
-REPAIRS = ("none", "mean", "batchnorm", "least_squares")
-OURS = ("max", "mean", "min", "pairwise_min", "l1", "l2", "random", "energy", "reconstruction", "combined")
+REPAIRS = ("none", "mean", "batchnorm", "compensation", "least_squares")
+OURS = ("max", "mean", "min", "pairwise_min", "l1", "l2", "random", "energy", "reconstruction", "combined", "fidelity")
 RIVALS = ("chip", "tvsprune", "tp magnitude", "tp taylor", "tp hessian", "tp bn_scale")
 # Published without fine-tuning: share of parameters removed -> points lost (TVSPrune and CHIP: tables of TVSPrune).
 PUBLISHED = {"resnet56": 0.123, "resnet20": 0.071}
@@ -136,9 +136,9 @@ def goals(bench: Bench, log: Log, *, few: bool) -> None:
         )
 
 
-def table(bench: Bench, log: Log) -> None:
+def table(bench: Bench, log: Log, only: list[str]) -> None:
     """Every criterion x repair x ratio; random is the mean of three. Ratio by ratio, should time run out."""
-    criteria = OURS if bench.name == "vit" else (*OURS, *RIVALS)
+    criteria = only or (OURS if bench.name == "vit" else (*OURS, *RIVALS))
     repairs = [repair for repair in REPAIRS if (repair, bench.name) != ("batchnorm", "vit")]
     for ratio, repair, criterion in product(IN_TURN, repairs, criteria):
 
@@ -293,7 +293,8 @@ def markdown(log: Log) -> str:
             "Every criterion and repair",
             "Points of accuracy lost when the same share of each layer goes. `tp`: importances of torch-pruning 1.6.1 "
             "(LAMP orders a layer as its magnitude does; the accumulation of its Hessian is corrected; on 256 images); "
-            "CHIP on 256 images. `random`: mean of three. TVSPrune: its score, least over pairs. ![Plot](prune.png)",
+            "CHIP on 256 images. `random`: mean of three. TVSPrune: its score, least over pairs. ModHiFi-P is "
+            "`fidelity` with `compensation`. ![Plot](prune.png)",
             ["model", "repair", "criterion", *map(str, RATIOS)],
             rows_of_table(log),
         ),
@@ -339,13 +340,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet20", "resnet56"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[])
+    parser.add_argument("--criteria", nargs="+", choices=(*OURS, *RIVALS), default=[], help="of the table, these alone")
     parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--any-commit", action="store_true", help="do not measure again what an earlier commit did")
     parser.add_argument("--write", action="store_true", help="write benchmarks/prune.md")
     parser.add_argument("--plot", action="store_true", help="write benchmarks/prune.png")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    log = Log(RESULTS)
+    log = Log(RESULTS, any_commit=options.any_commit)
     for name in options.models if options.parts else ():
         bench = Bench(name)
         print(f"{name}: {bench.before():.2f} % before", flush=True)
@@ -353,7 +356,13 @@ def main() -> None:
             if part in ("goals", "few"):
                 goals(bench, log, few=part == "few")
             else:
-                run = {"table": table, "read": read, "across": across, "latency": latency, "time": duration}
+                run = {
+                    "table": partial(table, only=options.criteria),
+                    "read": read,
+                    "across": across,
+                    "latency": latency,
+                    "time": duration,
+                }
                 run[part](bench, log)
     if options.write:
         (HERE / "prune.md").write_text(markdown(log))

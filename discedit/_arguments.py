@@ -18,7 +18,7 @@ from discedit._selection import MEASURES, SIGNS
 from discedit._silence import AROUND
 from discedit.evaluate import METRICS
 from discedit.moments import READS
-from discedit.prune import REPAIRS
+from discedit.prune import METHODS, REPAIRS
 from discedit.unlearn import COMPONENTS
 from discedit.unlearn import REPAIRS as UNLEARN_REPAIRS
 
@@ -341,6 +341,9 @@ def _prune(command: Parser) -> None:
     )
     group.add_argument("--macs", type=_value(_amount), metavar="N", help="the same for multiply-accumulates")
     group = command.add_argument_group("pruning")
+    group.add_argument(
+        "--method", choices=METHODS, default=METHODS[0], help="modhifi: by fidelity, without labels (default discedit)"
+    )
     group.add_argument("--criterion", choices=("auto", *CRITERIA), default="auto", help="of importance (default auto)")
     group.add_argument("--repair", choices=REPAIRS, default="auto", help="what follows the removal (default auto)")
     group.add_argument(

@@ -29,7 +29,7 @@ from discedit._sources import InputError, ModelSource, Preprocessing, load_weigh
 from discedit.collect import collect_blocks, collect_moments
 from discedit.evaluate import evaluate
 from discedit.moments import Moments
-from discedit.prune import prune
+from discedit.prune import OF_SCORES, prune
 from discedit.recipe import Edit, Recipe
 from discedit.scores import OVER_PAIRS, Scores, score
 from discedit.stack import Stack
@@ -488,7 +488,9 @@ def prune_command(options: argparse.Namespace, console: Console) -> Result:
         job = prepared(options, console, classes=0 if given is None else given.num_classes)
         if job.example is None:
             raise InputError("--data: must be given, or --size, for inputs that show what hangs on what.")
-        scores = _scores_of(job, given, pairs=options.criterion in OVER_PAIRS)
+        scores = None
+        if given is not None or options.method == "discedit" or options.criterion in OF_SCORES:
+            scores = _scores_of(job, given, pairs=options.criterion in OVER_PAIRS)
 
         def rescore(model: nn.Module) -> Scores:
             return score(job.moments(model, labels=options.labels), pairs=options.criterion in OVER_PAIRS)
@@ -503,6 +505,7 @@ def prune_command(options: argparse.Namespace, console: Console) -> Result:
             across=options.across,
             round_to=options.round_to,
             floor=options.floor,
+            method=options.method,
             criterion=options.criterion,
             repair=options.repair,
             data=job.data,
@@ -514,7 +517,7 @@ def prune_command(options: argparse.Namespace, console: Console) -> Result:
             seed=options.seed,
             **budgets,
         )
-        return _finished(job, folder, clock, edit, scores, given is None, {})
+        return _finished(job, folder, clock, edit, scores if given is None else None, {})
 
 
 def unlearn_command(options: argparse.Namespace, console: Console) -> Result:
@@ -536,7 +539,7 @@ def unlearn_command(options: argparse.Namespace, console: Console) -> Result:
             example_inputs=job.example,
             **{name: getattr(options, name) for name in names},
         )
-        return _finished(job, folder, clock, edit, scores, given is None, {"classes": forget})
+        return _finished(job, folder, clock, edit, scores if given is None else None, {"classes": forget})
 
 
 def _only_one_rank(options: argparse.Namespace) -> None:
@@ -563,9 +566,9 @@ def _scores_of(job: Job, given: Scores | None, *, pairs: bool) -> Scores:
 
 
 def _finished(
-    job: Job, folder: RunFolder, clock: Clock, edit: Edit, scores: Scores, computed: bool, extra: Mapping[str, Any]
+    job: Job, folder: RunFolder, clock: Clock, edit: Edit, computed: Scores | None, extra: Mapping[str, Any]
 ) -> Result:
-    """Measures, writes and tells what an edit did."""
+    """Measures, writes and tells what an edit did, and writes scores that were computed for it."""
     kind = job.options.command
     if not edit.recipe.operations:
         raise NothingChangedError("the edit changes nothing, so nothing was written.")
@@ -585,8 +588,8 @@ def _finished(
     results["skipped"] = edit.skipped
     results["settings"] = edit.recipe.settings
     folder.clear()
-    if computed:
-        scores.save(folder.file("scores.safetensors"))
+    if computed is not None:
+        computed.save(folder.file("scores.safetensors"))
     for name in (f"{kind}.json", f"{kind}.values.safetensors"):
         path = folder.file(name)
     edit.recipe.save(path.with_name(f"{kind}.json"))

@@ -26,6 +26,7 @@ from discedit.scores import REDUCTIONS, Scores
 REPAIRS = ("auto", "none", "mean", "batchnorm", "least_squares", "compensation")
 IN_ORDER = ("mean", "least_squares")  # repairs that take one layer after the other
 METHODS = ("discedit", "modhifi")
+OF_SCORES = (*REDUCTIONS, "combined")  # criteria that need scores
 ACROSS = ("global_ratio", "parameters", "macs")  # budgets that compare importances of different layers
 SHARES = ("reconstruction", "combined")  # criteria that mean the same in every layer
 # Criteria where each layer loses a share of its own, by repair (benchmarks/prune.md).
@@ -212,7 +213,7 @@ class _Options:
             repair = "compensation" if modhifi else "none" if self.data is None else "least_squares"
         if criterion == "auto" and modhifi and isinstance(scores, (Scores, Unscored)):
             criterion = "fidelity"
-        if isinstance(scores, Unscored) and criterion in (*REDUCTIONS, "combined"):
+        if isinstance(scores, Unscored) and criterion in OF_SCORES:
             raise ValueError(f"{op}: criterion={criterion!r} needs scores, got scores=None.")
         if not isinstance(scores, (Scores, Unscored)):
             if criterion != "auto":
