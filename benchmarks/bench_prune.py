@@ -44,6 +44,7 @@ RIVALS = ("chip", "tvsprune", "tp magnitude", "tp taylor", "tp hessian", "tp bn_
 PUBLISHED = {"resnet56": 0.123, "resnet20": 0.071}
 PER_CLASS = 64
 PARTS = ("goals", "few", "latency", "time", "read", "across", "table")
+OF_READERS = ("energy", "reconstruction", "combined", "fidelity")
 OF_CLASSES = ("max", "mean", "min", "pairwise_min")
 PLACES = ("norm", "consumer")
 RANKED = ("l1", "max", "energy", "reconstruction", "tp magnitude", "tp lamp", "tp taylor")  # over all layers together
@@ -96,7 +97,7 @@ class Bench:
 
     def _importance(self, criterion: str, seed: int) -> dict[str, Tensor]:
         if criterion in OURS:
-            data = self.train if criterion in ("energy", "reconstruction", "combined") else None
+            data = self.train if criterion in OF_READERS else None
             return importances(self.model, self.scores(), criterion, example_inputs=self.example, data=data, seed=seed)
         layers = list(self.importance("l1"))
         if criterion == "chip":
