@@ -221,8 +221,8 @@ class SecondMoments(Mapping[str, InputMoments]):
         """Merge those of all processes of a `torch.distributed` group, in rank order, on every process.
 
         Raises:
-            RuntimeError: no process group is initialised, or another process died or failed. ValueError: the processes
-            collected different things.
+            RuntimeError: no process group is initialised, or another process died or failed.
+            ValueError: the processes collected different things.
         """
         return self.reduce_in(Group("SecondMoments.all_reduce", WORLD if group is None else group))
 
@@ -250,7 +250,8 @@ class SecondMoments(Mapping[str, InputMoments]):
         """Read what `save` wrote, bit for bit.
 
         Raises:
-            FileNotFoundError: no such file. ValueError: a damaged or foreign file.
+            FileNotFoundError: no such file.
+            ValueError: a damaged or foreign file.
         """
         return cls.from_contents(*_files.load_tensors(path, "second moments"), path)
 

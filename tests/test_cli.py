@@ -188,6 +188,17 @@ def test_prune_in_steps_scores_anew(place, tmp_path, trained):
     assert same_scores(Scores.load(tmp_path / "scores.safetensors"), scores_of(model))
 
 
+def test_prune_by_fidelity_needs_no_scores(place, tmp_path, trained):
+    model, train, _ = trained
+    arguments = ["prune", *with_data(place), "--ratio", "0.4", "--method", "modhifi", "--out", str(tmp_path), "--quiet"]
+    assert main(arguments) == 0
+    options = {"example_inputs": train.tensors[0][:1], "data": zoo.batches(train)}
+    edit = discedit.prune(model, ratio=0.4, method="modhifi", **options)
+    assert Recipe.load(tmp_path / "prune.json").components == edit.recipe.components
+    assert not (tmp_path / "scores.safetensors").exists()
+    assert record_of(tmp_path)["results"]["settings"]["method"] == "modhifi"
+
+
 def test_unlearn_is_that_of_the_library(place, scored, tmp_path, trained, digit_scores, capsys):
     model, train, test = trained
     arguments = ["unlearn", *with_data(place), "--test", str(place / "test.npz"), "--classes", "three,7", "--json"]
