@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # public, but re-exported without saying so
 
 from discedit import _checks, reference
-from discedit._checks import Rule
+from discedit._checks import Rule, Window
 from discedit._state import State
 
 NAMES = ("cpp", "cuda", "triton", "reference")
@@ -28,6 +28,7 @@ OPS = (
     "pool",
     "class_moments",
     "merge_moments",
+    "patch_moments",
     "fisher_bound",
     "minimax_bound",
     "robust_bound",
@@ -140,6 +141,15 @@ def _cpp_fold_moments(pooled: Tensor, scale: float, labels: Tensor, state: State
 def _cpp_merge_moments(into: State, other: State) -> None:
     run, threads = _cpp("merge_moments"), torch.get_num_threads()
     _in_place(into, lambda arrays: run(arrays, _borrowed(*_contiguous(other)), threads))
+
+
+def _cpp_patch_moments(x: Tensor, window: Window, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    mean = torch.empty(x.shape[1], window.taps, dtype=torch.float64)
+    scatter = torch.empty(x.shape[1], window.taps, window.taps, dtype=torch.float64)
+    data, *targets = _borrowed(x, mean, scatter)
+    places = None if positions is None else _borrowed(positions)[0]
+    _cpp("patch_moments")(data, *window, places, *targets, torch.get_num_threads())
+    return mean, scatter
 
 
 def _contiguous(state: State) -> tuple[Tensor, ...]:
@@ -430,6 +440,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "pool": _cpp_pool,
         "class_moments": _cpp_class_moments,
         "merge_moments": _cpp_merge_moments,
+        "patch_moments": _cpp_patch_moments,
         "fisher_bound": _cpp_bound("fisher"),
         "minimax_bound": _cpp_bound("minimax"),
         "minimax_published_bound": _cpp_published,

@@ -48,6 +48,35 @@ class Rule(NamedTuple):
     high: float = 1.0
 
 
+class Window(NamedTuple):
+    """What a convolution reads: pairs are (rows, columns), `padding` is (top, bottom, left, right)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    def padded(self, x: Tensor) -> tuple[int, int]:
+        """Size of the map with its padding."""
+        top, bottom, left, right = self.padding
+        return top + x.shape[2] + bottom, left + x.shape[3] + right
+
+    def extent(self) -> tuple[int, int]:
+        """Size of one patch, the gaps that dilation leaves included."""
+        rows, columns = ((size - 1) * gap + 1 for size, gap in zip(self.kernel, self.dilation, strict=True))
+        return rows, columns
+
+    def outputs(self, x: Tensor) -> tuple[int, int]:
+        """Size of the output map."""
+        sizes = zip(self.padded(x), self.extent(), self.stride, strict=True)
+        rows, columns = ((size - extent) // step + 1 for size, extent, step in sizes)
+        return rows, columns
+
+
 def shape_of(tensor: Tensor) -> str:
     """The shape as a user would type it."""
     return str(tuple(tensor.shape))
@@ -302,6 +331,77 @@ def feature_map(op: str, x: Any, layout: str, statistics: Collection[str]) -> tu
         raise ValueError(f"{op}: x must have at least one element per map, got shape {shape_of(x)}.")
     feature: Tensor = x
     return feature.detach(), axis
+
+
+def image_map(op: str, x: Any) -> Tensor:
+    """The checked feature map of shape (samples, channels, height, width), detached."""
+    tensor(op, "x", x, FLOATS)
+    if x.ndim != 4:
+        raise ValueError(f"{op}: x must have shape (samples, channels, height, width), got shape {shape_of(x)}.")
+    return feature_map(op, x, "nchw", ())[0]
+
+
+def window(op: str, x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> Window:
+    """The window of a convolution over x, which has at least one output."""
+    found = Window(
+        _pair(op, "kernel_size", kernel_size, 1),
+        _pair(op, "stride", stride, 1),
+        _sides(op, padding),
+        _pair(op, "dilation", dilation, 1),
+    )
+    extent, padded = found.extent(), found.padded(x)
+    if extent[0] > padded[0] or extent[1] > padded[1]:
+        raise ValueError(
+            f"{op}: kernel_size must fit into the padded map: it covers {extent[0]} x {extent[1]} with "
+            f"dilation={dilation!r}, the map has {padded[0]} x {padded[1]} with padding={padding!r} (x has shape "
+            f"{shape_of(x)})."
+        )
+    return found
+
+
+def _pair(op: str, argument: str, value: Any, least: int) -> tuple[int, int]:
+    parts = _integers(value, least)
+    if len(parts) not in (1, 2):
+        raise ValueError(f"{op}: {argument} must be an integer of at least {least} or a pair of them, got {value!r}.")
+    return parts[0], parts[-1]
+
+
+def _sides(op: str, value: Any) -> tuple[int, int, int, int]:
+    """Top, bottom, left and right."""
+    parts = _integers(value, 0)
+    if len(parts) == 4:
+        return parts[0], parts[1], parts[2], parts[3]
+    if len(parts) not in (1, 2):
+        raise ValueError(
+            f"{op}: padding must be an integer of at least 0, a pair (rows, columns) or four (top, bottom, left, "
+            f"right) of them, got {value!r}."
+        )
+    return parts[0], parts[0], parts[-1], parts[-1]
+
+
+def _integers(value: Any, least: int) -> list[int]:
+    """One integer, or those of a sequence; empty where some part is no integer or too small."""
+    given = value if isinstance(value, (tuple, list)) else (value,)
+    parts = [number for number in map(index, given) if number is not None and number >= least]
+    return parts if len(parts) == len(given) else []
+
+
+def positions(op: str, value: Any, x: Tensor, outputs: tuple[int, int]) -> Tensor:
+    """Flat output positions, contiguous, on x's device."""
+    places = tensor(op, "positions", value, (torch.int64,))
+    if places.ndim != 1:
+        raise ValueError(f"{op}: positions must have shape (positions,), got {shape_of(places)}.")
+    if places.device != x.device:
+        raise ValueError(f"{op}: positions must be on the device of x, {x.device}, got {places.device}.")
+    last = outputs[0] * outputs[1] - 1
+    wrong = (places < 0) | (places > last)
+    if bool(wrong.any()):
+        place = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"{op}: positions must lie in 0..{last} ({outputs[0]} x {outputs[1]} outputs), found {int(places[place])} "
+            f"at position {place}."
+        )
+    return places.contiguous()
 
 
 def labels(op: str, value: Any, x: Tensor) -> Tensor:

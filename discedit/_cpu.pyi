@@ -16,6 +16,17 @@ def class_moments(
 ) -> None: ...
 def fold_moments(pooled: Any, scale: float, labels: Any, state: tuple[Any, ...], threads: int = 1) -> None: ...
 def merge_moments(into: tuple[Any, ...], other: tuple[Any, ...], threads: int = 1) -> None: ...
+def patch_moments(
+    x: Any,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    positions: Any,
+    mean: Any,
+    scatter: Any,
+    threads: int = 1,
+) -> None: ...
 def one_vs_rest(state: tuple[Any, ...], bound: str, witness: str, out: Any, threads: int = 1) -> None: ...
 def pairwise_min(
     state: tuple[Any, ...], bound: str, witness: str, values: Any, pairs: Any, threads: int = 1

@@ -27,12 +27,14 @@ __all__ = [
     "one_vs_rest",
     "pairwise_mean",
     "pairwise_min",
+    "patch_moments",
     "pool",
     "robust_bound",
     "witness_bound",
 ]
 
 Names = tuple[str, ...] | list[str]
+Size = int | tuple[int, int]
 Kind = TypeVar("Kind", ClassMoments, VectorMoments, State)
 
 
@@ -217,6 +219,72 @@ def merge_moments(a: Kind, b: Kind, *, backend: str = "auto") -> Kind:
     merged = a.clone()
     select("merge_moments", backend, a.device)(merged, b)
     return merged
+
+
+def patch_moments(
+    x: Tensor,
+    kernel_size: Size,
+    *,
+    stride: Size = 1,
+    padding: Size | tuple[int, int, int, int] = 0,
+    dilation: Size = 1,
+    positions: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[int, Tensor, Tensor]:
+    """Mean and scatter of the patches of each channel that a convolution reads, over samples and output positions.
+
+    With them, the second moments of what one input channel adds to an output, for any weight w of K = rows x columns
+    taps, are one product: the variance of w'p over samples and positions is w' scatter w / count.
+
+    Args:
+        x: feature map (samples, channels, height, width), float16, bfloat16, float32 or float64, any strides. Taps
+            outside the map count as 0.
+        kernel_size, stride, dilation: of the convolution: an integer of at least 1 or a pair (rows, columns).
+        padding: zeros around the map: an integer, a pair (rows, columns) or four (top, bottom, left, right).
+        positions: flat output positions (row * output width + column), the same for every sample: shape (positions,),
+            int64, on the device of x. One that is named twice counts twice; their order does not matter. By default
+            all.
+
+    Returns:
+        The number of patches of a channel, samples x positions; their mean, shape (channels, K), and the scatter matrix
+        about it, sum of (p - mean) (p - mean)', shape (channels, K, K), both float64. Taps are in the order of
+        `torch.nn.functional.unfold`, that of ``weight[output, channel].flatten()``. Zeros without patches. The scatter
+        is symmetric to the bit, and positive semidefinite up to rounding. Accumulated in float64 around a value from
+        the channel's middle; the difference from it is rounded to float32 unless x is float64. Backend "cpp" gives the
+        same bits for every number of threads and every instruction set, and reads of the map what the patches need,
+        once, and beside it at most 64 values of each channel. Memory beyond the results: below 1 MB per thread, more
+        where a few rows of a map need more. NaN or Inf in a patch makes the moments of that channel's taps that see it
+        non-finite, and no others'.
+
+    Raises:
+        TypeError: x or positions is no tensor.
+        ValueError: x has another number of axes, an unsupported type or no element per map; a size that is no integer
+            in range or no pair; a kernel that is larger than the padded map; positions of another type or shape, on
+            another device or outside the output.
+        RuntimeError: `backend` names a backend that cannot run here.
+
+    Equivalent to ``p = unfold(x[:, i : i + 1].double(), kernel_size, dilation, padding, stride)`` for each channel i,
+    then ``p.mean((0, 2))`` and the sum over samples and positions of the outer products of ``p - mean``.
+
+    Source: the singleton scores of ModHiFi (Kashyap, Murti, Nayak, Narshana and Bhattacharyya, NeurIPS 2025) need these
+    moments beside one matrix product.
+
+    >>> count, mean, scatter = patch_moments(torch.tensor([[[[0.0, 1.0, 3.0]]]]), (1, 2))
+    >>> count, mean
+    (2, tensor([[0.5000, 2.0000]], dtype=torch.float64))
+    >>> scatter
+    tensor([[[0.5000, 1.0000],
+             [1.0000, 2.0000]]], dtype=torch.float64)
+    """
+    op = "patch_moments"
+    x = _checks.image_map(op, x)
+    window = _checks.window(op, x, kernel_size, stride, padding, dilation)
+    rows, columns = window.outputs(x)
+    if positions is not None:
+        positions = _checks.positions(op, positions, x, (rows, columns))
+    count = len(x) * (rows * columns if positions is None else len(positions))
+    mean, scatter = select(op, backend, x.device)(x, window, positions)
+    return count, mean, scatter
 
 
 def fisher_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, backend: str = "auto") -> Tensor:

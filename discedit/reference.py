@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from discedit import _checks
-from discedit._checks import Rule
+from discedit._checks import Rule, Window
 from discedit._state import ClassMoments, State, VectorMoments, triangle
 
 EPSILON = torch.finfo(torch.float64).eps
+PATCH_BYTES = 16 << 20  # of unfolded patches at a time; about four times that with what is made of them
 # Relative rounding that a mean, a covariance entry, or a term of a merged moment sum must be taken to carry.
 ROUNDING_OF_MOMENTS = 16 * EPSILON
 
@@ -123,6 +124,44 @@ def _merge(a: Kind, b: Kind) -> Kind:
         for mine, theirs, both in zip(a.tensors()[1:], b.tensors()[1:], (mean, *sums), strict=True)
     )
     return type(a)(a.count + b.count, *merged)
+
+
+def patch_moments(x: Tensor, window: Window, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean (channels, taps) and scatter (channels, taps, taps) of each channel's patches."""
+    samples, channels = x.shape[:2]
+    outputs, taps = window.outputs(x), window.taps
+    size = outputs[0] * outputs[1] if positions is None else len(positions)
+    count = max(1, samples * size)
+    mean = x.new_zeros(channels, taps, dtype=torch.float64)
+    scatter = x.new_zeros(channels, taps, taps, dtype=torch.float64)
+    top, bottom, left, right = window.padding
+
+    def patches(channel: slice) -> Iterator[Tensor]:
+        """(channels, taps, samples x positions), a few samples at a time."""
+        step = max(1, maps // (channel.stop - channel.start))
+        for first in range(0, samples, step):
+            part = x[first : first + step, channel]
+            padded = torch.nn.functional.pad(part.double(), (left, right, top, bottom))
+            # Channels stand in for samples: each is unfolded by itself.
+            columns = torch.nn.functional.unfold(
+                padded.flatten(0, 1)[:, None], window.kernel, window.dilation, 0, window.stride
+            )
+            chosen = columns if positions is None else columns[:, :, positions]
+            yield chosen.view(len(part), -1, taps, size).permute(1, 2, 0, 3).flatten(2)
+
+    maps = max(1, PATCH_BYTES // (8 * taps * outputs[0] * outputs[1]))  # of one sample and channel each
+    for start in range(0, channels if samples * size else 0, maps):
+        channel = slice(start, min(start + maps, channels))
+        for part in patches(channel):
+            mean[channel] += part.sum(2) / count
+        residual = torch.zeros_like(mean[channel])
+        for part in patches(channel):
+            deviation = part - mean[channel, :, None]
+            residual += deviation.sum(2)
+            scatter[channel] += deviation @ deviation.mT
+        # `mean` is rounded: what that leaves in the deviations is taken out again.
+        scatter[channel] -= residual[:, :, None] * residual[:, None, :] / count
+    return mean, (scatter + scatter.mT) / 2
 
 
 # ---- bounds ---------------------------------------------------------------------------------------------------------

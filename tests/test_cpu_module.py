@@ -33,6 +33,12 @@ def class_moments(x, labels, into, statistics=("mean",)):
     _cpu.class_moments(x, 1, statistics, 0.0, labels, into)
 
 
+def patch_moments(x, kernel=(3, 2), stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), positions=None, taps=6):
+    mean, scatter = np.zeros((3, taps)), np.zeros((3, taps, taps))
+    _cpu.patch_moments(x, kernel, stride, padding, dilation, positions, mean, scatter)
+    return mean, scatter
+
+
 def test_runs_without_torch():
     script = f"""
         import sys
@@ -72,6 +78,16 @@ def test_empty_arrays_of_any_strides():
     _cpu.bound("fisher", empty, np.zeros((0, 30, 30)), empty, np.zeros((0, 30, 30)), np.zeros(0))
     out = np.zeros((4, 0, 3))[1]
     pool(np.zeros((0, 3, 5)), 1, out)
+
+
+def test_patches_of_a_view():
+    x = np.random.default_rng(0).normal(size=(5, 6, 4, 8)).astype(np.float32)
+    view = x[::-1, ::2, ::-1, 1:-1:2]
+    mean, scatter = patch_moments(view, positions=np.array([1]))
+    seen = view[:, :, :3, 1:].transpose(1, 2, 3, 0).reshape(3, 6, 5).astype(np.float64)
+    np.testing.assert_allclose(mean, seen.mean(2), rtol=1e-6)
+    deviation = seen - seen.mean(2, keepdims=True)
+    np.testing.assert_allclose(scatter, deviation @ deviation.swapaxes(1, 2), rtol=1e-5, atol=1e-6)
 
 
 def misaligned(shape):
@@ -209,6 +225,26 @@ def read_only(array):
         (
             lambda: _cpu.witness(True, np.zeros(3), np.zeros(3), np.zeros(2), np.zeros(3), np.zeros(3)),
             r"mean2 must hold 3 elements, got shape \(2,\)",
+        ),
+        (lambda: patch_moments(np.zeros((2, 3, 4))), r"x must have shape .* got \(2, 3, 4\)"),
+        (lambda: patch_moments(np.zeros((2, 3, 4, 5), np.int64)), "patch_moments: x must be float16, .* got int64"),
+        (lambda: patch_moments(np.zeros((2, 3, 0, 5))), r"x must have at least one element per map"),
+        (lambda: patch_moments(np.zeros((2, 3, 4, 5)), taps=5), r"mean must hold 18 elements, got shape \(3, 5\)"),
+        (lambda: patch_moments(np.zeros((2, 3, 4, 5)), stride=(0, 1)), "stride and dilation must be at least 1"),
+        (lambda: patch_moments(np.zeros((2, 3, 4, 5)), padding=(0, -1, 0, 0)), "padding at least 0 on each axis"),
+        (lambda: patch_moments(np.zeros((2, 3, 4, 5)), dilation=(1, 5)), "it covers 6 of 5 on axis 3"),
+        (
+            lambda: patch_moments(np.zeros((2, 3, 4, 5)), padding=(2**30, 0, 0, 0)),
+            "at most 268435456 wide and high: it covers 3 of 1073741828 on axis 2",
+        ),
+        (lambda: patch_moments(np.zeros((2, 3, 4, 5)), padding=(2**40, 0, 0, 0)), "incompatible function arguments"),
+        (
+            lambda: patch_moments(np.zeros((2, 3, 4, 5)), positions=np.array([0, 8])),
+            r"patch_moments: positions must lie in 0..7, found 8 at position 1",
+        ),
+        (
+            lambda: patch_moments(np.zeros((2, 3, 4, 5)), positions=np.array([0.0])),
+            "patch_moments: positions must be int64, got float64",
         ),
         (
             lambda: _cpu.bound("fisher", np.zeros((1, 33)), np.zeros((1, 33, 33)), 0, 0, np.zeros(1)),

@@ -68,6 +68,14 @@ DIGEST = textwrap.dedent(
                     _cpu.one_vs_one(state, rule, witness, "least", least, pairs)
                     for array in (rest, all_pairs, mean, least, pairs):
                         digest.update(array.tobytes())
+    for x in (*maps, base[:, :3], base[:, :1].astype(np.float16)):
+        for kernel, stride, padding in (((3, 3), (1, 1), (1, 1, 1, 1)), ((2, 4), (2, 1), (0, 1, 2, 0))):
+            taps = kernel[0] * kernel[1]
+            mean, scatter = np.empty((x.shape[1], taps)), np.empty((x.shape[1], taps, taps))
+            for places in (None, np.array([5, 0, 5])):
+                _cpu.patch_moments(x, kernel, stride, padding, (1, 1), places, mean, scatter)
+                for array in (mean, scatter):
+                    digest.update(array.tobytes())
     for d in (1, 2, 3, 4, 5, 8, 12, 20):
         root = rng.normal(size=(2, 33, d, d))
         cov = root @ root.transpose(0, 1, 3, 2)

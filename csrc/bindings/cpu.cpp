@@ -1,6 +1,9 @@
 // Module discedit._cpu: arrays in, arrays written in place. Shapes are checked here, so that a caller without the
 // Python layer cannot make an op read or write outside its arrays; Python owns every output.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "../cpu/dispatch.hpp"
 #include "arguments.hpp"
@@ -60,6 +63,47 @@ void bind_merge_moments(const py::tuple& into, const py::tuple& other, int threa
   const py::gil_scoped_release release;
   if (a.vector()) ops().merge_vector_moments(*a.vector(), *b.vector(), threads);
   else ops().merge_moments(a.scalar(), b.scalar(), threads);
+}
+
+void bind_patch_moments(const py::object& x, std::array<int, 2> kernel, std::array<int, 2> stride,
+                        std::array<int, 4> padding, std::array<int, 2> dilation, const py::object& positions,
+                        const py::object& mean, const py::object& scatter, int threads) {
+  const char* op = "patch_moments";
+  const Array map(x, op, "x"), means(mean, op, "mean", true), scatters(scatter, op, "scatter", true);
+  const TensorView& view = map.view;
+  if (view.axes != 4)
+    throw py::value_error("patch_moments: x must have shape (samples, channels, height, width), got " +
+                          view.shape_text() + ".");
+  check_map(view, 1, op);
+  const auto axis = [&](std::size_t i) {
+    const Window window{kernel[i], stride[i], padding[2 * i], padding[2 * i + 1], dilation[i], view.shape[2 + i]};
+    if (window.kernel < 1 || window.stride < 1 || window.before < 0 || window.after < 0 || window.dilation < 1)
+      throw py::value_error(
+          "patch_moments: kernel, stride and dilation must be at least 1 and padding at least 0 on each axis.");
+    if (window.padded() > Window::largest || window.extent() > window.padded())
+      throw py::value_error("patch_moments: kernel must fit into the padded map, which must be at most " +
+                            std::to_string(Window::largest) + " wide and high: it covers " +
+                            std::to_string(window.extent()) + " of " + std::to_string(window.padded()) + " on axis " +
+                            std::to_string(2 + i) + ".");
+    return window;
+  };
+  const Window rows = axis(0), columns = axis(1);
+  const std::int64_t taps = rows.kernel * columns.kernel, channels = view.shape[1];
+  std::optional<Array> chosen;
+  Positions places{nullptr, rows.outputs() * columns.outputs()};
+  if (!positions.is_none()) {
+    chosen.emplace(positions, op, "positions");
+    const std::int64_t last = places.count - 1;
+    places = {contiguous_data<std::int64_t>(chosen->view, chosen->view.size(), op, "positions"), chosen->view.size()};
+    for (std::int64_t i = 0; i < places.count; ++i)
+      if (places.list[i] < 0 || places.list[i] > last)
+        throw py::value_error("patch_moments: positions must lie in 0.." + std::to_string(last) + ", found " +
+                              std::to_string(places.list[i]) + " at position " + std::to_string(i) + ".");
+  }
+  double* first = contiguous_data<double>(means.view, channels * taps, op, "mean");
+  double* second = contiguous_data<double>(scatters.view, channels * taps * taps, op, "scatter");
+  const py::gil_scoped_release release;
+  ops().patch_moments(view, rows, columns, places, first, second, threads);
 }
 
 void bind_one_vs_rest(const py::tuple& state, const std::string& bound, const std::string& witness,
@@ -177,6 +221,9 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("fold_moments", &bind_fold_moments, py::arg("pooled"), py::arg("scale"), py::arg("labels"),
              py::arg("state"), threads);
   module.def("merge_moments", &bind_merge_moments, py::arg("into"), py::arg("other"), threads);
+  module.def("patch_moments", &bind_patch_moments, py::arg("x"), py::arg("kernel"), py::arg("stride"),
+             py::arg("padding"), py::arg("dilation"), py::arg("positions"), py::arg("mean"), py::arg("scatter"),
+             threads);
   module.def("one_vs_rest", &bind_one_vs_rest, py::arg("state"), py::arg("bound"), py::arg("witness"), py::arg("out"),
              threads);
   module.def("pairwise_min", &bind_pairwise_min, py::arg("state"), py::arg("bound"), py::arg("witness"),

@@ -17,6 +17,7 @@ namespace {
    level::fold_vector_moments,       \
    level::merge_moments,             \
    level::merge_vector_moments,      \
+   level::patch_moments,             \
    level::one_vs_rest,               \
    level::one_vs_rest_vector,        \
    level::pairwise_min,              \

@@ -10,6 +10,7 @@
 #include "one_vs_one.hpp"
 #include "one_vs_rest.hpp"
 #include "pairwise_min.hpp"
+#include "patch_moments.hpp"
 #include "pool.hpp"
 
 namespace discedit {
@@ -23,6 +24,7 @@ struct Ops {
   FoldVectorMoments* fold_vector_moments;
   MergeMoments* merge_moments;
   MergeVectorMoments* merge_vector_moments;
+  PatchMoments* patch_moments;
   OneVsRest* one_vs_rest;
   OneVsRestVector* one_vs_rest_vector;
   PairwiseMin* pairwise_min;
@@ -47,6 +49,7 @@ const Ops& ops();
   FoldVectorMoments fold_vector_moments;   \
   MergeMoments merge_moments;              \
   MergeVectorMoments merge_vector_moments; \
+  PatchMoments patch_moments;              \
   OneVsRest one_vs_rest;                   \
   OneVsRestVector one_vs_rest_vector;      \
   PairwiseMin pairwise_min;                \
