@@ -250,11 +250,10 @@ def patch_moments(
         about it, sum of (p - mean) (p - mean)', shape (channels, K, K), both float64. Taps are in the order of
         `torch.nn.functional.unfold`, that of ``weight[output, channel].flatten()``. Zeros without patches. The scatter
         is symmetric to the bit, and positive semidefinite up to rounding. Accumulated in float64 around a value from
-        the channel's middle; the difference from it is rounded to float32 unless x is float64. Backend "cpp" gives the
-        same bits for every number of threads and every instruction set, and reads of the map what the patches need,
-        once, and beside it at most 64 values of each channel. Memory beyond the results: below 1 MB per thread, more
-        where a few rows of a map need more. NaN or Inf in a patch makes the moments of that channel's taps that see it
-        non-finite, and no others'.
+        the channel's middle; backend "cpp" rounds the difference from it to float32 unless x is float64, gives the same
+        bits for every number of threads and every instruction set, reads no more of the map than the patches need, and
+        takes about 1 MB per thread beyond the results where the rows of one patch fit into that. NaN or Inf in a patch
+        makes the moments of that channel's taps that see it non-finite, and no others'.
 
     Raises:
         TypeError: x or positions is no tensor.

@@ -145,7 +145,7 @@ def test_large_maps_go_band_by_band():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("value", [0.1, -1e4, 3e38, 1e-40])
+@pytest.mark.parametrize("value", [0.1, -1e4, 1e30, 1e-40])
 def test_a_constant_channel_has_no_scatter(backend, value):
     x = torch.full((7, 9, 6, 5), value)
     count, mean, scatter = ops.patch_moments(x, 3, backend=backend)

@@ -136,7 +136,7 @@ DISCEDIT_INLINE Vector<double> deviations(const T* from, Centre centre) {
   return __builtin_convertvector(narrow(from) - centre, Vector<double>);
 }
 
-// Rows become columns: as many rounds as the register has lanes to the power of two, each dealing rows i and i + half.
+// Rows become columns, in log2(doubles) rounds. Each deals out rows i and i + half in turns, like two packs of cards.
 template <std::size_t... Lane>
 DISCEDIT_INLINE void transpose(Vector<double> (&rows)[doubles], std::index_sequence<Lane...>) {
   for (int round = 1; round < doubles; round *= 2) {
@@ -280,16 +280,24 @@ struct Results {  // sums of deviations from the centre until `finish`
   }
 };
 
-// A value in the channel's middle, exactly that of a constant channel, from elements spread over the whole of it.
-// Finite; 0 where others would be lost beside it.
-template <typename T>
-Narrow<T> centre_of(const T* channel, const Map& x) {
+// Elements of a channel that are spread over the whole of it.
+std::vector<std::int64_t> sample_of(const Map& x) {
   const std::int64_t map = x.height * x.width, all = x.samples * map, count = std::min(all, looked_at);
-  double first = 0, sum = 0, finite = 0;
+  std::vector<std::int64_t> offsets;
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t at = all / count * i + all % count * i / count, pixel = at % map;
-    const double value =
-        widen(channel[at / map * x.sample_stride + pixel / x.width * x.row_stride + pixel % x.width * x.column_stride]);
+    offsets.push_back(at / map * x.sample_stride + pixel / x.width * x.row_stride + pixel % x.width * x.column_stride);
+  }
+  return offsets;
+}
+
+// A finite value in the middle of those elements, exactly that of a constant channel; 0 where others would be lost
+// beside it.
+template <typename T>
+Narrow<T> centre_of(const T* channel, const std::vector<std::int64_t>& sample) {
+  double first = 0, sum = 0, finite = 0;
+  for (const std::int64_t at : sample) {
+    const double value = widen(channel[at]);
     if (!std::isfinite(value)) continue;
     if (finite == 0) first = value;
     sum += value - first;
@@ -300,6 +308,14 @@ Narrow<T> centre_of(const T* channel, const Map& x) {
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
+
+// Working memory that begins with a cache line: a load of eight lanes then touches one.
+double* aligned_scratch(int slot, std::size_t size) {
+  constexpr std::size_t line = 64;
+  double* memory = scratch(slot, size + line / sizeof(double));
+  const auto address = reinterpret_cast<std::uintptr_t>(memory);
+  return memory + ((address + line - 1) / line * line - address) / sizeof(double);
+}
 
 template <typename T>
 struct Job {
@@ -339,8 +355,8 @@ struct Job {
   // Tiles [from, to) of the group of channels that begins with this one.
   void sum(std::int64_t channel, std::size_t from, std::size_t to, const Results& results) const {
     constexpr bool exact = !std::is_same_v<T, double>;
-    double* plane = scratch(0, static_cast<std::size_t>(plan.pixels * lanes));
-    double* sums = scratch(1, (to - from) * entries * lanes);
+    double* plane = aligned_scratch(0, static_cast<std::size_t>(plan.pixels * lanes));
+    double* sums = aligned_scratch(1, (to - from) * entries * lanes);
     std::fill_n(sums, (to - from) * entries * lanes, 0.0);
     const bool side_by_side = x.channel_stride == 1 && channel + lanes <= x.channels;
     for (std::int64_t sample = 0; sample < x.samples; sample += abreast) {
@@ -373,8 +389,9 @@ void launch(const TensorView& view, const Window& rows, const Window& columns, c
             const Results& results, int threads) {
   Job<T> job(view, rows, columns, positions);
   const std::int64_t channels = job.x.channels, groups = (channels + job.width - 1) / job.width;
+  const std::vector<std::int64_t> sample = sample_of(job.x);
   parallel_for(channels, lanes, threads, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) job.centre(i) = centre_of(job.data + i * job.x.channel_stride, job.x);
+    for (std::int64_t i = begin; i < end; ++i) job.centre(i) = centre_of(job.data + i * job.x.channel_stride, sample);
   });
   const std::size_t tiles = job.tiles.size();
   const auto shares = std::min(tiles, static_cast<std::size_t>((std::max(1, threads) + groups - 1) / groups));
