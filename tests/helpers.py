@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from typing import TypeVar
 
 import torch
@@ -67,6 +69,18 @@ def hostile_maps() -> dict[str, Tensor]:
         "float16 channels_last": randn(12, 70, 9, 9).half().to(memory_format=torch.channels_last),
         "float64": randn(12, 5, 9, 9).double(),
     }
+
+
+def before_the_end_of_memory(values: Tensor) -> Tensor:
+    """A copy, flat, that ends where readable memory ends: to read one element more is a segmentation fault."""
+    page, size = mmap.PAGESIZE, values.numel() * values.element_size()
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    x = torch.frombuffer(memory, dtype=torch.uint8)[pages * page - size : pages * page].view(values.dtype)
+    x.copy_(values.flatten())
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + pages * page), page, 0) == 0
+    return x
 
 
 def labels_for(samples: int, classes: int = 6, seed: int = 1) -> Tensor:

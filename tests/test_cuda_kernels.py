@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-import mmap
 
 import cuda_on_host
 import pytest
 import torch
-from helpers import hostile_maps, labels_for, poisoned, same_bits
+from helpers import before_the_end_of_memory, hostile_maps, labels_for, poisoned, same_bits
 from torch.utils.dlpack import to_dlpack
 
 from discedit import _backends, _cpu, reference
@@ -197,15 +196,7 @@ def test_pool_does_not_depend_on_the_order_of_threads(cuda, name, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 3, 7, 7), (2, 3, 40, 52), (3, 5), (1, 70, 90)])
 def test_pool_reads_nothing_behind_the_last_element(cuda, dtype, shape):
-    """The tensor ends where readable memory ends: one element more would be a segmentation fault."""
-    page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
-    size = math.prod(shape) * dtype.itemsize
-    pages = -(-size // page)
-    memory = mmap.mmap(-1, (pages + 1) * page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    x = torch.frombuffer(memory, dtype=torch.uint8)[pages * page - size : pages * page].view(dtype)
-    x.copy_(torch.randn(x.shape).to(dtype))
-    assert libc.mprotect(ctypes.c_void_p(address + pages * page), page, 0) == 0
+    x = before_the_end_of_memory(torch.randn(math.prod(shape)).to(dtype))
     for maps, axis in ((x.view(shape), 1), (x.view(shape), len(shape) - 1)):
         assert_pooled(pool(cuda, maps, STATISTICS, axis), maps, STATISTICS, axis)
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import BACKENDS, hostile_maps
+from helpers import BACKENDS, before_the_end_of_memory, hostile_maps
 
 from discedit import _checks, ops, reference
 from discedit._backends import IMPLEMENTATIONS
@@ -228,6 +228,15 @@ def test_the_layout_does_not_matter():
         ours = ops.patch_moments(same, 3, backend="cpp")
         assert torch.equal(ours[1], mean)
         assert torch.equal(ours[2], scatter)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 9, 1, 1), (2, 17, 3, 9)])
+def test_reads_nothing_behind_the_last_element(dtype, shape):
+    samples, channels, height, width = shape
+    x = before_the_end_of_memory(batch((channels, height, width), dtype, samples=samples))
+    for maps in (x.view(shape), x.view(samples, height, width, channels).permute(0, 3, 1, 2)):
+        assert_right(ops.patch_moments(maps, 3, padding=1, backend="cpp"), maps, 3, padding=1)
 
 
 def test_every_output_is_written(monkeypatch):
