@@ -216,8 +216,7 @@ template <bool exact, bool diagonal>
 DISCEDIT_INLINE void add_tile(const double* plane, const std::int64_t* places, std::int64_t count,
                               const std::int64_t* a, const std::int64_t* b, double* sums) {
   for (int lane = 0; lane < lanes; lane += doubles) {
-    Vector<double> sum[entries];
-    for (int i = 0; i < entries; ++i) sum[i] = wide(sums + i * lanes + lane);
+    Vector<double> sum[entries] = {};  // of a run, and then runs: less is rounded away than patch by patch
     for (std::int64_t i = 0; i < count; ++i) {
       const double* patch = plane + places[i] + lane;
       const Vector<double> x[side] = {wide(patch + a[0]), wide(patch + a[1]), wide(patch + a[2])};
@@ -235,7 +234,7 @@ DISCEDIT_INLINE void add_tile(const double* plane, const std::int64_t* places, s
         }
       }
     }
-    for (int i = 0; i < entries; ++i) store(sums + i * lanes + lane, sum[i]);
+    for (int i = 0; i < entries; ++i) store(sums + i * lanes + lane, wide(sums + i * lanes + lane) + sum[i]);
   }
 }
 
