@@ -565,16 +565,18 @@ def status() -> list[Status]:
     present = torch.cuda.get_device_name() if torch.cuda.is_available() else "torch finds no CUDA device"
     installed = importlib.util.find_spec("triton") is not None
     triton = f"triton {version('triton')}, {present}" if installed else "triton is not installed"
+
+    def having(backend: str) -> tuple[str, ...]:
+        return tuple(op for op in OPS if op in IMPLEMENTATIONS[backend])
+
     return [
         Status("cpp", module is not None, cpp, OPS if module else ()),
         Status(
-            "cuda", cuda, f"discedit._cuda {missing}" if missing else f"discedit._cuda, {present}", OPS if cuda else ()
+            "cuda",
+            cuda,
+            f"discedit._cuda {missing}" if missing else f"discedit._cuda, {present}",
+            having("cuda") if cuda else (),
         ),
-        Status(
-            "triton",
-            installed and torch.cuda.is_available(),
-            triton,
-            tuple(op for op in OPS if op in IMPLEMENTATIONS["triton"]) if installed else (),
-        ),
+        Status("triton", installed and torch.cuda.is_available(), triton, having("triton") if installed else ()),
         Status("reference", True, f"torch {torch.__version__}, float64, any device", OPS),
     ]

@@ -105,5 +105,16 @@ def test_doctor_tells_what_runs_and_why_not():
     assert "reference  runs" in report
 
 
+def test_doctor_lists_no_op_that_a_backend_lacks(monkeypatch):
+    """As if there were a GPU and kernels for it."""
+    monkeypatch.setattr(_backends, "cuda_module", lambda: (object(), ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    for backend in _backends.status():
+        has = backend.name != "triton" or find_spec("triton") is not None
+        assert set(backend.ops) == (set(_backends.OPS) & set(_backends.IMPLEMENTATIONS[backend.name]) if has else set())
+    assert "patch_moments" not in next(backend for backend in _backends.status() if backend.name == "cuda").ops
+
+
 def test_doctor_without_extension(without_extension):
     assert "cpp        cannot run  not built: no C++ compiler found" in doctor()[1]
