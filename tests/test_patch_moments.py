@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import BACKENDS, before_the_end_of_memory, hostile_maps
 
-from discedit import _checks, ops, reference
+from discedit import _checks, ops, reference, zoo
 from discedit._backends import IMPLEMENTATIONS
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -134,6 +134,19 @@ def test_positions(backend, memory_format, places):
         assert torch.equal(ops.patch_moments(x, 3, positions=positions.flip(0), **options)[2], scatter)
         everywhere = ops.patch_moments(x, 3, **options)
         assert torch.equal(ops.patch_moments(x, 3, positions=torch.arange(28), **options)[2], everywhere[2])
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["conv1", "layer2.0.conv1", "layer3.2.conv2"])
+def test_what_convolutions_of_a_trained_network_read(cifar, name):
+    """Behind a ReLU: many zeros, dead channels, no centre that suits all."""
+    model, train, _ = cifar
+    layer, seen = model.get_submodule(name), []
+    with layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])), torch.no_grad():
+        model(next(iter(zoo.batches(train)))[0][:64])
+    for x in (seen[0], seen[0].bfloat16()):
+        ours = ops.patch_moments(x, layer.kernel_size, stride=layer.stride, padding=layer.padding)
+        assert_right(ours, x, layer.kernel_size, stride=layer.stride, padding=layer.padding)
 
 
 def test_large_maps_go_band_by_band():
