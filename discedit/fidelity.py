@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from discedit import _checks, _files
+from discedit import _checks, _files, ops
 from discedit._batches import call, chosen, first_tensor
 from discedit._calibration import CHUNK, gram_of, padding_of, why_not_read
 from discedit._checkpoint import Checkpoint, Progress, digest_of
@@ -466,11 +466,13 @@ class _Reader(ExitStack):
         looked = math.prod(size) if places is None else len(places)
         step = max(1, CHUNK // max(1, looked * math.prod(weight.shape[1:])))
         for start in range(0, len(x), step):
-            rows = _rows(module, x[start : start + step], size, places)
-            given = None
-            if self.moments.kind == "singleton":
+            some = x[start : start + step]
+            rows = _rows(module, some, size, places)
+            if self.moments.kind == "full":
+                part = _of_all_pairs(rows, weight)
+            else:
                 given = _outputs(module, output[start : start + step], places)
-            part = _of_rows(rows, given, weight)
+                part = _of_each_channel(_patches(module, some, rows, places), rows, given, weight)
             found = part if found is None else found.merged(part)
         assert found is not None
         return found
@@ -530,27 +532,42 @@ def _weight_of(module: nn.Module) -> Tensor:
     return whole.detach().flatten(2).double().cpu() if whole.ndim > 2 else whole.detach()[:, :, None].double().cpu()
 
 
-def _of_rows(rows: Tensor, given: Tensor | None, weight: Tensor) -> InputMoments:
-    """The moments of rows (n, channels x taps) and, for singleton scores, of outputs (n, outputs)."""
-    number = len(rows)
+def _of_all_pairs(rows: Tensor, weight: Tensor) -> InputMoments:
+    """The moments of rows (n, channels x taps)."""
     mean = rows.mean(0, dtype=torch.float64)
-    rows = rows - mean.to(rows.dtype)
-    count = torch.tensor(number)
-    _, channels, taps = weight.shape
-    if given is None:
-        scatter = gram_of(rows).double()
-        return InputMoments(count, mean.view(channels, taps).cpu(), scatter.cpu(), weight)
-    if taps == 1:
-        scatter = rows.square().sum(0)[:, None, None]
-    else:
-        blocks = rows.view(number, channels, taps).transpose(0, 1)
-        scatter = blocks.transpose(1, 2) @ blocks
+    scatter = gram_of(rows - mean.to(rows.dtype)).double()
+    return InputMoments(torch.tensor(len(rows)), mean.view(weight.shape[1:]).cpu(), scatter.cpu(), weight)
+
+
+def _of_each_channel(own: tuple[Tensor, Tensor], rows: Tensor, given: Tensor, weight: Tensor) -> InputMoments:
+    """From mean and scatter of each channel's patches, and rows and outputs (n, outputs) for what goes across."""
     mean_y = given.mean(0, dtype=torch.float64)
     given = given - mean_y.to(given.dtype)
+    # Around the mean of the outputs alone: that of the rows drops out. Yet they need it against rounding.
+    cross = given.T @ (rows - rows.mean(0))
     output = OutputMoments(
-        mean_y.cpu(), (given.T @ rows).double().view(-1, channels, taps).cpu(), given.square().sum(0).double().cpu()
+        mean_y.cpu(), cross.double().view(weight.shape).cpu(), given.square().sum(0, dtype=torch.float64).cpu()
     )
-    return InputMoments(count, mean.view(channels, taps).cpu(), scatter.double().cpu(), weight, output)
+    mean, scatter = (tensor.cpu() for tensor in own)
+    return InputMoments(torch.tensor(len(rows)), mean, scatter, weight, output)
+
+
+def _patches(module: nn.Module, x: Tensor, rows: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean (channels, taps) and scatter (channels, taps, taps) of what a layer reads of each channel."""
+    if isinstance(module, nn.Linear):
+        mean = rows.mean(0, dtype=torch.float64)
+        return mean[:, None], (rows - mean).square().sum(0)[:, None, None]
+    layer: Any = module
+    left, right, top, bottom = padding_of(layer)
+    _, mean, scatter = ops.patch_moments(
+        x,
+        layer.kernel_size,
+        stride=layer.stride,
+        padding=(top, bottom, left, right),
+        dilation=layer.dilation,
+        positions=None if places is None else places.to(x.device),
+    )
+    return mean, scatter
 
 
 def singleton_fidelity(
