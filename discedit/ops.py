@@ -251,7 +251,7 @@ def patch_moments(
         `torch.nn.functional.unfold`, that of ``weight[output, channel].flatten()``. Zeros without patches. The scatter
         is symmetric to the bit, and positive semidefinite up to rounding. Accumulated in float64 around a value from
         the channel's middle; backend "cpp" rounds the difference from it to float32 unless x is float64, gives the same
-        bits for every number of threads and every instruction set, reads no more of the map than the patches need, and
+        bits for every number of threads and every instruction set, reads little of the map that no patch needs, and
         takes about 1 MB per thread beyond the results where the rows of one patch fit into that. NaN or Inf in a patch
         makes the moments of that channel's taps that see it non-finite, and no others'.
 

@@ -3,7 +3,7 @@ import torch
 from helpers import BACKENDS, before_the_end_of_memory, hostile_maps
 
 from discedit import _checks, ops, reference, zoo
-from discedit._backends import IMPLEMENTATIONS
+from discedit._backends import IMPLEMENTATIONS, select
 
 EPSILON = torch.finfo(torch.float64).eps
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -346,3 +346,4 @@ def test_a_backend_that_cannot_run_says_why():
         ops.patch_moments(X, 3, backend="cuda")
     with pytest.raises(RuntimeError, match=r"'cpp' cannot run: it takes CPU tensors, and these are on meta"):
         ops.patch_moments(X.to("meta"), 3, backend="cpp")
+    assert select("patch_moments", "auto", torch.device("meta")) is reference.patch_moments
