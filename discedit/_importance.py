@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ OF_WEIGHTS = ("l1", "l2", "random")
 OF_READERS = ("energy", "reconstruction", "combined", "fidelity")
 CRITERIA = (*REDUCTIONS, *OF_WEIGHTS, *OF_READERS)
 GIVEN = "given"  # importances of the caller's own
+AROUND_ZERO = "fidelity around zero"  # no criterion: of `fidelities`
 RIDGE = 1e-4  # of the mean variance of an input
 TINY = 1e-300
 
@@ -211,6 +212,20 @@ def _of_readers(
     return values, why
 
 
+def fidelities(
+    model: nn.Module, graph: Graph, found: Mapping[str, Components], inputs: Any
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Of each component the fidelity around zero, as in ModHiFi: where nothing takes the mean of what goes.
+
+    Args:
+        inputs: images in parts.
+
+    Returns:
+        layer -> (components,) float64 in [0, 1], NaN where what is read is not finite; layer -> why there is none.
+    """
+    return _of_readers(model, {}, AROUND_ZERO, graph, found, inputs, {})
+
+
 def fits_of(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[str, tuple[Fit, int]]:
     """Moments of what layers read and give, and how many channels they read; of those that run just once.
 
@@ -334,7 +349,19 @@ def _eliminated(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
     return lost
 
 
-JUDGES = {"energy": _energies, "fidelity": _fidelities}  # by criterion; others eliminate
+def _fidelities_around_zero(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
+    raw = []
+    for surgeon, blocks in parts:
+        fit = surgeon.fit
+        second = fit.xx + torch.outer(fit.mean_x, fit.mean_x)
+        if not bool(second.isfinite().all()):
+            return torch.full((len(blocks),), torch.nan, dtype=torch.float64)
+        raw.append((replace(surgeon, fit=replace(fit, xx=second)), blocks))
+    return _fidelities(raw)
+
+
+# By criterion; others eliminate.
+JUDGES = {"energy": _energies, "fidelity": _fidelities, AROUND_ZERO: _fidelities_around_zero}
 
 
 class _Elimination:

@@ -13,7 +13,8 @@ from discedit import _checks
 from discedit.scores import Scores
 
 SIGNS = ("up", "any")
-MEASURES = ("score", "specific")
+OF_DATA = ("fidelity", "contrast")
+MEASURES = ("score", "specific", *OF_DATA)
 LIMITS = ("fraction", "top", "deviations", "damage")
 ROUNDING = 1 + 1e-12
 Units = Mapping[str, Sequence[Sequence[int]]]  # layer -> the rows of each of its components
@@ -25,7 +26,7 @@ class Ranking:
 
     Attributes:
         places: (layer, component), the first to go first.
-        values: layer -> (components,) float64: what they are ranked by; -1 where a component is never to go.
+        values: layer -> (components,) float64: what they are ranked by; not above 0 where a component is never to go.
         spread: layer -> mean and standard deviation of what its components are ranked by, all of them.
         sizes: how many components the layers have together.
     """
@@ -61,7 +62,12 @@ def rank(scores: Scores, units: Units, cls: int, others: Sequence[int], *, by: s
             active = torch.stack([up[list(rows), cls].double().mean() for rows in parts]) > 0.5
             of_parts = torch.where(active, of_parts, -1.0)
         values[layer] = of_parts.double()
-    places = [(layer, part) for layer, parts in units.items() for part in range(len(parts))]
+    return ranked(values, spread)
+
+
+def ranked(values: dict[str, Tensor], spread: dict[str, tuple[float, float]]) -> Ranking:
+    """All layers together, the highest first; what is not above 0 never goes."""
+    places = [(layer, part) for layer, of_parts in values.items() for part in range(len(of_parts))]
     together = torch.cat(list(values.values()))
     order = together.argsort(descending=True, stable=True).tolist()
     return Ranking([places[i] for i in order if together[i] > 0], values, spread, len(places))

@@ -17,6 +17,7 @@ from discedit._batches import call, device_of, first_tensor, moved, undisturbed
 from discedit._calibration import SAMPLES, norms_behind, runs_in_order, why_not_fitted
 from discedit._erase import erased, why_not_erased
 from discedit._graph import Graph
+from discedit._relevance import rank_by_fidelity
 from discedit._repair import repaired
 from discedit._retain import Classified
 from discedit._silence import AROUND, bias_of, silenced
@@ -24,9 +25,11 @@ from discedit.prune import check_layers, record, why_not_editable
 from discedit.recipe import Edit, Recipe, architecture_of, copied, joined
 from discedit.scores import Scores
 
+METHODS = ("discedit", "modhifi")
 REPAIRS = ("none", "mean", "least_squares")
 TARGETS = ("forget_accuracy", "retain_drop")
 COMPONENTS = ("auto", "directions", "rows", "heads")
+KINDS = {"rows": ("filters", "neurons"), "heads": ("heads",)}
 FRACTION = {"none": 0.06, "mean": 0.06, "least_squares": 0.08}  # by repair
 FORGET = 0.05  # the target where there is data and nothing to repair
 # Shares of the layers, from the last, that directions are erased from: by default, and at most in a search.
@@ -44,17 +47,18 @@ def unlearn(
     scores: Scores,
     *,
     classes: Sequence[int] | Callable[[int], bool],
+    method: str = "discedit",
     fraction: float | None = None,
     top: int | None = None,
     deviations: float | None = None,
     damage: float | None = None,
     forget_accuracy: float | None = None,
     retain_drop: float | None = None,
-    by: str = "score",
+    by: str | None = None,
     sign: str = "up",
     layers: Iterable[str] | None = None,
     components: str = "auto",
-    factor: float = 0.0,
+    factor: float | None = None,
     around: str = "auto",
     repair: str = "none",
     protection: float = PROTECTION,
@@ -76,6 +80,9 @@ def unlearn(
         model: the model that `scores` came from; unchanged unless `inplace`.
         scores: from `discedit.score`.
         classes: class indices to forget, or a predicate on them, such as ``lambda label: label >= 5``.
+        method: "discedit"; "modhifi": the rows or heads of highest fidelity on the class to forget give zero, or are
+            negated where the model has layer norms. It stands for ``by="fidelity"``, ``around="zero"`` and its own
+            `factor`, each unless given, and needs `data`.
 
         fraction: share of the chosen layers' rows or heads to edit for each class, in (0, 1); at least one goes. At
             most one of these limits is given. By default the target ``forget_accuracy=0.05`` when data is given, else a
@@ -100,21 +107,27 @@ def unlearn(
             "rows": filters and neurons. They are ranked together by their score for the class, and the highest are
             silenced; several classes each get their own ranking. "heads": heads of attention, which are edited as a
             whole by their rows of the values, found on `example_inputs`. "auto": directions where there is data and no
-            argument that speaks of rows (`layers`, a limit, `by`, `sign`, `around`, `repair` or `remove`), else rows.
-        by: "score"; "specific": the score minus the highest that the component has for a class that stays.
-        sign: "up": only components more active for the class than for the rest; "any".
+            argument that speaks of rows (`layers`, a limit, `by`, `sign`, `around`, `repair`, `remove` or `method`),
+            else rows.
+        by: what ranks rows and heads. "score" (the default); "specific": the score minus the highest that the component
+            has for a class that stays. By samples in `data`, up to 1,024 of each kind, where one component can be told
+            from another (no channels of a residual stream): "fidelity" (the default of "modhifi"), in [0, 1]: how much
+            of what the layers that read the component give it gives alone, with the best factor, on samples of the
+            class; "contrast": that minus the same on samples of the classes that stay.
+        sign: "up": only components more active for the class than for the rest; "any". Fidelities have none.
         layers: names of layers to choose from; by default the last third of those scored that can be edited, where
             features are specific to classes. For directions, layers that read: any convolution (not in groups) and
             linear layer with a bias, or a batch norm behind, the head too. By default the last tenth of them, at least
             two, since more lowers what the others keep; with targets, up to the last third.
 
         factor: what a component's output is multiplied by: 0 (it is zeroed, or erased), between 0 and 1 (attenuated),
-            -1 (negated).
+            -1 (negated). By default 0; with "modhifi" -1 where the model has a layer norm.
         around: of rows and heads. "mean": an output y behind the layer's norm becomes m + factor * (y - m), where m is
             its mean over 256 samples of `data`, as many of each class that stays: with factor=0 the component gives m,
             whatever it sees, and the layers behind it get what they are used to. "zero": m = 0. "auto": "mean" when
             data is given and every chosen layer has a bias, of its own or its norm's, that can carry m, else "zero";
-            and where no edit around the mean meets a target of forgetting that one around zero meets.
+            and where no edit around the mean meets a target of forgetting that one around zero meets. With "modhifi"
+            "zero".
         repair: of rows and heads. "none"; "least_squares": every layer behind the first edited one, but the head, gets
             new weights, so that it gives what it gave before on samples of the classes that stay; `protection` keeps
             it from learning back what the class needs: less is lost for the same forgetting, at some passes over
@@ -127,7 +140,7 @@ def unlearn(
             to 1,024 of each kind.
         remove: also remove the zeroed filters, neurons or heads physically, where nothing else shares them; needs
             `example_inputs`. What stays zeroed is in `Edit.skipped`.
-        example_inputs: as for `prune`.
+        example_inputs: as for `prune`. Fidelities take two samples of `data` where none are given.
 
     Returns:
         `Edit` with the edited model, its recipe and a summary. Where no target was given and more than 5 % of the
@@ -135,28 +148,40 @@ def unlearn(
 
     Raises:
         ValueError: unknown classes or classes without samples, several limits or one out of range, scores of another
-            model, no component to choose from, or an argument without the data or inputs that it needs.
+            model, no component to choose from, arguments that do not go together, or one without the data or inputs
+            that it needs.
 
     Sources: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (there the top components of each layer, of any sign, are
     masked: `preset("discedit_u")`). Directions are erased as by LEACE (Belrose et al., NeurIPS 2023), there from
-    features, here from weights. The repair is that of `prune`, with the second moments of the forgotten classes as
-    penalty.
+    features, here from weights. "modhifi": ModHiFi-U (Kashyap, Murti, Nayak, Narshana and Bhattacharyya, ModHiFi,
+    NeurIPS 2025), there a given share of the last layers; "contrast" is not from there. The repair is that of `prune`,
+    with the second moments of the forgotten classes as penalty.
     """
     op = "unlearn"
     forget = _checked_classes(scores, classes)
     others = [cls for cls in range(scores.num_classes) if cls not in forget and int(scores.counts[cls])]
     limit = _limit(fraction, top, deviations, damage, forget_accuracy, retain_drop)
+    _checks.choice(op, "method", method, METHODS)
     of_rows = {
         limit[0]: limit[0] in _selection.LIMITS,
-        "by": by != "score",
+        "by": by not in (None, "score"),
         "sign": sign != "up",
         "around": around not in ("auto", "mean"),
         "repair": repair != "none",
         "remove": remove,
+        "method": method != "discedit",
     }
+    if by is None:
+        by = "fidelity" if method == "modhifi" else "score"
+    if factor is None:
+        normed = any(isinstance(module, nn.LayerNorm) for module in model.modules())
+        factor = -1.0 if method == "modhifi" and normed else 0.0
+    if method == "modhifi" and around == "auto":
+        around = "zero"
     _check_options(
         limit,
         of_rows,
+        method=method,
         components=components,
         by=by,
         sign=sign,
@@ -194,7 +219,23 @@ def unlearn(
         limit = ("forget_accuracy", FORGET) if data is not None and repair == "none" else ("fraction", FRACTION[repair])
     if limit[0] == "forget_accuracy":
         targets["forget_accuracy"] = limit[1]
-    units = _units(model, scores, layers, components, example_inputs)
+    graph = None
+    if components == "heads" or by in _selection.OF_DATA:
+        if example_inputs is None:
+            assert samples is not None
+            example_inputs = samples.labelled("forget", 2)[0][0]
+        graph = Graph(op, model, example_inputs)
+    units = _units(model, scores, layers, graph, KINDS[components])
+    if by in _selection.OF_DATA:
+        assert graph is not None
+        assert samples is not None
+        rankings, unread = rank_by_fidelity(model, graph, graph.find(units, KINDS[components])[0], samples, by)
+        if unread and layers is not None:
+            layer, why = next(iter(unread.items()))
+            raise ValueError(f"{op}: layer {layer!r} cannot be ranked by={by!r}: {why}.")
+        units = {layer: parts for layer, parts in units.items() if layer not in unread}
+    else:
+        rankings = _rankings(scores, units, forget, others, by, sign)
     automatic = around == "auto"
     if automatic:
         can = data is not None and not remove and all(bias_of(model, layer, scores.norms.get(layer)) for layer in units)
@@ -204,13 +245,13 @@ def unlearn(
         scores=scores,
         forget=forget,
         units=units,
-        rankings=_rankings(scores, units, forget, others, by, sign),
+        rankings=rankings,
         factor=float(factor),
         around=around,
         repair=repair,
         protection=float(protection),
         data=samples,
-        settings={"by": by, "sign": sign, "components": components},
+        settings={"method": method, "by": by, "sign": sign, "components": components},
     )
     if targets:
         edit, missed = _searched(plan, targets)
@@ -242,6 +283,7 @@ def _check_options(
     limit: tuple[str, float],
     of_rows: Mapping[str, bool],
     *,
+    method: str,
     components: str,
     by: str,
     sign: str,
@@ -266,6 +308,11 @@ def _check_options(
             raise ValueError(f"{op}: {name} must be a finite number{least}, got {value!r}.")
     if factor == 1:
         raise ValueError(f"{op}: factor must not be 1, which changes nothing, got {factor!r}.")
+    of_data = by in _selection.OF_DATA
+    if method == "modhifi" and not of_data:
+        raise ValueError(f"{op}: by must be 'fidelity' or 'contrast' with method='modhifi', got {by!r}.")
+    if of_data and sign != "up":
+        raise ValueError(f"{op}: sign must not be given with by={by!r}, which has none, got {sign!r}.")
     directions = components == "directions"
     foreign = [name for name, given in of_rows.items() if given]
     if directions and foreign:
@@ -274,6 +321,8 @@ def _check_options(
         )
     needs = {
         "components='directions'": directions,
+        "method='modhifi'": method == "modhifi",
+        f"by={by!r}": of_data,
         "targets": limit[0] in TARGETS,
         f"repair={repair!r}": repair != "none",
         "around='mean'": around == "mean",
@@ -283,7 +332,7 @@ def _check_options(
             raise ValueError(f"{op}: {name} needs data, labelled batches of all classes, got data=None.")
     if remove and (factor or around == "mean"):
         raise ValueError(f"{op}: remove needs factor=0 and around='zero', got factor={factor!r}, around={around!r}.")
-    for name, needed in (("remove=True", remove), ("components='heads'", components == "heads")):
+    for name, needed in (("remove=True", remove), ("components='heads'", components == "heads" and not of_data)):
         if needed and example_inputs is None:
             raise ValueError(f"{op}: {name} needs example_inputs, got None.")
 
@@ -514,16 +563,16 @@ def _checked_classes(scores: Scores, classes: Any) -> list[int]:
 
 
 def _units(
-    model: nn.Module, scores: Scores, layers: Iterable[str] | None, components: str, example_inputs: Any
+    model: nn.Module, scores: Scores, layers: Iterable[str] | None, graph: Graph | None, kinds: Iterable[str]
 ) -> dict[str, list[tuple[int, ...]]]:
-    """Layer -> the rows of each component that may be chosen."""
+    """Layer -> the rows of each component that may be chosen: all rows, or with a graph what it finds of some kinds."""
     chosen = list(dict.fromkeys(check_layers("unlearn", model, scores, layers)))
     reasons = {layer: why for layer in chosen if (why := why_not_editable(model, layer))}
     units: dict[str, list[tuple[int, ...]]] = {
         layer: [(row,) for row in range(len(scores[layer]))] for layer in chosen if layer not in reasons
     }
-    if components == "heads":
-        found, unfit = Graph("unlearn", model, example_inputs).find(list(units), ["heads"])
+    if graph is not None:
+        found, unfit = graph.find(units, kinds)
         reasons |= unfit
         units = {layer: [tuple(rows) for rows in parts.rows] for layer, parts in found.items()}
     if layers is None:

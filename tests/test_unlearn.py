@@ -664,6 +664,8 @@ KINDS = {
     "biases": {"data": True, "repair": "mean"},
     "least squares": {"data": True, "repair": "least_squares", "layers": ["conv2", "fc1"]},
     "target": {"data": True, "around": "zero", "forget_accuracy": 0.7},
+    "modhifi": {"data": True, "method": "modhifi"},
+    "contrast": {"data": True, "by": "contrast"},
     "directions": {"data": True},
     "directions, mirrored": {"data": True, "components": "directions", "layers": ["fc2"], "factor": -0.5},
     "directions, target": {"data": True, "retain_drop": 0.5},
@@ -714,7 +716,7 @@ BAD = {
     "fraction=0.1, top=2": r"at most one of fraction, top, deviations, damage or the targets forget_accuracy and "
     r"retain_drop may be given, got fraction=0.1, top=2\.",
     "damage=0.1, retain_drop=0.2, data=DATA": r"at most one of .* got damage=0.1, retain_drop=0.2\.",
-    "by='rank'": r"by must be one of 'score', 'specific', got 'rank'\.",
+    "by='rank'": r"by must be one of 'score', 'specific', 'fidelity', 'contrast', got 'rank'\.",
     "sign='down'": r"sign must be one of 'up', 'any', got 'down'\.",
     "components='filters'": r"components must be one of 'auto', 'directions', 'rows', 'heads', got 'filters'\.",
     "around='median'": r"around must be one of 'auto', 'zero', 'mean', got 'median'\.",
@@ -723,7 +725,25 @@ BAD = {
     "factor=1.0": r"factor must not be 1, which changes nothing, got 1.0\.",
     "factor='0'": r"factor must be a finite number, got '0'\.",
     "factor=float('nan')": r"factor must be a finite number, got nan\.",
-    "factor=None": r"factor must be a finite number, got None\.",
+    "method='salun'": r"method must be one of 'discedit', 'modhifi', got 'salun'\.",
+    "method='modhifi'": r"method='modhifi' needs data, labelled batches of all classes, got data=None\.",
+    "by='fidelity'": r"by='fidelity' needs data, labelled batches of all classes, got data=None\.",
+    "by='contrast'": r"by='contrast' needs data, labelled batches of all classes, got data=None\.",
+    "method='modhifi', data=DATA, by='specific'": r"by must be 'fidelity' or 'contrast' with method='modhifi', got "
+    r"'specific'\.",
+    "method='modhifi', data=DATA, by='score'": r"by must be .* got 'score'\.",
+    "method='modhifi', data=DATA, sign='any'": r"sign must not be given with by='fidelity', which has none, got "
+    r"'any'\.",
+    "by='contrast', data=DATA, sign='any'": r"sign must not be given with by='contrast', which has none, got 'any'\.",
+    "method='modhifi', data=DATA, components='directions'": r"components='directions' takes no argument that speaks of "
+    r"rows, got one for method\.",
+    "by='contrast', data=DATA, components='directions'": r"components='directions' takes .*, got one for by\.",
+    "method='modhifi', data=DATA, factor=0.5, remove=True, example_inputs=X": r"remove needs .*, got factor=0.5, "
+    r"around='zero'\.",
+    "method='modhifi', data=[(X * float('nan'), Y)]": r"data must give finite feature maps, what reads "
+    r"'conv3' gets NaN or inf\.",
+    "method='modhifi', data=[(X, Y)], classes=[1, 5]": r"data must hold samples of every class to forget, it holds "
+    r"none of class 5\.",
     "protection=-1, repair='least_squares', data=DATA": r"protection must be a finite number of at least 0, got -1\.",
     "protection=float('inf')": r"protection must be a finite number of at least 0, got inf\.",
     "forget_accuracy=0.1": r"targets needs data, labelled batches of all classes, got data=None\.",
@@ -802,3 +822,191 @@ def test_a_repair_with_nothing_to_repair_says_so(trained, digit_scores):
         unlearn(
             model, digit_scores, classes=[2], layers=["fc1"], fraction=0.1, repair="least_squares", data=list(loader)
         )
+
+
+# Neurons of `known`: two that tell class 0 best and that nothing reads, two of each class in turn, one for all.
+UNREAD, SHARED = [0, 1], 8
+
+
+def of_known(cls):
+    return [2 + 2 * cls, 3 + 2 * cls]
+
+
+@functools.cache
+def known():
+    """A network whose classes go through known neurons, its scores, its samples: the last feature is noise alone.
+
+    The neurons of a class give the same for all of its samples: in their variance there is nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    own = functional.one_hot(labels, 3).float()
+    x = own + 0.3 * (1 - own) * torch.rand(300, 3, generator=generator)
+    x = torch.cat([x, 2 * torch.rand(300, 1, generator=generator) - 1], 1)
+    model = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 3)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        reads, gives = model[0].weight, model[2].weight
+        reads[UNREAD, 0] = 5.0
+        model[0].bias[UNREAD] = -3.0
+        for cls in range(3):
+            reads[of_known(cls), cls] = torch.tensor([1.0, 1.5])
+            gives[:, of_known(cls)] = -1.0
+            gives[cls, of_known(cls)] = 1.0
+        reads[SHARED, 3] = model[0].bias[SHARED] = 1.0
+        gives[:, SHARED] = 0.1
+    return model, score(collect_moments(model, [(x, labels)], 3, layers=["0"])), (x, labels)
+
+
+def by_hand(model, x):
+    """Fidelity around zero of each neuron, from samples alone."""
+    with torch.no_grad():
+        parts = model[1](model[0](x)).double()[:, None, :] * model[2].weight.double()  # samples, outputs, neurons
+    whole = parts.sum(2, keepdim=True)
+    both, own, energy = ((a * b).mean(0) for a, b in ((whole, parts), (parts, parts), (whole, whole)))
+    return torch.where(own > 0, both**2 / (own * energy), 0.0).mean(0)
+
+
+def test_modhifi_takes_what_its_class_goes_through():
+    model, scores, (x, labels) = known()
+    options = {"layers": ["0"], "data": [(x, labels)]}
+    before = accuracy_per_class(model, [(x, labels)], 3)
+    assert torch.equal(before, torch.ones(3, dtype=before.dtype))
+    for cls in range(3):
+        due = by_hand(model, x[labels == cls]).argsort(descending=True)[:2].tolist()
+        assert sorted(due) == of_known(cls)
+        edit = unlearn(model, scores, classes=[cls], method="modhifi", top=2, **options)
+        assert edit.recipe.components == {"0": of_known(cls)}
+        after = accuracy_per_class(edit.model, [(x, labels)], 3)
+        assert after.tolist() == [float(k != cls) for k in range(3)]
+    settings = edit.recipe.settings
+    assert {name: settings[name] for name in ("method", "by", "around", "factor", "repair", "components")} == {
+        "method": "modhifi", "by": "fidelity", "around": "zero", "factor": 0.0, "repair": "none", "components": "rows",
+    }  # fmt: skip
+    assert not output_of(edit.model, "0", x)[:, of_known(2)].any()
+    # Scores take neurons that do not matter.
+    by_score = unlearn(model, scores, classes=[0], top=2, around="zero", **options)
+    assert by_score.recipe.components == {"0": UNREAD}
+    assert float(accuracy_per_class(by_score.model, [(x, labels)], 3)[0]) == 1
+    assert by_score.recipe.settings["method"] == "discedit"
+    assert by_score.recipe.settings["by"] == "score"
+
+
+def test_contrast_leaves_what_all_classes_share():
+    model, scores, (x, labels) = known()
+    with torch.no_grad():
+        loud = copy.deepcopy(model)
+        loud[2].weight[:, SHARED] = 4.0
+    options = {"layers": ["0"], "data": [(x, labels)], "top": 1}
+    assert by_hand(loud, x[labels == 1]).argmax() == SHARED
+    assert unlearn(loud, scores, classes=[1], by="fidelity", **options).recipe.components == {"0": [SHARED]}
+    contrast = by_hand(loud, x[labels == 1]) - by_hand(loud, x[labels != 1])
+    for method in ("discedit", "modhifi"):
+        edit = unlearn(loud, scores, classes=[1], by="contrast", method=method, **{**options, "top": 2})
+        assert edit.recipe.components == {"0": of_known(1)}
+        assert sorted(contrast.argsort(descending=True)[:2].tolist()) == of_known(1)
+        assert edit.recipe.settings["by"] == "contrast"
+        assert edit.recipe.settings["around"] == {"discedit": "mean", "modhifi": "zero"}[method]
+    # What is no higher for the class than for the others never goes.
+    everything = unlearn(loud, scores, classes=[1], by="contrast", **{**options, "top": 9})
+    assert everything.recipe.components == {"0": (contrast > 0).nonzero()[:, 0].tolist()}
+    assert len(everything.recipe.components["0"]) < 9
+
+
+def test_modhifi_ranks_for_each_class_and_what_is_given_wins():
+    model, scores, (x, labels) = known()
+    options = {
+        "method": "modhifi",
+        "layers": ["0"],
+        "data": [(x[i : i + 70], labels[i : i + 70]) for i in range(0, 300, 70)],
+    }
+    both = unlearn(model, scores, classes=[0, 2], top=2, **options)
+    assert both.recipe.components == {"0": of_known(0) + of_known(2)}
+    edit = unlearn(model, scores, classes=[1], top=2, factor=-0.5, around="mean", **options)
+    y, found = (output_of(net, "0", x)[:, of_known(1)] for net in (model, edit.model))
+    m = output_of(model, "0", x[labels != 1])[:, of_known(1)].mean(0)
+    torch.testing.assert_close(found, m - 0.5 * (y - m), rtol=1e-4, atol=1e-5)
+    # By default the target of rows; at most half of the neurons are tried.
+    searched = unlearn(model, scores, classes=[1], **options)
+    assert searched.recipe.settings["targets"]["forget_accuracy"] == {"asked": 0.05, "reached": 0.0, "met": True}
+    assert set(searched.recipe.components["0"]) <= set(of_known(1))
+    smaller = unlearn(model, scores, classes=[1], top=2, remove=True, example_inputs=x[:2], **options)
+    assert smaller.model[0].out_features == 7
+    for inputs in (x, x[labels == 1]):
+        with torch.no_grad():
+            zeroed = unlearn(model, scores, classes=[1], top=2, **options).model(inputs)
+            torch.testing.assert_close(smaller.model(inputs), zeroed)
+
+
+def test_layers_that_nothing_reads_as_rows():
+    torch.manual_seed(0)
+    x, labels = torch.randn(60, 1, 6, 6), torch.arange(60) % 2
+    x += labels[:, None, None, None]
+    parts = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(180, 2)]
+    model = nn.Sequential(*parts).eval()
+    scores = score(collect_moments(model, [(x, labels)], 2))
+    options = {"classes": [1], "method": "modhifi", "data": [(x, labels)], "top": 1}
+    reason = "it is read by 2: it is a ConvTranspose2d; only Conv2d and Linear can be fitted"
+    with pytest.raises(ValueError, match=rf"^unlearn: layers must name .* by='fidelity' can rank \(0: {reason}\)\.$"):
+        unlearn(model, scores, layers=["0"], **options)
+    with pytest.raises(ValueError, match=rf"^unlearn: layer '0' cannot be ranked by='fidelity': {reason}\.$"):
+        unlearn(model, scores, layers=["0", "2"], **options)
+    edit = unlearn(model, scores, layers=["2"], **options)  # each of its filters is read on 36 features
+    assert edit.recipe.settings["layers"] == ["2"]
+    with torch.no_grad():
+        maps = model[:4](x[labels == 1]).double()
+        weight = model[5].weight.double().view(2, 5, 36)
+        given = torch.einsum("ncp,ocp->nco", maps.flatten(2), weight)
+    whole = given.sum(1, keepdim=True)
+    due = ((whole * given).mean(0) ** 2 / ((given**2).mean(0) * (whole**2).mean(0))).mean(1)
+    assert edit.recipe.components == {"2": [int(due.argmax())]}
+    residual = Residual(nn.ReLU()).eval()
+    scores = score(collect_moments(residual, [(x, labels)], 2))
+    assert unlearn(residual, scores, **options).recipe.settings["layers"] == ["inner"]
+    with pytest.raises(ValueError, match="unlearn: layer 'out' cannot be edited: it shares its channels with first"):
+        unlearn(residual, scores, layers=["out"], **options)
+
+
+def test_modhifi_negates_before_layer_norms():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3}
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=3)
+    ).eval()
+    labels = torch.arange(60) % 3
+    x = torch.randn(3, 3, 16, 16)[labels] + torch.randn(60, 3, 16, 16)
+    data = [{"pixel_values": x, "labels": labels}]
+    scores = score(collect_moments(model, data, 3))
+    options = {"classes": [1], "method": "modhifi", "data": data, "top": 2}
+    edit = unlearn(model, scores, **options)
+    assert edit.recipe.settings["factor"] == -1.0
+    (layer,) = edit.recipe.components
+    assert layer == "vit.layers.2.mlp.fc1"
+    rows = edit.recipe.components[layer]
+    torch.testing.assert_close(output_of(edit.model, layer, x)[..., rows], -output_of(model, layer, x)[..., rows])
+    assert state_equal(edit.recipe.undo(edit.model), model)
+    zeroed = unlearn(model, scores, factor=0.0, **options)
+    assert zeroed.recipe.components == edit.recipe.components
+    assert not output_of(zeroed.model, layer, x)[..., rows].any()
+    heads = unlearn(model, scores, components="heads", **{**options, "top": 1})
+    ((layer, rows),) = heads.recipe.components.items()
+    assert ".2.attention" in layer
+    assert len(rows) == 8
+    assert rows[0] % 8 == 0
+    assert rows == list(range(rows[0], rows[0] + 8))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("by", ["fidelity", "contrast"])
+def test_modhifi_forgets_on_real_images(by, cifar, cifar_scores):
+    model, train, _ = cifar
+    data = zoo.batches(train)
+    edit = unlearn(model, cifar_scores, classes=[1], method="modhifi", by=by, data=data)
+    assert edit.recipe.settings["layers"] == [f"layer3.{i}.conv1" for i in range(3)]
+    before, after = (accuracies(net, data, [1]) for net in (model, edit.model))
+    assert before[0] > 0.9
+    assert after[0] <= 0.05
+    assert after[1] > before[1] - {"fidelity": 0.1, "contrast": 0.05}[by]
+    assert state_equal(edit.recipe.undo(edit.model), model)
