@@ -20,6 +20,7 @@ from discedit.evaluate import METRICS
 from discedit.moments import READS
 from discedit.prune import METHODS, REPAIRS
 from discedit.unlearn import COMPONENTS
+from discedit.unlearn import METHODS as UNLEARN_METHODS
 from discedit.unlearn import REPAIRS as UNLEARN_REPAIRS
 
 MANY = (1 << 63) - 1
@@ -382,6 +383,9 @@ def _unlearn(command: Parser) -> None:
         "--classes", type=_value(_names), required=True, metavar="A,B,...", help="names or indices to forget"
     )
     group.add_argument(
+        "--method", choices=UNLEARN_METHODS, default="discedit", help="how (default discedit; modhifi: by fidelity)"
+    )
+    group.add_argument(
         "--no-data",
         action="store_true",
         help="edit from the scores alone; --data then serves to compute them, if given",
@@ -389,7 +393,7 @@ def _unlearn(command: Parser) -> None:
     group.add_argument("--components", choices=COMPONENTS, default="auto", help="what is edited (default auto)")
     group.add_argument("--layers", type=_value(_names), metavar="A,B,...", help="layers to choose from")
     group.add_argument(
-        "--factor", type=_value(_finite), default=0.0, metavar="X", help="multiplies outputs (default 0)"
+        "--factor", type=_value(_finite), metavar="X", help="multiplies outputs (default 0, or -1 as --method says)"
     )
     group = command.add_argument_group("limit", "At most one; --forget-accuracy and --retain-drop may go together.")
     group.add_argument("--fraction", type=_value(_finite), metavar="X", help="share of the rows to edit for each class")
@@ -399,7 +403,7 @@ def _unlearn(command: Parser) -> None:
     group.add_argument("--forget-accuracy", type=_value(_finite), metavar="X", help="target for the classes to forget")
     group.add_argument("--retain-drop", type=_value(_finite), metavar="X", help="what the others may lose at most")
     group = command.add_argument_group("rows and heads")
-    group.add_argument("--by", choices=MEASURES, default="score", help="what ranks them (default score)")
+    group.add_argument("--by", choices=MEASURES, help="what ranks them (default score; of modhifi fidelity)")
     group.add_argument(
         "--sign", choices=SIGNS, default="up", help="which may go (default up: more active for the class)"
     )

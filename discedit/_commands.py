@@ -529,8 +529,8 @@ def unlearn_command(options: argparse.Namespace, console: Console) -> Result:
         forget = job.classes(options.classes)
         console.say("classes: " + ", ".join(f"{cls} ({job.names()[cls]})" for cls in forget))
         scores = _scores_of(job, given, pairs=False)
-        names = ("fraction", "top", "deviations", "damage", "forget_accuracy", "retain_drop", "by", "sign", "layers",
-                 "components", "factor", "around", "repair", "protection", "remove")  # fmt: skip
+        names = ("method", "fraction", "top", "deviations", "damage", "forget_accuracy", "retain_drop", "by", "sign",
+                 "layers", "components", "factor", "around", "repair", "protection", "remove")  # fmt: skip
         edit = unlearn(
             job.model,
             scores,

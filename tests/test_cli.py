@@ -226,6 +226,25 @@ def test_unlearn_from_scores_alone(place, scored, tmp_path, trained, digit_score
     assert Recipe.load(tmp_path / "b" / "unlearn.json").operations == expected.operations
 
 
+def test_unlearn_by_modhifi(place, scored, tmp_path, trained, digit_scores, capsys):
+    model, train, _ = trained
+    arguments = ["unlearn", *MODEL, "--scores", str(scored), "--classes", "3", "--method", "modhifi"]
+    weights = ["--weights", str(place / "weights.safetensors")]
+    assert main([*arguments, *weights, "--out", str(tmp_path / "a")]) == 2
+    assert "method='modhifi' needs data" in capsys.readouterr().err
+    data = [*with_data(place), "--scores", str(scored), "--classes", "3", "--method", "modhifi", "--top", "4"]
+    assert main(["unlearn", *data, "--out", str(tmp_path / "b")]) == 0
+    found = Recipe.load(tmp_path / "b" / "unlearn.json")
+    chosen = {"classes": [3], "method": "modhifi", "top": 4, "data": zoo.batches(train)}
+    expected = discedit.unlearn(model, digit_scores, **chosen).recipe
+    assert found.components == expected.components
+    assert found.operations == expected.operations
+    assert found.settings["by"] == "fidelity"
+    assert main(["unlearn", *data, "--by", "contrast", "--factor", "-1", "--out", str(tmp_path / "c")]) == 0
+    negated = Recipe.load(tmp_path / "c" / "unlearn.json").settings
+    assert (negated["by"], negated["factor"]) == ("contrast", -1.0)
+
+
 @pytest.fixture(scope="module")
 def edited(place, scored):
     """Run folders of a pruning and of an unlearning of what it left."""
