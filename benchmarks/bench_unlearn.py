@@ -188,12 +188,17 @@ _OF_DIRECTIONS: dict[str, dict[str, Any]] = {
     **{f"directions of the last {count} layers": {"readers": count} for count in (1, 2, 3, 4, 6, 8, 12, 16)},
     **{f"directions, factor={factor}": {"components": "directions", "factor": factor} for factor in (0.2, -0.2, -0.5)},
 }
+_OF_FIDELITY: dict[str, dict[str, Any]] = {
+    'method="modhifi"': {"method": "modhifi"},
+    'by="contrast"': {"by": "contrast"},
+}
 VARIANTS = {
     **{f"{title}, with data": Setting(title, options, data=True) for title, options in _OF_DIRECTIONS.items()},
     **{
         f"{title}, {'with' if data else 'without'} data": Setting(title, {"components": "rows", **options}, data=data)
         for data, (title, options) in product((False, True), _OF_ROWS.items())
     },
+    **{f"{title}, with data": Setting(title, options, data=True) for title, options in _OF_FIDELITY.items()},
     "remove=True, without data": Setting("remove=True", {"remove": True}),
     **{f"{title}, with data": Setting(title, options, data=True) for title, options in _REPAIRED.items()},
 }
