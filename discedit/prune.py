@@ -109,7 +109,8 @@ def prune(
             added; in the order in which they run, each on what those before it now give. "mean": the same for biases
             alone, which then carry the mean of what was removed. "compensation": what a reader makes of each channel
             that stays is scaled, for each output by the factor that makes up best for those that went
-            (`discedit.fidelity.compensation`, around the mean); then "batchnorm". These three look at up to 1,024
+            (`discedit.fidelity.compensation`, around the mean); then statistics of batch norms change by as much as
+            those of the smaller network differ from the whole one's on all of `data`. These three look at up to 1,024
             samples of `data`; Conv2d (not in groups) and Linear, with a bias or a batch norm behind them; others that
             read removed components are named in the recipe's settings. "batchnorm": the statistics of batch norms, on
             all of `data`. "none". "auto": "least_squares" when data is given, else "none".
@@ -320,9 +321,10 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         if result.skipped:
             edit.recipe.settings["unrepaired"] = result.skipped
         record(edit, result.before, result.values)
-    norms_too = options.repair == "batchnorm" or (compensates and batch_norms(edit.model))
-    if norms_too and options.data is not None:
+    if options.repair == "batchnorm" and options.data is not None:
         _reestimate_batch_norms(edit, options.data)
+    elif compensates and options.data is not None and batch_norms(edit.model):
+        _adapt_batch_norms(edit, model, options.data)
     edit.skipped = {layer: skipped[layer] for layer in chosen if layer in skipped}
     edit.widths = {layer: len(scores[layer]) for layer in rows}
     return _Step(
@@ -531,24 +533,57 @@ def why_not_editable(model: nn.Module, layer: str) -> str:
 
 
 def _reestimate_batch_norms(edit: Edit, data: Iterable[Any]) -> None:
-    """Averages each batch norm's statistics over `data`, in one pass, and adds to the recipe what does the same.
+    """Takes the statistics of batch norms from `data`, and adds to the recipe what does the same."""
+    after = _estimated(edit.model, data)
+    state = edit.model.state_dict()
+    before = {name: state[name].clone() for name in after}
+    edit.model.load_state_dict(after, strict=False)
+    record(edit, before, after)
+
+
+def _adapt_batch_norms(edit: Edit, model: nn.Module, data: Iterable[Any]) -> None:
+    """Changes the statistics of batch norms by as much as those on `data` differ from those of the model before.
+
+    Means by the difference, variances by the ratio, so that what sets `data` apart from what the network was trained on
+    (as augmentation does) changes nothing.
+    """
+    kept = {op.target: op.index for op in edit.recipe.operations if op.kind == "keep"}
+    whole, smaller = _estimated(model, data), _estimated(edit.model, data)
+    state, first = edit.model.state_dict(), model.state_dict()
+    before, after = {}, {}
+    for name in batch_norms(edit.model):
+        for buffer in (f"{name}.running_mean", f"{name}.running_var"):
+            index = torch.tensor(kept.get(buffer, range(len(first[buffer]))), device=first[buffer].device)
+            known, then, now = first[buffer][index], whole[buffer][index], smaller[buffer]
+            if buffer.endswith("mean"):
+                adapted = known + (now - then)
+            else:
+                adapted = torch.where(then > 0, now * known / then.clamp(min=torch.finfo(then.dtype).tiny), now)
+            before[buffer], after[buffer] = state[buffer].clone(), adapted
+    edit.model.load_state_dict(after, strict=False)
+    record(edit, before, after)
+
+
+def _estimated(model: nn.Module, data: Iterable[Any]) -> dict[str, Tensor]:
+    """Statistics of batch norms by name, averaged over `data` in one pass; the model is afterwards what it was.
 
     Batch averages, weighted by samples. A batch of a single sample, which may have no variance, is left out.
     """
-    norms = batch_norms(edit.model)
-    before = {
-        f"{name}.{buffer}": getattr(module, buffer).clone()
+    norms = batch_norms(model)
+    buffers = {
+        f"{name}.{buffer}": getattr(module, buffer)
         for name, module in norms.items()
         for buffer in ("running_mean", "running_var", "num_batches_tracked")
     }
+    before = {name: tensor.clone() for name, tensor in buffers.items()}
     momenta = {name: module.momentum for name, module in norms.items()}
-    device = device_of(edit.model)
+    device = device_of(model)
     index, seen = -1, 0
-    with undisturbed(edit.model):
-        for module in norms.values():
-            module.reset_running_stats()
-            module.train()
+    with undisturbed(model):
         try:
+            for module in norms.values():
+                module.reset_running_stats()
+                module.train()
             for index, batch in enumerate(data):
                 inputs, _ = split("prune", batch, index, device, labels_needed=False)
                 samples = samples_of("prune", inputs)
@@ -557,16 +592,19 @@ def _reestimate_batch_norms(edit: Edit, data: Iterable[Any]) -> None:
                 seen += samples
                 for module in norms.values():
                     module.momentum = samples / seen
-                call(edit.model, inputs)
+                call(model, inputs)
+            found = {name: tensor.clone() for name, tensor in buffers.items()}
         finally:
             for name, module in norms.items():
                 module.momentum = momenta[name]
+            for name, tensor in buffers.items():
+                tensor.copy_(before[name])
     if not seen:
         raise ValueError(
             "prune: data must give at least one batch of two samples to re-estimate batch norms on, it gave "
             f"{index + 1} batches, none of them so large."
         )
-    record(edit, before, edit.model.state_dict())
+    return found
 
 
 def record(edit: Edit, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:

@@ -84,14 +84,19 @@ def test_factors_and_bias_are_those_that_make_up(batches):
     assert (after - before).square().sum() < 0.5 * (plain - before).square().sum()
 
 
-def test_statistics_of_batch_norms_are_those_of_the_smaller_network(batches):
+def test_statistics_of_batch_norms_change_as_pruning_changes_them(batches):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
                           nn.Flatten(), nn.Linear(96, 4)).eval()  # fmt: skip
-    edit = pruned(model, batches, ratio={"0": 0.5})
-    x = torch.cat([edit.model[:3](batch) for batch in batches])
-    assert torch.allclose(edit.model[3].running_mean, x.mean((0, 2, 3)), atol=1e-4)
-    assert torch.allclose(edit.model[3].running_var, x.var((0, 2, 3)), rtol=0.05)
+    with torch.no_grad():
+        x = torch.cat([model[:3](batch) for batch in batches])
+        model[3].running_mean.copy_(x.mean((0, 2, 3)) + 0.3)  # as if training had seen other images
+        model[3].running_var.copy_(2 * x.var((0, 2, 3)))
+        edit = pruned(model, batches, ratio={"0": 0.5})
+        now = torch.cat([edit.model[:3](batch) for batch in batches])
+    assert torch.allclose(edit.model[3].running_mean, now.mean((0, 2, 3)) + 0.3, atol=1e-4)
+    assert torch.allclose(edit.model[3].running_var, 2 * now.var((0, 2, 3)), rtol=0.05)
+    assert edit.model[3].num_batches_tracked == model[3].num_batches_tracked
 
 
 def test_readers_that_cannot_be_fitted_are_named(batches):
