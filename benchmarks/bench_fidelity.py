@@ -150,7 +150,7 @@ def markdown(log: Log) -> str:
             f"Share of a layer's input channels, in percent, that reach a fidelity of {ENOUGH} (mean over outputs, "
             f"moments around zero, {IMAGES:,} training images, 49 positions of a map): chosen one by one (greedy), or "
             f"those of highest singleton fidelity (top-k). ModHiFi observes fewer than {100 * FEW:.0f} %. "
-            "![Plot](fidelity.png)",
+            "In the plot a line is a layer, from the first (light) to the last. ![Plot](fidelity.png)",
             ["model", "choice", "layers", f"layers below {100 * FEW:.0f} %", "least", "median", "most"],
             rows_of_curves(log),
         ),
