@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Subse
 from discedit import Moments, collect_blocks, collect_moments, zoo
 from discedit._group import Group, pack, unpack
 from discedit.distributed import ShardSampler, dropped_samples, own_samples
+from discedit.fidelity import SecondMoments, collect_second_moments
 
 
 def network():
@@ -432,3 +433,27 @@ def test_real_images_by_two_processes(cifar, tmp_path):
     assert codes == [0, 0], errors
     whole = collect_moments(model, DataLoader(zoo.cifar10("train", limit=500), 100), 10)
     assert_same(results(tmp_path, 2), whole)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_second_moments_are_those_of_one_process(wrapped, tmp_path):
+    script = f"""
+        data = dataset()
+        loader = DataLoader(data, batch_size=10, sampler=ShardSampler(data))
+        model = nn.parallel.DistributedDataParallel(network()) if {wrapped} else network()
+        options = {{"classes": [0, 2], "num_classes": 4}} if {wrapped} else {{}}
+        found = collect_second_moments(model, loader, positions=None, group="world", **options)
+        found.save(f"{{folder}}/second{{rank}}.safetensors")
+    """
+    codes, errors = launch(script, 3, tmp_path)
+    assert codes == [0] * 3, errors
+    files = [Path(tmp_path, f"second{rank}.safetensors").read_bytes() for rank in range(3)]
+    assert files[0] == files[1] == files[2]
+    found = SecondMoments.load(tmp_path / "second0.safetensors")
+    options = {"classes": [0, 2], "num_classes": 4} if wrapped else {}
+    whole = collect_second_moments(network(), DataLoader(dataset(), batch_size=10), positions=None, **options)
+    assert found.samples == whole.samples == (51 if wrapped else 101)
+    assert list(found) == list(whole)
+    for layer, state in whole.items():
+        for name, tensor in state.tensors().items():
+            assert torch.allclose(found[layer].tensors()[name].double(), tensor.double(), rtol=1e-12), (layer, name)
