@@ -51,6 +51,8 @@ def compensated(
         weight = whole.view(len(whole), channels, -1)
         kept = _others(channels, read[name])
         xx = fit.xx.cpu()
+        if not bool(xx.isfinite().all()):
+            raise ValueError(f"prune: data must give finite feature maps, what {name!r} reads holds NaN or Inf.")
         parts = Contributions(xx, (whole @ xx).view(weight.shape), weight, None)
         factors = parts.compensation(kept, RIDGE)
         rows = _others(len(whole), removed.get(name, []))

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 
 from discedit import _checks, _files, ops
 from discedit._batches import call, chosen, first_tensor
@@ -423,16 +424,15 @@ class _Reader(ExitStack):
         self.samples = self.counted = 0  # of a batch, and of them those that count
         bare = unwrapped(model)
         modules = dict(bare.named_modules())
-        chosen_ones = [name for name, m in modules.items() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
-        for name in [] if layers is None else list(layers):
-            why = (
-                f"it is none of the model's {len(modules)} modules" if name not in modules else why_not_read(bare, name)
-            )
-            if why:
-                raise ValueError(f"{OP}: layers must name layers that can be read, {name!r} cannot: {why}.")
-        chosen_ones = chosen_ones if layers is None else list(layers)
-        moments.skipped = {name: why for name in chosen_ones if (why := why_not_read(bare, name))}
-        self.layers = {name: modules[name] for name in chosen_ones if name not in moments.skipped}
+        names = [name for name, m in modules.items() if isinstance(m, (_ConvNd, nn.Linear))]
+        if layers is not None:
+            names = list(layers)
+            for name in names:
+                why = why_not_read(bare, name) if name in modules else f"it is none of the {len(modules)} modules"
+                if why:
+                    raise ValueError(f"{OP}: layers must name layers that can be read, {name!r} cannot: {why}.")
+        moments.skipped = {name: why for name in names if (why := why_not_read(bare, name))}
+        self.layers = {name: modules[name] for name in names if name not in moments.skipped}
         if not self.layers:
             raise ValueError(
                 f"{OP}: layers must be at least one that can be read ({moments.skipped or 'it is empty'})."
@@ -679,6 +679,8 @@ def greedy(
     Returns:
         The channels in the order in which they were chosen, and the fidelity after each, (k,) float64.
 
+    Memory: 8 outputs x channels^2 bytes.
+
     Raises:
         ValueError: k is no integer in 0..channels, and as `subset_fidelity`.
     """
@@ -688,19 +690,19 @@ def greedy(
     number = _number(op, k, channels)
     states = [Growing(parts, outputs) for parts in found for outputs in parts.chunks()]
     audible = sum(int((parts.energy() > 0).sum()) for parts in found)
-    chosen_ones: list[int] = []
+    taken: list[int] = []
     reached = torch.zeros(number, dtype=torch.float64)
     total = 0.0
     for step in range(number):
         gains = torch.stack([state.gains() for state in states]).sum(0)
-        gains[chosen_ones] = -1.0
+        gains[taken] = -1.0
         channel = int(gains.argmax())
         total += max(float(gains[channel]), 0.0)
         for state in states:
             state.add(channel)
-        chosen_ones.append(channel)
+        taken.append(channel)
         reached[step] = total / max(audible, 1)
-    return chosen_ones, reached.clamp(max=1.0)
+    return taken, reached.clamp(max=1.0)
 
 
 def _of_layers(

@@ -115,6 +115,7 @@ def test_errors(batches):
         ({"criterion": "max"}, "criterion='max' needs scores, got scores=None"),
         ({"criterion": "combined"}, "criterion='combined' needs scores, got scores=None"),
         ({"method": "discedit", "data": None, "repair": "compensation"}, "repair='compensation' needs data"),
+        ({"criterion": "l1", "data": [batches[0] * torch.nan]}, "data must give finite feature maps, what '3' reads"),
     ):
         with pytest.raises(ValueError, match=message):
             pruned(model, batches, **options)
