@@ -15,6 +15,7 @@ from torch import nn
 
 import discedit
 from discedit import _backends, ops
+from discedit.fidelity import collect_second_moments
 
 pytestmark = [
     pytest.mark.gpu,
@@ -329,3 +330,19 @@ def test_a_pass_goes_on_to_the_same_bits(tmp_path):
         assert found[layer].device.type == "cuda"
         for a, b in zip(found[layer].tensors(), whole[layer].tensors(), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["full", "singleton"])
+def test_second_moments_are_those_of_the_cpu(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2), nn.Flatten(), nn.Linear(54, 4)
+    ).double()
+    batches = [torch.randn(10, 3, 8, 8).double() for _ in range(3)]
+    expected = collect_second_moments(model, batches, kind=kind)
+    found = collect_second_moments(model.cuda(), batches, kind=kind)
+    for layer, state in expected.items():
+        for name, tensor in state.tensors().items():
+            torch.testing.assert_close(found[layer].tensors()[name], tensor, rtol=1e-10, atol=1e-10)
+    edit = discedit.prune(model, ratio=0.5, method="modhifi", example_inputs=batches[0].cuda(), data=batches)
+    assert edit.model(batches[0].cuda()).isfinite().all()
