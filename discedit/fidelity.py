@@ -110,32 +110,41 @@ class InputMoments:
         count, mean, scatter, weight = (tensors[name] for name in ("count", "mean", "scatter", "weight"))
         return cls(count, mean, scatter, weight, OutputMoments(**output) if output else None)
 
-    def merged(self, other: InputMoments) -> InputMoments:
-        """The moments of the samples of both.
+    def clone(self) -> InputMoments:
+        """A copy, all of it float64."""
+        copies = {
+            name: t.to(torch.int64 if name == "count" else torch.float64, copy=True)
+            for name, t in self.tensors().items()
+            if name != "weight"
+        }
+        return self.of_tensors({**copies, "weight": self.weight})
+
+    def add_(self, other: InputMoments) -> InputMoments:
+        """Take in the samples of `other`, in place.
 
         Raises:
-            ValueError: they are of different kinds or layers.
+            ValueError: the two are of different kinds or layers.
         """
-        if self.scatter.shape != other.scatter.shape or not torch.equal(self.weight, other.weight):
+        same = self.weight is other.weight or torch.equal(self.weight, other.weight)
+        if self.scatter.shape != other.scatter.shape or not same:
             raise ValueError("both must be of one kind, and of a layer with the same weights.")
         share = other.count.double() / (self.count + other.count).clamp(min=1)
         cross = self.count * share
         shift = other.mean - self.mean
-        output = None
         if self.output is not None and other.output is not None:
             of_output = other.output.mean - self.output.mean
-            output = OutputMoments(
-                self.output.mean + share * of_output,
-                self.output.cross + other.output.cross + cross * of_output[:, None, None] * shift,
-                self.output.square + other.output.square + cross * of_output.square(),
-            )
-        return InputMoments(
-            self.count + other.count,
-            self.mean + share * shift,
-            self.scatter + other.scatter + cross * _products(shift, self.scatter.ndim == 2),
-            self.weight,
-            output,
-        )
+            self.output.cross.add_(other.output.cross)
+            self.output.cross.flatten(1).addr_(cross * of_output, shift.flatten())
+            self.output.square.add_(other.output.square).add_(cross * of_output.square())
+            self.output.mean.add_(share * of_output)
+        self.scatter.add_(other.scatter)
+        if self.scatter.ndim == 2:
+            self.scatter.addr_(cross * shift.flatten(), shift.flatten())
+        else:
+            self.scatter.add_(cross * _products(shift, False))
+        self.mean.add_(share * shift)
+        self.count.add_(other.count)
+        return self
 
 
 def _products(x: Tensor, full: bool) -> Tensor:
@@ -190,9 +199,11 @@ class SecondMoments(Mapping[str, InputMoments]):
 
     def update(self, layer: str, moments: InputMoments) -> None:
         """Merge more of a layer; a new name starts a new state."""
-        own = self._layers.get(layer)
         try:
-            self._layers[layer] = moments if own is None else own.merged(moments)
+            if layer in self._layers:
+                self._layers[layer].add_(moments)
+            else:
+                self._layers[layer] = moments.clone()
         except ValueError as error:
             raise ValueError(f"SecondMoments.update: layer {layer!r}: {error}") from error
 
@@ -210,7 +221,7 @@ class SecondMoments(Mapping[str, InputMoments]):
         for layer, state in other.items():
             try:
                 own = self._layers.get(layer)
-                merged[layer] = state if own is None else own.merged(state)
+                merged[layer] = state.clone() if own is None else own.clone().add_(state)
             except ValueError as error:
                 raise ValueError(f"SecondMoments.merge: layer {layer!r}: {error}") from error
         self._layers.update(merged)
@@ -473,7 +484,10 @@ class _Reader(ExitStack):
             else:
                 given = _outputs(module, output[start : start + step], places)
                 part = _of_each_channel(_patches(module, some, rows, places), rows, given, weight)
-            found = part if found is None else found.merged(part)
+            if found is None:
+                found = part
+            else:
+                found = (found.clone() if start == step else found).add_(part)
         assert found is not None
         return found
 
@@ -501,17 +515,24 @@ def _rows(module: nn.Module, x: Tensor, size: tuple[int, ...], places: Tensor | 
         flat = x.reshape(len(x), -1, x.shape[-1])
         return (flat if places is None else flat[:, places.to(x.device)]).flatten(0, 1)
     assert isinstance(module, nn.Conv2d)
-    x = functional.pad(x, padding_of(module))
-    height, width = x.shape[2:]
+    left, right, top, bottom = padding_of(module)
+    height, width = x.shape[2] + top + bottom, x.shape[3] + left + right  # of the map with its padding
     ends = torch.arange(math.prod(size)) if places is None else places
-    down = ends // size[1] * module.stride[0]
-    across = ends % size[1] * module.stride[1]
-    rows = torch.arange(module.kernel_size[0]) * module.dilation[0]
-    columns = torch.arange(module.kernel_size[1]) * module.dilation[1]
-    taps = (rows[:, None] * width + columns).flatten()
-    index = ((down * width + across)[:, None] + taps).flatten().to(x.device)
+    down = (ends // size[1] * module.stride[0])[:, None] + torch.arange(module.kernel_size[0]) * module.dilation[0]
+    across = (ends % size[1] * module.stride[1])[:, None] + torch.arange(module.kernel_size[1]) * module.dilation[1]
+    if places is None:
+        x = functional.pad(x, (left, right, top, bottom))
+        inside = None
+    else:  # of a few places no padded copy is needed
+        down, across, height, width = down - top, across - left, x.shape[2], x.shape[3]
+        within = [((at >= 0) & (at < length)) for at, length in ((down, height), (across, width))]
+        inside = (within[0][:, :, None] & within[1][:, None, :]).flatten()
+        down, across = down.clamp(0, height - 1), across.clamp(0, width - 1)
+    index = (down[:, :, None] * width + across[:, None, :]).flatten().to(x.device)
     patches = x.reshape(len(x), x.shape[1], height * width)[:, :, index]
-    return patches.view(len(x), x.shape[1], len(ends), len(taps)).transpose(1, 2).reshape(len(x) * len(ends), -1)
+    if inside is not None and not bool(inside.all()):
+        patches *= inside.to(patches.device, patches.dtype)
+    return patches.view(len(x), x.shape[1], len(ends), -1).transpose(1, 2).reshape(len(x) * len(ends), -1)
 
 
 def _outputs(module: nn.Module, output: Tensor, places: Tensor | None) -> Tensor:
@@ -535,7 +556,7 @@ def _weight_of(module: nn.Module) -> Tensor:
 def _of_all_pairs(rows: Tensor, weight: Tensor) -> InputMoments:
     """The moments of rows (n, channels x taps)."""
     mean = rows.mean(0, dtype=torch.float64)
-    scatter = gram_of(rows - mean.to(rows.dtype)).double()
+    scatter = gram_of(rows - mean.to(rows.dtype))
     return InputMoments(torch.tensor(len(rows)), mean.view(weight.shape[1:]).cpu(), scatter.cpu(), weight)
 
 
@@ -546,7 +567,7 @@ def _of_each_channel(own: tuple[Tensor, Tensor], rows: Tensor, given: Tensor, we
     # Around the mean of the outputs alone: that of the rows drops out. Yet they need it against rounding.
     cross = given.T @ (rows - rows.mean(0))
     output = OutputMoments(
-        mean_y.cpu(), cross.double().view(weight.shape).cpu(), given.square().sum(0, dtype=torch.float64).cpu()
+        mean_y.cpu(), cross.view(weight.shape).cpu(), given.square().sum(0, dtype=torch.float64).cpu()
     )
     mean, scatter = (tensor.cpu() for tensor in own)
     return InputMoments(torch.tensor(len(rows)), mean, scatter, weight, output)

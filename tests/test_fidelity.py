@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from discedit import zoo
+from discedit import fidelity, zoo
 from discedit.fidelity import (
     SecondMoments,
     collect_second_moments,
@@ -209,6 +209,24 @@ def test_a_stream_gives_what_one_batch_gives(kind, positions, tmp_path):
     same(parts[2].merge(parts[0]).merge(parts[1]), together, 1e-12)
     together.save(tmp_path / "m.safetensors")
     same(SecondMoments.load(tmp_path / "m.safetensors"), together)
+
+
+@pytest.mark.parametrize("kind", ["full", "singleton"])
+@pytest.mark.parametrize("positions", [None, 4])
+def test_a_batch_may_be_taken_in_parts(kind, positions, monkeypatch):
+    options = {"kind": kind, "positions": positions}
+    whole = collect_second_moments(network(), loader(size=40), **options)
+    monkeypatch.setattr(fidelity, "CHUNK", 1)
+    same(collect_second_moments(network(), loader(size=40), **options), whole, 1e-12)
+
+
+def test_what_is_merged_stays_what_it_was():
+    first, second = (collect_second_moments(network(), [images()[0][k::2]]) for k in range(2))
+    before = {name: tensor.clone() for name, tensor in second["3"].tensors().items()}
+    total = SecondMoments("full", positions=49).merge(second).merge(first)
+    total.update("3", first["3"])
+    assert all(torch.equal(before[name], tensor) for name, tensor in second["3"].tensors().items())
+    assert total["3"].count == second["3"].count + 2 * first["3"].count
 
 
 def test_positions_are_a_sample_of_all():
