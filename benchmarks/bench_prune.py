@@ -321,13 +321,14 @@ def plot(log: Log) -> None:
     figure = Figure(figsize=(3.6 * len(REPAIRS), 3.4 * len(models)), layout="constrained")
     grid = figure.subplots(len(models), len(REPAIRS), sharex=True, squeeze=False)
     styles = {name: "-" if name in OURS else "--" for name in (*OURS, *RIVALS)}
-    colours = {name: f"C{i % 10}" for i, name in enumerate((*OURS, *RIVALS))}
+    colours = {name: f"C{i % 10}" for i, name in enumerate((*OURS[:10], *RIVALS))} | dict.fromkeys(OURS[10:], "black")
     for line, model in zip(grid, models, strict=True):
         for axes, repair in zip(line, REPAIRS, strict=True):
             for _, _, criterion, *cells in (row for row in rows if row[:2] == [model, repair]):
                 points = [(r, float(c)) for r, c in zip(RATIOS, cells, strict=True) if c != "not measured"]
                 axes.plot(*zip(*points, strict=True), styles[criterion], color=colours[criterion], label=criterion)
-            axes.set_title(f"{model}, repair {repair}" + ("" if axes.lines else " (none to repair)"), fontsize=9)
+            why = "" if axes.lines else " (none to repair)" if repair == "batchnorm" else " (not measured)"
+            axes.set_title(f"{model}, repair {repair}{why}", fontsize=9)
             axes.grid(alpha=0.3)
         line[0].set_ylabel("points of accuracy lost")
     for axes in grid[-1]:
