@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -137,7 +138,7 @@ def goals(bench: Bench, log: Log, *, few: bool) -> None:
         )
 
 
-def table(bench: Bench, log: Log, only: list[str]) -> None:
+def table(bench: Bench, log: Log, only: Sequence[str] = ()) -> None:
     """Every criterion x repair x ratio; random is the mean of three. Ratio by ratio, should time run out."""
     criteria = only or (OURS if bench.name == "vit" else (*OURS, *RIVALS))
     repairs = [repair for repair in REPAIRS if (repair, bench.name) != ("batchnorm", "vit")]

@@ -150,7 +150,7 @@ def test_moments_are_those_of_float64(offset, spread):
 @pytest.mark.parametrize("unknowns", [1, 255, 256, 257, 515])
 def test_half_of_a_symmetric_product_is_the_whole(unknowns):
     rows = seeded(40, unknowns)
-    torch.testing.assert_close(_calibration._gram(rows), rows.T @ rows, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(_calibration.gram_of(rows), rows.T @ rows, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("ridge", [1e-6, 1e-3, 10.0])
