@@ -484,10 +484,8 @@ class _Reader(ExitStack):
             else:
                 given = _outputs(module, output[start : start + step], places)
                 part = _of_each_channel(_patches(module, some, rows, places), rows, given, weight)
-            if found is None:
-                found = part
-            else:
-                found = (found.clone() if start == step else found).add_(part)
+            # The first part may be the caller's memory: a copy of it takes in the others.
+            found = part if found is None else (found.clone() if start == step else found).add_(part)
         assert found is not None
         return found
 
