@@ -47,25 +47,23 @@ def compensated(
     fits = fits_of(model, names, inputs)
     result.skipped |= dict.fromkeys(set(names) - set(fits), "it does not run just once per forward pass")
     for name, (fit, channels) in fits.items():
-        whole = matrix_of(model.get_submodule(name)).double().cpu()
-        weight = whole.view(len(whole), channels, -1)
-        kept = _others(channels, read[name])
-        xx = fit.xx.cpu()
+        xx, mean = fit.xx.cpu(), fit.mean_x.cpu().view(channels, -1)
         if not bool(xx.isfinite().all()):
             raise ValueError(f"prune: data must give finite feature maps, what {name!r} reads holds NaN or Inf.")
-        parts = Contributions(xx, (whole @ xx).view(weight.shape), weight, None)
-        factors = parts.compensation(kept, RIDGE)
-        rows = _others(len(whole), removed.get(name, []))
-        weight = (weight[:, kept] * factors[:, :, None])[rows].flatten(1)
-        columns = (kept[:, None] * (whole.shape[1] // channels) + torch.arange(whole.shape[1] // channels)).flatten()
-        mean = fit.mean_x.cpu()
-        missing = whole[rows] @ mean - weight @ mean[columns]
+        matrix = matrix_of(model.get_submodule(name)).double().cpu()
+        whole = matrix.view(len(matrix), channels, -1)
+        rows, kept = _others(len(whole), removed.get(name, [])), _others(channels, read[name])
+        factors = Contributions(xx, (matrix @ xx).view(whole.shape), whole, None).compensation(kept, RIDGE)
+        weight = (whole[:, kept] * factors[:, :, None])[rows]
+        missing = (whole[rows] * mean).sum((1, 2)) - (weight * mean[kept]).sum((1, 2))
         layer: Any = edited.get_submodule(name)
         _set(result, f"{name}.weight", layer.weight, weight.view(layer.weight.shape))
         norm = norm_behind(edited, name, norms)
         if layer.bias is not None:
             _set(result, f"{name}.bias", layer.bias, layer.bias.detach().double().cpu() + missing)
-        elif norm is not None and norm.running_mean is not None:
+        else:
+            assert norm is not None
+            assert norm.running_mean is not None
             place = f"{norms[name]}.running_mean"
             _set(result, place, norm.running_mean, norm.running_mean.double().cpu() - missing)
     return result

@@ -63,8 +63,9 @@ class Contributions:
     def explained(self, kept: Tensor) -> Tensor:
         """How much of E||Y_c||^2 some channels give, each with its best factor: (outputs,)."""
         found = [torch.empty(0, dtype=torch.float64)]
+        with_output = self.with_output()[:, kept]
         for outputs in self.chunks():
-            b = self.with_output()[outputs][:, kept]
+            b = with_output[outputs]
             found.append((b * solved(self.similarity(outputs)[:, kept[:, None], kept], b)).sum(1))
         return torch.cat(found)
 

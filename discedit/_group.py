@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,14 @@ _last: list[dist.Work] = []
 
 class OtherFailed(RuntimeError):
     """What a process raises because another one did."""
+
+
+class States(Protocol):
+    """What merges, and goes into bytes and back."""
+
+    def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]: ...
+    def from_contents(self, header: dict[str, Any], tensors: dict[str, Tensor], path: str, /) -> Any: ...
+    def merge(self, other: Any, /) -> Any: ...
 
 
 class Group:
@@ -93,6 +101,24 @@ class Group:
                 sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
             self._answer(dist.broadcast, sent, group_src=rank)
             yield data if mine else sent.cpu().numpy().tobytes()
+
+    def total(self, kind: str, mine: States, total: States) -> None:
+        """Merges every process's states into `total`, in rank order; one of another process is in memory at a time.
+
+        Args:
+            kind: of the files that such states are kept in.
+
+        Raises:
+            RuntimeError: another process has failed. ValueError: states that do not merge.
+        """
+        refused: ValueError | None = None
+        for rank, data in enumerate(self.exchange(_files.to_bytes(kind, *mine.contents(), sealed=False))):
+            try:
+                total.merge(mine.from_contents(*_files.from_bytes(data, kind, f"rank {rank}"), f"rank {rank}"))
+            except ValueError as error:  # the others still wait for the rest
+                refused = refused or error
+        if refused is not None:
+            raise refused
 
     def check(self, words: list[int]) -> None:
         """After `agree`.

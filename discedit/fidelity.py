@@ -37,6 +37,7 @@ from discedit._pass import Pass
 from discedit._sharded import unwrapped
 
 OP = "collect_second_moments"
+FILE = "second moments"  # kind of file
 KINDS = ("full", "singleton")
 POSITIONS = {"full": 49, "singleton": 16}  # of a map, looked at by default
 
@@ -172,6 +173,9 @@ class SecondMoments(Mapping[str, InputMoments]):
         op = "SecondMoments"
         self.kind = _checks.choice(op, "kind", kind, KINDS)
         self.positions = None if positions is None else _checks.positive_integer(op, "positions", positions)
+        for cls in classes or ():
+            if (_checks.index(cls) or 0) != cls or cls < 0:
+                raise ValueError(f"{op}: classes must be integers of at least 0, got {cls!r}.")
         self.classes = None if classes is None else sorted(set(classes))
         self.samples = 0
         self.skipped: dict[str, str] = {}
@@ -239,23 +243,15 @@ class SecondMoments(Mapping[str, InputMoments]):
         return self.reduce_in(Group("SecondMoments.all_reduce", WORLD if group is None else group))
 
     def reduce_in(self, group: Group) -> SecondMoments:
-        total, refused = SecondMoments(**self.settings), None
-        for rank, data in enumerate(group.exchange(_files.to_bytes("second moments", *self.contents(), sealed=False))):
-            try:
-                total.merge(
-                    self.from_contents(*_files.from_bytes(data, "second moments", f"rank {rank}"), f"rank {rank}")
-                )
-            except ValueError as error:  # the others still wait for the rest
-                refused = refused or error
-        if refused is not None:
-            raise refused
+        total = SecondMoments(**self.settings)
+        group.total(FILE, self, total)
         self.samples, self.skipped = total.samples, total.skipped
         self._layers = total._layers
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically."""
-        _files.save_tensors(path, "second moments", *self.contents())
+        _files.save_tensors(path, FILE, *self.contents())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SecondMoments:
@@ -265,7 +261,7 @@ class SecondMoments(Mapping[str, InputMoments]):
             FileNotFoundError: no such file.
             ValueError: a damaged or foreign file.
         """
-        return cls.from_contents(*_files.load_tensors(path, "second moments"), path)
+        return cls.from_contents(*_files.load_tensors(path, FILE), path)
 
     def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Header and tensors of the file format."""

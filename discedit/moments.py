@@ -235,18 +235,9 @@ class Moments(Mapping[str, State]):
         return self.reduce_in(Group("Moments.all_reduce", WORLD if group is None else group))
 
     def reduce_in(self, group: Group, device: torch.device | None = None) -> Moments:
-        """`all_reduce`; layers that this process has not read come to the device.
-
-        One state of another process is in memory at a time.
-        """
-        total, refused = self._like(), None
-        for rank, data in enumerate(group.exchange(_files.to_bytes("moments", *self.contents(), sealed=False))):
-            try:
-                total.merge(self.from_contents(*_files.from_bytes(data, "moments", f"rank {rank}"), f"rank {rank}"))
-            except ValueError as error:  # the others still wait for the rest
-                refused = refused or error
-        if refused is not None:
-            raise refused
+        """`all_reduce`; layers that this process has not read come to the device."""
+        total = self._like()
+        group.total("moments", self, total)
         devices = {layer: state.device for layer, state in self.items()}
         self._layers = {layer: state.to(devices.get(layer, device or "cpu")) for layer, state in total.items()}
         self.norms = total.norms
