@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,7 +32,6 @@ OF_WEIGHTS = ("l1", "l2", "random")
 OF_READERS = ("energy", "reconstruction", "combined", "fidelity")
 CRITERIA = (*REDUCTIONS, *OF_WEIGHTS, *OF_READERS)
 GIVEN = "given"  # importances of the caller's own
-AROUND_ZERO = "fidelity around zero"  # no criterion: of `fidelities`
 RIDGE = 1e-4  # of the mean variance of an input
 TINY = 1e-300
 
@@ -138,7 +137,9 @@ def of_components(
     if criterion in OF_WEIGHTS:
         power = 1 if criterion == "l1" else 2
         return {layer: _of_weights(model, graph, parts, power) for layer, parts in found.items()}, {}
-    values, why = _of_readers(model, scores, criterion, graph, found, inputs, norms)
+    counts = {layer: len(parts.rows) for layer, parts in found.items()}
+    worth: Mapping[str, Tensor] = scores if criterion == "combined" else {}
+    values, why = _of_readers(model, JUDGES[criterion], worth, graph, counts, inputs, norms)
     for layer in why:
         values[layer] = _of_weights(model, graph, found[layer], 2)
     return {layer: values[layer] for layer in found}, why
@@ -165,10 +166,10 @@ def _of_weights(model: nn.Module, graph: Graph, parts: Components, power: int) -
 
 def _of_readers(
     model: nn.Module,
+    judge: Judge,
     scores: Mapping[str, Tensor],
-    criterion: str,
     graph: Graph,
-    found: Mapping[str, Components],
+    counts: Mapping[str, int],
     inputs: Any,
     norms: Mapping[str, str],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -179,11 +180,15 @@ def _of_readers(
     Hassibi and Stork 1993, for blocks of weights). "combined": the same, and a change counts by how well the output
     tells the class that it tells best (its score). "fidelity": how much of the outputs it gives alone, with the best
     factor, in the mean over outputs (ModHiFi).
+
+    Args:
+        scores: layer -> (outputs, classes), for layers whose outputs do not all count alike.
+        counts: layer -> number of its components.
     """
     readers: dict[str, dict[str, list[list[int]]]] = {}
     why: dict[str, str] = {}
-    for layer, parts in found.items():
-        blocks = _blocks(graph, layer, len(parts.rows))
+    for layer, count in counts.items():
+        blocks = _blocks(graph, layer, count)
         unread = {name: reason for name in blocks if (reason := why_not_read(model, name))}
         for name, block in blocks.items():
             if len({len(channels) for channels in block}) > 1:
@@ -204,26 +209,27 @@ def _of_readers(
     values: dict[str, Tensor] = {}
     for layer, blocks in readers.items():
         for name in blocks.keys() - surgeons.keys():
-            worth = _worth(model, name, norms, scores if criterion == "combined" else {})
+            worth = _worth(model, name, norms, scores)
             matrix = matrix_of(model.get_submodule(name)).double()
             surgeons[name] = _Surgeon(*fits.pop(name), matrix, worth)
         read_by = [(surgeons[name], block) for name, block in blocks.items()]
-        values[layer] = JUDGES.get(criterion, _eliminated)(read_by)
+        values[layer] = judge(read_by)
     return values, why
 
 
 def fidelities(
-    model: nn.Module, graph: Graph, found: Mapping[str, Components], inputs: Any
+    model: nn.Module, graph: Graph, counts: Mapping[str, int], inputs: Any
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Of each component the fidelity around zero, as in ModHiFi: where nothing takes the mean of what goes.
 
     Args:
+        counts: layer -> number of the components that the graph has found in it.
         inputs: images in parts.
 
     Returns:
         layer -> (components,) float64 in [0, 1], NaN where what is read is not finite; layer -> why there is none.
     """
-    return _of_readers(model, {}, AROUND_ZERO, graph, found, inputs, {})
+    return _of_readers(model, _fidelities_around_zero, {}, graph, counts, inputs, {})
 
 
 def fits_of(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[str, tuple[Fit, int]]:
@@ -301,6 +307,10 @@ class _Surgeon:
         return (index[:, :, None] * each + torch.arange(each, device=index.device)).flatten(1)
 
 
+# Layers that read components, with the channels on which they read each -> (components,).
+Judge = Callable[[list[tuple[_Surgeon, list[list[int]]]]], Tensor]
+
+
 def _energies(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
     """Variance of what each component adds to the outputs, as a share of theirs, summed over the readers."""
     found: Any = 0.0
@@ -360,8 +370,12 @@ def _fidelities_around_zero(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Te
     return _fidelities(raw)
 
 
-# By criterion; others eliminate.
-JUDGES = {"energy": _energies, "fidelity": _fidelities, AROUND_ZERO: _fidelities_around_zero}
+JUDGES: dict[str, Judge] = {
+    "energy": _energies,
+    "reconstruction": _eliminated,
+    "combined": _eliminated,
+    "fidelity": _fidelities,
+}
 
 
 class _Elimination:

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from discedit._batches import chosen
 from discedit._calibration import SAMPLES
-from discedit._graph import Components, Graph
+from discedit._graph import Graph
 from discedit._importance import fidelities
 from discedit._retain import Classified
-from discedit._selection import Ranking, ranked
+from discedit._selection import Ranking, Units, ranked
 
 
 def rank_by_fidelity(
-    model: nn.Module, graph: Graph, found: Mapping[str, Components], data: Classified, by: str
+    model: nn.Module, graph: Graph, units: Units, data: Classified, by: str
 ) -> tuple[list[Ranking], dict[str, str]]:
     """A ranking for each class to forget, in their order; and layer -> why it is in none.
 
     Args:
-        found: what is ranked, all layers together.
+        units: what is ranked, all layers together: components that the graph has found.
         by: "fidelity": on samples of the class; "contrast": that minus the same on samples of the classes that stay.
 
     Raises:
         ValueError: no sample of a class, feature maps that are not finite, no layer that can be ranked, or nothing
             above 0.
     """
-    rest, unread = fidelities(model, graph, found, data.parts("retain")) if by == "contrast" else ({}, {})
+    counts = {layer: len(parts) for layer, parts in units.items()}
+    rest, unread = fidelities(model, graph, counts, data.parts("retain")) if by == "contrast" else ({}, {})
     rankings = []
     for cls in data.forget:
-        values, unread = fidelities(model, graph, found, _of_class(data, cls))
+        values, unread = fidelities(model, graph, counts, _of_class(data, cls))
         if not values:
             why = "; ".join(f"{layer}: {reason}" for layer, reason in unread.items())
             raise ValueError(f"unlearn: layers must name at least one layer that by={by!r} can rank ({why}).")

@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
 from discedit import _checks, _files, ops
-from discedit._batches import call, chosen, first_tensor
+from discedit._batches import call, chosen, device_of, first_tensor
 from discedit._calibration import CHUNK, gram_of, padding_of, why_not_read
 from discedit._checkpoint import Checkpoint, Progress, digest_of
 from discedit._contributions import TINY, Contributions, Growing
@@ -113,8 +113,12 @@ class InputMoments:
 
     def clone(self) -> InputMoments:
         """A copy, all of it float64."""
+        return self.to(self.mean.device)
+
+    def to(self, device: torch.device | str) -> InputMoments:
+        """A copy on a device, all of it float64. Count and weight, which are not summed up, stay where they are."""
         copies = {
-            name: t.to(torch.int64 if name == "count" else torch.float64, copy=True)
+            name: t.clone() if name == "count" else t.to(device, torch.float64, copy=True)
             for name, t in self.tensors().items()
             if name != "weight"
         }
@@ -249,6 +253,13 @@ class SecondMoments(Mapping[str, InputMoments]):
         self._layers = total._layers
         return self
 
+    def to(self, device: torch.device | str) -> SecondMoments:
+        """A copy on another device."""
+        copy = SecondMoments(**self.settings)
+        copy.samples, copy.skipped = self.samples, dict(self.skipped)
+        copy._layers = {layer: state.to(device) for layer, state in self.items()}
+        return copy
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically."""
         _files.save_tensors(path, FILE, *self.contents())
@@ -359,7 +370,7 @@ def collect_second_moments(
             run = {**moments.settings, "layers": list(reader.layers), "model": digest_of(model)}
             save = Checkpoint(OP, checkpoint, checkpoint_every, together, run, SecondMoments.from_contents)
             if save.state is not None:
-                reader.moments = moments = save.state
+                reader.moments = save.state.to(device_of(model))
         passing = _Pass(
             OP,
             model,
@@ -372,6 +383,7 @@ def collect_second_moments(
         )
         passing.reader = reader
         passing.run()
+        moments = reader.moments if device_of(model).type == "cpu" else reader.moments.to("cpu")
     except OtherFailed:
         raise
     except Exception as error:
@@ -551,7 +563,7 @@ def _of_all_pairs(rows: Tensor, weight: Tensor) -> InputMoments:
     """The moments of rows (n, channels x taps)."""
     mean = rows.mean(0, dtype=torch.float64)
     scatter = gram_of(rows - mean.to(rows.dtype))
-    return InputMoments(torch.tensor(len(rows)), mean.view(weight.shape[1:]).cpu(), scatter.cpu(), weight)
+    return InputMoments(torch.tensor(len(rows)), mean.view(weight.shape[1:]), scatter, weight)
 
 
 def _of_each_channel(own: tuple[Tensor, Tensor], rows: Tensor, given: Tensor, weight: Tensor) -> InputMoments:
@@ -560,11 +572,8 @@ def _of_each_channel(own: tuple[Tensor, Tensor], rows: Tensor, given: Tensor, we
     given = given - mean_y.to(given.dtype)
     # Around the mean of the outputs alone: that of the rows drops out. Yet they need it against rounding.
     cross = given.T @ (rows - rows.mean(0))
-    output = OutputMoments(
-        mean_y.cpu(), cross.view(weight.shape).cpu(), given.square().sum(0, dtype=torch.float64).cpu()
-    )
-    mean, scatter = (tensor.cpu() for tensor in own)
-    return InputMoments(torch.tensor(len(rows)), mean, scatter, weight, output)
+    output = OutputMoments(mean_y, cross.view(weight.shape), given.square().sum(0, dtype=torch.float64))
+    return InputMoments(torch.tensor(len(rows)), *own, weight, output)
 
 
 def _patches(module: nn.Module, x: Tensor, rows: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:

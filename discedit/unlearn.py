@@ -229,7 +229,7 @@ def unlearn(
     if by in _selection.OF_DATA:
         assert graph is not None
         assert samples is not None
-        rankings, unread = rank_by_fidelity(model, graph, graph.find(units, KINDS[components])[0], samples, by)
+        rankings, unread = rank_by_fidelity(model, graph, units, samples, by)
         if unread and layers is not None:
             layer, why = next(iter(unread.items()))
             raise ValueError(f"{op}: layer {layer!r} cannot be ranked by={by!r}: {why}.")
