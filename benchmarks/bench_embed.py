@@ -199,7 +199,8 @@ def markdown(log: Log) -> str:
         "prune_timm_models.py with one ratio. prune_hf_swin.py: torch-pruning takes the patches that Swin merges for "
         "halves of the channels; its L2 norm happens to choose a whole half, which it then leaves, while ours does "
         "not (nor, by hand, its RandomImportance), and the model no longer runs. "
-        "measure_latency.py needs a GPU. Left out of these: other networks, functions that read a data set, and names that torch-pruning 1.6.1 no longer has.\n\n"
+        "measure_latency.py needs a GPU. Left out of these: other networks, functions that read a data set, and names "
+        "that torch-pruning 1.6.1 no longer has.\n\n"
     )
     known = json.loads(EXAMPLES.read_text()) if EXAMPLES.is_file() else {}
     rows = [[name, entry["ours"], entry.get("as it is", "")] for name, entry in sorted(known.items())]
