@@ -144,12 +144,17 @@ def _cpp_merge_moments(into: State, other: State) -> None:
 
 
 def _cpp_patch_moments(x: Tensor, window: Window, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    mean = torch.empty(x.shape[1], window.taps, dtype=torch.float64)
-    scatter = torch.empty(x.shape[1], window.taps, window.taps, dtype=torch.float64)
-    data, *targets = _borrowed(x, mean, scatter)
+    mean, scatter = _moments_of_patches(x, window)
     places = None if positions is None else _borrowed(positions)[0]
-    _cpp("patch_moments")(data, *window, places, *targets, torch.get_num_threads())
+    _cpp("patch_moments")(*_borrowed(x), *window, places, *_borrowed(mean, scatter), torch.get_num_threads())
     return mean, scatter
+
+
+def _moments_of_patches(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """Mean and scatter, to be written to."""
+    shape = x.shape[1], window.taps
+    mean = torch.empty(*shape, dtype=torch.float64, device=x.device)
+    return mean, torch.empty(*shape, window.taps, dtype=torch.float64, device=x.device)
 
 
 def _contiguous(state: State) -> tuple[Tensor, ...]:
@@ -346,6 +351,16 @@ def _cuda_merge_moments(into: State, other: State) -> None:
     _in_place(into, lambda arrays: _cuda("merge_moments")(arrays, _borrowed(*_contiguous(other)), stream))
 
 
+def _cuda_patch_moments(x: Tensor, window: Window, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    mean, scatter = _moments_of_patches(x, window)
+    count = None if positions is None else len(positions)
+    scratch = _cuda_scratch(_cuda("patch_moments_scratch")(*_borrowed(x), *window, count), x.device)
+    places = None if positions is None else _borrowed(positions)[0]
+    targets = _borrowed(mean, scatter)
+    _cuda("patch_moments")(*_borrowed(x), *window, places, *targets, scratch, _stream(x.device))
+    return mean, scatter
+
+
 def _cuda_bound(bound: str) -> Callable[..., Tensor]:
     return _compiled_bound(_cuda, bound, _stream)
 
@@ -457,6 +472,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "pool": _cuda_pool,
         "class_moments": _cuda_class_moments,
         "merge_moments": _cuda_merge_moments,
+        "patch_moments": _cuda_patch_moments,
         "fisher_bound": _cuda_bound("fisher"),
         "minimax_bound": _cuda_bound("minimax"),
         "minimax_published_bound": _published_bound(_cuda_bound("minimax")),
@@ -468,6 +484,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
         "pool": _triton_pool,
         "class_moments": _triton_class_moments,
         "fold_moments": _triton_fold_moments,
+        "patch_moments": _triton("patch_moments", "patch_moments"),
         "fisher_bound": _triton_bound_named("fisher"),
         "minimax_bound": _triton_bound_named("minimax"),
         "minimax_published_bound": _published_bound(_triton_bound_named("minimax")),

@@ -10,6 +10,28 @@ def pool_scratch(x: Any, channel_axis: int, statistics: Sequence[str]) -> int: .
 # Labels outside the state's classes are a device-side assertion. `order`: samples sorted stably by label, or None.
 def fold_moments(pooled: Any, scale: float, labels: Any, order: Any, state: tuple[Any, ...], stream: int) -> None: ...
 def merge_moments(into: tuple[Any, ...], other: tuple[Any, ...], stream: int) -> None: ...
+
+# Positions, or None for all, must be in range. Four paddings: top, bottom, left, right.
+def patch_moments(
+    x: Any,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    positions: Any,
+    mean: Any,
+    scatter: Any,
+    scratch: Any,
+    stream: int,
+) -> None: ...
+def patch_moments_scratch(
+    x: Any,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    positions: int | None,
+) -> int: ...
 def one_vs_rest(state: tuple[Any, ...], bound: str, witness: str, out: Any, scratch: Any, stream: int) -> None: ...
 def one_vs_rest_scratch(state: tuple[Any, ...]) -> int: ...
 def pairwise_min(

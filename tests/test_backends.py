@@ -113,7 +113,7 @@ def test_doctor_lists_no_op_that_a_backend_lacks(monkeypatch):
     for backend in _backends.status():
         has = backend.name != "triton" or find_spec("triton") is not None
         assert set(backend.ops) == (set(_backends.OPS) & set(_backends.IMPLEMENTATIONS[backend.name]) if has else set())
-    assert "patch_moments" not in next(backend for backend in _backends.status() if backend.name == "cuda").ops
+    assert "one_vs_one" not in next(backend for backend in _backends.status() if backend.name == "cuda").ops
 
 
 def test_doctor_without_extension(without_extension):

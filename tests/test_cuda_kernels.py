@@ -10,6 +10,7 @@ import cuda_on_host
 import pytest
 import torch
 from helpers import before_the_end_of_memory, hostile_maps, labels_for, poisoned, same_bits
+from test_patch_moments import WINDOWS, assert_right, batch, window
 from torch.utils.dlpack import to_dlpack
 
 from discedit import _backends, _cpu, reference
@@ -72,6 +73,17 @@ def pairwise_min(cuda, state, bound, witness):
     scratch = nan(cuda.pairwise_min_scratch(capsules(*state.tensors())))
     cuda.pairwise_min(capsules(*state.tensors()), bound, witness, *capsules(values, pairs, scratch), 0)
     return values, pairs
+
+
+def patch_moments(cuda, x, kernel_size, positions=None, **options):
+    read = window(x, kernel_size, **options)
+    mean, scatter = nan(x.shape[1], read.taps), nan(x.shape[1], read.taps, read.taps)
+    count = None if positions is None else len(positions)
+    scratch = to_dlpack(nan(cuda.patch_moments_scratch(to_dlpack(x), *read, count)))
+    places = None if positions is None else to_dlpack(positions)
+    cuda.patch_moments(to_dlpack(x), *read, places, *capsules(mean, scatter), scratch, 0)
+    rows, columns = read.outputs(x)
+    return len(x) * (rows * columns if count is None else count), mean, scatter
 
 
 # ---- pool -----------------------------------------------------------------------------------------------------------
@@ -516,6 +528,100 @@ def test_classes_are_compared_in_any_order_of_threads(cuda, witness, monkeypatch
             assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
 
 
+# ---- patch moments --------------------------------------------------------------------------------------------------
+
+
+def assert_exact(ours, x, kernel_size, positions=None, **options):
+    """No difference is rounded to float32."""
+    assert_right(ours, x.double(), kernel_size, positions, **options)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", WINDOWS)
+def test_patch_moments_are_their_definition(cuda, dtype, memory_format, name):
+    (kernel_size, options), shape = WINDOWS[name]
+    x = batch(shape, dtype, memory_format)
+    assert_exact(patch_moments(cuda, x, kernel_size, **options), x, kernel_size, **options)
+
+
+@pytest.mark.parametrize("name", [name for name, x in MAPS.items() if x.ndim == 4])
+def test_patch_moments_of_hostile_maps(cuda, name):
+    x = MAPS[name]
+    assert_exact(patch_moments(cuda, x, 3, padding=1), x, 3, padding=1)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("places", [None, [0, 1599, 40, 40], list(range(0, 1600, 7))])
+def test_patch_moments_are_cut_into_spans(cuda, kernel_size, memory_format, places, order_of_threads):
+    x = batch((9, 40, 40), torch.float32, memory_format, samples=3)
+    positions = None if places is None else torch.tensor(places)
+    options = {"padding": kernel_size // 2}
+    whole = 9 * (1 + kernel_size**2 * (kernel_size**2 + 3) // 2)
+    size = cuda.patch_moments_scratch(to_dlpack(x), *window(x, kernel_size, **options), places and len(places))
+    assert (size > whole) == (places is None or len(places) > 100)
+    ours = patch_moments(cuda, x, kernel_size, positions, **options)
+    assert_exact(ours, x, kernel_size, positions, **options)
+    again = patch_moments(cuda, x, kernel_size, positions, **options)
+    assert all(torch.equal(a, b) for a, b in zip(ours[1:], again[1:], strict=True))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel_size", [1, 3, 4])
+def test_patch_moments_do_not_depend_on_the_order_of_threads(cuda, kernel_size, memory_format, monkeypatch):
+    x, results = batch((40, 13, 11), torch.bfloat16, memory_format), []
+    for order in ("0", "1", "5"):
+        monkeypatch.setenv("CUDA_ON_HOST_ORDER", order)
+        results.append(patch_moments(cuda, x, kernel_size))
+    for _, mean, scatter in results[1:]:
+        assert torch.equal(mean, results[0][1])
+        assert torch.equal(scatter, results[0][2])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("channels", [3, 20])
+def test_patch_moments_that_are_not_finite_stay_with_their_taps(cuda, memory_format, value, channels):
+    x = batch((channels, 6, 6), torch.float32, memory_format)
+    clean = patch_moments(cuda, x, 3)
+    x[2, 1, 0, 0] = value  # only the first tap reaches it
+    _, mean, scatter = patch_moments(cuda, x, 3)
+    others = [i for i in range(channels) if i != 1]
+    assert torch.equal(mean[others], clean[1][others])
+    assert torch.equal(scatter[others], clean[2][others])
+    assert mean[1].isfinite().tolist() == [False] + 8 * [True]
+    assert not scatter[1, 0].isfinite().any()
+    assert scatter[1, 1:, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [0.1, -1e4, 1e30, 1e-40])
+def test_patch_moments_of_a_constant_channel(cuda, value):
+    x = torch.full((7, 9, 6, 5), value)
+    for maps in (x, x.to(memory_format=torch.channels_last)):
+        _, mean, scatter = patch_moments(cuda, maps, 3)
+        assert torch.equal(mean, x[0, :, :3, :3].flatten(1).double())
+        assert not scatter.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 9, 1, 1), (2, 17, 3, 9)])
+def test_patch_moments_read_nothing_behind_the_last_element(cuda, dtype, shape):
+    samples, channels, height, width = shape
+    x = before_the_end_of_memory(batch((channels, height, width), dtype, samples=samples))
+    for maps in (x.view(shape), x.view(samples, height, width, channels).permute(0, 3, 1, 2)):
+        assert_exact(patch_moments(cuda, maps, 3, padding=1), maps, 3, padding=1)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4)])
+def test_patch_moments_of_nothing(cuda, shape):
+    nothing = torch.tensor([], dtype=torch.int64)
+    for x, places in ((torch.zeros(shape), None), (torch.ones(2, shape[1], 4, 4), nothing)):
+        _, mean, scatter = patch_moments(cuda, x, 3, places)
+        assert not mean.any()
+        assert not scatter.any()
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -571,6 +677,10 @@ def state_of(classes, channels):
     return capsules(*ClassMoments.empty(classes, channels).tensors())
 
 
+READ = (3, 3), (1, 1), (0, 0, 0, 0), (1, 1)
+OUT = nan(3, 9), nan(3, 9, 9)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -603,6 +713,22 @@ def state_of(classes, channels):
         (
             lambda m: m.fold_moments(*capsules(nan(1, 4, 3)), 0.0, *capsules(torch.zeros(4).long()), None, (), 0),
             "a state must be a tuple",
+        ),
+        (
+            lambda m: m.patch_moments(*capsules(torch.zeros(2, 3, 4, 4)), *READ, None, *capsules(*OUT), None, 0),
+            "patch_moments: scratch must be a NumPy array or support DLPack, got NoneType",
+        ),
+        (
+            lambda m: m.patch_moments(*capsules(torch.zeros(2, 3, 4, 4)), *READ, None, *capsules(*OUT, nan(9)), 0),
+            r"patch_moments: scratch must hold at least 165 elements, got shape \(9,\)",
+        ),
+        (
+            lambda m: m.patch_moments(*capsules(torch.zeros(2, 3, 4, 4)), *READ, None, *capsules(*OUT[::-1]), None, 0),
+            "patch_moments: mean must hold 27 elements",
+        ),
+        (
+            lambda m: m.patch_moments_scratch(*capsules(torch.zeros(2, 3, 2, 4)), *READ, None),
+            "patch_moments: kernel must fit into the padded map, .* it covers 3 of 2 on axis 2",
         ),
         (
             lambda m: m.merge_moments(state_of(2, 3), state_of(2, 4), 0),
@@ -679,6 +805,15 @@ def test_backend_folds_merges_and_scores(backend, monkeypatch, unsorted, dimensi
         least, attained = reference.pairwise_min(exact, Rule(bound), witness)
         torch.testing.assert_close(values, least, rtol=1e-8, atol=1e-10)
         assert torch.equal(pairs, attained)
+
+
+@pytest.mark.parametrize("places", [None, torch.tensor([5, 0, 5])])
+def test_backend_takes_moments_of_patches(backend, places):
+    x = batch((9, 14, 14), torch.bfloat16)
+    read = window(x, 3, padding=1, stride=2)
+    exact = reference.patch_moments(x, read, places)
+    for ours, theirs in zip(backend["patch_moments"](x, read, places), exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("bound", ["fisher", "minimax"])

@@ -340,9 +340,7 @@ def test_bad_input(arguments, options, message):
 
 
 def test_a_backend_that_cannot_run_says_why():
-    with pytest.raises(
-        RuntimeError, match=r"patch_moments: backend 'cuda' cannot run: this version of discedit has no"
-    ):
+    with pytest.raises(RuntimeError, match=r"patch_moments: backend 'cuda' cannot run: (it takes|discedit._cuda) "):
         ops.patch_moments(X, 3, backend="cuda")
     with pytest.raises(RuntimeError, match=r"'cpp' cannot run: it takes CPU tensors, and these are on meta"):
         ops.patch_moments(X.to("meta"), 3, backend="cpp")

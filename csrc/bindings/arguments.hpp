@@ -1,12 +1,14 @@
 // What the modules' functions take, read and checked: statistics, bounds, maps and states.
 #pragma once
 
+#include <array>
 #include <optional>
 #include <string>
 
 #include "../common/family.hpp"
 #include "../common/moment_state.hpp"
 #include "../common/statistics.hpp"
+#include "../common/window.hpp"
 #include "../common/witness.hpp"
 #include "array.hpp"
 
@@ -81,6 +83,33 @@ inline void check_map(const TensorView& x, int channel_axis, const char* op) {
     throw py::value_error(std::string(op) + ": x must have at least one element per map, got shape " + x.shape_text() +
                           ".");
 }
+
+using Pair = std::array<int, 2>;
+
+// What a convolution reads of a map.
+struct Patches {
+  Patches(const TensorView& x, Pair kernel, Pair stride, std::array<int, 4> padding, Pair dilation, const char* op) {
+    if (x.axes != 4)
+      throw py::value_error(std::string(op) + ": x must have shape (samples, channels, height, width), got " +
+                            x.shape_text() + ".");
+    check_map(x, 1, op);
+    for (std::size_t i = 0; i < 2; ++i) {
+      Window& window = i == 0 ? rows : columns;
+      window = {kernel[i], stride[i], padding[2 * i], padding[2 * i + 1], dilation[i], x.shape[2 + i]};
+      if (window.kernel < 1 || window.stride < 1 || window.before < 0 || window.after < 0 || window.dilation < 1)
+        throw py::value_error(std::string(op) + ": kernel, stride and dilation must be at least 1 and padding at " +
+                              "least 0 on each axis.");
+      if (window.padded() > Window::largest || window.extent() > window.padded())
+        throw py::value_error(std::string(op) + ": kernel must fit into the padded map, which must be at most " +
+                              std::to_string(Window::largest) + " wide and high: it covers " +
+                              std::to_string(window.extent()) + " of " + std::to_string(window.padded()) + " on axis " +
+                              std::to_string(2 + i) + ".");
+    }
+  }
+  std::int64_t positions() const { return rows.outputs() * columns.outputs(); }
+
+  Window rows, columns;
+};
 
 // One layer's state, borrowed: (count, mean, m2, m3, m4) of a scalar statistic or (count, mean, scatter) of a vector.
 class State {

@@ -3,8 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-
 #include "../cpu/dispatch.hpp"
 #include "arguments.hpp"
 
@@ -70,27 +68,10 @@ void bind_patch_moments(const py::object& x, std::array<int, 2> kernel, std::arr
                         const py::object& mean, const py::object& scatter, int threads) {
   const char* op = "patch_moments";
   const Array map(x, op, "x"), means(mean, op, "mean", true), scatters(scatter, op, "scatter", true);
-  const TensorView& view = map.view;
-  if (view.axes != 4)
-    throw py::value_error("patch_moments: x must have shape (samples, channels, height, width), got " +
-                          view.shape_text() + ".");
-  check_map(view, 1, op);
-  const auto axis = [&](std::size_t i) {
-    const Window window{kernel[i], stride[i], padding[2 * i], padding[2 * i + 1], dilation[i], view.shape[2 + i]};
-    if (window.kernel < 1 || window.stride < 1 || window.before < 0 || window.after < 0 || window.dilation < 1)
-      throw py::value_error(
-          "patch_moments: kernel, stride and dilation must be at least 1 and padding at least 0 on each axis.");
-    if (window.padded() > Window::largest || window.extent() > window.padded())
-      throw py::value_error("patch_moments: kernel must fit into the padded map, which must be at most " +
-                            std::to_string(Window::largest) + " wide and high: it covers " +
-                            std::to_string(window.extent()) + " of " + std::to_string(window.padded()) + " on axis " +
-                            std::to_string(2 + i) + ".");
-    return window;
-  };
-  const Window rows = axis(0), columns = axis(1);
-  const std::int64_t taps = rows.kernel * columns.kernel, channels = view.shape[1];
+  const Patches patches(map.view, kernel, stride, padding, dilation, op);
+  const std::int64_t taps = patches.rows.kernel * patches.columns.kernel, channels = map.view.shape[1];
   std::optional<Array> chosen;
-  Positions places{nullptr, rows.outputs() * columns.outputs()};
+  Positions places{nullptr, patches.positions()};
   if (!positions.is_none()) {
     chosen.emplace(positions, op, "positions");
     const std::int64_t last = places.count - 1;
@@ -103,7 +84,7 @@ void bind_patch_moments(const py::object& x, std::array<int, 2> kernel, std::arr
   double* first = contiguous_data<double>(means.view, channels * taps, op, "mean");
   double* second = contiguous_data<double>(scatters.view, channels * taps * taps, op, "scatter");
   const py::gil_scoped_release release;
-  ops().patch_moments(view, rows, columns, places, first, second, threads);
+  ops().patch_moments(map.view, patches.rows, patches.columns, places, first, second, threads);
 }
 
 void bind_one_vs_rest(const py::tuple& state, const std::string& bound, const std::string& witness,

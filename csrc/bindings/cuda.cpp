@@ -1,6 +1,7 @@
 // Module discedit._cuda: CUDA arrays in, arrays written in place on the caller's stream, without waiting. As in
 // cpu.cpp, shapes are checked here, and Python owns every output and all working memory.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../cuda/bounds.hpp"
 #include "../cuda/class_moments.hpp"
@@ -8,6 +9,7 @@
 #include "../cuda/merge_moments.hpp"
 #include "../cuda/one_vs_rest.hpp"
 #include "../cuda/pairwise_min.hpp"
+#include "../cuda/patch_moments.hpp"
 #include "../cuda/pool.hpp"
 #include "arguments.hpp"
 
@@ -103,6 +105,38 @@ void bind_merge_moments(const py::tuple& into, const py::tuple& other, std::uint
   else cuda::merge_moments(a.scalar(), b.scalar(), stream_of(stream));
 }
 
+// Positions must be in range, which is not looked at here.
+void bind_patch_moments(const py::object& x, Pair kernel, Pair stride, std::array<int, 4> padding, Pair dilation,
+                        const py::object& positions, const py::object& mean, const py::object& scatter,
+                        const py::object& scratch, std::uintptr_t stream) {
+  const char* op = "patch_moments";
+  const DeviceArray map(x, op, "x"), means(mean, op, "mean", true), scatters(scatter, op, "scatter", true);
+  const Patches patches(map.view, kernel, stride, padding, dilation, op);
+  const std::int64_t taps = patches.rows.kernel * patches.columns.kernel, channels = map.view.shape[1];
+  const int device = common_device(op, {&map, &means, &scatters});
+  std::optional<DeviceArray> chosen;
+  Positions places{nullptr, patches.positions()};
+  if (!positions.is_none()) {
+    chosen.emplace(positions, op, "positions");
+    places = {contiguous_data<std::int64_t>(chosen->view, chosen->view.size(), op, "positions"), chosen->view.size()};
+    common_device(op, {&map, &*chosen});
+  }
+  double* first = contiguous_data<double>(means.view, channels * taps, op, "mean");
+  double* second = contiguous_data<double>(scatters.view, channels * taps * taps, op, "scatter");
+  const std::int64_t size = cuda::patch_moments_scratch(map.view, patches.rows, patches.columns, places.count);
+  const Scratch memory(scratch, size, map, op);
+  const py::gil_scoped_release release;
+  const cuda::OnDevice current(device, op);
+  cuda::patch_moments(map.view, patches.rows, patches.columns, places, first, second, memory.data, stream_of(stream));
+}
+
+std::int64_t bind_patch_moments_scratch(const py::object& x, Pair kernel, Pair stride, std::array<int, 4> padding,
+                                        Pair dilation, std::optional<std::int64_t> positions) {
+  const DeviceArray map(x, "patch_moments", "x");
+  const Patches patches(map.view, kernel, stride, padding, dilation, "patch_moments");
+  return cuda::patch_moments_scratch(map.view, patches.rows, patches.columns, positions.value_or(patches.positions()));
+}
+
 std::int64_t bind_one_vs_rest_scratch(const py::tuple& state) {
   const DeviceState moments(state, "one_vs_rest", false);
   return cuda::one_vs_rest_scratch(moments.dimension(), moments.classes, moments.channels);
@@ -184,6 +218,12 @@ PYBIND11_MODULE(DISCEDIT_MODULE, module) {
   module.def("fold_moments", &bind_fold_moments, py::arg("pooled"), py::arg("scale"), py::arg("labels"),
              py::arg("order"), py::arg("state"), stream);
   module.def("merge_moments", &bind_merge_moments, py::arg("into"), py::arg("other"), stream);
+  module.def("patch_moments", &bind_patch_moments, py::arg("x"), py::arg("kernel"), py::arg("stride"),
+             py::arg("padding"), py::arg("dilation"), py::arg("positions"), py::arg("mean"), py::arg("scatter"),
+             py::arg("scratch"), stream);
+  module.def("patch_moments_scratch", &bind_patch_moments_scratch, py::arg("x"), py::arg("kernel"), py::arg("stride"),
+             py::arg("padding"), py::arg("dilation"), py::arg("positions"),
+             "As pool_scratch, for so many positions; None: all.");
   module.def("one_vs_rest", &bind_one_vs_rest, py::arg("state"), py::arg("bound"), py::arg("witness"), py::arg("out"),
              py::arg("scratch"), stream);
   module.def("one_vs_rest_scratch", &bind_one_vs_rest_scratch, py::arg("state"));

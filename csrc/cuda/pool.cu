@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "../common/map_layout.hpp"
+#include "element.hpp"
 #include "launch.hpp"
 
 namespace discedit::cuda {
@@ -22,34 +23,7 @@ constexpr int widest = 16;                    // threads side by side over chann
 constexpr std::int64_t enough_blocks = 1024;  // from which on maps are not cut: every machine has work
 static_assert(threads % widest == 0 && widest <= 32, "a warp reads whole tiles of positions");
 
-struct Float16 {
-  std::uint16_t bits;
-};
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-// Exact widening, and the integers in whose order the extremes are found: sign-extended bits.
-__device__ __forceinline__ float narrow(float x) { return x; }
-__device__ __forceinline__ float narrow(BFloat16 x) { return as<float>(static_cast<std::uint32_t>(x.bits) << 16); }
-__device__ __forceinline__ float narrow(Float16 x) {
-#if defined(__CUDA_ARCH__)
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
-  return value;
-#else
-  // Exponent and mantissa moved into place and rescaled by 2^112, which is exact for subnormals too.
-  const std::uint32_t moved = (x.bits & 0x7fffu) << 13;
-  const auto scaled = as<std::uint32_t>(as<float>(moved) * 0x1p112f);
-  const std::uint32_t special = (x.bits & 0x7c00u) == 0x7c00u ? moved | 0x7f800000u : scaled;
-  return as<float>(special | (x.bits & 0x8000u) << 16);
-#endif
-}
-__device__ __forceinline__ double widen(double x) { return x; }
-template <typename T>
-__device__ __forceinline__ double widen(T x) {
-  return narrow(x);
-}
+// The integers in whose order the extremes are found: sign-extended bits.
 __device__ __forceinline__ std::int64_t key_of(double x) { return as<std::int64_t>(x); }
 __device__ __forceinline__ std::int32_t key_of(float x) { return as<std::int32_t>(x); }
 __device__ __forceinline__ std::int32_t key_of(Float16 x) { return static_cast<std::int16_t>(x.bits); }

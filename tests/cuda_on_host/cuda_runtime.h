@@ -215,6 +215,7 @@ template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
   return cuda_on_host::exchange(value, static_cast<unsigned>(lane));
 }
+inline void __syncwarp() { cuda_on_host::Machine::get().ballot(false); }
 inline unsigned __ballot_sync(unsigned, int predicate) { return cuda_on_host::Machine::get().ballot(predicate != 0); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <typename T>
