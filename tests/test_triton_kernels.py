@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import poisoned_state, poisoned_vector, same_bits
+from helpers import hostile_maps, poisoned_state, poisoned_vector, same_bits
+from test_patch_moments import WINDOWS, assert_right, batch
 
 from discedit import ops
 from discedit._backends import triton_interprets
@@ -20,6 +21,7 @@ triton = pytest.importorskip("triton")
 pool = pytest.importorskip("discedit.kernels.pool")
 class_moments = pytest.importorskip("discedit.kernels.class_moments")
 pairwise_min = pytest.importorskip("discedit.kernels.pairwise_min")
+patch_moments = pytest.importorskip("discedit.kernels.patch_moments")
 
 # What a GPU does without a word, the interpreter's NumPy warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -202,16 +204,88 @@ def test_the_same_batch_gives_the_same_bits():
     assert same_bits(first, second)
 
 
+# ---- moments of patches ---------------------------------------------------------------------------------------------
+
+PATCHES = {name: x for name, x in hostile_maps().items() if x.ndim == 4 and x.shape[1] < 100}
+
+
+def of_patches(x, kernel_size, **options):
+    """Products of 7 x 7 taps take the interpreter minutes: WINDOWS has them, for a GPU."""
+    ours = ops.patch_moments(x, kernel_size, backend="triton", **options)
+    assert_right(ours, x.double(), kernel_size, **options)
+    return ours
+
+
+@interpreted
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", [name for name, (_, shape) in WINDOWS.items() if shape[0] > 3])
+def test_patch_moments_are_their_definition(name, memory_format):
+    (kernel_size, options), shape = WINDOWS[name]
+    of_patches(batch(shape, torch.float32, memory_format), kernel_size, **options)
+
+
+@interpreted
+@pytest.mark.parametrize("name", PATCHES)
+def test_patch_moments_of_hostile_maps(name):
+    of_patches(PATCHES[name], 2, padding=1)
+
+
+@interpreted
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("places", [None, [], [27, 0, 5, 6, 5], list(range(0, 28, 3))])
+def test_patch_moments_at_positions_in_spans(monkeypatch, places, dtype, memory_format):
+    x = batch((5, 8, 14), dtype, memory_format)
+    positions = None if places is None else torch.tensor(places, dtype=torch.int64)
+    options = {"stride": 2, "padding": 1, "positions": positions}
+    if places == []:
+        assert not any(t.any() for t in ops.patch_moments(x, 2, backend="triton", **options)[1:])
+        return
+    whole = of_patches(x, 2, **options)
+    for name, value in (("LEAST_SPAN", 1), ("LANES", 16)):
+        monkeypatch.setattr(patch_moments, name, value)
+    batches, spots, tile = patch_moments.lanes_of(x, len(places or range(28)))
+    assert batches * spots * tile <= 16
+    cut = of_patches(x, 2, **options)
+    for ours, theirs in zip(cut[1:], whole[1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@interpreted
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_patch_moments_that_are_not_finite_stay_with_their_taps(memory_format, value):
+    x = batch((3, 6, 6), torch.float32, memory_format)
+    clean = ops.patch_moments(x, 3, backend="triton")
+    x[2, 1, 0, 0] = value  # only the first tap reaches it
+    _, mean, scatter = ops.patch_moments(x, 3, backend="triton")
+    assert torch.equal(mean[[0, 2]], clean[1][[0, 2]])
+    assert torch.equal(scatter[[0, 2]], clean[2][[0, 2]])
+    assert mean[1].isfinite().tolist() == [False] + 8 * [True]
+    assert not scatter[1, 0].isfinite().any()
+    assert scatter[1, 1:, 1:].isfinite().all()
+
+
+@interpreted
+@pytest.mark.parametrize("value", [0.1, -1e4, 1e30, 1e-40])
+def test_patch_moments_of_a_constant_channel(value):
+    x = torch.full((3, 2, 4, 5), value)
+    _, mean, scatter = ops.patch_moments(x, 3, backend="triton")
+    assert torch.equal(mean, x[0, :, :3, :3].flatten(1).double())
+    assert not scatter.any()
+
+
 # ---- ahead of time --------------------------------------------------------------------------------------------------
 
 COMPILED = """
 import sys
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from discedit.kernels import bounds, class_moments, pairwise_min, pool
+from discedit.kernels import bounds, class_moments, pairwise_min, patch_moments, pool
 from discedit.kernels._launch import COMPILE, Layout
 
 TARGETS = {
@@ -280,6 +354,32 @@ for minimax in (False, True):
         compile_for(target, pairwise_min.pairwise_min_kernel, state, DIMENSION=dimension, QUADRATIC=quadratic,
                     MINIMAX=minimax, CHANNELS=pairwise_min.CHANNELS, CLASSES=pairwise_min.CLASSES)
 compile_for(target, pairwise_min.merge_splits_kernel, state, BLOCK=128)
+kernels = patch_moments
+arrays = dict.fromkeys(("centre", "partial", "sums", "number", "mean", "scatter"), "*fp64")
+sizes = set()
+for channels in (1, 3, 40):
+    for samples, count in ((1, 1), (2, 16), (64, 49), (64, 3136)):
+        for strides in ((9 * channels, 9, 3, 1), (9 * channels, 1, 3 * channels, channels)):
+            sizes.add(kernels.lanes_of(torch.empty_strided((samples, channels, 3, 3), strides, device="meta"), count))
+for name, integer in FLOATS.items():
+    compile_for(target, kernels.centre_kernel, {"x": "*" + name, "centre": "*fp64"}, INTEGER=integer,
+                COUNT=kernels.LOOKED_AT)
+    # What is 1 becomes a constant: a layer that reads a pixel, of maps of a row, a column, a sample.
+    for ones in ((), ("taps", "sides", "kernel_columns"),
+                 ("samples", "channels", "groups", "blocks", "all_blocks", "count"),
+                 ("outputs", "height", "width", "span", "stride_rows", "column_stride", "channel_stride")):
+        for samples, places, tile in sorted(sizes) if name == "fp32" and not ones else [(4, 32, 1), (1, 4, 32)]:
+            for side in (kernels.SIDE, 1):
+                constants = {"SIDE": side, "SAMPLES": samples, "PLACES": places, "TILE": tile, "INTEGER": integer,
+                             "CHOSEN": side > 1, "INDEX": tl.int64 if ones else tl.int32}
+                given = arrays | {"x": "*" + name, "positions": "*i64"}
+                if name == "fp16":  # the others' integers have 64 bits
+                    given |= {name: "i32" for name in kernels.sum_kernel.arg_names if name not in given}
+                compile_for(target, kernels.sum_kernel, given, **constants, **dict.fromkeys(ones, 1))
+for ones in ((), ("taps", "size", "channels", "spans")):
+    for kernel in (kernels.merge_kernel, kernels.finish_kernel):
+        compile_for(target, kernel, arrays, BLOCK=kernels.MERGED,
+                    **{name: 1 for name in ones if name in kernel.arg_names})
 """
 
 
@@ -295,7 +395,11 @@ def test_every_kernel_compiles_ahead_of_time(target, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     compiled = {line.split()[0] for line in done.stdout.splitlines()}
-    kernels = {name for module in ("pool", "class_moments", "bounds", "pairwise_min") for name in kernels_of(module)}
+    kernels = {
+        name
+        for module in ("pool", "class_moments", "bounds", "pairwise_min", "patch_moments")
+        for name in kernels_of(module)
+    }
     assert compiled == kernels
 
 
