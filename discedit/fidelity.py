@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
-from discedit import _checks, _files, ops
+from discedit import _checks, _files
+from discedit._backends import select
 from discedit._batches import call, chosen, device_of, first_tensor
 from discedit._calibration import CHUNK, gram_of, padding_of, why_not_read
 from discedit._checkpoint import Checkpoint, Progress, digest_of
@@ -458,6 +459,7 @@ class _Reader(ExitStack):
             )
         self._weights = {name: _weight_of(module) for name, module in self.layers.items()}
         self._places: dict[tuple[int, ...], Tensor] = {}
+        self._spots: dict[Any, _Spots] = {}  # by layer, map and device
 
     def __enter__(self) -> _Reader:
         for name, module in self.layers.items():
@@ -475,27 +477,34 @@ class _Reader(ExitStack):
                     f"{OP}: layers must read all their channels in one process, {name!r} reads {width} of "
                     f"{weight.shape[1]} here; name the others in layers."
                 )
-            self.moments.update(name, self._moments(module, weight, x[:counted].detach(), output[:counted].detach()))
+            self.moments.update(name, self._moments(name, x[:counted].detach(), output[:counted].detach()))
 
-    def _moments(self, module: nn.Module, weight: Tensor, x: Tensor, output: Tensor) -> InputMoments:
+    def _moments(self, name: str, x: Tensor, output: Tensor) -> InputMoments:
+        module, weight = self.layers[name], self._weights[name]
         x, output = (t.float() if t.element_size() < 4 else t for t in (x, output))
-        size = tuple(output.shape[2:]) if isinstance(module, nn.Conv2d) else (math.prod(output.shape[1:-1]),)
-        places = self._positions(size)
+        spots = self._spots_of(name, x, output)
         found: InputMoments | None = None
-        looked = math.prod(size) if places is None else len(places)
-        step = max(1, CHUNK // max(1, looked * math.prod(weight.shape[1:])))
+        step = max(1, CHUNK // max(1, spots.looked * math.prod(weight.shape[1:])))
         for start in range(0, len(x), step):
             some = x[start : start + step]
-            rows = _rows(module, some, size, places)
+            rows = _rows(module, some, spots)
             if self.moments.kind == "full":
                 part = _of_all_pairs(rows, weight)
             else:
-                given = _outputs(module, output[start : start + step], places)
-                part = _of_each_channel(_patches(module, some, rows, places), rows, given, weight)
+                given = _outputs(module, output[start : start + step], spots)
+                part = _of_each_channel(_patches(module, some, rows, spots), rows, given, weight)
             # The first part may be the caller's memory: a copy of it takes in the others.
             found = part if found is None else (found.clone() if start == step else found).add_(part)
         assert found is not None
         return found
+
+    def _spots_of(self, name: str, x: Tensor, output: Tensor) -> _Spots:
+        key = (name, tuple(x.shape[1:]), x.device)
+        if key not in self._spots:
+            module = self.layers[name]
+            size = tuple(output.shape[2:]) if isinstance(module, nn.Conv2d) else (math.prod(output.shape[1:-1]),)
+            self._spots[key] = _Spots.of(module, tuple(x.shape[2:]), size, self._positions(size)).to(x.device)
+        return self._spots[key]
 
     def _positions(self, size: tuple[int, ...]) -> Tensor | None:
         """Flat positions of a map that are looked at, one at random in each cell of a grid; None: all."""
@@ -515,40 +524,68 @@ class _Reader(ExitStack):
         return self._places[size]
 
 
-def _rows(module: nn.Module, x: Tensor, size: tuple[int, ...], places: Tensor | None) -> Tensor:
-    """What a layer reads at some positions of its output: (samples x positions, channels x taps)."""
-    if isinstance(module, nn.Linear):
-        flat = x.reshape(len(x), -1, x.shape[-1])
-        return (flat if places is None else flat[:, places.to(x.device)]).flatten(0, 1)
-    assert isinstance(module, nn.Conv2d)
-    left, right, top, bottom = padding_of(module)
-    height, width = x.shape[2] + top + bottom, x.shape[3] + left + right  # of the map with its padding
-    ends = torch.arange(math.prod(size)) if places is None else places
-    down = (ends // size[1] * module.stride[0])[:, None] + torch.arange(module.kernel_size[0]) * module.dilation[0]
-    across = (ends % size[1] * module.stride[1])[:, None] + torch.arange(module.kernel_size[1]) * module.dilation[1]
-    if places is None:
-        x = functional.pad(x, (left, right, top, bottom))
+@dataclass(frozen=True)
+class _Spots:
+    """Where a layer looks at maps of one size.
+
+    Attributes:
+        looked: positions of the output that are looked at. places: which, flat, int64; None: all.
+        pixels: of a convolution, the flat pixels of their patches, int64; those outside the map are moved to its edge,
+            or, where all positions are looked at, counted in the map with its padding.
+        inside: which of them lie in the map; None: all.
+    """
+
+    looked: int
+    places: Tensor | None
+    pixels: Tensor | None = None
+    inside: Tensor | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module, map_size: tuple[int, ...], size: tuple[int, ...], places: Tensor | None) -> _Spots:
+        looked = math.prod(size) if places is None else len(places)
+        if not isinstance(module, nn.Conv2d):
+            return cls(looked, places)
+        left, right, top, bottom = padding_of(module)
+        height, width = map_size[0] + top + bottom, map_size[1] + left + right  # of the map with its padding
+        ends = torch.arange(looked) if places is None else places
+        down = (ends // size[1] * module.stride[0])[:, None] + torch.arange(module.kernel_size[0]) * module.dilation[0]
+        across = (ends % size[1] * module.stride[1])[:, None] + torch.arange(module.kernel_size[1]) * module.dilation[1]
         inside = None
-    else:  # of a few places no padded copy is needed
-        down, across, height, width = down - top, across - left, x.shape[2], x.shape[3]
-        within = [((at >= 0) & (at < length)) for at, length in ((down, height), (across, width))]
-        inside = (within[0][:, :, None] & within[1][:, None, :]).flatten()
-        down, across = down.clamp(0, height - 1), across.clamp(0, width - 1)
-    index = (down[:, :, None] * width + across[:, None, :]).flatten().to(x.device)
-    patches = x.reshape(len(x), x.shape[1], height * width)[:, :, index]
-    if inside is not None and not bool(inside.all()):
-        patches *= inside.to(patches.device, patches.dtype)
-    return patches.view(len(x), x.shape[1], len(ends), -1).transpose(1, 2).reshape(len(x) * len(ends), -1)
+        if places is not None:  # of a few places no padded copy is needed
+            down, across, (height, width) = down - top, across - left, map_size
+            within = [((at >= 0) & (at < length)) for at, length in ((down, height), (across, width))]
+            inside = (within[0][:, :, None] & within[1][:, None, :]).flatten()
+            down, across = down.clamp(0, height - 1), across.clamp(0, width - 1)
+        pixels = (down[:, :, None] * width + across[:, None, :]).flatten()
+        return cls(looked, places, pixels, None if inside is None or bool(inside.all()) else inside)
+
+    def to(self, device: torch.device) -> _Spots:
+        given = (self.places, self.pixels, self.inside)
+        return _Spots(self.looked, *(t if t is None else t.to(device) for t in given))
 
 
-def _outputs(module: nn.Module, output: Tensor, places: Tensor | None) -> Tensor:
+def _rows(module: nn.Module, x: Tensor, spots: _Spots) -> Tensor:
+    """What a layer reads at some positions of its output: (samples x positions, channels x taps)."""
+    if not isinstance(module, nn.Conv2d):
+        flat = x.reshape(len(x), -1, x.shape[-1])
+        return (flat if spots.places is None else flat[:, spots.places]).flatten(0, 1)
+    assert spots.pixels is not None
+    if spots.places is None:
+        x = functional.pad(x, padding_of(module))
+    patches = x.flatten(2)[:, :, spots.pixels]
+    if spots.inside is not None:
+        patches *= spots.inside.to(patches.dtype)
+    return patches.view(*x.shape[:2], spots.looked, -1).transpose(1, 2).reshape(len(x) * spots.looked, -1)
+
+
+def _outputs(module: nn.Module, output: Tensor, spots: _Spots) -> Tensor:
     """What a layer gives there, without its bias: (samples x positions, outputs)."""
     bias: Any = module.bias
     if isinstance(module, nn.Linear):
         flat = output.reshape(len(output), -1, output.shape[-1])
     else:
         flat = output.flatten(2).transpose(1, 2)
-    rows = (flat if places is None else flat[:, places.to(output.device)]).flatten(0, 1)
+    rows = (flat if spots.places is None else flat[:, spots.places]).flatten(0, 1)
     return rows if bias is None else rows - bias.detach().to(rows.dtype)
 
 
@@ -576,22 +613,17 @@ def _of_each_channel(own: tuple[Tensor, Tensor], rows: Tensor, given: Tensor, we
     return InputMoments(torch.tensor(len(rows)), *own, weight, output)
 
 
-def _patches(module: nn.Module, x: Tensor, rows: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+def _patches(module: nn.Module, x: Tensor, rows: Tensor, spots: _Spots) -> tuple[Tensor, Tensor]:
     """Mean (channels, taps) and scatter (channels, taps, taps) of what a layer reads of each channel."""
     if isinstance(module, nn.Linear):
         mean = rows.mean(0, dtype=torch.float64)
         return mean[:, None], (rows - mean).square().sum(0)[:, None, None]
     layer: Any = module
     left, right, top, bottom = padding_of(layer)
-    _, mean, scatter = ops.patch_moments(
-        x,
-        layer.kernel_size,
-        stride=layer.stride,
-        padding=(top, bottom, left, right),
-        dilation=layer.dilation,
-        positions=None if places is None else places.to(x.device),
-    )
-    return mean, scatter
+    window = _checks.Window(layer.kernel_size, layer.stride, (top, bottom, left, right), layer.dilation)
+    # Not by `ops.patch_moments`, which looks whether the positions are in range: on a GPU that waits for it.
+    moments: tuple[Tensor, Tensor] = select("patch_moments", "auto", x.device)(x, window, spots.places)
+    return moments
 
 
 def singleton_fidelity(
