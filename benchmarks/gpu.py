@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,13 @@ from torch import Tensor
 import discedit
 from benchmarks._common import machine, seconds
 from benchmarks.bench_class_moments import CLASSES, feature_map, rivals, torch_state
+from benchmarks.bench_patch_moments import MAPS as PATCHES
+from benchmarks.bench_patch_moments import rivals as patch_rivals
 from discedit import _backends, ops, reference
 from discedit._batches import call, undisturbed
 from discedit._checks import Rule
 from discedit._state import ClassMoments
+from discedit.fidelity import collect_second_moments
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).with_name("results")
@@ -203,6 +206,49 @@ def pairs(clock: Clock, classes: int = 1000, channels: tuple[int, ...] = (2048, 
                 }
 
 
+def patches(clock: Clock, maps: Iterable[str], read: float, samples: int = 32) -> Iterator[Row]:
+    """Share of the read bandwidth, and times over torch's ways, of each channel's moments of patches."""
+    for name in maps:
+        shape, (kernel, stride, padding) = PATCHES[name]
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            inputs = [
+                torch.randn(samples, *shape, device=clock.device)
+                .relu()
+                .bfloat16()
+                .contiguous(memory_format=memory_format)
+                for _ in range(3)
+            ]
+            size = inputs[0].numel() * inputs[0].element_size()
+            options: dict[str, Any] = {"stride": stride, "padding": padding}
+            ways = patch_rivals(inputs[0], kernel, stride, padding)
+            times = {
+                way: clock([lambda x=x, w=way: patch_rivals(x, kernel, stride, padding)[w]() for x in inputs])  # noqa: B023
+                for way in ways
+            }
+            best = min(times, key=lambda way: times[way])
+            exact = ops.patch_moments(inputs[0], kernel, backend="reference", **options)
+            for backend in backends_of("patch_moments", clock.device):
+                ours = ops.patch_moments(inputs[0], kernel, backend=backend, **options)
+                for mine, theirs in zip(ours[1:], exact[1:], strict=True):
+                    torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-7 * float(theirs.abs().max()))
+                taken = clock(
+                    [lambda x=x, b=backend: ops.patch_moments(x, kernel, backend=b, **options) for x in inputs]  # noqa: B023
+                )
+                yield {
+                    "op": "patch_moments",
+                    "shape": list(inputs[0].shape),
+                    "kernel": kernel,
+                    "dtype": str(inputs[0].dtype),
+                    "strides": list(inputs[0].stride()),
+                    "backend": backend,
+                    "seconds": taken,
+                    "of read": size / taken / read,
+                    "torch": best,
+                    "x torch": times[best] / taken,
+                }
+                print(".", end="", flush=True)
+
+
 def random_moments(classes: int, channels: int, device: torch.device) -> ClassMoments:
     generator = torch.Generator(device).manual_seed(0)
     shape = (classes, channels)
@@ -248,6 +294,42 @@ def scoring(clock: Clock, samples: int = 256, rounds: int = 12) -> Iterator[Row]
             "dtype": "torch.bfloat16",
             "batch": samples,
             "batches": len(passes),
+            "seconds": statistics.median(base),
+            "x bare": statistics.median(ratios),
+        }
+
+
+def second_moments(clock: Clock, samples: int = 128, rounds: int = 10) -> Iterator[Row]:
+    """collect_second_moments over the bare pass of the same batches on the device, wall time, passes in turns."""
+    from benchmarks.bench_scoring_pass import build
+
+    model = build("ResNet-50").to(clock.device, torch.bfloat16).to(memory_format=torch.channels_last)
+    data = [torch.randn(samples, 3, 224, 224, device=clock.device).bfloat16() for _ in range(3)] * 2
+
+    def bare() -> None:
+        with undisturbed(model):
+            for inputs in data:
+                call(model, inputs)
+        _wait(clock.device)
+
+    bare()
+    for kind in ("singleton", "full"):
+
+        def ours(kind: str = kind) -> None:
+            collect_second_moments(model, data, kind=kind)
+            _wait(clock.device)
+
+        ours()
+        ratios, base = [], []
+        for _ in range(rounds):
+            base.append(seconds(bare))
+            ratios.append(seconds(ours) / base[-1])
+        yield {
+            "op": f"second moments, {kind}",
+            "model": "ResNet-50",
+            "dtype": "torch.bfloat16",
+            "batch": samples,
+            "batches": len(data),
             "seconds": statistics.median(base),
             "x bare": statistics.median(ratios),
         }
@@ -303,7 +385,9 @@ def table(figures: list[Row]) -> str:
     lines = []
     for row in figures:
         what = " ".join(str(row[key]) for key in ("op", "model", "bound", "backend") if key in row)
-        where = " ".join(str(row[key]) for key in ("shape", "dtype", "layout", "statistics", "channels") if key in row)
+        where = " ".join(
+            str(row[key]) for key in ("shape", "kernel", "dtype", "layout", "statistics", "channels") if key in row
+        )
         shown = [f"{row['seconds'] * 1e3:9.3f} ms"]
         shown += [
             f"{key} {row[key]:.3g}"
@@ -347,7 +431,9 @@ def main() -> int:
         *class_moments(clock, maps, read, compiled=not arguments.quick),
         *small_maps(clock),
         *pairs(Clock("cuda", repeats=5)),
+        *patches(clock, list(PATCHES)[:: 2 if arguments.quick else 1], read),
         *scoring(clock),
+        *second_moments(clock),
     ]
     report |= {"figures": figures, "minutes": (time.perf_counter() - start) / 60}
     RESULTS.mkdir(exist_ok=True)

@@ -74,11 +74,12 @@ def test_what_the_gpu_gate_measures_and_prints(monkeypatch):
     figures = [
         *gpu.class_moments(clock, {"tiny": (12, 8, 3, 3)}, ceilings["read, bytes/s"], compiled=False),
         *gpu.small_maps(clock, (12, 8, 3, 3)),
+        *gpu.patches(clock, ["14x14x256, 3x3"], ceilings["read, bytes/s"], samples=1),
         *gpu.pairs(clock, 12, (5,)),
     ]
-    assert len(figures) == 2 * 3 * 2 + 1 + 2
+    assert len(figures) == 2 * 3 * 2 + 1 + 2 + 2
     assert all(row["seconds"] > 0 for row in figures)
-    assert {row["bytes"] for row in figures if row.get("dtype") == "torch.bfloat16"} == {12 * 8 * 9 * 2}
+    assert {row.get("bytes") for row in figures if row.get("dtype") == "torch.bfloat16"} == {12 * 8 * 9 * 2, None}
     assert json.loads(json.dumps(figures)) == figures
     lines = gpu.table(figures).splitlines()
     assert len(lines) == len(figures)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import hostile_maps, labels_for, poisoned_state, poisoned_vector, same_bits
+from test_patch_moments import WINDOWS, assert_right, batch
 from torch import nn
 
 import discedit
@@ -127,6 +128,43 @@ def test_pairwise_min_small(poison, backend, bound):
     expected = ops.pairwise_min(moments, bound=bound, backend="reference")
     close(values.cpu(), expected[0], 1e-9, 1e-12)
     assert torch.equal(pairs.cpu(), expected[1])
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_patch_moments_small(poison, backend, name, dtype, memory_format):
+    needs(backend, "patch_moments")
+    (kernel_size, options), shape = WINDOWS[name]
+    x = batch(shape, dtype, memory_format)
+    ours = ops.patch_moments(x.cuda(), kernel_size, backend=backend, **options)
+    assert_right([ours[0], *(t.cpu() for t in ours[1:])], x.double(), kernel_size, **options)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", [name for name, x in MAPS.items() if x.ndim == 4])
+def test_patch_moments_of_hostile_maps_small(poison, backend, name):
+    needs(backend, "patch_moments")
+    ours = ops.patch_moments(on_gpu(MAPS[name]), 3, padding=1, backend=backend)
+    assert_right([ours[0], *(t.cpu() for t in ours[1:])], MAPS[name].double(), 3, padding=1)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("places", [None, [0, 3135, 57, 57, 1600]])
+@pytest.mark.parametrize("kernel_size", [1, 3, 7])
+def test_patch_moments_of_whole_layers(poison, backend, kernel_size, places, memory_format):
+    """Cut into spans, and to the same bits each time."""
+    needs(backend, "patch_moments")
+    x = batch((64, 56, 56), torch.bfloat16, memory_format, samples=32).cuda()
+    positions = None if places is None else torch.tensor(places, device="cuda")
+    options = {"padding": kernel_size // 2, "positions": positions}
+    first, again = (ops.patch_moments(x, kernel_size, backend=backend, **options) for _ in range(2))
+    exact = ops.patch_moments(x, kernel_size, backend="reference", **options)
+    for ours, repeated, theirs in zip(first[1:], again[1:], exact[1:], strict=True):
+        assert torch.equal(ours, repeated)
+        close(ours, theirs, 1e-9, 1e-9 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
