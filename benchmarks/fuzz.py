@@ -1,4 +1,4 @@
-"""Seeded fuzzing of what users hand over: moments, scores and recipe files, labels and command lines.
+"""Seeded fuzzing of what users hand over: moments, scores, second moments and recipe files, labels and command lines.
 
     python -m benchmarks.fuzz --cases 20000
 
@@ -39,12 +39,13 @@ from torch import Tensor, nn
 import discedit
 from discedit import Moments, Recipe, Scores
 from discedit.cli import main as command
+from discedit.fidelity import SecondMoments, collect_second_moments, singleton_fidelity, subset_fidelity
 from discedit.moments import READ_ONCE
 from discedit.recipe import Operation
 
 CLASSES = 3
 SECONDS = 20.0  # that a case may take
-KINDS = {"moments": 6, "scores": 5, "recipe": 6, "labels": 2, "command": 1}  # how often
+KINDS = {"moments": 6, "scores": 5, "second": 4, "recipe": 6, "labels": 2, "command": 1}  # how often
 REFUSED = (ValueError, FileNotFoundError)
 HOSTILE = [
     None, True, False, 0, 1, -1, 2, 3, 7, 1 << 31, 1 << 63, 1 << 70, 10**400, 0.5, -0.0, 1e-320, 1e308, math.inf,
@@ -102,6 +103,9 @@ class Place:
         (folder / "scores").mkdir()
         scores.save(folder / "scores" / "scores.safetensors")
         scores.save(folder / "plain.safetensors")
+        collect_second_moments(self.model, loader).save(folder / "full.safetensors")
+        options: dict[str, Any] = {"kind": "singleton", "classes": [1, 2], "num_classes": CLASSES}
+        collect_second_moments(self.model, loader, **options).save(folder / "singleton.safetensors")
         discedit.prune(self.model, scores, ratio=0.4, example_inputs=self.x[:1], data=loader).recipe.save(
             folder / "recipe.json"
         )
@@ -280,8 +284,15 @@ def _use_scores(scores: Scores, place: Place, pick: random.Random) -> None:
     discedit.unlearn(place.model, scores, classes=[0], top=1)
 
 
+def _use_second(second: SecondMoments, _: Place, pick: random.Random) -> None:
+    layer = pick.choice([*second, "conv"])
+    singleton_fidelity(second, layer)
+    subset_fidelity(second, layer, [0])
+
+
 of_moments = _of_file(("moments", "vector"), Moments.load, _use_moments)
 of_scores = _of_file(("plain", "errors"), Scores.load, _use_scores)
+of_second = _of_file(("full", "singleton"), SecondMoments.load, _use_second)
 
 
 def of_recipe(place: Place, pick: random.Random, scratch: Path) -> str:
@@ -453,6 +464,7 @@ def of_command(place: Place, pick: random.Random, scratch: Path) -> str:
 RUN: dict[str, Callable[[Place, random.Random, Path], str]] = {
     "moments": of_moments,
     "scores": of_scores,
+    "second": of_second,
     "recipe": of_recipe,
     "labels": of_labels,
     "command": of_command,
