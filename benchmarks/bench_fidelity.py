@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,10 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# tests/vision_ops.py says why transformers cannot be imported without.
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
-import vision_ops  # noqa: F401
-
+import benchmarks._vision  # noqa: F401
 from benchmarks._common import Log, seconds
 from benchmarks.bench_prune import Bench
 from benchmarks.bench_scoring_pass import build

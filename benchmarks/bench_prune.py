@@ -65,6 +65,8 @@ class Bench:
         if name == "vit":
             from transformers import ViTForImageClassification
 
+            import benchmarks._vision  # noqa: F401
+
             self.model: nn.Module = ViTForImageClassification.from_pretrained(zoo.data_folder() / "vit_fashion").eval()
             train = _fashion("fashion_train_10000.npz", train_images)
             test = _fashion("fashion_test_first5000.npz", test_images)

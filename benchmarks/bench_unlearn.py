@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -91,11 +90,6 @@ class Subject:
 
 
 def _load(name: str) -> Loaded:
-    if name == "vit":  # tests/vision_ops.py says why transformers cannot be imported without
-        sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-        import vision_ops  # noqa: F401
-
-        sys.path.pop(0)
     bench = bench_prune.Bench(name)
     return Loaded(bench.model, bench.train, bench.test, bench.few)
 

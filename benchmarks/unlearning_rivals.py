@@ -30,7 +30,6 @@ import argparse
 import copy
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -668,12 +667,10 @@ def _resnet20() -> nn.Module:
 
 
 def _vit_fashion() -> nn.Module:
-    # See tests/vision_ops.py: without it, transformers cannot be imported where torchvision fits another torch.
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    import vision_ops  # noqa: F401
     from transformers import ViTConfig, ViTForImageClassification
 
-    sys.path.pop(0)
+    import benchmarks._vision  # noqa: F401
+
     model: nn.Module = ViTForImageClassification(ViTConfig.from_pretrained(zoo.data_folder() / "vit_fashion"))
     return model
 
