@@ -295,6 +295,12 @@ class SecondMoments(Mapping[str, InputMoments]):
             positions=_files.field(header, "positions", (int, type(None)), path),
             classes=_files.field(header, "classes", (list, type(None)), path),
         )
+        for name in ("positions", "classes"):
+            own = moments.settings[name]
+            if name not in header or repr(header[name]) != repr(own):
+                raise ValueError(
+                    f"{str(path)!r} is damaged: its header field {name!r} must be {own!r}, got {header.get(name)!r}."
+                )
         moments.samples = _files.field(header, "samples", int, path)
         moments.skipped = _files.field(header, "skipped", dict, path)
         layers = _files.field(header, "layers", dict, path)

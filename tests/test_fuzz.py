@@ -10,7 +10,8 @@ from discedit import Moments
 
 
 @pytest.mark.parametrize(
-    ("kind", "cases"), [("moments", 80), ("scores", 80), ("recipe", 80), ("labels", 60), ("command", 60)]
+    ("kind", "cases"),
+    [("moments", 80), ("scores", 80), ("second", 600), ("recipe", 80), ("labels", 60), ("command", 60)],
 )
 def test_damage_ends_in_a_documented_way(one_thread, kind, cases):
     ends, faults = fuzz.run(range(cases), seed=1, kinds={kind: 1})
