@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_fidelity --parts curves --write --plot    # minutes
     python -m benchmarks.bench_fidelity --parts cost --write             # with nothing beside it: minutes
+    python -m benchmarks.bench_fidelity --parts weighted --models resnet20 resnet56 --write   # half an hour
 
 Kashyap et al. (ModHiFi, NeurIPS 2025) observe that fewer than 20 % of a layer's input channels reach a fidelity of 0.8.
 Curves: real images and networks (`discedit.zoo`, DISCEDIT_DATA); 1,000 training images, moments around zero as there.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 
 import benchmarks._vision  # noqa: F401
 from benchmarks._common import Log, seconds
-from benchmarks.bench_prune import Bench
+from benchmarks.bench_prune import Bench, outcome
 from benchmarks.bench_scoring_pass import build
 from discedit._batches import call, undisturbed
 from discedit.fidelity import (
@@ -43,6 +45,8 @@ RESULTS = HERE / "fidelity.json"
 MODELS = ("resnet20", "resnet56", "vit")
 IMAGES, ENOUGH, FEW = 1000, 0.8, 0.2
 ROUNDS = 9
+WEIGHTED = tuple(product(("mean", "max"), ("energy", "fidelity")))
+WAYS = tuple(product(("none", "compensation", "least_squares"), (0.3, 0.5)))
 COSTS = (("ResNet-50", 224, 8), ("ResNet56", 32, 128))  # size of the images, batch
 
 
@@ -108,6 +112,28 @@ def cost(name: str, kind: str, size: int, batch: int) -> dict[str, Any]:
     }
 
 
+def weighted(bench: Bench, separation: str, energy: str, repair: str, ratio: float) -> dict[str, Any]:
+    """Pruning by how well a channel tells classes apart times how much of what its readers give it carries."""
+    one, other = bench.importance(separation), bench.importance(energy)
+    given = {layer: values * other[layer] for layer, values in one.items() if layer in other}
+    return outcome(bench, bench.prune(scores=given, repair=repair, ratio=ratio))
+
+
+def rows_of_weighted(log: Log) -> list[list[str]]:
+    """Beside each product its factors, of benchmarks/prune.json."""
+    known = json.loads((HERE / "prune.json").read_text())
+    rows = []
+    for model, (separation, energy) in product(MODELS, WEIGHTED):
+        cells = []
+        for repair, ratio in WAYS:
+            entries = [known.get(f"{model}|{name}|{repair}|{ratio}") for name in (separation, energy)]
+            both = [log.entries.get(f"{model}|weighted|{separation} x {energy}|{repair}|{ratio}"), *entries]
+            cells.append(" / ".join("-" if entry is None else f"{entry['drop']:.1f}" for entry in both))
+        if any(not cell.startswith("-") for cell in cells):
+            rows.append([model, f"{separation} x {energy}", *cells])
+    return rows
+
+
 def rows_of_curves(log: Log) -> list[list[str]]:
     rows = []
     for name in MODELS:
@@ -149,6 +175,14 @@ def markdown(log: Log) -> str:
             "In the plot a line is a layer, from the first (light) to the last. ![Plot](fidelity.png)",
             ["model", "choice", "layers", f"layers below {100 * FEW:.0f} %", "least", "median", "most"],
             rows_of_curves(log),
+        ),
+        (
+            "Discrimination weighted by energy",
+            "Points of accuracy lost by pruning, by the product of two criteria / by the first alone / by the second "
+            "alone (benchmarks/prune.md), for each repair and ratio: does what tells classes apart and what carries "
+            "energy do better together? See there for the default, which both lose against.",
+            ["model", "criteria", *(f"{repair}, {ratio}" for repair, ratio in WAYS)],
+            rows_of_weighted(log),
         ),
         (
             "What the pass costs",
@@ -194,8 +228,10 @@ def plot(log: Log) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("curves", "cost"), default=[])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of the curves")
+    parser.add_argument("--parts", nargs="+", choices=("curves", "cost", "weighted"), default=[])
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), help="of curves, of what is weighted"
+    )
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--any-commit", action="store_true", help="do not measure again what an earlier commit did")
     parser.add_argument("--write", action="store_true", help="write benchmarks/fidelity.md")
@@ -207,6 +243,14 @@ def main() -> None:
     if "curves" in options.parts:
         for name in options.models:
             log.measure(f"{name}|curves", partial(curves, name))
+    if "weighted" in options.parts:
+        for name in options.models:
+            bench = Bench(name)
+            for (separation, energy), (repair, ratio) in product(WEIGHTED, WAYS):
+                log.measure(
+                    f"{name}|weighted|{separation} x {energy}|{repair}|{ratio}",
+                    partial(weighted, bench, separation, energy, repair, ratio),
+                )
     if "cost" in options.parts:
         for (name, size, batch), kind in product(COSTS, KINDS):
             log.measure(f"{name}|cost|{kind}", partial(cost, name, kind, size, batch))

@@ -32,9 +32,12 @@ from torch.utils.data import TensorDataset
 
 from benchmarks import _common, bench_prune, held_out
 from benchmarks.unlearning_rivals import METHODS, retrained, retrained_file, tuned
-from discedit import Edit, Moments, collect_moments, evaluate, score, unlearn, zoo
+from discedit import Edit, Moments, Scores, collect_moments, evaluate, score, unlearn, zoo
 from discedit._calibration import batch_norms
+from discedit._graph import Graph
+from discedit._importance import fidelities
 from discedit._recovery import Kept, batchnorm_recall
+from discedit._retain import Classified
 from discedit.evaluate import accuracy_per_class
 from discedit.presets import preset
 from discedit.prune import why_not_editable
@@ -127,7 +130,8 @@ class Setting:
     Attributes:
         title: what tables call it.
         options: arguments; "last" is the share of the layers, from the end, that rows are to be chosen from, "readers"
-            the number of layers, from the end, that directions are to be erased from.
+            the number of layers, from the end, that directions are to be erased from, "weigh" what scores are to be
+            multiplied by.
         data: whether it gets the training images as `data`.
         few: whether moments, and `data`, come from 64 images per class.
         preset: by this published algorithm.
@@ -185,6 +189,10 @@ _OF_DIRECTIONS: dict[str, dict[str, Any]] = {
 _OF_FIDELITY: dict[str, dict[str, Any]] = {
     'method="modhifi"': {"method": "modhifi"},
     'by="contrast"': {"by": "contrast"},
+    **{
+        f"score x {by}, sign={sign!r}": {"weigh": by, "sign": sign}
+        for by, sign in product(("fidelity", "contrast"), ("up", "any"))
+    },
 }
 VARIANTS = {
     **{f"{title}, with data": Setting(title, options, data=True) for title, options in _OF_DIRECTIONS.items()},
@@ -294,6 +302,9 @@ class Bench:
             edit = chosen.unlearn(model, scores, classes=[cls], **options)
         else:
             scores = score(moments)
+            if "weigh" in options:
+                scores = self.weighted(scores, cls, options.pop("weigh"))
+                options["layers"] = list(scores)
             if "last" in options:
                 order = [layer for layer in scores if not why_not_editable(model, layer)]
                 options["layers"] = order[len(order) - math.ceil(options.pop("last") * len(order)) :]
@@ -302,6 +313,34 @@ class Bench:
                 options |= {"components": "directions", "layers": order[-options.pop("readers") :]}
             edit = unlearn(model, scores, classes=[cls], **options)
         return edit, {"edit seconds": round(time.perf_counter() - start, 4), "moments seconds": round(passed, 3)}
+
+    def weighted(self, scores: Scores, cls: int, by: str) -> Scores:
+        """Of the last third of the layers, as by default, times fidelity on the class: or, by "contrast", that less the
+        fidelity on the others, where it is above 0."""
+        model = self.loaded.model
+        samples = Classified("unlearn", model, self.loaded.train, [cls], self.num_classes)
+        graph = Graph("unlearn", model, self.loaded.train[0][0][:1])
+        found, _ = graph.find([layer for layer in scores if not why_not_editable(model, layer)], ("filters", "neurons"))
+        layers = list(found)[-math.ceil(len(found) / 3) :]
+        counts = {layer: len(found[layer]) for layer in layers}
+        factors, _ = fidelities(model, graph, counts, samples.parts("forget"))
+        if by == "contrast":
+            others, _ = fidelities(model, graph, counts, samples.parts("retain"))
+            factors = {layer: (own - others[layer]).clamp(min=0.0) for layer, own in factors.items()}
+        weighted = {}
+        for layer, own in factors.items():
+            weighted[layer] = torch.zeros_like(scores[layer])
+            for rows, value in zip(found[layer].rows, own, strict=True):
+                weighted[layer][list(rows)] = scores[layer][list(rows)] * float(value)
+        return Scores(
+            weighted,
+            {layer: scores.direction[layer] for layer in weighted},
+            scores.counts,
+            bound=scores.bound,
+            witness=scores.witness,
+            statistic=scores.statistic,
+            norms=scores.norms,
+        )
 
     def rival(self, log: Log, method: str, cls: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
         """The model by a rival as tuned, and the seconds that it took, preparations included."""
