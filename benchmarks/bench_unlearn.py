@@ -322,7 +322,7 @@ class Bench:
         graph = Graph("unlearn", model, self.loaded.train[0][0][:1])
         found, _ = graph.find([layer for layer in scores if not why_not_editable(model, layer)], ("filters", "neurons"))
         layers = list(found)[-math.ceil(len(found) / 3) :]
-        counts = {layer: len(found[layer]) for layer in layers}
+        counts = {layer: len(found[layer].rows) for layer in layers}
         factors, _ = fidelities(model, graph, counts, samples.parts("forget"))
         if by == "contrast":
             others, _ = fidelities(model, graph, counts, samples.parts("retain"))
