@@ -243,7 +243,7 @@ def patch_moments(
         padding: zeros around the map: an integer, a pair (rows, columns) or four (top, bottom, left, right).
         positions: flat output positions (row * output width + column), the same for every sample: shape (positions,),
             int64, on the device of x. One that is named twice counts twice; their order does not matter. By default
-            all.
+            all. On a GPU, looking whether they are in range waits for it.
 
     Returns:
         The number of patches of a channel, samples x positions; their mean, shape (channels, K), and the scatter matrix
@@ -252,7 +252,8 @@ def patch_moments(
         is symmetric to the bit, and positive semidefinite up to rounding. Accumulated in float64 around a value from
         the channel's middle; backend "cpp" rounds the difference from it to float32 unless x is float64, gives the same
         bits for every number of threads and every instruction set, reads little of the map that no patch needs, and
-        takes about 1 MB per thread beyond the results where the rows of one patch fit into that. NaN or Inf in a patch
+        takes about 1 MB per thread beyond the results where the rows of one patch fit into that. Backends "cuda" and
+        "triton" keep differences in float64 and give the same bits for the same input. NaN or Inf in a patch
         makes the moments of that channel's taps that see it non-finite, and no others'.
 
     Raises:
