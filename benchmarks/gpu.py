@@ -282,21 +282,8 @@ def scoring(clock: Clock, samples: int = 256, rounds: int = 12) -> Iterator[Row]
             discedit.collect_moments(model, passes, CLASSES, progress=False)
             _wait(clock.device)
 
-        bare()
-        ours()
-        ratios, base = [], []
-        for _ in range(rounds):
-            base.append(seconds(bare))
-            ratios.append(seconds(ours) / base[-1])
-        yield {
-            "op": "scoring pass",
-            "model": name,
-            "dtype": "torch.bfloat16",
-            "batch": samples,
-            "batches": len(passes),
-            "seconds": statistics.median(base),
-            "x bare": statistics.median(ratios),
-        }
+        facts = {"op": "scoring pass", "model": name, "dtype": "torch.bfloat16", "batch": samples}
+        yield facts | {"batches": len(passes)} | _over(bare, ours, rounds)
 
 
 def second_moments(clock: Clock, samples: int = 128, rounds: int = 10) -> Iterator[Row]:
@@ -312,27 +299,25 @@ def second_moments(clock: Clock, samples: int = 128, rounds: int = 10) -> Iterat
                 call(model, inputs)
         _wait(clock.device)
 
-    bare()
     for kind in ("singleton", "full"):
 
         def ours(kind: str = kind) -> None:
-            collect_second_moments(model, data, kind=kind)
+            collect_second_moments(model, data, kind=kind, progress=False)
             _wait(clock.device)
 
-        ours()
-        ratios, base = [], []
-        for _ in range(rounds):
-            base.append(seconds(bare))
-            ratios.append(seconds(ours) / base[-1])
-        yield {
-            "op": f"second moments, {kind}",
-            "model": "ResNet-50",
-            "dtype": "torch.bfloat16",
-            "batch": samples,
-            "batches": len(data),
-            "seconds": statistics.median(base),
-            "x bare": statistics.median(ratios),
-        }
+        facts = {"op": f"second moments, {kind}", "model": "ResNet-50", "dtype": "torch.bfloat16", "batch": samples}
+        yield facts | {"batches": len(data)} | _over(bare, ours, rounds)
+
+
+def _over(bare: Callable[[], None], ours: Callable[[], None], rounds: int) -> Row:
+    """Wall time of both, in turns."""
+    bare()
+    ours()
+    ratios, base = [], []
+    for _ in range(rounds):
+        base.append(seconds(bare))
+        ratios.append(seconds(ours) / base[-1])
+    return {"seconds": statistics.median(base), "x bare": statistics.median(ratios)}
 
 
 def _wait(device: torch.device) -> None:
