@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+import benchmarks._vision  # noqa: F401  (before transformers)
 from benchmarks import held_out
 from benchmarks._common import Log, paired_ratio, seconds
 from benchmarks.latency import latency_ratio
@@ -64,8 +65,6 @@ class Bench:
         self.name = name
         if name == "vit":
             from transformers import ViTForImageClassification
-
-            import benchmarks._vision  # noqa: F401
 
             self.model: nn.Module = ViTForImageClassification.from_pretrained(zoo.data_folder() / "vit_fashion").eval()
             train = _fashion("fashion_train_10000.npz", train_images)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import benchmarks._vision  # noqa: F401  (before transformers)
 import discedit
 from benchmarks._common import Table, in_a_fresh_process, seconds
 from discedit import zoo

@@ -45,6 +45,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torch.utils.data import TensorDataset
 
+import benchmarks._vision  # noqa: F401  (before transformers)
 from benchmarks import held_out
 from discedit import zoo
 from discedit._batches import call, device_of, first_tensor, split, undisturbed
@@ -668,8 +669,6 @@ def _resnet20() -> nn.Module:
 
 def _vit_fashion() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
-
-    import benchmarks._vision  # noqa: F401
 
     model: nn.Module = ViTForImageClassification(ViTConfig.from_pretrained(zoo.data_folder() / "vit_fashion"))
     return model
