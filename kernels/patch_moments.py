@@ -234,7 +234,7 @@ def finish_kernel(sums, centre, number, mean, scatter, channels, taps, size, BLO
 def lanes_of(x: Tensor, count: int) -> tuple[int, int, int]:
     """Samples, positions and channels that a block of lanes holds: together LANES, or fewer where there are fewer."""
     channels = x.shape[1]
-    neighbours = x.stride(1) == 1 and x.stride(3) != 1 and channels > 1
+    neighbours = x.stride(1) == 1 and (x.shape[3] == 1 or x.stride(3) != 1) and channels > 1
     tile = min(SIDE_BY_SIDE, power_of_two(channels)) if neighbours else 1
     places = min(LANES // tile, power_of_two(count))
     return min(LANES // tile // places, power_of_two(len(x))), places, tile

@@ -33,7 +33,7 @@ struct Cut {
 
   Cut(const TensorView& x, const Window& rows, const Window& columns, std::int64_t positions)
       : patches(x.shape[0] * positions), taps(rows.kernel * columns.kernel) {
-    side_by_side = x.stride[1] == 1 && x.stride[3] != 1 && x.shape[1] >= least_side_by_side;
+    side_by_side = x.stride[1] == 1 && (x.shape[3] == 1 || x.stride[3] != 1) && x.shape[1] >= least_side_by_side;
     sides = taps <= whole_side ? 1 : ceil_div(taps, pair_side);
     tiles = sides * (sides + 1) / 2;
     groups = side_by_side ? ceil_div(x.shape[1], 32) : x.shape[1];
