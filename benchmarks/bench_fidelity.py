@@ -196,7 +196,7 @@ def markdown(log: Log) -> str:
             "Discrimination weighted by energy",
             "Points of accuracy lost by pruning, by the product of two criteria / by the first alone / by the second "
             "alone (benchmarks/prune.md), for each repair and ratio: does what tells classes apart and what carries "
-            f"energy do better together? In {wins_of_weighted(log)} cells. All criteria, and the default, are in prune.md.",
+            f"energy do better together? In {wins_of_weighted(log)} cells. prune.md has all criteria and the default.",
             ["model", "criteria", *(f"{repair}, {ratio}" for repair, ratio in WAYS)],
             rows_of_weighted(log),
         ),
