@@ -21,7 +21,7 @@ from discedit.kernels.pool import INTEGERS, _widen
 # ---- traits ---------------------------------------------------------------------------------------------------------
 
 SIDE = 4  # taps of a tile: 16 products for 8 loads
-LANES = 128  # patches and channels that are read at once
+LANES = 128  # patches and channels that are read at once: one for each thread
 SIDE_BY_SIDE = 32  # channels, where they are neighbours in memory
 LOOKED_AT = 32  # elements that a channel's centre is made of
 ENOUGH_PROGRAMS = 2048  # patches are cut where there are fewer
@@ -64,35 +64,17 @@ def centre_kernel(
 
 
 @triton.jit
-def _taps(first, taps, kernel_columns, dilation_rows, dilation_columns, SIDE: tl.constexpr):
-    """Rows and columns of the taps of a side from its patch's corner, and which of them there are."""
-    tap = first + tl.arange(0, SIDE)
-    row = (tap // kernel_columns) * dilation_rows
-    column = (tap % kernel_columns) * dilation_columns
-    return row[:, None], column[:, None], (tap < taps)[:, None]
+def _taps(tap, kernel_columns, dilation_rows, dilation_columns):
+    """Rows and columns of taps from their patch's corner."""
+    return (tap // kernel_columns) * dilation_rows, (tap % kernel_columns) * dilation_columns
 
 
 @triton.jit
-def _deviations(
-    corner,
-    row,
-    column,
-    tap_row,
-    tap_column,
-    present,
-    middle,
-    height,
-    width,
-    row_stride,
-    column_stride,
-    INTEGER: tl.constexpr,
-):
-    """(SIDE, LANES): taps of patches, less their channels' centres; padding counts as 0, what is not present is 0."""
-    i = row[None, :] + tap_row
-    j = column[None, :] + tap_column
-    inside = (i >= 0) & (i < height) & (j >= 0) & (j < width) & present
-    at = corner[None, :] + i.to(tl.int64) * row_stride + j.to(tl.int64) * column_stride
-    return tl.where(present, _widen(tl.load(at, inside, 0.0), INTEGER) - middle[None, :], 0.0)
+def _deviations(corner, i, j, exists, middle, height, width, row_stride, column_stride, INTEGER: tl.constexpr):
+    """Pixels less their channels' centres; padding counts as 0, and what does not exist is 0."""
+    inside = (i >= 0) & (i < height) & (j >= 0) & (j < width) & exists
+    at = corner + i.to(tl.int64) * row_stride + j.to(tl.int64) * column_stride
+    return tl.where(exists, _widen(tl.load(at, inside, 0.0), INTEGER) - middle, 0.0)
 
 
 @triton.jit
@@ -146,14 +128,17 @@ def sum_kernel(
     second = (first + second) * SIDE
     first = first * SIDE
 
-    lane = tl.arange(0, LANES)
+    # Everything has three axes, so that all of it lies in registers alike: taps, taps, lanes.
+    lane = tl.arange(0, LANES)[None, None, :]
+    one = first + tl.arange(0, SIDE)[:, None, None]
+    two = second + tl.arange(0, SIDE)[None, :, None]
     channel = group * TILE + lane % TILE
     in_range = channel < channels
     middle = tl.load(centre + channel, in_range, 0.0)
     own = x + channel.to(tl.int64) * channel_stride
-    row1, column1, present1 = _taps(first, taps, kernel_columns, dilation_rows, dilation_columns, SIDE)
-    row2, column2, present2 = _taps(second, taps, kernel_columns, dilation_rows, dilation_columns, SIDE)
-    total = tl.zeros([SIDE, LANES], tl.float64)
+    row1, column1 = _taps(one, kernel_columns, dilation_rows, dilation_columns)
+    row2, column2 = _taps(two, kernel_columns, dilation_rows, dilation_columns)
+    total = tl.zeros([SIDE, 1, LANES], tl.float64)
     product = tl.zeros([SIDE, SIDE, LANES], tl.float64)
     begin = tl.program_id(1) * span
     for block in range(begin, tl.minimum(begin + span, all_blocks)):
@@ -166,30 +151,46 @@ def sum_kernel(
         row = ((position // outputs) * stride_rows - before_rows).to(tl.int32)
         column = ((position % outputs) * stride_columns - before_columns).to(tl.int32)
         corner = own + sample.to(tl.int64) * sample_stride
-        there1 = present1 & exists[None, :]
-        there2 = present2 & exists[None, :]
         a = _deviations(
-            corner, row, column, row1, column1, there1, middle, height, width, row_stride, column_stride, INTEGER
+            corner,
+            row + row1,
+            column + column1,
+            exists & (one < taps),
+            middle,
+            height,
+            width,
+            row_stride,
+            column_stride,
+            INTEGER,
         )
         b = _deviations(
-            corner, row, column, row2, column2, there2, middle, height, width, row_stride, column_stride, INTEGER
+            corner,
+            row + row2,
+            column + column2,
+            exists & (two < taps),
+            middle,
+            height,
+            width,
+            row_stride,
+            column_stride,
+            INTEGER,
         )
         total += a
-        product += a[:, None, :] * b[None, :, :]
+        product += a * b
 
     PATCHES: tl.constexpr = SAMPLES * PLACES
     sums = tl.sum(tl.reshape(total, [SIDE, PATCHES, TILE]), 1)
     products = tl.sum(tl.reshape(product, [SIDE, SIDE, PATCHES, TILE]), 2)
-    own_channel = (group * TILE + tl.arange(0, TILE)).to(tl.int64)
+    to = partial + tl.program_id(1).to(tl.int64) * entries
+    channel = (group * TILE + tl.arange(0, TILE)).to(tl.int64)
     one = (first + tl.arange(0, SIDE)).to(tl.int64)
     two = (second + tl.arange(0, SIDE)).to(tl.int64)
-    to = partial + tl.program_id(1).to(tl.int64) * entries
-    mask = (one < taps)[:, None] & (own_channel < channels)[None, :]
+    mask = (one < taps)[:, None] & (channel < channels)[None, :]
     if first == second:
-        tl.store(to + one[:, None] * channels + own_channel[None, :], sums, mask)
+        tl.store(to + one[:, None] * channels + channel[None, :], sums, mask)
     entry = one[:, None] * taps + two[None, :] + taps
     tl.store(
-        to + entry[:, :, None] * channels + own_channel[None, None, :],
+        to + entry[:, :, None] * channels + channel[None, None, :],
         products,
         mask[:, None, :] & (two < taps)[None, :, None],
     )
@@ -302,6 +303,7 @@ def patch_moments(x: Tensor, window: Window, positions: Tensor | None) -> tuple[
         SAMPLES=batch,
         PLACES=places,
         TILE=tile,
+        num_warps=LANES // (64 if torch.version.hip else 32),
         **COMPILE,
     )
     if spans > 1:

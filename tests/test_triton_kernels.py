@@ -361,21 +361,21 @@ for channels in (1, 3, 40):
     for samples, count in ((1, 1), (2, 16), (64, 49), (64, 3136)):
         for strides in ((9 * channels, 9, 3, 1), (9 * channels, 1, 3 * channels, channels)):
             sizes.add(kernels.lanes_of(torch.empty_strided((samples, channels, 3, 3), strides, device="meta"), count))
+cases = [("fp32", size, 4, ()) for size in sorted(sizes)] + [(name, (4, 32, 1), 4, ()) for name in FLOATS]
+# What is 1 becomes a constant: a layer that reads a pixel, of maps of a row, a column, a sample.
+for ones in (("taps", "sides", "kernel_columns"), ("samples", "channels", "groups", "blocks", "all_blocks", "count"),
+             ("outputs", "height", "width", "span", "stride_rows", "column_stride", "channel_stride")):
+    cases += [("bf16", (1, 4, 32), 1, ones), ("bf16", (4, 32, 1), 4, ones)]
+for name, (samples, places, tile), side, ones in cases:
+    constants = {"SIDE": side, "SAMPLES": samples, "PLACES": places, "TILE": tile, "INTEGER": FLOATS[name],
+                 "CHOSEN": side > 1, "INDEX": tl.int64 if ones else tl.int32}
+    given = arrays | {"x": "*" + name, "positions": "*i64"}
+    if name == "fp16":  # the others' integers have 64 bits
+        given |= {name: "i32" for name in kernels.sum_kernel.arg_names if name not in given}
+    compile_for(target, kernels.sum_kernel, given, **constants, **dict.fromkeys(ones, 1))
 for name, integer in FLOATS.items():
     compile_for(target, kernels.centre_kernel, {"x": "*" + name, "centre": "*fp64"}, INTEGER=integer,
                 COUNT=kernels.LOOKED_AT)
-    # What is 1 becomes a constant: a layer that reads a pixel, of maps of a row, a column, a sample.
-    for ones in ((), ("taps", "sides", "kernel_columns"),
-                 ("samples", "channels", "groups", "blocks", "all_blocks", "count"),
-                 ("outputs", "height", "width", "span", "stride_rows", "column_stride", "channel_stride")):
-        for samples, places, tile in sorted(sizes) if name == "fp32" and not ones else [(4, 32, 1), (1, 4, 32)]:
-            for side in (kernels.SIDE, 1):
-                constants = {"SIDE": side, "SAMPLES": samples, "PLACES": places, "TILE": tile, "INTEGER": integer,
-                             "CHOSEN": side > 1, "INDEX": tl.int64 if ones else tl.int32}
-                given = arrays | {"x": "*" + name, "positions": "*i64"}
-                if name == "fp16":  # the others' integers have 64 bits
-                    given |= {name: "i32" for name in kernels.sum_kernel.arg_names if name not in given}
-                compile_for(target, kernels.sum_kernel, given, **constants, **dict.fromkeys(ones, 1))
 for ones in ((), ("taps", "size", "channels", "spans")):
     for kernel in (kernels.merge_kernel, kernels.finish_kernel):
         compile_for(target, kernel, arrays, BLOCK=kernels.MERGED,
