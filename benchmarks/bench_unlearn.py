@@ -41,6 +41,7 @@ from discedit._retain import Classified
 from discedit.evaluate import accuracy_per_class
 from discedit.presets import preset
 from discedit.prune import why_not_editable
+from discedit.unlearn import _units as editable_units
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -315,14 +316,13 @@ class Bench:
         return edit, {"edit seconds": round(time.perf_counter() - start, 4), "moments seconds": round(passed, 3)}
 
     def weighted(self, scores: Scores, cls: int, by: str) -> Scores:
-        """Of the last third of the layers, as by default, times fidelity on the class: or, by "contrast", that less the
-        fidelity on the others, where it is above 0."""
+        """Of the layers that rows are chosen from by default, times fidelity on the class: or, by "contrast", that less
+        the fidelity on the others, where it is above 0."""
         model = self.loaded.model
         samples = Classified("unlearn", model, self.loaded.train, [cls], self.num_classes)
         graph = Graph("unlearn", model, self.loaded.train[0][0][:1])
-        found, _ = graph.find([layer for layer in scores if not why_not_editable(model, layer)], ("filters", "neurons"))
-        layers = list(found)[-math.ceil(len(found) / 3) :]
-        counts = {layer: len(found[layer].rows) for layer in layers}
+        units = editable_units(model, scores, None, graph, ("filters", "neurons"))
+        counts = {layer: len(parts) for layer, parts in units.items()}
         factors, _ = fidelities(model, graph, counts, samples.parts("forget"))
         if by == "contrast":
             others, _ = fidelities(model, graph, counts, samples.parts("retain"))
@@ -330,7 +330,7 @@ class Bench:
         weighted = {}
         for layer, own in factors.items():
             weighted[layer] = torch.zeros_like(scores[layer])
-            for rows, value in zip(found[layer].rows, own, strict=True):
+            for rows, value in zip(units[layer], own, strict=True):
                 weighted[layer][list(rows)] = scores[layer][list(rows)] * float(value)
         return Scores(
             weighted,

@@ -151,29 +151,12 @@ def sum_kernel(
         row = ((position // outputs) * stride_rows - before_rows).to(tl.int32)
         column = ((position % outputs) * stride_columns - before_columns).to(tl.int32)
         corner = own + sample.to(tl.int64) * sample_stride
+        there1, there2 = exists & (one < taps), exists & (two < taps)
         a = _deviations(
-            corner,
-            row + row1,
-            column + column1,
-            exists & (one < taps),
-            middle,
-            height,
-            width,
-            row_stride,
-            column_stride,
-            INTEGER,
+            corner, row + row1, column + column1, there1, middle, height, width, row_stride, column_stride, INTEGER
         )
         b = _deviations(
-            corner,
-            row + row2,
-            column + column2,
-            exists & (two < taps),
-            middle,
-            height,
-            width,
-            row_stride,
-            column_stride,
-            INTEGER,
+            corner, row + row2, column + column2, there2, middle, height, width, row_stride, column_stride, INTEGER
         )
         total += a
         product += a * b
@@ -210,9 +193,8 @@ def merge_kernel(partial, spans, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def finish_kernel(sums, centre, number, mean, scatter, channels, taps, size, BLOCK: tl.constexpr):
-    """From sums about the centre to mean and scatter: an entry of the scatter for each lane. The `number` of patches is
-    a tensor: as an argument it would be rounded."""
+def finish_kernel(sums, centre, mean, scatter, patches, channels, taps, size, BLOCK: tl.constexpr):
+    """From sums about the centre to mean and scatter: an entry of the scatter for each lane."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     one = at // taps % taps
@@ -220,7 +202,7 @@ def finish_kernel(sums, centre, number, mean, scatter, channels, taps, size, BLO
     channel = at // taps // taps
     i = tl.minimum(one, two)
     j = tl.maximum(one, two)
-    patches = tl.load(number)
+    patches = (tl.zeros_like(at) + patches).to(tl.float64)
     first = tl.load(sums + i * channels + channel, mask, 0.0)
     second = tl.load(sums + j * channels + channel, mask, 0.0)
     value = tl.load(sums + (taps + i * taps + j) * channels + channel, mask, 0.0) - first * (second / patches)
@@ -254,9 +236,9 @@ def patch_moments(x: Tensor, window: Window, positions: Tensor | None) -> tuple[
     rows, columns = window.outputs(x)
     taps, count = window.taps, rows * columns if positions is None else len(positions)
     options: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
-    mean, scatter = torch.zeros(channels, taps, **options), torch.zeros(channels, taps, taps, **options)
     if samples == 0 or channels == 0 or count == 0:
-        return mean, scatter
+        return torch.zeros(channels, taps, **options), torch.zeros(channels, taps, taps, **options)
+    mean, scatter = torch.empty(channels, taps, **options), torch.empty(channels, taps, taps, **options)
     centre = torch.empty(channels, **options)
     integer, strides = INTEGERS[x.dtype], x.stride()
     elements = samples * height * width
@@ -308,9 +290,8 @@ def patch_moments(x: Tensor, window: Window, positions: Tensor | None) -> tuple[
     )
     if spans > 1:
         merge_kernel[(-(-entries // MERGED),)](partial, spans, entries, BLOCK=MERGED, **COMPILE)
-    number = torch.full((1,), samples * count, **options)
     size = channels * taps * taps
     finish_kernel[(-(-size // MERGED),)](
-        partial, centre, number, mean, scatter, channels, taps, size, BLOCK=MERGED, **COMPILE
+        partial, centre, mean, scatter, samples * count, channels, taps, size, BLOCK=MERGED, **COMPILE
     )
     return mean, scatter

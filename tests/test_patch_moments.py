@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from helpers import BACKENDS, before_the_end_of_memory, hostile_maps
@@ -72,6 +74,35 @@ def assert_right(ours, x, kernel_size, positions=None, **options):
     eigenvalues = torch.linalg.eigvalsh(scatter)
     slack = (4 * rounding * spread).sum(1) + 4 * rounding.square().sum(1)
     assert bool((eigenvalues[:, 0] >= -slack).all())
+
+
+NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
+CONSTANTS = [0.1, -1e4, 1e30, 1e-40]
+
+
+def assert_stays(run, x, value):
+    """`run` takes moments of x, (5, channels, 6, 6), by 3 x 3. What is not finite shows where it is seen alone."""
+    clean = run(x, 3)
+    x[2, 1, 0, 0] = value  # only the first tap reaches it
+    _, mean, scatter = run(x, 3)
+    others = [i for i in range(x.shape[1]) if i != 1]
+    for ours, before in ((mean, clean[1]), (scatter, clean[2])):
+        assert torch.equal(ours[others], before[others])
+    assert mean[1].isfinite().tolist() == [False] + 8 * [True]
+    assert not scatter[1, 0].isfinite().any()
+    assert scatter[1, 1:, 1:].isfinite().all()
+    unseen = run(x, 3, positions=torch.tensor([1, 5]))
+    assert unseen[1].isfinite().all()
+    assert unseen[2].isfinite().all()
+
+
+def assert_constant(run, x):
+    """Of channels with one value each, by 3 x 3."""
+    count, mean, scatter = run(x, 3)
+    samples, _, height, width = x.shape
+    assert count == samples * (height - 2) * (width - 2)
+    assert torch.equal(mean, x[0, :, :3, :3].flatten(1).double())
+    assert not scatter.any()
 
 
 def batch(shape, dtype, memory_format=torch.contiguous_format, samples=5):
@@ -160,13 +191,9 @@ def test_large_maps_go_band_by_band():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("value", [0.1, -1e4, 1e30, 1e-40])
+@pytest.mark.parametrize("value", CONSTANTS)
 def test_a_constant_channel_has_no_scatter(backend, value):
-    x = torch.full((7, 9, 6, 5), value)
-    count, mean, scatter = ops.patch_moments(x, 3, backend=backend)
-    assert count == 7 * 4 * 3
-    assert torch.equal(mean, x[0, :, :3, :3].flatten(1).double())
-    assert not scatter.any()
+    assert_constant(partial(ops.patch_moments, backend=backend), torch.full((7, 9, 6, 5), value))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -194,23 +221,12 @@ def test_nothing_in_nothing_out(backend, shape):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("channels", [3, 20])
 def test_what_is_not_finite_stays_with_the_taps_that_see_it(backend, memory_format, value, channels):
-    x = batch((channels, 6, 6), torch.float32, memory_format)
-    clean = ops.patch_moments(x, 3, backend=backend)
-    x[2, 1, 0, 0] = value  # only the first tap reaches it
-    _, mean, scatter = ops.patch_moments(x, 3, backend=backend)
-    others = [i for i in range(channels) if i != 1]
-    for ours, before in ((mean, clean[1]), (scatter, clean[2])):
-        torch.testing.assert_close(ours[others], before[others], rtol=0, atol=0)
-    assert not mean[1, 0].isfinite()
-    assert mean[1, 1:].isfinite().all()
-    assert not scatter[1, 0].isfinite().any()
-    assert scatter[1, 1:, 1:].isfinite().all()
-    unseen = ops.patch_moments(x, 3, positions=torch.tensor([1, 5]), backend=backend)
-    assert unseen[1].isfinite().all()
-    assert unseen[2].isfinite().all()
+    assert_stays(
+        partial(ops.patch_moments, backend=backend), batch((channels, 6, 6), torch.float32, memory_format), value
+    )
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
