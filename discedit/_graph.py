@@ -19,13 +19,11 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
-from torch_pruning.ops import OPTYPE, module2type
 
 from discedit._batches import call, device_of, first_tensor, map_tensors, moved, undisturbed
 from discedit.recipe import Operation, Recipe, architecture_of
@@ -92,6 +90,8 @@ class Graph:
             places.setdefault(id(parameter), []).append(name.rpartition(".")[0])
         self.shared = {owner for owners in places.values() if len(owners) > 1 for owner in owners}
         self.order: dict[str, int] = {}  # module -> its place among those that run
+        import torch_pruning  # here, so that what only scores does without it
+
         self.graph = torch_pruning.DependencyGraph()
         self.members: dict[str, list[_Members]] = {}
         self.inspected: dict[str, tuple[Components | None, str]] = {}
@@ -184,12 +184,14 @@ class Graph:
         return operations, failed
 
     def _trace(self) -> None:
+        from torch_pruning.utils import flatten_as_list
+
         def note(name: str) -> None:
             self.order.setdefault(name, len(self.order))
 
         def forward(model: nn.Module, inputs: Any) -> list[Tensor]:
             output = call(model, inputs)
-            found = torch_pruning.utils.flatten_as_list([output, first_tensor(output)])
+            found = flatten_as_list([output, first_tensor(output)])
             return [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.grad_fn is not None]
 
         for name, module in self.shadow.named_modules():
@@ -208,6 +210,8 @@ class Graph:
 
     def _group(self, layer: str, rows: list[int]) -> list[_Members]:
         """What goes with each of these rows, as torch-pruning's graph has it; what several reach is with the first."""
+        from torch_pruning.ops import OPTYPE
+
         module = self.shadow.get_submodule(layer)
         function = self.graph.get_pruner_of_module(module).prune_out_channels
         with warnings.catch_warnings():
@@ -258,6 +262,8 @@ class Graph:
         Found by probes: one row of a linear layer, or one index of another tensor, in a module that counts heads. A row
         of query or key reaches all channels of its head in the layer that reads attention, a row of value one of them.
         """
+        from torch_pruning.ops import OPTYPE, module2type
+
         counts = {name: count for name, module in self.shadow.named_modules() if (count := _count_of_heads(module))}
         places = {
             name: max(around, key=len)

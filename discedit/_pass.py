@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from discedit._batches import checked_labels, device_of, first_tensor, moved, split, undisturbed
 from discedit._checkpoint import Checkpoint, Progress
@@ -110,6 +109,8 @@ class Pass(ABC):
 
     def _batches(self) -> Generator[tuple[Any, Tensor | None, int]]:
         """Inputs on the model's device, labels where they are given, and how many samples count, from the first."""
+        from tqdm.auto import tqdm
+
         shown = sys.stderr.isatty() and self.group.rank == 0 if self._bar is None else self._bar
         batches = self.loader if self._stream is None else self._stream
         for batch in tqdm(batches, desc=self.op.split("_")[-1], unit="batch", disable=not shown):

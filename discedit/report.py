@@ -7,16 +7,18 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from torch import Tensor
 
 from discedit import _checks, _colours, _files, _sections
 from discedit.moments import Moments
 from discedit.recipe import Edit, Recipe
 from discedit.scores import Scores
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 OP = "report"
 POINT = ("title", "accuracy", "parameters", "macs", "ratio")
@@ -118,6 +120,8 @@ def report(
 
 @cache
 def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("discedit", ""),
         autoescape=True,

@@ -2,6 +2,9 @@
 
 import ast
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -75,3 +78,19 @@ def test_setup_does_not_import_torch():
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not any(str(name).split(".")[0] in ("torch", "discedit") for name in names | modules)
+
+
+def test_importing_discedit_needs_torch_numpy_and_safetensors_alone():
+    """What prunes, draws or shows progress imports its own libraries when it does: a machine that scores may lack them."""
+    code = """
+        import sys, torch
+        class Missing:
+            def find_spec(self, name, path=None, target=None):
+                known = {*sys.stdlib_module_names, "discedit", "numpy", "safetensors"}
+                if path is None and name not in known:
+                    raise ImportError(f"{name} is not here")
+        sys.meta_path.insert(0, Missing())
+        import discedit
+        from discedit import ops, reference, fidelity, zoo
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
