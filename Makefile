@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 NATIVE := find csrc -name '*.?pp' -o -name '*.cu'
 SOURCES := $(shell $(NATIVE)) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint format bench docs clean
+.PHONY: demo test lint format bench docs gpu-wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/discedit demo
@@ -32,6 +32,13 @@ bench: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# For a GPU machine that may lack time or tools to build: both modules, for the H100's and H200's own instructions.
+gpu-wheel:
+	rm -rf build dist/discedit-*.whl
+	DISCEDIT_BUILD=require DISCEDIT_CUDA=require CMAKE_ARGS='-DCMAKE_CUDA_ARCHITECTURES=90-real' \
+	  $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	ls -l dist/*.whl
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info discedit/*.so discedit/_build.json out

@@ -4,7 +4,8 @@ Environment:
     DISCEDIT_BUILD   auto (default): build where that works, else install with the reference backend and say why;
                      require: fail where it does not (of `_cuda`: where there is a CUDA compiler and it fails);
                      off: do not build.
-    DISCEDIT_CUDA    auto (default): build `_cuda` too where there is a CUDA compiler (CUDACXX, or nvcc); off: do not.
+    DISCEDIT_CUDA    auto (default): build `_cuda` too where there is a CUDA compiler (CUDACXX, or nvcc);
+                     require: fail where it is not built, for whatever reason; off: do not build it.
     CMAKE_ARGS       passed on to CMake.
 """
 
@@ -43,6 +44,16 @@ def find_cuda_compiler() -> str | None:
     return shutil.which("nvcc", path=os.pathsep.join(places))
 
 
+def commit() -> str | None:
+    """Of the source, where it is a checkout: figures measured with a wheel say what they were measured on."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return None
+    described = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return described.stdout.strip() or None
+
+
 class CMakeBuild(build_ext):
     """Configures, builds and installs `_cpu` and `_cuda`; notes in `_build.json` what was built, or why not."""
 
@@ -51,8 +62,8 @@ class CMakeBuild(build_ext):
         if mode not in ("auto", "require", "off"):
             raise SystemExit(f"DISCEDIT_BUILD must be auto, require or off, got {mode!r}.")
         cuda_mode = os.environ.get("DISCEDIT_CUDA", "auto")
-        if cuda_mode not in ("auto", "off"):
-            raise SystemExit(f"DISCEDIT_CUDA must be auto or off, got {cuda_mode!r}.")
+        if cuda_mode not in ("auto", "require", "off"):
+            raise SystemExit(f"DISCEDIT_CUDA must be auto, require or off, got {cuda_mode!r}.")
         compiler = find_compiler()
         if mode == "off":
             reason = "not built: DISCEDIT_BUILD=off when discedit was installed"
@@ -80,6 +91,7 @@ class CMakeBuild(build_ext):
         target.mkdir(parents=True, exist_ok=True)
         note = {"cpu": {"built": not reason, "reason": reason, "compiler": Path(compiler).name if compiler else None}}
         note["cuda"] = self.build_cuda(mode, cuda_mode, bool(reason))
+        note["commit"] = commit()
         (target / "_build.json").write_text(json.dumps(note, indent=1) + "\n")
 
     def build_cuda(self, mode: str, cuda_mode: str, no_cpu: bool) -> dict[str, object]:
@@ -99,6 +111,8 @@ class CMakeBuild(build_ext):
                 reason = f"not built: building with {compiler} failed when discedit was installed ({error})"
                 if mode == "require":
                     raise SystemExit(f"discedit: DISCEDIT_BUILD=require, but _cuda was {reason}.") from error
+        if reason and cuda_mode == "require":
+            raise SystemExit(f"discedit: DISCEDIT_CUDA=require, but _cuda was {reason}.")
         if reason:
             print(f"discedit: _cuda {reason}.", file=sys.stderr)
         return {"built": not reason, "reason": reason, "compiler": Path(compiler).name if compiler else None}

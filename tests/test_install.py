@@ -169,6 +169,9 @@ def test_a_cuda_compiler_that_fails_is_no_dead_end(build_ext, monkeypatch):
 def test_why_cuda_was_not_built(build_ext, monkeypatch, modes, compiler, reason):
     monkeypatch.setenv("CUDACXX", compiler)
     assert build_ext.build_cuda(*modes, no_cpu=False)["reason"] == reason
+    monkeypatch.setenv("CUDACXX", "no-such-nvcc")
+    with pytest.raises(SystemExit, match=r"DISCEDIT_CUDA=require, but _cuda was not built: no CUDA compiler \(nvcc\)"):
+        build_ext.build_cuda("require", "require", no_cpu=False)
 
 
 def test_the_source_distribution_builds(tmp_path):
