@@ -81,7 +81,8 @@ def test_setup_does_not_import_torch():
 
 
 def test_importing_discedit_needs_torch_numpy_and_safetensors_alone():
-    """What prunes, draws or shows progress imports its own libraries when it does: a machine that scores may lack them."""
+    """What prunes, draws or shows progress imports its own libraries when it does: where one only scores, they may be
+    missing."""
     code = """
         import sys, torch
         class Missing:
