@@ -18,18 +18,12 @@ import torch
 from torch import Tensor
 
 from benchmarks._common import PlainRead, Table, against, best_of
+from benchmarks.idioms import CLASSES, LAYOUTS, STATISTICS, feature_map, pooling, sums_per_class
 from discedit import ops, reference
 from discedit._backends import select
 
-CLASSES = 10
 SHAPES = {"56x56x256": (64, 256, 56, 56), "14x14x1024": (256, 1024, 14, 14), "197x768": (256, 768, 197)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LAYOUTS = ("NCHW", "channels_last", "tokens")
-STATISTICS: dict[str, tuple[str, ...]] = {
-    "mean": ("mean",),
-    "l2": ("l2",),
-    "mean+rms+absmax": ("mean", "rms", "absmax"),
-}
 TABLE = Table(
     "class_moments",
     "class_moments",
@@ -40,62 +34,6 @@ TABLE = Table(
     "read; every answer is checked against float64.",
     ("map", "type", "layout", "statistics", "GB/s", "plain read, GB/s", "of plain read", "x torch idiom", "idiom"),
 )
-
-
-def feature_map(shape: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int = 0) -> tuple[Tensor, str]:
-    """A map, and what `ops` calls its layout."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).add_(0.5).to(dtype)
-    if layout == "tokens":
-        return x.flatten(2).transpose(1, 2).contiguous(), "tokens"
-    if layout == "channels_last":
-        x = x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).view(shape)
-    return x, "nchw"
-
-
-def rivals(x: Tensor, layout: str, names: tuple[str, ...]) -> dict[str, Callable[[], list[Tensor]]]:
-    """What a torch user could write for these statistics: reductions in the map's type or in float32, or a product with
-    ones, which runs on the matrix kernels."""
-    flat = x if layout == "tokens" else x.flatten(2)
-    axis = 1 if layout == "tokens" else 2
-    length = flat.shape[axis]
-    ones = torch.ones(length, dtype=x.dtype, device=x.device)
-
-    def total(values: Tensor) -> Tensor:
-        return ones @ values if layout == "tokens" else values @ ones
-
-    def reduced(values: Tensor) -> list[Tensor]:
-        by = {
-            "mean": lambda: values.mean(axis),
-            "l2": lambda: torch.linalg.vector_norm(values, dim=axis),
-            "rms": lambda: torch.linalg.vector_norm(values, dim=axis) / length**0.5,
-            "absmax": lambda: torch.linalg.vector_norm(values, ord=torch.inf, dim=axis),
-        }
-        return [by[name]() for name in names]
-
-    def with_products() -> list[Tensor]:
-        by = {
-            "mean": lambda: total(flat) / length,
-            "l2": lambda: total(flat * flat).sqrt(),
-            "rms": lambda: (total(flat * flat) / length).sqrt(),
-            "absmax": lambda: flat.abs().amax(axis),
-        }
-        return [by[name]() for name in names]
-
-    ways = {"reduce": lambda: reduced(flat), "matmul with ones": with_products}
-    if x.dtype != torch.float32:
-        ways["float(), reduce"] = lambda: reduced(flat.float())
-    return ways
-
-
-def torch_state(pooled: list[Tensor], labels: Tensor) -> list[Tensor]:
-    """Sums of powers per class (one statistic) or of products (several), by index_add: small beside the reduction."""
-    wide = [values.double() for values in pooled]
-    features = (
-        [wide[0] ** p for p in (1, 2, 3, 4)]
-        if len(wide) == 1
-        else wide + [wide[i] * wide[j] for i in range(len(wide)) for j in range(i + 1)]
-    )
-    return [f.new_zeros(CLASSES, f.shape[1]).index_add_(0, labels, f) for f in features]
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +73,8 @@ def test_class_moments(
     size = x.numel() * x.element_size()
     share = stats.median(ratios) * size / read.bytes
     seconds = stats.median(benchmark.stats.stats.data)
-    ways = rivals(x, named, names)
-    times = {way: best_of(lambda pool=pool: torch_state(pool(), labels), 2) for way, pool in ways.items()}
+    ways = pooling(x, named, names)
+    times = {way: best_of(lambda pool=pool: sums_per_class(pool(), labels), 2) for way, pool in ways.items()}
     fastest = min(times, key=lambda way: times[way])
     table(TABLE).add(
         shape,

@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import benchmarks._vision  # noqa: F401
 from benchmarks._common import Log, seconds
 from benchmarks.bench_prune import Bench, outcome
-from benchmarks.bench_scoring_pass import build
+from benchmarks.networks import build
 from discedit._batches import call, undisturbed
 from discedit.fidelity import (
     KINDS,

@@ -18,18 +18,10 @@ import torch
 from torch import Tensor
 
 from benchmarks._common import PlainRead, Table, against, best_of
+from benchmarks.idioms import PATCHES, patch_moments
 from discedit import ops
 
 SAMPLES = 8
-# (channels, height, width), and the convolution that reads it: kernel, stride, padding.
-MAPS = {
-    "56x56x64, 3x3": ((64, 56, 56), (3, 1, 1)),
-    "28x28x128, 3x3": ((128, 28, 28), (3, 1, 1)),
-    "14x14x256, 3x3": ((256, 14, 14), (3, 1, 1)),
-    "7x7x512, 3x3": ((512, 7, 7), (3, 1, 1)),
-    "56x56x64, 1x1": ((64, 56, 56), (1, 1, 0)),
-    "224x224x3, 7x7 stride 2": ((3, 224, 224), (7, 2, 3)),
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 TABLE = Table(
@@ -43,36 +35,13 @@ TABLE = Table(
 )
 
 
-def rivals(x: Tensor, kernel: int, stride: int, padding: int) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
-    """What a torch user could write: mean and scatter in float32."""
-
-    def patches() -> Tensor:
-        maps = x.float().contiguous().flatten(0, 1)[:, None]
-        columns = torch.nn.functional.unfold(maps, kernel, padding=padding, stride=stride)
-        return columns.view(*x.shape[:2], *columns.shape[1:])
-
-    def raw() -> tuple[Tensor, Tensor]:
-        p = patches()
-        mean = p.mean((0, 3))
-        count = len(p) * p.shape[3]
-        return mean, (p @ p.mT).sum(0) - count * mean[:, :, None] * mean[:, None, :]
-
-    def centred() -> tuple[Tensor, Tensor]:
-        p = patches()
-        mean = p.mean((0, 3))
-        deviation = p - mean[:, :, None]
-        return mean, (deviation @ deviation.mT).sum(0)
-
-    return {"raw products": raw, "centred": centred}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", PATCHES)
 def test_patch_moments(
     benchmark: Any, read: PlainRead, table: Callable[[Table], Table], name: str, dtype: str, layout: str
 ) -> None:
-    shape, (kernel, stride, padding) = MAPS[name]
+    shape, (kernel, stride, padding) = PATCHES[name]
     x = torch.randn(SAMPLES, *shape, generator=torch.Generator().manual_seed(0)).add_(0.5).relu_()
     x = x.to(DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
 
@@ -80,7 +49,7 @@ def test_patch_moments(
         return ops.patch_moments(x, kernel, stride=stride, padding=padding, backend="cpp")
 
     count, *exact = ops.patch_moments(x, kernel, stride=stride, padding=padding, backend="reference")
-    ways = rivals(x, kernel, stride, padding)
+    ways = patch_moments(x, kernel, stride, padding)
     for moments, tolerance in ((ours()[1:], 1e-7), *((way(), 1e-4) for way in ways.values())):
         for mine, theirs in zip(moments, exact, strict=True):
             assert float((mine - theirs).abs().max()) <= tolerance * float(theirs.abs().max())

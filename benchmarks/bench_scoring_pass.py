@@ -15,10 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import benchmarks._vision  # noqa: F401  (before transformers)
 import discedit
 from benchmarks._common import Table, in_a_fresh_process, seconds
-from discedit import zoo
+from benchmarks.networks import build
 from discedit._batches import call, undisturbed
 
 TIME = Table(
@@ -38,28 +37,6 @@ MEMORY = Table(
     "runs the same batches through the bare model; then what `score` adds to it at most, its result included.",
     ("step", "state, MB", "result, MB", "extra, MB", "of state"),
 )
-
-
-class Logits(nn.Module):
-    """A transformers classifier as a plain module: logits out."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.inner(x).logits
-        return logits
-
-
-def build(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    if name == "ResNet56":
-        return zoo.CifarResNet(zoo.RESNET_BLOCKS["resnet56"]).eval()
-    transformers = pytest.importorskip("transformers")
-    if name == "ResNet-50":
-        return Logits(transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=1000))).eval()
-    return Logits(transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000))).eval()
 
 
 CASES = {"ResNet-50": (224, 8, 16), "ViT-B/16": (224, 8, 8), "ResNet56": (32, 128, 24)}
@@ -171,7 +148,8 @@ PEAK = """
     import torch
     import discedit
     from benchmarks._common import peak_of, resident
-    from benchmarks.bench_scoring_pass import bare, build
+    from benchmarks.bench_scoring_pass import bare
+    from benchmarks.networks import build
     model = build("ResNet-50")
     data = [(torch.randn(50, 3, 64, 64), torch.arange(50 * i, 50 * i + 50)) for i in range(20)]
     bare(model, data[:2])
@@ -188,7 +166,6 @@ PEAK = """
 
 
 def test_memory(benchmark: Any, table: Callable[[Table], Table]) -> None:
-    pytest.importorskip("transformers")
     (without,) = benchmark.pedantic(lambda: in_a_fresh_process(PEAK.format(collect=False)), rounds=1)
     peak, state, scoring, result = in_a_fresh_process(PEAK.format(collect=True))
     rows = table(MEMORY)
