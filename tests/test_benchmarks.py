@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import bench_cifar, bench_prune, gpu
+from benchmarks import bench_cifar, bench_prune
 from benchmarks._common import Log
 
 
@@ -64,34 +63,3 @@ def test_a_log_keeps_what_was_measured_before(tmp_path, name):
     assert log.measure("broken", lambda: {"value": 1 // 0}) is None
     with pytest.raises(SystemExit, match="bench: 1 runs failed: broken"):
         log.end("bench")
-
-
-def test_what_the_gpu_gate_measures_and_prints(monkeypatch):
-    """On the CPU, with its own kernels and maps of nothing: that it runs, checks its answers and fits into JSON."""
-    monkeypatch.setattr(gpu, "KERNELS", ("cpp",))
-    clock = gpu.Clock("cpu", repeats=3, flush=1)
-    ceilings = gpu.ceilings(clock, 1 << 16)
-    figures = [
-        *gpu.class_moments(clock, {"tiny": (12, 8, 3, 3)}, ceilings["read, bytes/s"], compiled=False),
-        *gpu.small_maps(clock, (12, 8, 3, 3)),
-        *gpu.patches(clock, ["14x14x256, 3x3"], ceilings["read, bytes/s"], samples=1),
-        *gpu.pairs(clock, 12, (5,)),
-    ]
-    assert len(figures) == 2 * 3 * 2 + 1 + 2 + 2
-    assert all(row["seconds"] > 0 for row in figures)
-    assert {row.get("bytes") for row in figures if row.get("dtype") == "torch.bfloat16"} == {12 * 8 * 9 * 2, None}
-    assert json.loads(json.dumps(figures)) == figures
-    lines = gpu.table(figures).splitlines()
-    assert len(lines) == len(figures)
-    assert "class_moments cpp" in lines[0]
-    assert "of read" in lines[0]
-    assert "pairs/s" in lines[-1]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
-def test_the_gpu_gate_writes_nothing_without_a_gpu(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr("sys.argv", ["gpu"])
-    assert gpu.main() == 2
-    assert "no CUDA device here; nothing was measured" in capsys.readouterr().err
-    assert not (tmp_path / "results").exists()

@@ -1,11 +1,15 @@
 """What only a GPU can show: the kernels compiled and run, against the reference in float64 on the same device.
 
-`python -m benchmarks.gpu` runs these before it measures; compute-sanitizer repeats those named `small`.
+`python -m benchmarks.gpu` runs these; compute-sanitizer repeats some of those named `small`. Where that gate is
+rehearsed they run on the CPU, with the CUDA kernels as host code, but for what needs CUDA itself.
 """
 
+import contextlib
+import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,10 +22,15 @@ import discedit
 from discedit import _backends, ops
 from discedit.fidelity import collect_second_moments
 
+# Asked for before the first product on the device: torch looks once.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+DEVICE = torch.device("cpu" if "DISCEDIT_REHEARSAL" in os.environ else "cuda")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+    pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="torch finds no CUDA device"),
 ]
+on_cuda = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs CUDA itself")
+TIMEOUT = 120  # seconds of a process of a test's own
 
 CLASSES = 6
 KERNELS = ("cuda", "triton")
@@ -30,8 +39,10 @@ NAMES = ("mean", "sum", "l2", "rms", "absmax", "max", "positive_fraction")
 VECTOR = {"statistic": ("mean", "max", "l2"), "witness": "vector"}
 
 
-def needs(backend, op):
-    reason = _backends.why_not(backend, op, torch.device("cuda"))
+def needs(backend, op, large=False):
+    reason = _backends.why_not(backend, op, DEVICE)
+    if large and not reason and backend == "triton" and DEVICE.type == "cpu":
+        reason = "too large for its interpreter"
     if reason:
         pytest.skip(f"{op}: backend {backend!r} cannot run: {reason}")
 
@@ -40,20 +51,42 @@ def close(ours, theirs, rtol, atol=0.0):
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """Memory from torch.empty starts as NaN."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which the switch asks for
-    torch.use_deterministic_algorithms(True)
+@pytest.fixture(autouse=True)
+def full_float32():
+    """No TF32: results are compared with the CPU's."""
+    before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
     yield
+    torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.fixture
+def poison():
+    """Memory from torch.empty starts as NaN; that some op of the reference is not deterministic does not matter."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*deterministic")
+        yield
     torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def nobody_waits():
+    """An error where the host waits for the device. torch warns, once, that this does not see all of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", MAPS)
 def test_pool_small(poison, backend, name):
     needs(backend, "pool")
-    x = MAPS[name].cuda() if MAPS[name].is_contiguous() else on_gpu(MAPS[name])
+    x = on_device(MAPS[name])
     ours = ops.pool(x, layout="nchw", statistic=NAMES, backend=backend)
     exact = ops.pool(x, layout="nchw", statistic=NAMES, backend="reference")
     size = ops.pool(x.abs(), layout="nchw", statistic=("mean", "sum"), backend="reference")
@@ -64,11 +97,11 @@ def test_pool_small(poison, backend, name):
     close(ours[..., 4:], exact[..., 4:], 1e-15)
 
 
-def on_gpu(x):
+def on_device(x):
     """The same view of a copy of its memory."""
     storage = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype)
     storage.untyped_storage().copy_(x.untyped_storage())
-    return storage.cuda().as_strided(x.shape, x.stride(), x.storage_offset())
+    return storage.to(DEVICE).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -76,14 +109,14 @@ def on_gpu(x):
 @pytest.mark.parametrize("options", [{}, {"witness": "exp", "scale": 0.3}, VECTOR], ids=["quadratic", "exp", "vector"])
 def test_class_moments_small(poison, backend, name, options):
     needs(backend, "class_moments")
-    x = on_gpu(MAPS[name])
-    labels = labels_for(len(x)).cuda()
+    x = on_device(MAPS[name])
+    labels = labels_for(len(x)).to(DEVICE)
     make = (
         (lambda: poisoned_vector(3, CLASSES, x.shape[1]))
         if "vector" in str(options)
         else (lambda: poisoned_state(CLASSES, x.shape[1]))
     )
-    ours, exact = (make().to("cuda") for _ in range(2))
+    ours, exact = (make().to(DEVICE) for _ in range(2))
     for _ in range(2):
         ops.class_moments(x, labels, CLASSES, layout="nchw", out=ours, backend=backend, **options)
         ops.class_moments(x, labels, CLASSES, layout="nchw", out=exact, backend="reference", **options)
@@ -102,12 +135,12 @@ def test_class_moments_small(poison, backend, name, options):
 @pytest.mark.parametrize("bound", ["fisher", "minimax"])
 def test_bounds_small(poison, backend, dimension, bound):
     op = f"{bound}_bound"
-    reason = _backends.why_not(backend, op, torch.device("cuda"), dimension)
+    reason = _backends.why_not(backend, op, DEVICE, dimension)
     if reason:
         pytest.skip(reason)
     generator = torch.Generator().manual_seed(0)
-    mean1, mean2 = torch.randn(2, 300, dimension, generator=generator, dtype=torch.float64).cuda()
-    factors = torch.randn(2, 300, dimension, dimension, generator=generator, dtype=torch.float64).cuda()
+    mean1, mean2 = torch.randn(2, 300, dimension, generator=generator, dtype=torch.float64).to(DEVICE)
+    factors = torch.randn(2, 300, dimension, dimension, generator=generator, dtype=torch.float64).to(DEVICE)
     cov1, cov2 = factors @ factors.mT
     cov1[::7] = 0
     cov2[::5] = 0
@@ -124,7 +157,7 @@ def test_pairwise_min_small(poison, backend, bound):
     labels = torch.arange(400) % 23
     labels[labels == 4] = 3
     moments = ops.class_moments(x, labels, 23, layout="nchw")
-    values, pairs = ops.pairwise_min(moments.to("cuda"), bound=bound, backend=backend)
+    values, pairs = ops.pairwise_min(moments.to(DEVICE), bound=bound, backend=backend)
     expected = ops.pairwise_min(moments, bound=bound, backend="reference")
     close(values.cpu(), expected[0], 1e-9, 1e-12)
     assert torch.equal(pairs.cpu(), expected[1])
@@ -138,7 +171,7 @@ def test_patch_moments_small(poison, backend, name, dtype, memory_format):
     needs(backend, "patch_moments")
     (kernel_size, options), shape = WINDOWS[name]
     x = batch(shape, dtype, memory_format)
-    ours = ops.patch_moments(x.cuda(), kernel_size, backend=backend, **options)
+    ours = ops.patch_moments(x.to(DEVICE), kernel_size, backend=backend, **options)
     assert_right([ours[0], *(t.cpu() for t in ours[1:])], x.double(), kernel_size, **options)
 
 
@@ -146,7 +179,7 @@ def test_patch_moments_small(poison, backend, name, dtype, memory_format):
 @pytest.mark.parametrize("name", [name for name, x in MAPS.items() if x.ndim == 4])
 def test_patch_moments_of_hostile_maps_small(poison, backend, name):
     needs(backend, "patch_moments")
-    ours = ops.patch_moments(on_gpu(MAPS[name]), 3, padding=1, backend=backend)
+    ours = ops.patch_moments(on_device(MAPS[name]), 3, padding=1, backend=backend)
     assert_right([ours[0], *(t.cpu() for t in ours[1:])], MAPS[name].double(), 3, padding=1)
 
 
@@ -156,9 +189,9 @@ def test_patch_moments_of_hostile_maps_small(poison, backend, name):
 @pytest.mark.parametrize("kernel_size", [1, 3, 7])
 def test_patch_moments_of_whole_layers(poison, backend, kernel_size, places, memory_format):
     """Cut into spans, and to the same bits each time."""
-    needs(backend, "patch_moments")
-    x = batch((64, 56, 56), torch.bfloat16, memory_format, samples=32).cuda()
-    positions = None if places is None else torch.tensor(places, device="cuda")
+    needs(backend, "patch_moments", large=True)
+    x = batch((64, 56, 56), torch.bfloat16, memory_format, samples=32).to(DEVICE)
+    positions = None if places is None else torch.tensor(places, device=DEVICE)
     options = {"padding": kernel_size // 2, "positions": positions}
     first, again = (ops.patch_moments(x, kernel_size, backend=backend, **options) for _ in range(2))
     exact = ops.patch_moments(x, kernel_size, backend="reference", **options)
@@ -167,6 +200,7 @@ def test_patch_moments_of_whole_layers(poison, backend, kernel_size, places, mem
         close(ours, theirs, 1e-9, 1e-9 * float(theirs.abs().max()))
 
 
+@on_cuda
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("layout", ["nchw", "tokens"])
 def test_maps_of_more_than_2_to_the_31_elements(backend, layout):
@@ -174,7 +208,7 @@ def test_maps_of_more_than_2_to_the_31_elements(backend, layout):
     shape = (3, 1 << 10, (1 << 20) + 5)
     if torch.cuda.mem_get_info()[0] < 3 * 2 * shape[0] * shape[1] * shape[2]:
         pytest.skip("needs 20 GB of GPU memory")
-    x = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+    x = torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE)
     x[-1, -1, -1] = 3.0
     x[1, 5, 77] = -2.0
     total, most = ops.pool(x, layout=layout, statistic=("sum", "absmax"), backend=backend).unbind(-1)
@@ -185,18 +219,19 @@ def test_maps_of_more_than_2_to_the_31_elements(backend, layout):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_the_same_batch_gives_the_same_bits(backend):
-    needs(backend, "class_moments")
-    x = torch.randn(256, 300, 13, 13, device="cuda")
-    labels = torch.randint(0, CLASSES, (256,), device="cuda")
+    needs(backend, "class_moments", large=True)
+    x = torch.randn(256, 300, 13, 13, device=DEVICE)
+    labels = torch.randint(0, CLASSES, (256,), device=DEVICE)
     states = [ops.class_moments(x, labels, CLASSES, backend=backend) for _ in range(5)]
     assert all(same_bits(states[0], state) for state in states[1:])
 
 
+@on_cuda
 @pytest.mark.parametrize("backend", KERNELS)
 def test_nothing_waits_and_the_current_stream_is_used(backend):
     needs(backend, "class_moments")
-    x = torch.randn(64, 30, 9, 9, device="cuda")
-    labels = torch.arange(64, device="cuda") % CLASSES
+    x = torch.randn(64, 30, 9, 9, device=DEVICE)
+    labels = torch.arange(64, device=DEVICE) % CLASSES
     expected = ops.class_moments(x, labels, CLASSES, backend="reference")
     state = ops.class_moments(x, labels, CLASSES, backend=backend)  # compiles
     stream = torch.cuda.Stream()
@@ -205,21 +240,26 @@ def test_nothing_waits_and_the_current_stream_is_used(backend):
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         late.copy_(x)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nobody_waits():
             state = ops.class_moments(late, labels, CLASSES, backend=backend)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     stream.synchronize()
     for ours, theirs in zip(state.tensors(), expected.tensors(), strict=True):
         close(ours, theirs, 1e-9, 1e-9)
 
 
+@on_cuda
 @pytest.mark.parametrize("backend", KERNELS)
 def test_captures_into_a_graph(backend):
     needs(backend, "class_moments")
-    x = torch.randn(64, 30, 9, 9, device="cuda")
-    labels = torch.arange(64, device="cuda") % CLASSES
+    x = torch.randn(64, 30, 9, 9, device=DEVICE)
+    labels = torch.arange(64, device=DEVICE) % CLASSES
+    # The very call that is captured, on the same kind of stream: kernels are loaded and compiled when first launched,
+    # which a capture does not survive.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(2):
+            state = ops.class_moments(x, labels, CLASSES, backend=backend)
+            ops.class_moments(x, labels, CLASSES, out=state, backend=backend)
+    torch.cuda.synchronize()
     state = ops.class_moments(x, labels, CLASSES, backend=backend)
     expected = ops.class_moments(x, labels, CLASSES, backend="reference")
     graph = torch.cuda.CUDAGraph()
@@ -236,6 +276,7 @@ def test_captures_into_a_graph(backend):
         close(ours, theirs, 1e-9, 1e-9)
 
 
+@on_cuda
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("label", [-1, 2])
 def test_labels_out_of_range_are_asserted_on_the_device(backend, label):
@@ -245,57 +286,49 @@ def test_labels_out_of_range_are_asserted_on_the_device(backend, label):
         f"import torch; from discedit import ops; labels = torch.tensor([0, {label}, 1]).cuda(); "
         f"ops.class_moments(torch.ones(3, 4).cuda(), labels, 2, backend={backend!r}); torch.cuda.synchronize()"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=TIMEOUT)
     assert done.returncode != 0
     assert "device-side assert triggered" in done.stderr
 
 
+@on_cuda
 def test_other_devices_are_refused():
-    x = torch.randn(4, 3, 2, 2, device="cuda")
+    x = torch.randn(4, 3, 2, 2, device=DEVICE)
     with pytest.raises(ValueError, match="labels must be on the device of x, cuda:0, got cpu"):
         ops.class_moments(x, torch.zeros(4, dtype=torch.int64), 2)
 
 
 def watched(data):
     """Batches, from the third of which on nobody may wait for the device: kernels are compiled, layers are known."""
-    for index, given in enumerate(data):
-        if index == 2:
-            torch.cuda.set_sync_debug_mode("error")
-        yield given
-    torch.cuda.set_sync_debug_mode("default")
+    yield from data[:2]
+    with nobody_waits() if DEVICE.type == "cuda" else contextlib.nullcontext():
+        yield from data[2:]
 
 
-@pytest.fixture
-def sync_mode():
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
-def test_a_pass_does_not_wait_for_the_device_between_batches(sync_mode):
+def test_a_pass_does_not_wait_for_the_device_between_batches():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten())
-    model = nn.Sequential(model, nn.Linear(4 * 16, 5)).cuda().eval()
+    model = nn.Sequential(model, nn.Linear(4 * 16, 5)).to(DEVICE).eval()
     data = [(torch.randn(20, 3, 8, 8), torch.arange(20) % 5) for _ in range(6)]
-    on_device = [(x.cuda(), y) for x, y in data]
-    ours = discedit.collect_moments(model, watched(on_device), 5)
-    exact = discedit.collect_moments(model.double(), [(x.double(), y.cuda()) for x, y in on_device], 5)
+    moved = [(x.to(DEVICE), y) for x, y in data]
+    ours = discedit.collect_moments(model, watched(moved), 5)
+    exact = discedit.collect_moments(model.double(), [(x.double(), y.to(DEVICE)) for x, y in moved], 5)
     for layer in exact:
-        assert ours[layer].device.type == "cuda"
-        close(ours[layer].mean, exact[layer].mean, 1e-3, 1e-4)
+        assert ours[layer].device.type == DEVICE.type
+        close(ours[layer].mean, exact[layer].mean, 1e-4, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["singleton", "full"])
-def test_the_pass_for_second_moments_does_not_wait_either(sync_mode, kind):
-    model = small_network().cuda()
-    data = [torch.randn(20, 3, 12, 12, device="cuda") for _ in range(6)]
+def test_the_pass_for_second_moments_does_not_wait_either(kind):
+    model = small_network().to(DEVICE)
+    data = [torch.randn(20, 3, 12, 12, device=DEVICE) for _ in range(6)]
     ours = collect_second_moments(model, watched(data), kind=kind)
     exact = collect_second_moments(model.double(), [x.double() for x in data], kind=kind)
     for layer in exact:
-        # Convolutions in TF32 differ by 1e-3.
-        close(ours[layer].scatter, exact[layer].scatter, 1e-2, 1e-2 * float(exact[layer].scatter.abs().max()))
+        close(ours[layer].scatter, exact[layer].scatter, 1e-4, 1e-4 * float(exact[layer].scatter.abs().max()))
 
 
 def test_a_pass_over_maps_that_are_not_finite_is_refused():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5)).cuda()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5)).to(DEVICE)
     x = torch.randn(4, 3, 8, 8)
     bad = x.clone()
     bad[2] = float("nan")
@@ -315,18 +348,18 @@ def small_network():
 
 @pytest.mark.parametrize("criterion", ["l1", "combined"])
 def test_pruning_and_repair_are_those_of_the_cpu(criterion):
+    pytest.importorskip("torch_pruning", reason="needs torch_pruning")
     model = small_network()
     x, labels = torch.randn(64, 3, 12, 12), torch.arange(64) % 4
     outputs = {}
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", DEVICE.type):
         model.to(device)
         scores = discedit.score(discedit.collect_moments(model, [(x, labels)], 4))
         edit = discedit.prune(model, scores, ratio=0.4, example_inputs=x[:2], data=[x], criterion=criterion)
         assert next(edit.model.parameters()).device.type == device
         outputs[device] = edit.recipe.components, edit.model(x.to(device)).detach().cpu()
-    assert outputs["cpu"][0] == outputs["cuda"][0]
-    # Convolutions in TF32 differ by 1e-3.
-    torch.testing.assert_close(outputs["cpu"][1], outputs["cuda"][1], rtol=1e-2, atol=1e-2)
+    assert outputs["cpu"][0] == outputs[DEVICE.type][0]
+    torch.testing.assert_close(outputs["cpu"][1], outputs[DEVICE.type][1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:unlearn")  # a random network names nothing rightly anyway, or all
@@ -335,23 +368,24 @@ def test_erased_directions_are_those_of_the_cpu():
     labels = torch.arange(64) % 4
     x = torch.randn(64, 3, 12, 12) + labels[:, None, None, None]
     found = {}
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", DEVICE.type):
         model.to(device)
         scores = discedit.score(discedit.collect_moments(model, [(x, labels)], 4))
         edit = discedit.unlearn(model, scores, classes=[1], data=[(x, labels)], components="directions")
         assert next(edit.model.parameters()).device.type == device
         found[device] = {name: tensor.detach().cpu() for name, tensor in edit.model.state_dict().items()}
     for name, tensor in found["cpu"].items():
-        torch.testing.assert_close(tensor, found["cuda"][name], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(tensor, found[DEVICE.type][name], rtol=1e-3, atol=1e-3)
 
 
+@on_cuda
 def test_a_group_of_nccl_gives_what_one_process_gives():
     """A group of one talks to itself: what travels is on the device that NCCL wants."""
     code = """
         import torch, torch.distributed as dist, discedit
         from test_gpu import small_network
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-        model = small_network().cuda()
+        model = small_network().to(DEVICE)
         batches = [(torch.randn(16, 3, 12, 12), torch.arange(16) % 4) for _ in range(3)]
         alone = discedit.collect_moments(model, batches, 4)
         for wrapped in (model, torch.nn.parallel.DistributedDataParallel(model)):
@@ -362,13 +396,17 @@ def test_a_group_of_nccl_gives_what_one_process_gives():
         dist.destroy_process_group()
     """
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parent, capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
     )
     assert run.returncode == 0, run.stderr
 
 
 def test_a_pass_goes_on_to_the_same_bits(tmp_path):
-    model = small_network().cuda()
+    model = small_network().to(DEVICE)
     batches = [(torch.randn(16, 3, 12, 12), torch.arange(16) % 4) for _ in range(5)]
 
     def until(number):
@@ -380,7 +418,7 @@ def test_a_pass_goes_on_to_the_same_bits(tmp_path):
         discedit.collect_moments(model, until(3), 4, checkpoint=tmp_path, checkpoint_every=0)
     found = discedit.collect_moments(model, batches, 4, checkpoint=tmp_path)
     for layer in whole:
-        assert found[layer].device.type == "cuda"
+        assert found[layer].device.type == DEVICE.type
         for a, b in zip(found[layer].tensors(), whole[layer].tensors(), strict=True):
             assert torch.equal(a, b)
 
@@ -393,9 +431,15 @@ def test_second_moments_are_those_of_the_cpu(kind):
     ).double()
     batches = [torch.randn(10, 3, 8, 8).double() for _ in range(3)]
     expected = collect_second_moments(model, batches, kind=kind)
-    found = collect_second_moments(model.cuda(), batches, kind=kind)
+    found = collect_second_moments(model.to(DEVICE), batches, kind=kind)
     for layer, state in expected.items():
         for name, tensor in state.tensors().items():
             torch.testing.assert_close(found[layer].tensors()[name], tensor, rtol=1e-10, atol=1e-10)
-    edit = discedit.prune(model, ratio=0.5, method="modhifi", example_inputs=batches[0].cuda(), data=batches)
-    assert edit.model(batches[0].cuda()).isfinite().all()
+
+
+def test_modhifi_prunes_on_the_device():
+    pytest.importorskip("torch_pruning", reason="needs torch_pruning")
+    model = small_network().to(DEVICE)
+    batches = [torch.randn(10, 3, 12, 12) for _ in range(3)]
+    edit = discedit.prune(model, ratio=0.5, method="modhifi", example_inputs=batches[0].to(DEVICE), data=batches)
+    assert edit.model(batches[0].to(DEVICE)).isfinite().all()

@@ -19,7 +19,18 @@ def compiler() -> str | None:
 
 
 def build(folder: Path) -> ModuleType:
-    """The module, built in `folder`, two compilers at a time."""
+    """The module, built in `folder` and imported."""
+    spec = importlib.util.spec_from_file_location(NAME, compile_in(folder))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[NAME] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_in(folder: Path) -> Path:
+    """The module's file, built in `folder`, two compilers at a time."""
     import pybind11
 
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "bindings" / "cuda.cpp"]
@@ -40,10 +51,4 @@ def build(folder: Path) -> ModuleType:
         assert process.returncode == 0, f"{source.name}: {said}"
     library = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     subprocess.run([str(compiler()), "-shared", *map(str, objects), "-o", str(library)], check=True)
-    spec = importlib.util.spec_from_file_location(NAME, library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[NAME] = module
-    spec.loader.exec_module(module)
-    return module
+    return library
