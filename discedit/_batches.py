@@ -2,37 +2,98 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from discedit import _checks
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+def outside_inference_mode(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """`function`, which works inside `torch.inference_mode` as it does outside: what is made there has no versions, by
+    which changes in place are seen, and could never be trained."""
+    wrapped: Callable[Parameters, Result] = torch.inference_mode(False)(function)
+    return wrapped
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """A number that rises with every change in place; None where torch keeps none (a part of the model that runs in
+    inference mode)."""
+    return None if tensor.is_inference() else tensor._version
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients inside; mode and random state as they were outside."""
+    """Eval mode without gradients inside, nothing compiled; modes, buffers and random state as they were outside."""
     modes = [(module, module.training) for module in model.modules()]
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
+    kept = list(_Kept.all_of(model))
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad(), _nothing_compiled():
             model.eval()
             yield
     finally:
+        for buffer in kept:
+            buffer.put_back()
         # Through train(), parents first, because some modules do work there; then the flags, whatever that left.
         for module, mode in modes:
             if module.training != mode:
                 module.train(mode)
         for module, mode in modes:
             module.training = mode
+
+
+def _nothing_compiled() -> AbstractContextManager[Any]:
+    """Hooks, by which everything here is found out, are not seen by code that was compiled without them."""
+    if "torch._dynamo" not in sys.modules:  # then nothing has been compiled
+        return nullcontext()
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
+
+
+class _Kept:
+    """A buffer as it is now. Some modules learn in eval mode, too: observers of quantisation, caches, codebooks.
+
+    Running statistics of norms do not change there, and are what closed forms set on purpose.
+    """
+
+    def __init__(self, module: nn.Module, name: str, buffer: Tensor) -> None:
+        self._module, self._name, self._buffer = module, name, buffer
+        self._version = version_of(buffer)
+        self._value = buffer.detach().clone()
+
+    @classmethod
+    def all_of(cls, model: nn.Module) -> Iterator[_Kept]:
+        for module in model.modules():
+            if not isinstance(module, _NormBase):
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        yield cls(module, name, buffer)
+
+    def put_back(self) -> None:
+        """The same tensor, with the same values and shape."""
+        if self._name in self._module._buffers:
+            self._module._buffers[self._name] = self._buffer
+        if version_of(self._buffer) == self._version and self._buffer.shape == self._value.shape:
+            return
+        with torch.no_grad():
+            if self._buffer.shape == self._value.shape:
+                self._buffer.copy_(self._value)
+            else:
+                self._buffer.set_(self._value)  # type: ignore[call-overload]
 
 
 def split(op: str, batch: Any, index: int, device: torch.device, *, labels_needed: bool) -> tuple[Any, Any]:
@@ -58,6 +119,13 @@ def split(op: str, batch: Any, index: int, device: torch.device, *, labels_neede
 
 def checked_labels(op: str, given: Any, num_classes: int, index: int) -> Tensor:
     """The labels as a tensor whose type and range are right; an error names the batch."""
+    what = f"{op}: batch {index}: labels must hold one class index (an integer) per sample"
+    if isinstance(given, Mapping):
+        raise ValueError(f"{what}, got a {type(given).__name__} with {_checks.quoted([str(key) for key in given])}.")
+    first = given[0] if isinstance(given, (list, tuple)) and given else None
+    if isinstance(given, str) or isinstance(first, (str, bytes, Mapping)):
+        shown = repr(given if isinstance(given, str) else first)
+        raise ValueError(f"{what}, got a {type(given).__name__} that begins with {shown[:60]}.")
     try:
         classes = torch.as_tensor(given)
         if classes.ndim != 1:
@@ -106,7 +174,16 @@ class Quota:
 
 def moved(inputs: Any, device: torch.device) -> Any:
     """On a GPU without waiting for the copy, which its stream waits for; on the CPU nobody else would."""
-    return map_tensors(inputs, lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+    return map_tensors(inputs, lambda tensor: _plain(tensor).to(device, non_blocking=device.type == "cuda"))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor itself: a subclass that only carries something along (an image's kind, a path) would hand it on to
+    everything that is made of it. Subclasses with a memory of their own (distributed ones) stay what they are."""
+    if tensor.is_inference():
+        tensor = tensor.clone()
+    own_memory = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return tensor if type(tensor) is Tensor or own_memory else tensor.as_subclass(Tensor)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from discedit._batches import call, device_of, first_tensor, map_tensors, split, undisturbed
+from discedit._batches import call, device_of, first_tensor, map_tensors, split, undisturbed, version_of
 
 SAMPLES = 1024  # at most this many are looked at
 PARTS = 8  # in which they run, at most: each has threads of its own, and changing over takes time
@@ -399,14 +399,16 @@ def norms_behind(model: nn.Module, inputs: Any) -> dict[str, str]:
         if isinstance(module, (nn.Conv2d, nn.Linear)):
 
             def leave(_: nn.Module, __: Any, output: Tensor, name: str = name) -> None:
-                outputs[id(output)] = (name, output, output._version)
+                version = version_of(output)
+                if version is not None:
+                    outputs[id(output)] = (name, output, version)
 
             handles.append(module.register_forward_hook(leave))
         elif isinstance(module, _BatchNorm):
 
             def enter(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 source = outputs.get(id(args[0]))
-                if source is not None and source[2] == args[0]._version:
+                if source is not None and source[2] == version_of(args[0]):
                     found[source[0]] = name
 
             handles.append(module.register_forward_pre_hook(enter))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from discedit._batches import version_of
 from discedit._sharded import identity
 
 # Functions that leave each channel in its place, by the name that torch gives them, whoever calls them.
@@ -58,13 +59,15 @@ class Follow(TorchFunctionMode):
 
     def _keep(self, layers: tuple[str, ...], tensor: Tensor, last: bool) -> None:
         local = identity(tensor)
-        self._known[id(local)] = _Known(layers, weakref.ref(local), local._version, last)
+        version = version_of(local)
+        if version is not None:
+            self._known[id(local)] = _Known(layers, weakref.ref(local), version, last)
 
     def _of(self, tensor: Any) -> _Known | None:
         tensor = identity(tensor)
         found = self._known.get(id(tensor))
         alive = None if found is None else found.tensor()
-        if found is None or alive is None or alive is not tensor or found.version != alive._version:
+        if found is None or alive is None or alive is not tensor or found.version != version_of(alive):
             return None
         return found
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from discedit import _checks
-from discedit._batches import call, undisturbed
+from discedit._batches import call, outside_inference_mode, undisturbed
 from discedit._calibration import (
     PARTS,
     Fit,
@@ -26,6 +26,7 @@ from discedit._calibration import (
     why_not_read,
 )
 from discedit._graph import KINDS, Components, Graph, width_of
+from discedit._sharded import unwrapped
 from discedit.scores import REDUCTIONS, Scores
 
 OF_WEIGHTS = ("l1", "l2", "random")
@@ -47,6 +48,7 @@ class Unscored(dict[str, Tensor]):
         return cls({name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items() if width})
 
 
+@outside_inference_mode
 def importances(
     model: nn.Module,
     scores: Scores,
@@ -77,6 +79,7 @@ def importances(
     kinds = kinds_of(op, components)
     if criterion in OF_READERS and data is None:
         raise ValueError(f"{op}: criterion={criterion!r} needs data to estimate statistics on, got data=None.")
+    model = unwrapped(model)
     graph = Graph(op, model, example_inputs)
     found, _ = graph.find([layer for layer in scores if width_of(model.get_submodule(layer)) is not None], kinds)
     inputs: Any = None

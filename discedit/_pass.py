@@ -56,7 +56,7 @@ class Pass(ABC):
         self.own = own_samples(loader)
         dropped = dropped_samples(loader)
         if dropped:
-            warnings.warn(f"{op}: left out: {dropped} samples that the loader's sampler drops.", stacklevel=5)
+            warnings.warn(f"{op}: left out: {dropped} samples that the loader's sampler drops.", stacklevel=6)
 
     @abstractmethod
     def fold(self, inputs: Any, labels: Tensor | None, counted: int) -> None:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from discedit._batches import call, undisturbed
+from discedit._batches import call, undisturbed, version_of
 from discedit._calibration import (
     PARTS,
     Positions,
@@ -218,7 +218,9 @@ class _Watch(TorchFunctionMode):
         self.forget(name)
         self.outputs.pop(id(output), None)  # of a tensor that is gone: the order of the dict is that of the layers
         # What changes a tensor in place, such as an activation, makes it another one.
-        self.outputs[id(output)] = _Output(name, weakref.ref(output), output._version, normed)
+        version = version_of(output)
+        if version is not None:
+            self.outputs[id(output)] = _Output(name, weakref.ref(output), version, normed)
 
     def forget(self, name: str) -> None:
         self.outputs = {key: noted for key, noted in self.outputs.items() if noted.layer != name}
@@ -226,7 +228,7 @@ class _Watch(TorchFunctionMode):
     def noted(self, tensor: Tensor) -> _Output | None:
         """What is known of it, if it is the output of a layer."""
         found = self.outputs.get(id(tensor))
-        if found is None or found.tensor() is not tensor or found.version != tensor._version:
+        if found is None or found.tensor() is not tensor or found.version != version_of(tensor):
             return None
         return found
 

@@ -7,14 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module whose names are those of the model that was wrapped. The wrapper is still what is called."""
-    while isinstance(model, DistributedDataParallel):
-        model = model.module
-    return model
+    """The module whose names are those of the model that was wrapped or compiled. What is called is the wrapper."""
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif is_compiled(model):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it is what `torch.compile` makes of a module; what `Module.compile` compiles is the module itself."""
+    found = sys.modules.get("torch._dynamo.eval_frame")  # nobody has compiled anything before it is imported
+    return found is not None and isinstance(module, found.OptimizedModule)
 
 
 def runs_together(model: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from discedit import _checks
 from discedit._backends import select
-from discedit._batches import call, device_of, first_tensor, map_tensors, moved
+from discedit._batches import call, device_of, first_tensor, map_tensors, moved, outside_inference_mode
 from discedit._checkpoint import Checkpoint, Progress, digest_of
 from discedit._consumers import Follow
 from discedit._group import Group, OtherFailed
@@ -33,6 +33,7 @@ INPUT = "input of "  # a place that is not the output of the module named
 NEVER = torch.iinfo(torch.int64).max  # of a batch that is not sound
 
 
+@outside_inference_mode
 def collect_moments(
     model: nn.Module,
     loader: Iterable[Any],
@@ -115,6 +116,7 @@ def collect_moments(
     return _collect(model, loader, num_classes, options, None)
 
 
+@outside_inference_mode
 def collect_blocks(
     model: nn.Module,
     loader: Iterable[Any],
@@ -570,7 +572,7 @@ class _Reader:
         if self._repeated:
             warnings.warn(
                 f"{OP}: left out, because they run more than once per forward pass: {sorted(self._repeated)}.",
-                stacklevel=6,
+                stacklevel=7,
             )
             self._order = [layer for layer in self._order if self._place(layer) not in self._repeated]
             self._repeated.clear()
@@ -593,7 +595,7 @@ class _Reader:
         order = [layer for layer in self._order if layer != head]
         foreign = [layer for layer in order if self._place(layer) in self._foreign]
         if foreign:
-            warnings.warn(f"{OP}: left out, because their outputs have no sample axis: {foreign}.", stacklevel=7)
+            warnings.warn(f"{OP}: left out, because their outputs have no sample axis: {foreign}.", stacklevel=8)
         order = [layer for layer in order if layer not in foreign]
         self._order = [layer for layer in order if self._place(layer) not in self._unreadable]
         if self.explicit and len(self._order) < len(self.layers):
@@ -608,7 +610,7 @@ class _Reader:
         if not self._order:
             raise ValueError(f"{OP}: {needs}, no layer has one: {tokenless}.")
         if tokenless:
-            warnings.warn(f"{OP}: left out, because {needs}: {tokenless}.", stacklevel=7)
+            warnings.warn(f"{OP}: left out, because {needs}: {tokenless}.", stacklevel=8)
         self.norms = {layer: norm for layer, norm in self.norms.items() if layer in self._order}
         self._keep({self._place(layer) for layer in self._order})
         self._outputs.clear()

@@ -13,12 +13,13 @@ from torch import nn
 
 from discedit import _checks
 from discedit._attacks import LEAST, Attack, Membership, membership
-from discedit._batches import device_of
+from discedit._batches import device_of, outside_inference_mode
 from discedit._calibration import batch_norms
 from discedit._measure import accuracy_per_class as accuracy_per_class
 from discedit._outputs import Outputs, Samples, accuracies, gather, is_among
 from discedit._probes import Probe, Similarity, cka, knn, linear_probe, means
 from discedit._recovery import Kept, Recall, Relearning, batchnorm_recall, forget_accuracy, relearning
+from discedit._sharded import unwrapped
 
 METRICS = ("accuracy", "membership", "linear_probe", "knn", "cka", "relearning", "batchnorm_recall", "aus")
 NEEDS_TRAIN = ("membership", "linear_probe", "knn", "relearning", "batchnorm_recall")
@@ -87,6 +88,7 @@ class Evaluation:
         return self.table()
 
 
+@outside_inference_mode
 def evaluate(
     model: nn.Module,
     *,
@@ -164,8 +166,8 @@ def evaluate(
     most = _checks.positive_integer(op, "max_steps", max_steps)
     times = _times(op, seconds)
     seed = _seed(op, seed)
-    models = {"edited": model}
-    models |= {name: one for name, one in (("original", original), ("retrained", retrained)) if one is not None}
+    given = {"edited": model, "original": original, "retrained": retrained}
+    models = {name: unwrapped(one) for name, one in given.items() if one is not None}
     left_out = _Left(op, named)
     _leave_out_without_arguments(left_out, wanted, train is None, models)
     planned = [metric for metric in wanted if metric not in left_out.reasons]

@@ -29,7 +29,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from discedit import _checks, _files
 from discedit._backends import select
-from discedit._batches import call, chosen, device_of, first_tensor
+from discedit._batches import call, chosen, device_of, first_tensor, outside_inference_mode
 from discedit._calibration import CHUNK, gram_of, padding_of, why_not_read
 from discedit._checkpoint import Checkpoint, Progress, digest_of
 from discedit._contributions import TINY, Contributions, Growing
@@ -319,6 +319,7 @@ class SecondMoments(Mapping[str, InputMoments]):
         return moments
 
 
+@outside_inference_mode
 def collect_second_moments(
     model: nn.Module,
     loader: Iterable[Any],

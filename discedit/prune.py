@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from discedit import _checks
-from discedit._batches import call, device_of, split, undisturbed
+from discedit._batches import call, device_of, outside_inference_mode, split, undisturbed
 from discedit._budget import BUDGETS, NORMALISATIONS, ROUNDING, Choice, Cost, Limits, choose, normalised
 from discedit._calibration import batch_norms, calibration, norms_behind, samples_of
 from discedit._compensation import compensated
@@ -20,6 +20,7 @@ from discedit._graph import Graph, width_of
 from discedit._importance import CRITERIA, GIVEN, OF_READERS, Unscored, kinds_of, of_components
 from discedit._measure import count_macs, count_parameters, macs_of_weights
 from discedit._repair import repaired
+from discedit._sharded import unwrapped
 from discedit.recipe import Edit, Operation, Recipe, architecture_of, joined
 from discedit.scores import REDUCTIONS, Scores
 
@@ -39,6 +40,7 @@ BEST_WITH = {
 }
 
 
+@outside_inference_mode
 def prune(
     model: nn.Module,
     scores: Scores | Mapping[str, Tensor] | None = None,
@@ -141,6 +143,7 @@ def prune(
     reads a pruned layer: He, Zhang and Sun, ICCV 2017. "reconstruction": Hassibi and Stork, NIPS 1992, for groups of
     weights. "modhifi": Kashyap, Murti, Nayak, Narshana and Bhattacharyya, ModHiFi, NeurIPS 2025.
     """
+    model = unwrapped(model)
     if scores is None:
         scores = Unscored.of(model, example_inputs)
     options = _Options(
@@ -377,7 +380,7 @@ def _report(steps: list[_Step], options: _Options) -> None:
             )
     asked = any(budget.values()) if isinstance(budget, Mapping) else budget
     if (not last.met and name != "ratio") or (asked and not gone):
-        warnings.warn(f"prune: {last.message}", stacklevel=4)
+        warnings.warn(f"prune: {last.message}", stacklevel=5)
 
 
 def _described(

@@ -21,8 +21,10 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from discedit import _files
+from discedit._batches import outside_inference_mode
 from discedit._measure import count_parameters
 from discedit._optimizers import RESTORED, OptimizerT, carried, parameters_of, watch
+from discedit._sharded import unwrapped
 
 KINDS = ("keep", "fill", "scale", "add", "set", "attribute")
 WITH_VALUES = ("add", "set")  # kinds that write values of the recipe's own
@@ -69,6 +71,7 @@ class Recipe:
     operations: list[Operation]
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
+    @outside_inference_mode
     def apply(self, model: nn.Module, *, inplace: bool = False) -> Edit:
         """Make this edit to a model of the same architecture.
 
@@ -83,9 +86,9 @@ class Recipe:
         Raises:
             ValueError: a parameter or buffer is missing, unknown or of another shape. The model is then unchanged.
         """
+        source = model = unwrapped(model)
         check_architecture(model, self.architecture, "Recipe: this recipe was made for another architecture")
         self._check_possible(model, undo=False)
-        source = model
         before = dict(source.named_parameters())
         parameters_before = count_parameters(model)
         if not inplace:
@@ -103,6 +106,7 @@ class Recipe:
         watch(before.values(), source, model, "pruned" if self.edit == "prune" else "edited")
         return edit
 
+    @outside_inference_mode
     def undo(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
         """Give an edited model its removed and replaced values back, bit for bit.
 
@@ -112,6 +116,7 @@ class Recipe:
         Raises:
             ValueError: the model's shapes are not those that this edit leaves.
         """
+        model = unwrapped(model)
         check_architecture(model, self.edited_architecture(), "Recipe: this model does not carry this recipe's edit")
         self._check_possible(model, undo=True)
         source = model

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from discedit import _checks, _selection
-from discedit._batches import call, device_of, first_tensor, moved, undisturbed
+from discedit._batches import call, device_of, first_tensor, moved, outside_inference_mode, undisturbed
 from discedit._calibration import SAMPLES, norms_behind, runs_in_order, why_not_fitted
 from discedit._erase import erased, why_not_erased
 from discedit._graph import Graph
 from discedit._relevance import rank_by_fidelity
 from discedit._repair import repaired
 from discedit._retain import Classified
+from discedit._sharded import unwrapped
 from discedit._silence import AROUND, bias_of, silenced
 from discedit.prune import check_layers, record, why_not_editable
 from discedit.recipe import Edit, Recipe, architecture_of, copied, joined
@@ -42,6 +43,7 @@ PROTECTION = 1.0
 FIRST, MOST, PRECISION = 0.02, 0.5, 0.04  # of a search: where it begins, and shares at which it ends
 
 
+@outside_inference_mode
 def unlearn(
     model: nn.Module,
     scores: Scores,
@@ -157,6 +159,7 @@ def unlearn(
     NeurIPS 2025), there a given share of the last layers; "contrast" is not from there. The repair is that of `prune`,
     with the second moments of the forgotten classes as penalty.
     """
+    model = unwrapped(model)
     op = "unlearn"
     forget = _checked_classes(scores, classes)
     others = [cls for cls in range(scores.num_classes) if cls not in forget and int(scores.counts[cls])]
@@ -212,7 +215,7 @@ def unlearn(
         else:
             edit, missed = erasure.whole()
         if missed:
-            warnings.warn(missed, stacklevel=2)
+            warnings.warn(missed, stacklevel=3)
         return edit.recipe.apply(model, inplace=True) if inplace else edit
     components = "heads" if components == "heads" else "rows"
     if limit[0] == "default":
@@ -261,7 +264,7 @@ def unlearn(
             if not of_other:
                 edit, missed = other, ""
         if missed:
-            warnings.warn(missed, stacklevel=2)
+            warnings.warn(missed, stacklevel=3)
     else:
         name, value = limit
         parts = _selection.retain_damage(scores, units, others) if name == "damage" else {}
@@ -511,7 +514,7 @@ class _Plan:
         if not behind:
             warnings.warn(
                 f"unlearn: repair={self.repair!r} finds nothing to repair: only the head is behind {order[first]!r}.",
-                stacklevel=4,
+                stacklevel=5,
             )
             return
         result = repaired(
@@ -606,7 +609,7 @@ def _report_nothing(forget: list[int], chosen: list[list[tuple[str, int]]], name
     if len(empty) == len(forget):
         raise ValueError(f"unlearn: {name}={value!r} leaves no component to edit for the classes {empty}.")
     if empty:
-        warnings.warn(f"unlearn: {name}={value!r} leaves no component to edit for the classes {empty}.", stacklevel=3)
+        warnings.warn(f"unlearn: {name}={value!r} leaves no component to edit for the classes {empty}.", stacklevel=4)
 
 
 @dataclass(frozen=True)

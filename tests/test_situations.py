@@ -1,0 +1,274 @@
+"""Models as people have them when they come to the library: compiled, wrapped, in inference mode, with modules that
+learn in eval mode. What is found is what the plain model gives, and the model comes back as it was."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from helpers import Net, same_bits
+from torch import Tensor, nn
+from torch.nn import functional
+
+import discedit
+from discedit.fidelity import collect_second_moments
+
+CLASSES = 4
+X = torch.randn(48, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(48) % CLASSES
+X[Y == 1] += 1.0
+DATA = [(X[i : i + 16], Y[i : i + 16]) for i in range(0, 48, 16)]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(inplace=True),
+        nn.Flatten(), nn.Linear(96, 10), nn.ReLU(), nn.Linear(10, CLASSES),
+    ).eval()  # fmt: skip
+
+
+def everything(model: nn.Module, x: Tensor = X) -> dict[str, Tensor]:
+    """Numbers of everything that runs a model: by name."""
+    moments = discedit.collect_moments(model, DATA, CLASSES)
+    scores = discedit.score(moments)
+    second = collect_second_moments(model, DATA)
+    pruned = discedit.prune(model, ratio=0.4, example_inputs=x[:2], data=[x])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a network that was not trained names classes by chance
+        erased = discedit.unlearn(model, scores, classes=[1], data=DATA)
+        zeroed = discedit.unlearn(model, scores, classes=[1], fraction=0.2)
+    seen = discedit.evaluate(
+        erased.model, classes=[1], num_classes=CLASSES, test=DATA, original=model, metrics="accuracy"
+    )
+    found = {f"mean of {layer}": state.mean for layer, state in moments.items()}
+    found |= {f"score of {layer}": scores[layer] for layer in scores}
+    found |= {f"second moments of {layer}": state.scatter for layer, state in second.items()}
+    for name, edit in (("pruned", pruned), ("erased", erased), ("zeroed", zeroed)):
+        plain = copy.deepcopy(edit.model)
+        found |= {f"{name} {key}": tensor.detach().clone() for key, tensor in plain.state_dict().items()}
+    found["accuracy"] = torch.tensor([seen.accuracy[name]["test"].retain for name in ("original", "edited")])
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return everything(network())
+
+
+def assert_same(found, expected, rtol=1e-5):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=rtol, atol=1e-6, msg=lambda said, name=name: f"{name}: {said}"
+        )
+
+
+# ---- compiled and wrapped -------------------------------------------------------------------------------------------
+
+
+def compiled(model):
+    """As in training: it has run before."""
+    made = torch.compile(model, backend="eager")
+    made(X[:4])
+    return made
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    model(X[:4])
+    return model
+
+
+def parts_compiled_in_place(model):
+    for part in (model[0], model[3], model[6]):
+        part.compile(backend="eager")
+    model(X[:4])
+    return model
+
+
+WRAPPED = {
+    "torch.compile": compiled,
+    "Module.compile": compiled_in_place,
+    "parts compiled": parts_compiled_in_place,
+    "DataParallel": nn.DataParallel,
+    "DataParallel of a compiled one": lambda model: nn.DataParallel(compiled(model)),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_compiled_and_wrapped_models_are_what_is_inside(expected, kind):
+    assert_same(everything(WRAPPED[kind](network())), expected)
+
+
+def test_a_compiled_part_is_followed(expected):
+    """Its layers keep the names that they have there."""
+    model = network()
+    model[6] = compiled_part = torch.compile(model[6], backend="eager")
+    with torch.no_grad():
+        model(X[:4])
+    moments = discedit.collect_moments(model, DATA, CLASSES)
+    assert list(moments) == ["0", "3", "6._orig_mod"]
+    torch.testing.assert_close(moments["6._orig_mod"].mean, expected["mean of 6"])
+    assert model[6] is compiled_part
+
+
+def test_compiled_functions_inside_do_not_hide_layers(expected):
+    body = torch.compile(lambda net, x: net.inner(x), backend="eager")
+    model = Net(body, inner=network()).eval()
+    model(X[:4])
+    moments = discedit.collect_moments(model, DATA, CLASSES)
+    assert list(moments) == ["inner.0", "inner.3", "inner.6"]
+    torch.testing.assert_close(moments["inner.3"].mean, expected["mean of 3"])
+
+
+def test_the_compiled_model_runs_compiled_again():
+    calls = []
+
+    def backend(graph, examples):
+        calls.append(graph)
+        return graph.forward
+
+    model = torch.compile(network(), backend=backend)
+    discedit.collect_moments(model, DATA, CLASSES)
+    assert not calls
+    model(X[:4])
+    assert len(calls) == 1
+
+
+# ---- inference mode -------------------------------------------------------------------------------------------------
+
+
+def test_inside_inference_mode_all_is_as_outside(expected):
+    model = network()
+    with torch.inference_mode():
+        found = everything(model, X.clone())
+        edit = discedit.prune(model, ratio=0.4, example_inputs=X[:2])
+        undone = edit.recipe.undo(edit.model)
+    assert_same(found, expected)
+    for made in (edit.model, undone):
+        functional.cross_entropy(made.train()(X), Y).backward()  # what is made there can be trained
+        assert all(parameter.grad is not None for parameter in made.parameters())
+
+
+def test_inputs_made_in_inference_mode(expected):
+    with torch.inference_mode():
+        x = X.clone()
+    model = Net(lambda net, x: net.inner(x.sub_(0.0)), inner=network()).eval()
+    moments = discedit.collect_moments(model, [(x, Y)], CLASSES)
+    torch.testing.assert_close(moments["inner.3"].mean, expected["mean of 3"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_that_runs_in_inference_mode():
+    """Nothing tells there whether a tensor was changed in place, so layers are read where they are certain."""
+
+    def forward(net, x):
+        with torch.inference_mode():
+            x = net.body(x)
+        return net.head(x.clone())
+
+    layers = network()
+    model = Net(forward, body=layers[:-1], head=layers[-1]).eval()
+    moments = discedit.collect_moments(model, DATA, CLASSES)
+    assert list(moments) == ["body.0", "body.3", "body.6"]
+    assert not moments.norms
+    with torch.no_grad():
+        own = {"body.0": layers[:1](X), "body.3": layers[:4](X), "body.6": layers[:7](X)}
+    for layer, maps in own.items():
+        pooled = maps.flatten(2).mean(2) if maps.ndim > 2 else maps
+        torch.testing.assert_close(moments[layer].mean[2].float(), pooled[Y == 2].mean(0), rtol=1e-5, atol=1e-6)
+
+
+# ---- modules that learn in eval mode --------------------------------------------------------------------------------
+
+
+class Counts(nn.Module):
+    """Counts its calls in place, keeps the last map under a new tensor, and a list of sizes in one that grows."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("last", torch.zeros(1))
+        self.register_buffer("sizes", torch.zeros(0))
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x.detach().mean().view(1)
+        with torch.no_grad():
+            self.sizes.resize_(len(self.sizes) + 1).fill_(len(x))
+        return x
+
+
+def observed():
+    import torch.ao.quantization as quantization
+
+    model = network()
+    stub = nn.Sequential(quantization.QuantStub(), *model, quantization.DeQuantStub()).eval()
+    stub.qconfig = quantization.get_default_qconfig("fbgemm")
+    model = quantization.prepare(stub)
+    model(X[:4])
+    return model
+
+
+def counting():
+    layers = network()
+    model = nn.Sequential(layers[0], Counts(), *layers[1:]).eval()
+    model(X[:4])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("make", [observed, counting])
+def test_modules_that_learn_in_eval_mode_are_left_as_they_were(make):
+    model = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    buffers = {name: id(buffer) for name, buffer in model.named_buffers()}
+    data = [(100 * x, y) for x, y in DATA]
+    scores = discedit.score(discedit.collect_moments(model, data, CLASSES))
+    collect_second_moments(model, data)
+    edits = [discedit.prune(model, ratio=0.4, example_inputs=X[:2], data=[X], criterion="l1")]
+    edits.append(discedit.unlearn(model, scores, classes=[1], data=data))
+    discedit.evaluate(edits[-1].model, classes=[1], num_classes=CLASSES, test=data, original=model, metrics="accuracy")
+    assert {name: id(buffer) for name, buffer in model.named_buffers()} == buffers
+    for state in (model.state_dict(), *(edit.model.state_dict() for edit in edits)):
+        learned = [name for name in before if "calls" in name or "last" in name or "sizes" in name or "_val" in name]
+        assert learned
+        for name in learned:
+            assert state[name].shape == before[name].shape or state is not model.state_dict(), name
+    for name, tensor in model.state_dict().items():
+        assert tensor.shape == before[name].shape, name
+        assert torch.equal(tensor, before[name]), name
+
+
+# ---- inputs and labels ----------------------------------------------------------------------------------------------
+
+
+class Image(Tensor):
+    """A tensor that says what it is, as those of vision libraries do, and hands that on."""
+
+
+def test_a_subclass_of_tensor_is_the_tensor(expected):
+    found = everything(network(), X.as_subclass(Image))
+    assert_same(found, expected)
+    data = [(x.as_subclass(Image), y.as_subclass(Image)) for x, y in DATA]
+    moments = discedit.collect_moments(network(), data, CLASSES)
+    plain = discedit.collect_moments(network(), DATA, CLASSES)
+    assert all(same_bits(moments[layer], plain[layer]) for layer in plain)
+    assert {type(tensor) for layer in moments for tensor in moments[layer].tensors()} == {Tensor}
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["cat", "dog", "cat"], "got a list that begins with 'cat'"),
+        ("cat", "got a str that begins with 'cat'"),
+        ({"boxes": X[:3], "labels": Y[:3]}, "got a dict with 'boxes', 'labels'"),
+        ([{"boxes": X[0]}] * 3, "got a list that begins with {'boxes'"),
+    ],
+)
+def test_labels_that_are_no_class_indices(labels, said):
+    with pytest.raises(ValueError, match="batch 0: labels must hold one class index") as caught:
+        discedit.collect_moments(network(), [(X[:3], labels)], CLASSES)
+    assert said in str(caught.value)
