@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from discedit import _checks
 from discedit._backends import select
-from discedit._batches import call, device_of, first_tensor, map_tensors, moved, outside_inference_mode
+from discedit._batches import call, device_of, first_tensor, map_tensors, moved, outside_inference_mode, version_of
 from discedit._checkpoint import Checkpoint, Progress, digest_of
 from discedit._consumers import Follow
 from discedit._group import Group, OtherFailed
@@ -91,8 +91,8 @@ def collect_moments(
         checkpoint_every: seconds between two states on disk.
 
     Returns:
-        `Moments`, with one entry per layer in the order of execution. A layer that runs on windows of a sample (as in
-        Swin) is pooled over all of them.
+        `Moments`, with one entry per layer in the order of execution. A layer that runs on parts of a sample as if they
+        were samples (windows in Swin, views or frames folded into the batch) is pooled over all of them.
 
     Raises:
         ValueError: an empty loader, labels that do not fit, no layer to read, an unknown layer name, a layer named in
@@ -363,7 +363,7 @@ class _Place:
         self.layout = _layout(module)
         self.statistics = statistics
         self.backend = backend
-        self.windows = 1  # that a sample is cut into, where each comes as a sample of its own
+        self.windows = 1  # parts of a sample, where each comes as a sample of its own
         self.first = torch.empty(0)  # what the first sample gave, in such windows
         self.planes: Tensor | None = None  # (statistics, samples, channels) of the last batch: the next one's buffer
         self._known: tuple[Any, ...] = ()
@@ -380,14 +380,23 @@ class _Place:
         return "cls" not in self.statistics or (_checks.has_tokens(x, self.layout) and self.windows == 1)
 
     def cut(self, x: Tensor, samples: int) -> None:
-        """In the first batch: whether tokens come in windows."""
-        if self.layout == "tokens" and x.ndim > 1 and samples and len(x) != samples and len(x) % samples == 0:
+        """In the first batch: whether a sample comes in parts (windows, views, frames, heads), each as one."""
+        if self.layout != "auto" and x.ndim > 1 and samples and len(x) != samples and len(x) % samples == 0:
             self.windows = len(x) // samples
             self.first = x[: self.windows].detach().clone()
 
-    def read(self, x: Tensor) -> None:
-        if self.windows > 1:
-            x = x.reshape(len(x) // self.windows, -1, x.shape[-1])
+    def read(self, x: Tensor, samples: int) -> None:
+        """Pools a batch of so many samples (0: as many as there are rows)."""
+        if samples and len(x) != samples and (self.windows == 1 or len(x) % samples):
+            raise ValueError(
+                f"{OP}: layer {self.name!r} must give as many rows for each sample as in the first batch "
+                f"({self.windows}; where there were several, any whole number); it gave {len(x)} rows for {samples} "
+                "samples. Leave it out: name the others in layers."
+            )
+        if self.windows > 1 and self.layout == "tokens":
+            x = x.reshape(samples, -1, x.shape[-1])
+        elif self.windows > 1:  # the parts are one more axis to pool over
+            x = x.reshape(samples, -1, *x.shape[1:]).transpose(1, 2)
         x = self._channels.of(x, -1 if self.layout == "tokens" else 1)
         kind = (x.shape, x.dtype, x.device)
         if kind != self._known:
@@ -446,7 +455,7 @@ class _Reader:
         self._ran: set[str] = set()
         self._repeated: set[str] = set()
         self._unreadable: set[str] = set()
-        self._outputs: dict[int, tuple[str, weakref.ref[Tensor]]] = {}
+        self._outputs: dict[int, tuple[str, weakref.ref[Tensor], int | None]] = {}
         self._widths: dict[str, int] = {}
         self._order: list[str] = []
         self._handles: dict[str, RemovableHandle] = {}
@@ -490,7 +499,7 @@ class _Reader:
                 return
             ran.add(name)
             if self._settled or self._discover(place, args, x):
-                place.read(x)
+                place.read(x, self._samples)
 
         return hook
 
@@ -512,7 +521,8 @@ class _Reader:
             self._order.append(name)
             self._follow.note(name, x, last=place.layout == "tokens")
             # A weak reference: the first pass must not keep every feature map alive.
-            self._outputs[id(identity(x))] = (name, weakref.ref(identity(x)))
+            output = identity(x)
+            self._outputs[id(output)] = (name, weakref.ref(output), version_of(output))
             self._widths[name] = x.shape[-1 if place.layout == "tokens" else 1] if x.ndim > 1 else 0
         elif name not in self.places.values():
             return False
@@ -526,24 +536,25 @@ class _Reader:
         return True
 
     def _source(self, tensor: Any) -> str | None:
-        """The layer whose output is this very tensor."""
+        """The layer whose output is this very tensor, unchanged as far as its version tells."""
         tensor = identity(tensor)
-        name, reference = self._outputs.get(id(tensor), (None, None))
-        return name if reference is not None and reference() is tensor else None
+        name, reference, version = self._outputs.get(id(tensor), (None, None, None))
+        known = reference is not None and reference() is tensor and version is not None
+        return name if known and version_of(tensor) == version else None
 
     def run(self, inputs: Any) -> Any:
         self._ran.clear()
-        if self._settled:
-            return call(self.model, inputs)
         first = first_tensor(inputs)
         self._samples = len(first) if first is not None and first.ndim else 0
+        if self._settled:
+            return call(self.model, inputs)
         with self._follow if self._consumers else nullcontext():
             output = call(self.model, inputs)
         self._check_windows(inputs)
         return output
 
     def _check_windows(self, inputs: Any) -> None:
-        """The windows of a sample must lie together: the first sample alone must give the first of them.
+        """The windows of a sample must lie together: the first sample alone, twice, must give the first of them twice.
 
         A layer of which that does not hold, or whose output has no sample axis at all, cannot be read.
         """
@@ -551,11 +562,13 @@ class _Reader:
         if not cut:
             return
         self._probe = {}
-        call(self.model, map_tensors(inputs, lambda t: t[:1] if t.ndim and len(t) == self._samples else t))
+        twice = map_tensors(inputs, lambda t: torch.cat([t[:1]] * 2) if t.ndim and len(t) == self._samples else t)
+        call(self.model, twice)
         for place in cut:
             x = self._probe.get(place.name)
             tolerance = 1e-2 * float(place.first.abs().max())
-            if x is None or x.shape != place.first.shape or not torch.allclose(x, place.first, atol=tolerance):
+            expected = torch.cat([place.first] * 2)
+            if x is None or x.shape != expected.shape or not torch.allclose(x, expected, atol=tolerance):
                 if self.explicit:
                     raise ValueError(
                         f"{OP}: layers must give one output per sample, or windows that lie together by samples, layer "

@@ -437,6 +437,66 @@ def test_windows_are_pooled_over_each_sample():
         collect_moments(net, [(x, labels)], 2, layers=["by_window"])
 
 
+class Views(nn.Module):
+    """Views of a sample run as samples of their own, one sample's after the other's or, `mixed`, view after view."""
+
+    def __init__(self, mixed=False, dims=2):
+        super().__init__()
+        torch.manual_seed(0)
+        kind = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}[dims]
+        self.conv, self.norm, self.late = kind[0](3, 6, 3), kind[1](6), kind[0](6, 5, 2)
+        self.neck, self.head = nn.Linear(5, 4), nn.Linear(4, 2)
+        self.mixed = mixed
+
+    def forward(self, x):
+        views = x.shape[1]
+        x = (x.transpose(0, 1) if self.mixed else x).flatten(0, 1)
+        x = self.late(self.norm(self.conv(x)).relu()).relu().flatten(2).mean(2)
+        x = x.unflatten(0, (views, -1)).mean(0) if self.mixed else x.unflatten(0, (-1, views)).mean(1)
+        return self.head(self.neck(x).relu())
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("read", ["consumer", "norm", "output"])
+def test_views_folded_into_the_batch_are_pooled_over_each_sample(read, dims):
+    net = Views(dims=dims).eval()
+    x = torch.randn(10, 3, 3, *[6] * dims, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(10) % 2
+    # Of the last batch each sample has one view more.
+    more = torch.randn(4, 4, 3, *[6] * dims, generator=torch.Generator().manual_seed(2))
+    loader = [(x[:1], labels[:1]), (x[1:], labels[1:]), (more, labels[:4])]
+    moments = collect_moments(net, loader, 2, read=read)
+    assert list(moments) == ["conv", "late", "neck"]
+    with torch.no_grad():
+
+        def seen(x):
+            own = net.conv(x.flatten(0, 1))
+            maps = {"output": own, "norm": net.norm(own), "consumer": net.norm(own).relu()}[read]
+            return maps.unflatten(0, x.shape[:2]).transpose(1, 2).flatten(2).mean(2).double()
+
+        expected = torch.cat([seen(x), seen(more)])
+    both = torch.cat([labels, labels[:4]])
+    for k in range(2):
+        torch.testing.assert_close(moments["conv"].mean[k], expected[both == k].mean(0), rtol=1e-5, atol=1e-6)
+    assert moments["conv"].count.tolist() == [7, 7]
+
+
+@pytest.mark.parametrize("first", [1, 5])
+def test_views_in_another_order_are_left_out(first):
+    net = Views(mixed=True).eval()
+    x, labels = torch.randn(10, 3, 3, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(10) % 2
+    loader = [(x[:first], labels[:first]), (x[first:], labels[first:])]
+    with pytest.warns(UserWarning, match=r"no sample axis: \['conv', 'late'\]"):
+        assert list(collect_moments(net, loader, 2)) == ["neck"]
+
+
+def test_rows_that_are_no_parts_of_samples_are_refused_by_name():
+    x, labels = torch.randn(4, 1, 3, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(4) % 2
+    loader = [(x, labels), (x.expand(-1, 3, -1, -1, -1), labels)]
+    with pytest.raises(ValueError, match=r"layer 'norm' must give as many rows .* gave 12 rows for 4 samples"):
+        collect_moments(Views().eval(), loader, 2, read="norm")
+
+
 class Functional(nn.Module):
     """Activations, pooling and arithmetic that are no modules; a sum that ends a chain."""
 

@@ -916,7 +916,7 @@ def test_a_target_of_what_the_others_lose_takes_the_most_layers(trained, digit_s
         return before - accuracies(edit.model, data, forget)[1]
 
     drops = [drop(count) for count in range(1, 5)]
-    assert max(drops[:2]) + 0.05 < drops[2] < drops[3] - 0.1, "otherwise this shows nothing"
+    assert max(drops[:2]) + 0.01 < drops[2] < drops[3] - 0.1, "otherwise this shows nothing"
     everything = unlearn(model, digit_scores, retain_drop=1, **options)
     assert everything.recipe.settings["layers"] == ORDER[1:]
     assert everything.recipe.settings["count"] == 4
