@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from discedit._batches import call, device_of, first_tensor, map_tensors, split, undisturbed, version_of
+from discedit._trace import takes_constants, why_not_plain
 
 SAMPLES = 1024  # at most this many are looked at
 PARTS = 8  # in which they run, at most: each has threads of its own, and changing over takes time
@@ -133,6 +134,8 @@ def joined(batches: Sequence[Any], samples: int) -> Any:
 def why_not_fitted(model: nn.Module, name: str, norms: Mapping[str, str]) -> str:
     """Why a layer cannot be fitted in closed form; empty when it can."""
     why = why_not_read(model, name)
+    if not why and not isinstance(model.get_submodule(name)._parameters.get("weight"), nn.Parameter):
+        why = "its weight is computed (parametrized or masked) and must be made a plain parameter first"
     if not why and model.get_submodule(name).bias is None and norm_behind(model, name, norms) is None:
         return "it has neither a bias nor a batch norm behind it that could take one"
     return why
@@ -145,13 +148,15 @@ def why_not_read(model: nn.Module, name: str) -> str:
         return f"it is a {type(layer).__name__}; only Conv2d and Linear can be fitted"
     if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or layer.padding_mode != "zeros"):
         return "it is a convolution in groups, or one that does not pad with zeros"
-    return ""
+    return why_not_plain(layer)
 
 
 def norm_behind(model: nn.Module, name: str, norms: Mapping[str, str]) -> _BatchNorm | None:
-    """The batch norm with running statistics that the layer's output goes straight into."""
+    """The batch norm with running statistics that the layer's output goes straight into, and that can take constants
+    from it."""
     norm = model.get_submodule(norms[name]) if name in norms else None
-    return norm if isinstance(norm, _BatchNorm) and norm.running_mean is not None else None
+    known = isinstance(norm, _BatchNorm) and norm.running_mean is not None and takes_constants(norm)
+    return norm if known and isinstance(norm, _BatchNorm) else None
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -163,11 +168,8 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def scale_behind(model: nn.Module, name: str, norms: Mapping[str, str]) -> Tensor | None:
-    """What the batch norm behind a layer multiplies its outputs by: (outputs,)."""
-    norm = norm_behind(model, name, norms)
-    if norm is None:
-        return None
+def scale_of(norm: _BatchNorm) -> Tensor:
+    """What a batch norm multiplies its inputs by, before whatever else is inside it: (channels,)."""
     assert norm.running_var is not None
     scale = (norm.running_var + norm.eps).rsqrt()
     return scale if norm.weight is None else scale * norm.weight.detach()

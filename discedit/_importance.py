@@ -20,9 +20,10 @@ from discedit._calibration import (
     calibration,
     head_of,
     matrix_of,
+    norm_behind,
     norms_behind,
     runs_in_order,
-    scale_behind,
+    scale_of,
     why_not_read,
 )
 from discedit._graph import KINDS, Components, Graph, width_of
@@ -281,7 +282,8 @@ def _blocks(graph: Graph, layer: str, components: int) -> dict[str, list[list[in
 def _worth(model: nn.Module, name: str, norms: Mapping[str, str], scores: Mapping[str, Tensor]) -> Tensor:
     """What a change of each output of a layer counts: (outputs,), float64."""
     module: Any = model.get_submodule(name)
-    scale = scale_behind(model, name, norms)
+    norm = norm_behind(model, name, norms)
+    scale = None if norm is None else scale_of(norm)
     worth = torch.ones(len(module.weight), dtype=torch.float64, device=module.weight.device)
     worth = worth if scale is None else scale.double().square()
     if name in scores:

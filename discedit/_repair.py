@@ -29,10 +29,11 @@ from discedit._calibration import (
     matrix_of,
     norm_behind,
     runs_in_order,
-    scale_behind,
+    scale_of,
     why_not_fitted,
 )
 from discedit._lockstep import Pause, in_lockstep
+from discedit._trace import is_affine
 
 RIDGE = 1e-3
 LEAST_SCALE = 1e-3  # of a batch norm's largest: a channel that is multiplied by less cannot make up for anything
@@ -165,7 +166,10 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, targets: Mapping[str, _Target], norms: Mapping[str, str]) -> None:
         super().__init__()
-        self.model, self.targets, self.norms = model, targets, norms
+        self.model, self.targets = model, targets
+        # Before there are hooks, which would make what is asked of a norm part of the pass.
+        self.norms = {name: norm_behind(model, name, norms) for name in targets}
+        self.affine = {name for name, norm in self.norms.items() if norm is not None and is_affine(norm)}
         self.outputs: dict[int, _Output] = {}  # by identity
         self.handles: list[Any] = []
         self.thread = threading.get_ident()
@@ -193,8 +197,8 @@ class _Watch(TorchFunctionMode):
 
         layer = self.model.get_submodule(name)
         self.handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
-        norm = norm_behind(self.model, name, self.norms)
-        if norm is not None:
+        norm = self.norms[name]
+        if norm is not None and name in self.affine:  # behind an activation, a sum asks nothing of the layer
             self.handles.append(norm.register_forward_hook(leave_norm))
 
     def __exit__(self, *exception: Any) -> None:
@@ -302,14 +306,14 @@ class _After(_Watch):
         x, target = self.waiting.pop(name), self.targets[name]
         assert target.added is not None
         missing = target.added - target.positions.of_output(other)
-        scale = scale_behind(self.model, name, self.norms)
-        if scale is not None:
+        norm = self.norms[name]
+        if norm is not None:
+            scale = scale_of(norm)
             useful = scale.abs() > LEAST_SCALE * scale.abs().max()
             missing = torch.where(useful, missing / scale, 0.0)
         self._fit(name, x, target.rows + missing)
         self.again = True
         out: Tensor = self.model.get_submodule(name)(x)
-        norm = norm_behind(self.model, name, self.norms)
         output.copy_(out if norm is None else norm(out))  # in place, as whatever holds it must see
         self.again = False
         self.forget(name)
@@ -332,6 +336,7 @@ class _Fitted:
         protection: float,
     ) -> None:
         self.op, self.model, self.norms, self.weights = op, model, norms, weights
+        self.behind = {name: norm_behind(model, name, norms) for name in norms}  # before there are hooks
         self.silenced, self.protection = silenced, protection
         self.sums: dict[str, Sums] = {}
         self.guards: dict[str, Sums] = {}
@@ -353,7 +358,7 @@ class _Fitted:
         if layer.bias is not None:
             self._set(f"{name}.bias", layer.bias, self._first(f"{name}.bias", layer.bias) + missing)
             return
-        norm = norm_behind(self.model, name, self.norms)
+        norm = self.behind[name]
         assert norm is not None
         assert norm.running_mean is not None
         mean = f"{self.norms[name]}.running_mean"
