@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from discedit._batches import call, device_of, first_tensor, map_tensors, split, undisturbed, version_of
-from discedit._trace import takes_constants, why_not_plain
+from discedit._forward import takes_constants, why_not_plain
 
 SAMPLES = 1024  # at most this many are looked at
 PARTS = 8  # in which they run, at most: each has threads of its own, and changing over takes time

@@ -32,8 +32,8 @@ from discedit._calibration import (
     scale_of,
     why_not_fitted,
 )
+from discedit._forward import is_affine
 from discedit._lockstep import Pause, in_lockstep
-from discedit._trace import is_affine
 
 RIDGE = 1e-3
 LEAST_SCALE = 1e-3  # of a batch norm's largest: a channel that is multiplied by less cannot make up for anything

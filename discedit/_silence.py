@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from discedit._forward import gives_zero, is_affine, why_not_plain
 from discedit.recipe import Operation
 
 AROUND = ("zero", "mean")
@@ -73,6 +75,22 @@ def _rows_of(model: nn.Module, layer: str, norm: str | None, factor: float) -> l
     else:  # such a norm gives factor times as much for factor times the input around factor times the mean
         targets = [*own, (f"{norm}.running_mean", 0)]
     return [(name, dim) for name, dim in targets if name in present]
+
+
+def why_not_silenced(model: nn.Module, layer: str, norm: str | None, factor: float, around: str) -> str:
+    """Why `silenced` would not do what it says for this layer; empty where it does."""
+    if norm is None:
+        return why_not_plain(model.get_submodule(layer))
+    module = model.get_submodule(norm)
+    if not isinstance(module, _BatchNorm) or module.running_mean is None or is_affine(module):
+        return ""
+    if factor == 0 and around == "zero" and gives_zero(module):
+        return ""
+    what = "the mean" if around == "mean" else "zero" if factor == 0 else f"{factor:g} times the output"
+    return (
+        f"the norm {norm!r} behind it is no affine map (it has an activation inside, say): its weights cannot "
+        f"make it give {what}; erase directions instead (components='directions'), or take factor=0, around='zero'"
+    )
 
 
 def bias_of(model: nn.Module, layer: str, norm: str | None) -> str:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from discedit._relevance import rank_by_fidelity
 from discedit._repair import repaired
 from discedit._retain import Classified
 from discedit._sharded import unwrapped
-from discedit._silence import AROUND, bias_of, silenced
+from discedit._silence import AROUND, bias_of, silenced, why_not_silenced
 from discedit.prune import check_layers, record, why_not_editable
 from discedit.recipe import Edit, Recipe, architecture_of, copied, joined
 from discedit.scores import Scores
@@ -228,7 +229,8 @@ def unlearn(
             assert samples is not None
             example_inputs = samples.labelled("forget", 2)[0][0]
         graph = Graph(op, model, example_inputs)
-    units = _units(model, scores, layers, graph, KINDS[components])
+    able = partial(_why_not_silenced, model, scores, float(factor))
+    units = _units(model, scores, layers, graph, KINDS[components], partial(able, around=around))
     if by in _selection.OF_DATA:
         assert graph is not None
         assert samples is not None
@@ -241,7 +243,9 @@ def unlearn(
         rankings = _rankings(scores, units, forget, others, by, sign)
     automatic = around == "auto"
     if automatic:
-        can = data is not None and not remove and all(bias_of(model, layer, scores.norms.get(layer)) for layer in units)
+        can = data is not None and not remove
+        can = can and all(bias_of(model, layer, scores.norms.get(layer)) for layer in units)
+        can = can and not any(able(layer, around="mean") for layer in units)
         around = "mean" if can else "zero"
     plan = _Plan(
         model=model,
@@ -565,12 +569,21 @@ def _checked_classes(scores: Scores, classes: Any) -> list[int]:
     return forget
 
 
+def _why_not_silenced(model: nn.Module, scores: Scores, factor: float, layer: str, around: str) -> str:
+    return why_not_silenced(model, layer, scores.norms.get(layer), factor, "zero" if around == "auto" else around)
+
+
 def _units(
-    model: nn.Module, scores: Scores, layers: Iterable[str] | None, graph: Graph | None, kinds: Iterable[str]
+    model: nn.Module,
+    scores: Scores,
+    layers: Iterable[str] | None,
+    graph: Graph | None,
+    kinds: Iterable[str],
+    why_not: Callable[[str], str],
 ) -> dict[str, list[tuple[int, ...]]]:
     """Layer -> the rows of each component that may be chosen: all rows, or with a graph what it finds of some kinds."""
     chosen = list(dict.fromkeys(check_layers("unlearn", model, scores, layers)))
-    reasons = {layer: why for layer in chosen if (why := why_not_editable(model, layer))}
+    reasons = {layer: why for layer in chosen if (why := why_not_editable(model, layer) or why_not(layer))}
     units: dict[str, list[tuple[int, ...]]] = {
         layer: [(row,) for row in range(len(scores[layer]))] for layer in chosen if layer not in reasons
     }

@@ -83,6 +83,21 @@ def takes_constants(norm: _BatchNorm) -> bool:
     return _equal(after, before)
 
 
+def gives_zero(norm: nn.Module) -> bool:
+    """Whether a norm whose weights and biases are zero gives zero, whatever it reads."""
+    if is_own(norm):
+        return True
+    x = _input_of(norm)
+    state = {name: torch.zeros_like(value) for name, value in norm.named_parameters(recurse=False)}
+    state = state or {"running_mean": x.new_zeros(x.shape[1])}  # then the layer's zeros are what it reads
+    try:
+        with undisturbed(norm):
+            given = functional_call(norm, state, (x if "weight" in state else torch.zeros_like(x),))
+    except Exception:
+        return False
+    return _equal(given, torch.zeros_like(x))
+
+
 def is_own(module: nn.Module) -> bool:
     """Whether a module runs the code of torch's class, and nothing else."""
     base = _base_of(module)

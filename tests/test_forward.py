@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import discedit
-from discedit._trace import is_affine, takes_constants, why_not_plain
+from discedit._forward import is_affine, takes_constants, why_not_plain
 
 
 class SamePadding(nn.Conv2d):
@@ -227,3 +227,56 @@ def test_a_norm_with_an_activation_inside_takes_what_its_layer_has_no_bias_for(a
             errors[repair] = float((edit.model(fresh) - model(fresh)).norm())
         assert "unrepaired" not in edit.recipe.settings
     assert errors["least_squares"] < errors["mean"] < errors["none"]
+
+
+# ---- ablation -------------------------------------------------------------------------------------------------------
+
+
+def edited_by_rows(layer, norm=None, **options):
+    """A network with some rows of a layer edited, and what these give behind the norm, before and after."""
+    torch.manual_seed(0)
+    behind = [norm] if norm is not None else []
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.ReLU(), layer, *behind, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    )
+    model.train()(X)
+    model.eval()
+    scores = discedit.score(discedit.collect_moments(model, [(X, LABELS)], 3))
+    edit = discedit.unlearn(model, scores, classes=[1], layers=["2"], fraction=0.4, **options)
+    place = 3 if norm is not None else 2
+    with torch.no_grad():
+        before, after = (net[: place + 1](X) for net in (model, edit.model))
+    rows = edit.recipe.components["2"]
+    others = [row for row in range(6) if row not in rows]
+    torch.testing.assert_close(after[:, others], before[:, others])
+    return before[:, rows], after[:, rows]
+
+
+@pytest.mark.filterwarnings("ignore:unlearn")
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.Identity])
+def test_zeroed_rows_give_zero_behind_a_norm_with_an_activation_inside(act):
+    before, after = edited_by_rows(nn.Conv2d(8, 6, 3), WithActivation(6, act()), around="zero")
+    assert before.abs().max() > 0.1
+    assert not after.any()
+
+
+@pytest.mark.filterwarnings("ignore:unlearn")
+@pytest.mark.parametrize("options", [{"factor": 0.5}, {"around": "mean", "data": [(X, LABELS)]}])
+def test_what_such_a_norm_cannot_give_is_refused_with_what_to_do(options):
+    with pytest.raises(ValueError, match=r"layer '2' cannot be edited: the norm '3' behind it .* directions"):
+        edited_by_rows(nn.Conv2d(8, 6, 3), WithActivation(6, nn.SiLU()), **options)
+    before, after = edited_by_rows(nn.Conv2d(8, 6, 3), WithActivation(6, nn.Identity()), **options)
+    mean = before.mean((0, 2, 3), keepdim=True) if "around" in options else 0.0
+    if "factor" in options:
+        torch.testing.assert_close(after, 0.5 * before)
+    else:
+        assert float(after.std((0, 2, 3)).max()) < 1e-5
+        assert (after.mean((0, 2, 3)) - mean.flatten()).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("kind", ["standardised", "_conv_forward", "a hook"])
+def test_rows_of_layers_that_are_not_what_they_seem_are_not_edited(kind):
+    with pytest.raises(
+        ValueError, match=r"layer '2' cannot be edited: it is a .*, whose output is not what Conv2d makes"
+    ):
+        edited_by_rows(READERS[kind](), around="zero")
