@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -26,6 +27,26 @@ def outside_inference_mode(function: Callable[Parameters, Result]) -> Callable[P
     which changes in place are seen, and could never be trained."""
     wrapped: Callable[Parameters, Result] = torch.inference_mode(False)(function)
     return wrapped
+
+
+def outside_modes(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """As `outside_inference_mode`, and outside autocast: in its products, closed forms would lose their digits."""
+
+    @wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with torch.inference_mode(False), without_autocast():
+            return function(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def version_of(tensor: Tensor) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from discedit import _checks
-from discedit._batches import call, outside_inference_mode, undisturbed
+from discedit._batches import call, outside_modes, undisturbed
 from discedit._calibration import (
     PARTS,
     Fit,
@@ -49,7 +49,7 @@ class Unscored(dict[str, Tensor]):
         return cls({name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items() if width})
 
 
-@outside_inference_mode
+@outside_modes
 def importances(
     model: nn.Module,
     scores: Scores,

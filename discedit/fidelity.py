@@ -29,7 +29,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from discedit import _checks, _files
 from discedit._backends import select
-from discedit._batches import call, chosen, device_of, first_tensor, outside_inference_mode
+from discedit._batches import call, chosen, device_of, first_tensor, outside_inference_mode, without_autocast
 from discedit._calibration import CHUNK, gram_of, padding_of, why_not_read
 from discedit._checkpoint import Checkpoint, Progress, digest_of
 from discedit._contributions import TINY, Contributions, Growing
@@ -484,7 +484,8 @@ class _Reader(ExitStack):
                     f"{OP}: layers must read all their channels in one process, {name!r} reads {width} of "
                     f"{weight.shape[1]} here; name the others in layers."
                 )
-            self.moments.update(name, self._moments(name, x[:counted].detach(), output[:counted].detach()))
+            with without_autocast():  # which the model may run in, but products of float32 need their digits
+                self.moments.update(name, self._moments(name, x[:counted].detach(), output[:counted].detach()))
 
     def _moments(self, name: str, x: Tensor, output: Tensor) -> InputMoments:
         module, weight = self.layers[name], self._weights[name]

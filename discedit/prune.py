@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from discedit import _checks
-from discedit._batches import call, device_of, outside_inference_mode, split, undisturbed
+from discedit._batches import call, device_of, outside_modes, split, undisturbed
 from discedit._budget import BUDGETS, NORMALISATIONS, ROUNDING, Choice, Cost, Limits, choose, normalised
 from discedit._calibration import batch_norms, calibration, norms_behind, samples_of
 from discedit._compensation import compensated
@@ -40,7 +40,7 @@ BEST_WITH = {
 }
 
 
-@outside_inference_mode
+@outside_modes
 def prune(
     model: nn.Module,
     scores: Scores | Mapping[str, Tensor] | None = None,

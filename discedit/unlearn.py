@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from discedit import _checks, _selection
-from discedit._batches import call, device_of, first_tensor, moved, outside_inference_mode, undisturbed
+from discedit._batches import call, device_of, first_tensor, moved, outside_modes, undisturbed
 from discedit._calibration import SAMPLES, norms_behind, runs_in_order, why_not_fitted
 from discedit._erase import erased, why_not_erased
 from discedit._graph import Graph
@@ -44,7 +44,7 @@ PROTECTION = 1.0
 FIRST, MOST, PRECISION = 0.02, 0.5, 0.04  # of a search: where it begins, and shares at which it ends
 
 
-@outside_inference_mode
+@outside_modes
 def unlearn(
     model: nn.Module,
     scores: Scores,

@@ -181,6 +181,39 @@ def test_a_part_that_runs_in_inference_mode():
         torch.testing.assert_close(moments[layer].mean[2].float(), pooled[Y == 2].mean(0), rtol=1e-5, atol=1e-6)
 
 
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+def test_under_autocast_edits_are_made_in_full_precision(expected):
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = discedit.score(discedit.collect_moments(network(), DATA, CLASSES))
+        found = discedit.prune(network(), ratio=0.4, example_inputs=X[:2], data=[X]).model.state_dict()
+    assert_same({f"pruned {name}": tensor for name, tensor in found.items()}, of_kind(expected, "pruned"))
+    for layer in scores:
+        assert (scores[layer] - expected[f"score of {layer}"]).abs().max() < 0.05
+
+
+def test_second_moments_under_autocast_are_those_of_what_the_layers_read():
+    with torch.autocast("cpu", torch.bfloat16):
+        found = collect_second_moments(network(), DATA, layers=["0"])["0"]
+    plain = collect_second_moments(network(), DATA, layers=["0"])["0"]
+    torch.testing.assert_close(found.scatter, plain.scatter)  # the first layer reads the same either way
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision(expected, dtype):
+    model = network().to(dtype)
+    edit = discedit.prune(model, ratio=0.4, example_inputs=X[:2].to(dtype), data=[X.to(dtype)])
+    for name, tensor in of_kind(expected, "pruned").items():
+        ours = edit.model.state_dict()[name.removeprefix("pruned ")]
+        assert ours.dtype == (dtype if tensor.is_floating_point() else tensor.dtype)
+        assert (ours - tensor).abs().max() <= 0.03 * max(1, tensor.abs().max()), name
+
+
+def of_kind(found, kind):
+    return {name: tensor for name, tensor in found.items() if name.startswith(kind)}
+
+
 # ---- modules that learn in eval mode --------------------------------------------------------------------------------
 
 
