@@ -48,6 +48,18 @@ class Rule(NamedTuple):
     high: float = 1.0
 
 
+class Asked(NamedTuple):
+    """A bound by name with its options, all that can be said of it before the moments are looked at."""
+
+    bound: str
+    radius: float = 0.0
+    rho: float = 0.0
+    alpha: float = 0.0
+    low: float = 0.0
+    high: float = 1.0
+    comparisons: int | None = None  # by default all values that are returned
+
+
 class Window(NamedTuple):
     """What a convolution reads: pairs are (rows, columns), `padding` is (top, bottom, left, right)."""
 
@@ -104,6 +116,8 @@ def tensor(op: str, argument: str, value: Any, dtypes: Collection[torch.dtype]) 
 
 def index(value: Any) -> int | None:
     """The value as an int if it is an integer of any library (never a bool), else None."""
+    if type(value) is int:  # also an integer that torch.compile leaves open, which operator.index would fix
+        return value
     if isinstance(value, bool):
         return None
     try:
@@ -176,7 +190,7 @@ def witness(op: str, value: str, statistic: Any, scale: Any) -> None:
 
 
 def scale(op: str, value: Any) -> float:
-    if not is_number(value) or not math.isfinite(value) or value <= 0:
+    if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{op}: scale must be a finite number above 0 for witness='exp', got {value!r}.")
     return float(value)
 
@@ -207,6 +221,11 @@ def fits(op: str, bound: str, witness: str) -> None:
 
 def rule(op: str, bound: str, options: Mapping[str, Any], moments: State, witness: str | None, values: int) -> Rule:
     """The bound with its options checked; `values` is how many numbers it is asked for together."""
+    return settled(op, asked(op, bound, options, witness), moments, values)
+
+
+def asked(op: str, bound: str, options: Mapping[str, Any], witness: str | None) -> Asked:
+    """The bound with its options checked, as far as that goes without moments."""
     choice(op, "bound", bound, BOUNDS)
     known = OPTIONS.get(bound, {})
     for name in options:
@@ -215,15 +234,26 @@ def rule(op: str, bound: str, options: Mapping[str, Any], moments: State, witnes
             raise TypeError(f"{op}: {name!r} is no option of bound={bound!r}, which {takes}.")
     given = {**known, **options}
     if bound == "robust":
-        return Rule(bound, at_least_zero(op, "radius", given["radius"]), at_least_zero(op, "rho", given["rho"]))
+        return Asked(bound, at_least_zero(op, "radius", given["radius"]), at_least_zero(op, "rho", given["rho"]))
     if bound != "certified":
-        return Rule(bound)
+        return Asked(bound)
     level = alpha(op, given["alpha"])
-    comparisons = values if given["comparisons"] is None else positive_integer(op, "comparisons", given["comparisons"])
+    comparisons = given["comparisons"]
+    if comparisons is not None:
+        comparisons = positive_integer(op, "comparisons", comparisons)
     low, high = _value_range(op, given["value_range"], witness)
+    return Asked(bound, alpha=level, low=low, high=high, comparisons=comparisons)
+
+
+def settled(op: str, asked: Asked, moments: State, values: int) -> Rule:
+    """What is computed for these moments, which must be possible where the bound says what values there are."""
+    if asked.bound != "certified":
+        return Rule(asked.bound, asked.radius, asked.rho)
     if isinstance(moments, ClassMoments):
-        _within(op, moments, low, high)
-    return Rule(bound, log_term=math.log(6 * max(1, comparisons) / level), low=low, high=high)
+        _within(op, moments, asked.low, asked.high)
+    comparisons = values if asked.comparisons is None else asked.comparisons
+    log_term = math.log(6 * max(1, comparisons) / asked.alpha)
+    return Rule(asked.bound, log_term=log_term, low=asked.low, high=asked.high)
 
 
 def alpha(op: str, value: Any, argument: str = "alpha") -> float:
@@ -233,7 +263,7 @@ def alpha(op: str, value: Any, argument: str = "alpha") -> float:
 
 
 def at_least_zero(op: str, argument: str, value: Any) -> float:
-    if not is_number(value) or not math.isfinite(value) or value < 0:
+    if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{op}: {argument} must be a finite number of at least 0, got {value!r}.")
     return float(value)
 
@@ -247,7 +277,7 @@ def _value_range(op: str, value: Any, witness: str | None) -> tuple[float, float
             f"value that t can ever take, such as (0, 1) for the statistic 'positive_fraction'."
         )
     pair = tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(pair) != 2 or not all(is_number(end) and math.isfinite(end) for end in pair) or not pair[0] < pair[1]:
+    if len(pair) != 2 or not all(map(is_number, pair)) or not -math.inf < pair[0] < pair[1] < math.inf:
         raise ValueError(f"{op}: value_range must be two finite numbers, the lower one first, got {value!r}.")
     return float(pair[0]), float(pair[1])
 
@@ -271,7 +301,7 @@ def _within(op: str, moments: ClassMoments, low: float, high: float) -> None:
 
 def state(op: str, argument: str, moments: Any) -> State:
     """A state whose tensors fit together."""
-    if not isinstance(moments, State):
+    if not isinstance(moments, (ClassMoments, VectorMoments)):  # torch 2.9 cannot compile the question for State
         raise TypeError(f"{op}: {argument} must be a ClassMoments or VectorMoments, got {type(moments).__name__}.")
     tensors, mean = moments.tensors(), moments.mean
     fits = mean.ndim == moments.axes and moments.count.dtype == torch.int64
@@ -386,13 +416,17 @@ def _integers(value: Any, least: int) -> list[int]:
     return parts if len(parts) == len(given) else []
 
 
-def positions(op: str, value: Any, x: Tensor, outputs: tuple[int, int]) -> Tensor:
-    """Flat output positions, contiguous, on x's device."""
+def positions(op: str, value: Any, x: Tensor) -> Tensor:
+    """Flat output positions, contiguous, on x's device. Their range is `position_range`'s to check."""
     places = tensor(op, "positions", value, (torch.int64,))
     if places.ndim != 1:
         raise ValueError(f"{op}: positions must have shape (positions,), got {shape_of(places)}.")
     if places.device != x.device:
         raise ValueError(f"{op}: positions must be on the device of x, {x.device}, got {places.device}.")
+    return places.contiguous()
+
+
+def position_range(op: str, places: Tensor, outputs: tuple[int, int]) -> None:
     last = outputs[0] * outputs[1] - 1
     wrong = (places < 0) | (places > last)
     if bool(wrong.any()):
@@ -401,7 +435,6 @@ def positions(op: str, value: Any, x: Tensor, outputs: tuple[int, int]) -> Tenso
             f"{op}: positions must lie in 0..{last} ({outputs[0]} x {outputs[1]} outputs), found {int(places[place])} "
             f"at position {place}."
         )
-    return places.contiguous()
 
 
 def labels(op: str, value: Any, x: Tensor) -> Tensor:
@@ -434,24 +467,28 @@ def label_range(op: str, labels: Tensor, num_classes: int) -> None:
 
 
 def radius(op: str, argument: str, value: Any, mean: Tensor) -> Tensor:
-    """A radius for every pair of laws, float64: from one number, or from a tensor of the means' batch shape."""
+    """A radius for every pair of laws, float64: from one number, or from a tensor of the means' batch shape, whose
+    values are `radius_range`'s to check."""
     batch = mean.shape[:-1]
     if is_number(value):
-        number = torch.tensor(at_least_zero(op, argument, value), dtype=torch.float64, device=mean.device)
-        return number.expand(batch)
+        return mean.new_full(batch, at_least_zero(op, argument, value), dtype=torch.float64)
     tensor(op, argument, value, (torch.float32, torch.float64))
     if value.shape != batch or value.device != mean.device:
         raise ValueError(
             f"{op}: {argument} must be a number or have shape {tuple(batch)} on {mean.device}, got shape "
             f"{shape_of(value)} on {value.device}."
         )
-    if not bool(((value >= 0) & value.isfinite()).all()):
-        raise ValueError(f"{op}: {argument} must be finite and at least 0 everywhere, got {float(value.min())!r}.")
     ball: Tensor = value.detach().double()
     return ball
 
 
+def radius_range(op: str, argument: str, value: Tensor) -> None:
+    if not bool(((value >= 0) & value.isfinite()).all()):
+        raise ValueError(f"{op}: {argument} must be finite and at least 0 everywhere, got {float(value.min())!r}.")
+
+
 def witness_moments(op: str, mean1: Any, second1: Any, mean2: Any, second2: Any) -> None:
+    """Four tensors that fit together. Whether moments are possible is `second_moments`'s to check."""
     given = {"mean1": mean1, "second1": second1, "mean2": mean2, "second2": second2}
     for argument, value in given.items():
         tensor(op, argument, value, (torch.float32, torch.float64))
@@ -460,6 +497,9 @@ def witness_moments(op: str, mean1: Any, second1: Any, mean2: Any, second2: Any)
                 f"{op}: {argument} must have the shape, type and device of mean1: mean1 is {mean1.dtype} "
                 f"{shape_of(mean1)} on {mean1.device}, {argument} is {value.dtype} {shape_of(value)} on {value.device}."
             )
+
+
+def second_moments(op: str, mean1: Tensor, second1: Tensor, mean2: Tensor, second2: Tensor) -> None:
     for mean, second, argument in ((mean1, second1, "second1"), (mean2, second2, "second2")):
         # Below the square by more than rounding, of the given type.
         least = mean.double().square() * (1 - 8 * torch.finfo(mean.dtype).eps)

@@ -1,7 +1,9 @@
 """Tensor-level functions, the ones other toolkits embed. Torch tensors in, torch tensors out.
 
 Every function takes ``backend="auto" | "cpp" | "cuda" | "triton" | "reference"``. "auto" takes the fastest that can
-run; a backend asked for by name runs or raises RuntimeError with the reason.
+run; a backend asked for by name runs or raises RuntimeError with the reason. Every function is also an op of
+``torch.ops.discedit``, so `torch.compile`, `torch.export` and `FakeTensorMode` take it as one step; rules about values,
+and whether a backend can run, are then checked when the program runs.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from discedit import _checks
 from discedit._backends import select
+from discedit._library import compared, record, traced
 from discedit._state import ClassMoments, State, VectorMoments
 
 __all__ = [
@@ -74,8 +77,10 @@ def pool(x: Tensor, *, statistic: str | Names = "mean", layout: str = "auto", ba
     """
     names = _checks.statistics("pool", statistic)
     x, axis = _checks.feature_map("pool", x, layout, names)
-    planes: Tensor = select("pool", backend, x.device)(x, axis, names)
-    return planes[0] if isinstance(statistic, str) else planes.permute(1, 2, 0)
+    planes: Tensor
+    planes = record("pool", backend, x, axis, names) if traced(x) else select("pool", backend, x.device)(x, axis, names)
+    # Not planes[0], for which torch wants the driver of a device that a fake tensor only pretends to be on.
+    return planes.select(0, 0) if isinstance(statistic, str) else planes.permute(1, 2, 0)
 
 
 @overload
@@ -174,13 +179,18 @@ def class_moments(
         mean, kind = (len(names), *mean), VectorMoments
     state: State
     if out is None:
+        if traced(x, labels):
+            return kind(*record(op, backend, x, axis, names, scale, labels, num_classes, kind is VectorMoments))
         state = kind.with_mean(mean, x.device)
     else:
         state = _checks.state(op, "out", out)
         if type(state) is not kind or state.mean.shape != mean or state.device != x.device:
             wanted = _checks.description(kind, mean, x.device)
             raise ValueError(f"{op}: out must be {wanted}, it is {_checks.described(state)}.")
-    select(op, backend, x.device)(x, axis, names, scale, labels, state)
+    if traced(x, labels, *state.tensors()):
+        record("class_moments_", backend, state.tensors(), x, axis, names, scale, labels)
+    else:
+        select(op, backend, x.device)(x, axis, names, scale, labels, state)
     return state
 
 
@@ -216,6 +226,8 @@ def merge_moments(a: Kind, b: Kind, *, backend: str = "auto") -> Kind:
             f"merge_moments: a and b must have the same kind, shape and device: a is {_checks.described(a)}, "
             f"b is {_checks.described(b)}."
         )
+    if traced(*a.tensors(), *b.tensors()):
+        return type(a)(*record("merge_moments", backend, a.tensors(), b.tensors()))
     merged = a.clone()
     select("merge_moments", backend, a.device)(merged, b)
     return merged
@@ -280,11 +292,17 @@ def patch_moments(
     x = _checks.image_map(op, x)
     window = _checks.window(op, x, kernel_size, stride, padding, dilation)
     rows, columns = window.outputs(x)
+    places = rows * columns
     if positions is not None:
-        positions = _checks.positions(op, positions, x, (rows, columns))
-    count = len(x) * (rows * columns if positions is None else len(positions))
-    mean, scatter = select(op, backend, x.device)(x, window, positions)
-    return count, mean, scatter
+        positions = _checks.positions(op, positions, x)
+        places = positions.shape[0]
+    if traced(x) or (positions is not None and traced(positions)):
+        mean, scatter = record(op, backend, x, *window, positions)
+    else:
+        if positions is not None:
+            _checks.position_range(op, positions, (rows, columns))
+        mean, scatter = select(op, backend, x.device)(x, window, positions)
+    return x.shape[0] * places, mean, scatter
 
 
 def fisher_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, backend: str = "auto") -> Tensor:
@@ -384,11 +402,17 @@ def robust_bound(
     op = "robust_bound"
     _checks.law_pairs(op, mean1, cov1, mean2, cov2)
     rho = _checks.at_least_zero(op, "rho", rho)
-    radius = torch.zeros(mean1.shape[:-1], dtype=torch.float64, device=mean1.device)
-    for argument, value in (("radius1", radius1), ("radius2", radius2)):
-        radius += _checks.radius(op, argument, value, mean1)
-    with torch.no_grad():
-        bound: Tensor = select(op, backend, mean1.device)(mean1, cov1, mean2, cov2, radius, rho)
+    ball1, ball2 = _checks.radius(op, "radius1", radius1, mean1), _checks.radius(op, "radius2", radius2, mean1)
+    laws = mean1, cov1, mean2, cov2
+    bound: Tensor
+    if traced(*laws, ball1, ball2):
+        bound = record(op, backend, *(law.detach() for law in laws), ball1, ball2, rho)
+    else:
+        for argument, given, ball in (("radius1", radius1, ball1), ("radius2", radius2, ball2)):
+            if isinstance(given, Tensor):
+                _checks.radius_range(op, argument, ball)
+        with torch.no_grad():
+            bound = select(op, backend, mean1.device)(*laws, ball1 + ball2, rho)
     return bound.to(mean1.dtype)
 
 
@@ -458,15 +482,26 @@ def witness_bound(
     """
     op = "witness_bound"
     _checks.witness_moments(op, mean1, second1, mean2, second2)
-    with torch.no_grad():
-        bound: Tensor = select(op, backend, mean1.device)(mean1, second1, mean2, second2, published)
+    moments = mean1, second1, mean2, second2
+    bound: Tensor
+    if traced(*moments):
+        bound = record(op, backend, *(moment.detach() for moment in moments), published)
+    else:
+        _checks.second_moments(op, *moments)
+        with torch.no_grad():
+            bound = select(op, backend, mean1.device)(*moments, published)
     return bound.to(mean1.dtype)
 
 
 def _bound(op: str, mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, backend: str) -> Tensor:
     _checks.law_pairs(op.replace("_published", ""), mean1, cov1, mean2, cov2)
-    with torch.no_grad():
-        bound: Tensor = select(op, backend, mean1.device, mean1.shape[-1])(mean1, cov1, mean2, cov2)
+    laws = mean1, cov1, mean2, cov2
+    bound: Tensor
+    if traced(*laws):
+        bound = record(op, backend, *(law.detach() for law in laws))
+    else:
+        with torch.no_grad():
+            bound = select(op, backend, mean1.device, mean1.shape[-1])(*laws)
     return bound.to(mean1.dtype)
 
 
@@ -609,8 +644,7 @@ def _scored(op: str, moments: State, bound: str, witness: str | None, backend: s
     _checks.state(op, "moments", moments)
     _checks.choice(op, "bound", bound, _checks.BOUNDS)
     features = _checks.witness_of(op, moments, witness, bound)
-    classes = int((moments.count > 0).sum()) if bound == "certified" else 0
-    values = moments.channels * (classes if op == "one_vs_rest" else classes * (classes - 1) // 2)
-    rule = _checks.rule(op, bound, options, moments, witness, values)
-    dimension = moments.dimension if isinstance(moments, VectorMoments) else 1
-    return select(op, backend, moments.device, dimension, bound)(moments, rule, features)
+    asked = _checks.asked(op, bound, options, witness)
+    if traced(*moments.tensors()):
+        return record(op, backend, moments.tensors(), features, *asked)
+    return compared(op, moments, features, asked, backend)

@@ -167,14 +167,15 @@ def patch_moments(x: Tensor, window: Window, positions: Tensor | None) -> tuple[
 # ---- bounds ---------------------------------------------------------------------------------------------------------
 # The same construction as csrc/common/bounds.hpp: find a good direction u, then evaluate the bound at u with rounding
 # charged against it. Any u is valid, so the solver's accuracy costs tightness only.
+# Results are contiguous, as the kernels' are.
 
 
 def fisher_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
-    return _fisher(*_difference(mean1, mean2), cov1.double(), cov2.double())
+    return _fisher(*_difference(mean1, mean2), cov1.double(), cov2.double()).contiguous()
 
 
 def minimax_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
-    return _minimax(*_difference(mean1, mean2), cov1.double(), cov2.double())
+    return _minimax(*_difference(mean1, mean2), cov1.double(), cov2.double()).contiguous()
 
 
 def minimax_published_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
@@ -188,12 +189,12 @@ def published(minimax: Tensor) -> Tensor:
 
 
 def hellinger_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
-    return _hellinger(*_difference(mean1, mean2), cov1.double(), cov2.double())
+    return _hellinger(*_difference(mean1, mean2), cov1.double(), cov2.double()).contiguous()
 
 
 def robust_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, radius: Tensor, rho: float) -> Tensor:
     """`radius`: of both balls together."""
-    return _robust(*_difference(mean1, mean2), cov1.double(), cov2.double(), radius, rho)
+    return _robust(*_difference(mean1, mean2), cov1.double(), cov2.double(), radius, rho).contiguous()
 
 
 def witness_bound(mean1: Tensor, second1: Tensor, mean2: Tensor, second2: Tensor, published: bool) -> Tensor:
@@ -208,7 +209,7 @@ def witness_bound(mean1: Tensor, second1: Tensor, mean2: Tensor, second2: Tensor
     gap = ((mean1 - mean2).abs() - rounding).clamp(min=0)
     below = 2 * (second1 + second2) if published else (second1.sqrt() + second2.sqrt()) ** 2
     value = torch.where(gap > 0, gap**2 / (below * (1 + 4 * EPSILON + ROUNDING_OF_MOMENTS)), 0.0).clamp(max=1)
-    return torch.where(finite, value, torch.nan)
+    return torch.where(finite, value, torch.nan).contiguous()
 
 
 def _difference(mean1: Tensor, mean2: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ ORDER = [
     "_state _checks _budget _batches _stream _files _group distributed _sharded _measure _consumers _forward",
     "_calibration _contributions _lockstep _repair _optimizers",
     "kernels reference",
-    "_backends",
+    "_backends _library",
     "ops moments uncertainty scores",
     "_checkpoint _pass collect fidelity recipe stack _graph _importance _compensation prune",
     "_selection _silence _retain _relevance _erase unlearn presets",
