@@ -13,9 +13,9 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from discedit._batches import call, device_of, first_tensor, map_tensors, moved, undisturbed
+from discedit._batches import call, device_of, map_tensors, moved, undisturbed
+from discedit._trace import Untraceable, shapes_of, tensors_in, traced, training_branches
 from discedit.recipe import Operation, Recipe, architecture_of
 
 KINDS = ("filters", "neurons", "heads", "stream")
@@ -34,8 +35,10 @@ KINDS = ("filters", "neurons", "heads", "stream")
 _Key = tuple[str, str | int]
 _Members = dict[_Key, list[int]]  # where something has channels, and which
 _Probe = tuple[_Key, int]  # one of the channels there
-_OUTPUT: _Key = ("", "output")
+_OUTPUT, _OPAQUE = "output", "opaque"  # sides of what is no module: an output of the model, what cannot be followed
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")  # attributes that count them
+_READ = ("in_channels", "in_features", "num_features", "num_channels", "input_size", "embed_dim")  # how many are read
+_TRAINED = " in train mode"  # behind the place of an output
 _FOLDED = "its channels are split or folded further on, so that none can go alone"
 
 
@@ -82,24 +85,29 @@ class Graph:
     def __init__(self, op: str, model: nn.Module, example_inputs: Any) -> None:
         self.op, self.model = op, model
         self.inputs = moved(example_inputs, device_of(model))
-        self.shadow = copy.deepcopy(model).requires_grad_(True).eval()
+        self.shadow = copy.deepcopy(model).eval()
+        for parameter in self.shadow.parameters():
+            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         self.names = {id(part): name for name, part in (*self.shadow.named_modules(), *self.shadow.named_parameters())}
         self.tensors = dict((*self.shadow.named_parameters(), *self.shadow.named_buffers()))
         places: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             places.setdefault(id(parameter), []).append(name.rpartition(".")[0])
         self.shared = {owner for owners in places.values() if len(owners) > 1 for owner in owners}
-        self.order: dict[str, int] = {}  # module -> its place among those that run
-        import torch_pruning  # here, so that what only scores does without it
-
-        self.graph = torch_pruning.DependencyGraph()
         self.members: dict[str, list[_Members]] = {}
         self.inspected: dict[str, tuple[Components | None, str]] = {}
+        self.footprints: dict[str, list[tuple[str, int, int]]] = {}
+        self.doubtful: dict[str, dict[str, None]] = {}  # layer -> what may not work channel by channel on its way
         try:
-            self._trace()
-            self.heads, self.unclear = self._find_heads()
+            self.trace = traced(self.shadow, self.inputs)
         except Exception as error:
             raise ValueError(f"{self.op}: the model cannot be traced on example_inputs: {error}") from error
+        self.graph, self.order = self.trace.graph, self.trace.order
+        attention = self._places_of_attention()
+        try:
+            self.heads, self.unclear = self._find_heads(attention)
+        except Exception:  # whatever a model makes of NaN
+            self.heads, self.unclear = [], attention
 
     def find(self, layers: Iterable[str], kinds: Iterable[str]) -> tuple[dict[str, Components], dict[str, str]]:
         """What can be removed, as far as the trace tells, from these layers.
@@ -135,16 +143,18 @@ class Graph:
         )
 
     def consumers(self, chosen: Mapping[str, Iterable[int]]) -> list[tuple[str, list[int]]]:
-        """The layers that read components, each with the input channels on which it reads them.
+        """The layers that read components in eval mode, each with the input channels on which it reads them.
 
         Args:
             chosen: layer -> indices of its components, as `find` gives them.
         """
-        return [(name, gone) for (name, role), gone in self._removed(chosen).items() if role == "in"]
+        removed = self._removed(chosen)
+        return [(name, gone) for (name, role), gone in removed.items() if role == "in" and name in self.order]
 
     def producers(self, chosen: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
-        """The layers that lose output rows with the components, each with these rows."""
-        return {name: gone for (name, role), gone in self._removed(chosen).items() if role == "out"}
+        """The layers that lose output rows with the components and run in eval mode, each with these rows."""
+        removed = self._removed(chosen)
+        return {name: gone for (name, role), gone in removed.items() if role == "out" and name in self.order}
 
     def footprint(self, layer: str) -> list[tuple[str, int, int]]:
         """What one component of a layer takes from each parameter and buffer that shrinks with it.
@@ -152,9 +162,21 @@ class Graph:
         Returns:
             Name of the tensor, dim, number of entries along it.
         """
-        shapes = architecture_of(self.model)
-        operations = self._operations(self._removed({layer: [0]}))
-        return [(o.target, o.dim, shapes[o.target][o.dim] - len(o.index)) for o in operations if o.kind == "keep"]
+        if layer not in self.footprints:
+            shapes = architecture_of(self.model)
+            keeps = [o for o in self._operations(self._removed({layer: [0]})) if o.kind == "keep"]
+            self.footprints[layer] = [(o.target, o.dim, shapes[o.target][o.dim] - len(o.index)) for o in keeps]
+        return self.footprints[layer]
+
+    def uncuttable(self, layers: Iterable[str]) -> dict[str, str]:
+        """The layers whose components torch-pruning cannot cut, so that they have no footprint, and why."""
+        found = {}
+        for layer in layers:
+            try:
+                self.footprint(layer)
+            except Exception as error:  # whatever torch-pruning makes of a module that it does not know
+                found[layer] = f"torch-pruning cannot remove its channels: {error}"
+        return found
 
     def plan(self, chosen: Mapping[str, Iterable[int]]) -> tuple[list[Operation], dict[str, str]]:
         """The operations that remove components, and the layers that must stay whole after all, with reasons.
@@ -165,8 +187,6 @@ class Graph:
         Args:
             chosen: layer -> indices of its components, as `find` gives them.
 
-        Raises:
-            ValueError: layers that can be pruned each by itself cannot be pruned together.
         """
         operations, problem = self._trial(chosen)
         if not problem:
@@ -175,35 +195,46 @@ class Graph:
         for layer, indices in chosen.items():
             why = self._trial({layer: indices})[1] if indices else ""
             if why:
-                failed |= dict.fromkeys(self._found(layer).layers, why)
+                failed |= dict.fromkeys(self._found(layer).layers, f"{why}{self._on_the_way(layer)}")
         rest = {layer: indices for layer, indices in chosen.items() if layer not in failed}
         if failed:
             operations, problem = self._trial(rest)
-        if problem:
-            raise ValueError(f"{self.op}: these layers cannot be pruned together: {list(rest)}: {problem}.")
+        if problem:  # each by itself can go, all together cannot
+            kept: dict[str, Iterable[int]] = {}
+            operations = []
+            for layer, indices in rest.items():
+                tried, problem = self._trial({**kept, layer: indices})
+                if problem:
+                    failed |= dict.fromkeys(self._found(layer).layers, f"together with {', '.join(kept)}: {problem}")
+                else:
+                    kept[layer], operations = indices, tried
         return operations, failed
 
-    def _trace(self) -> None:
-        from torch_pruning.utils import flatten_as_list
+    def unseen(self, chosen: Mapping[str, Iterable[int]]) -> dict[str, list[str]]:
+        """Modules that ran neither in eval nor in train mode and may read components: they have as many channels.
 
-        def note(name: str) -> None:
-            self.order.setdefault(name, len(self.order))
+        Args:
+            chosen: layer -> indices of its components, as `find` gives them.
 
-        def forward(model: nn.Module, inputs: Any) -> list[Tensor]:
-            output = call(model, inputs)
-            found = flatten_as_list([output, first_tensor(output)])
-            return [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.grad_fn is not None]
-
+        Returns:
+            Module -> the layers among `chosen` that have as many channels there as it reads.
+        """
+        idle: dict[str, int] = {}
         for name, module in self.shadow.named_modules():
-            module.register_forward_pre_hook(lambda *_, name=name: note(name))
-        with torch.random.fork_rng([]), torch.enable_grad(), _ChannelsFirst(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.graph.build_dependency(self.shadow, self.inputs, forward_fn=forward, verbose=False)
-        widest = max(size for tensor in self.tensors.values() for size in tensor.shape)
-        for node in self.graph.module2node.values():
-            node.enable_index_mapping = True  # torch-pruning gives it up behind tokens that are parameters
-            for dependency in node.dependencies:
-                dependency.index_mapping = _Bounded(dependency.index_mapping, widest)
+            if name in self.order or name in self.trace.trained:
+                continue
+            own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
+            width = next((w for a in _READ if type(w := vars(module).get(a)) is int), 0)
+            if own and width and not self.trace.used.intersection(own):
+                idle[name] = width
+        found: dict[str, list[str]] = {}
+        for layer, indices in chosen.items() if idle else ():
+            if any(True for _ in indices):
+                sizes = {self._size(key) for key in self._removed({layer: [0]}) if key[1] in ("in", "out")}
+                for name, width in idle.items():
+                    if width in sizes:
+                        found.setdefault(name, []).append(layer)
+        return found
 
     def _turn(self, name: str) -> float:
         return self.order.get(name, math.inf)
@@ -218,12 +249,17 @@ class Graph:
             warnings.simplefilter("ignore")
             group = self.graph.get_pruning_group(module, function, rows)
         found: dict[int, _Members] = {row: {} for row in rows}
+        doubtful = self.doubtful.setdefault(layer, {})
         for item in group:
             target = item.dep.target
+            if (what := self.trace.doubtful.get(id(target.module))) is not None:
+                doubtful[what] = None
             name = self.names.get(id(target.module))
             key: _Key
-            if target.type == OPTYPE.OUTPUT:
-                key = _OUTPUT
+            if id(target.module) in self.trace.opaque:
+                key = (self.trace.opaque[id(target.module)], _OPAQUE)
+            elif target.type == OPTYPE.OUTPUT:
+                key = (self.trace.outputs[id(target.module)], _OUTPUT)
             elif name is None:
                 continue
             elif isinstance(target.module, nn.Parameter):
@@ -256,7 +292,17 @@ class Graph:
         self.members[layer] = found
         return found
 
-    def _find_heads(self) -> tuple[list[_Heads], dict[str, str]]:
+    def _places_of_attention(self) -> dict[str, str]:
+        """The linear layers in modules that count heads, each with the innermost of these."""
+        counts = [name for name, module in self.shadow.named_modules() if _count_of_heads(module)]
+        return {
+            name: max(around, key=len)
+            for name, module in self.shadow.named_modules()
+            if isinstance(module, nn.Linear) and name in self.order
+            if (around := [place for place in counts if _is_inside(name, place)])
+        }
+
+    def _find_heads(self, places: dict[str, str]) -> tuple[list[_Heads], dict[str, str]]:
         """Attention whose heads can go; the linear layers of the rest, each with the module that it belongs to.
 
         Found by probes: one row of a linear layer, or one index of another tensor, in a module that counts heads. A row
@@ -265,12 +311,6 @@ class Graph:
         from torch_pruning.ops import OPTYPE, module2type
 
         counts = {name: count for name, module in self.shadow.named_modules() if (count := _count_of_heads(module))}
-        places = {
-            name: max(around, key=len)
-            for name, module in self.shadow.named_modules()
-            if isinstance(module, nn.Linear) and name in self.order
-            if (around := [place for place in counts if _is_inside(name, place)])
-        }
         probes: dict[str, list[_Probe]] = {place: [] for place in counts}
         for name, place in places.items():
             size, count = self._size((name, "out")), counts[place]
@@ -368,7 +408,10 @@ class Graph:
     def _inspect(self, layer: str) -> tuple[Components | None, str]:
         """The layer's components, or why it has none that can be removed."""
         if layer not in self.inspected:
-            self.inspected[layer] = self._judge(layer)
+            try:
+                self.inspected[layer] = self._judge(layer)
+            except Exception as error:  # whatever torch-pruning makes of an operation that it does not know
+                self.inspected[layer] = None, f"torch-pruning cannot follow its channels: {error}"
         return self.inspected[layer]
 
     def _judge(self, layer: str) -> tuple[Components | None, str]:
@@ -376,6 +419,8 @@ class Graph:
         inside = [self.shadow.get_submodule(layer[:i]) for i, letter in enumerate(layer) if letter == "."]
         if any(isinstance(parent, nn.MultiheadAttention) for parent in inside):
             return None, "it is inside a MultiheadAttention, whose forward insists on its width"
+        if layer in self.trace.trained:
+            return None, "it runs in train mode alone, so that nothing shows what its components are worth"
         if layer not in self.order:
             return None, "it does not run on the example inputs, or not by a call of its module"
         if module not in self.graph.module2node:
@@ -393,6 +438,8 @@ class Graph:
         unclear = f"it belongs to the attention of {place or 'the model'}, whose heads cannot be told apart"
         try:
             members = self._members_of(layer)
+        except Untraceable as error:
+            return None, str(error) if place is None else unclear
         except Exception as error:  # whatever torch-pruning makes of an operation that it does not know
             return None, f"torch-pruning cannot follow its channels: {error}" if place is None else unclear
         keys = sorted(set().union(*members), key=lambda key: (self._turn(key[0]), str(key)))
@@ -406,10 +453,18 @@ class Graph:
                 if key[1] == "out":
                     why = f"{_shares(others)}, of which {key[0]} must stay: {why}"
                 return None, why
-        if _OUTPUT in keys or not read:
-            return None, "the model's output would change its shape"
+        if cut := [why for why, role in keys if role == _OPAQUE]:
+            return None, cut[0]
+        outputs = [name for name, role in keys if role == _OUTPUT]
+        if not read and outputs:
+            return None, self._changes(min(outputs, key=lambda place: place.endswith(_TRAINED)))
+        if not read:
+            return None, f"no layer reads its channels{self._on_the_way(layer)}"
+        if outputs and (why := self._reshaped(members[0])):
+            return None, why
         if not self._is_even(members) or len(members) == 1 < self._size(own):
-            return None, f"{_shares(others)}, not channel by channel" if others else _FOLDED
+            why = f"{_shares(others)}, not channel by channel" if others else _FOLDED
+            return None, f"{why}{self._on_the_way(layer)}"
         norms = any(isinstance(self._module(key), nn.LayerNorm) for key in keys)
         shared = others or norms or any(isinstance(role, int) for _, role in keys)
         inner = "filters" if isinstance(module, _ConvNd) else "neurons"
@@ -419,7 +474,7 @@ class Graph:
 
     def _is_even(self, members: list[_Members]) -> bool:
         """Whether the components are alike, apart, and all that the layers have."""
-        counts = [{key: len(gone) for key, gone in part.items()} for part in members]
+        counts = [{key: len(gone) for key, gone in part.items() if key[1] != _OUTPUT} for part in members]
         if counts.count(counts[0]) < len(counts):
             return False
         for key in counts[0]:
@@ -429,12 +484,14 @@ class Graph:
         return True
 
     def _module(self, key: _Key) -> nn.Module | None:
-        return None if isinstance(key[1], int) or key == _OUTPUT else self.shadow.get_submodule(key[0])
+        return None if isinstance(key[1], int) or key[1] in (_OUTPUT, _OPAQUE) else self.shadow.get_submodule(key[0])
 
     def _size(self, key: _Key) -> int:
         """How many channels there are; 0 where the module takes any number."""
         if isinstance(key[1], int):
             return self.tensors[key[0]].shape[key[1]]
+        if key[1] in (_OUTPUT, _OPAQUE):
+            return 0
         pruner = self.graph.get_pruner_of_module(module := self._module(key))
         return (pruner.get_in_channels(module) if key[1] == "in" else pruner.get_out_channels(module)) or 0
 
@@ -445,6 +502,8 @@ class Graph:
             return ""
         if isinstance(module, nn.MultiheadAttention):
             return "it feeds a MultiheadAttention, whose forward insists on its width"
+        if isinstance(module, nn.RNNBase):
+            return f"it feeds {name}, a {type(module).__name__}, which cannot be cut"
         if isinstance(module, nn.GroupNorm):
             return "a group norm follows it, whose groups would change"
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
@@ -485,6 +544,8 @@ class Graph:
         keeps: list[Operation] = []
         copies: dict[str, nn.Module] = {}
         for (name, role), gone in removed.items():
+            if role == _OUTPUT:
+                continue
             if isinstance(role, int):
                 index = sorted(set(range(self._size((name, role)))) - set(gone))
                 keeps.append(Operation("keep", name, dim=role, index=tuple(index)))
@@ -529,72 +590,116 @@ class Graph:
     def _wide(self) -> bool:
         """Whether the model runs in float64, and does not insist on its own type."""
         try:
-            _output(self.model, self.inputs, {}, wide=True)
-        except (RuntimeError, TypeError):
+            _outputs(self.model, self.inputs, {}, True, branches=self.trace.branches)
+        except Exception:
             return False
         return True
+
+    def _hidden(self, gone: Mapping[_Key, list[int]]) -> dict[str, Tensor]:
+        """What the model gives with components hidden from their readers."""
+        if "_wide" not in vars(self):  # what runs in float64 with something hidden runs in it without: one pass less
+            try:
+                found = _outputs(self.model, self.inputs, gone, True, branches=self.trace.branches)
+            except Exception:
+                return _outputs(self.model, self.inputs, gone, self._wide, branches=self.trace.branches)
+            self._wide = True
+            return found
+        return _outputs(self.model, self.inputs, gone, self._wide, branches=self.trace.branches)
+
+    @cached_property
+    def _whole(self) -> dict[str, Tensor]:
+        return _outputs(self.model, self.inputs, {}, False, branches=self.trace.branches)
+
+    @cached_property
+    def _random(self) -> set[str]:
+        """Outputs in train mode that chance changes, so that their values show nothing."""
+        if not self.trace.branches:
+            return set()
+        first, second = (_outputs(self.model, self.inputs, {}, self._wide, branches=True, seed=seed) for seed in (0, 1))
+        same = {place for place, tensor in first.items() if _is_close(tensor, second.get(place), 1e-9)}
+        return {place for place in first if place.endswith(_TRAINED) and place not in same}
+
+    @cached_property
+    def _trained(self) -> dict[str, tuple[int, ...]] | None:
+        """Shapes of what the model gives in train mode; None when it does not run there."""
+        try:
+            model = copy.deepcopy(self.model)
+            return _shapes_in_training(model.double() if self._wide else model, self._typed_inputs)
+        except Exception:
+            return None
+
+    @property
+    def _typed_inputs(self) -> Any:
+        return _double(self.inputs) if self._wide else self.inputs
+
+    def _on_the_way(self, layer: str) -> str:
+        """What channels of a layer pass that torch-pruning follows as if it worked channel by channel."""
+        found = list(self.doubtful.get(layer, ()))
+        more = f" and {len(found) - 2} more" if len(found) > 2 else ""
+        return f" (torch-pruning may not follow {', '.join(found[:2])}{more})" if found else ""
+
+    def _changes(self, place: str) -> str:
+        return f"the model's {'output' if place == self.trace.main else place} would change its shape"
+
+    def _reshaped(self, part: _Members) -> str:
+        """Which output of the model one component less would change the shape of; empty when none."""
+        try:
+            before = self._whole
+            smaller = self._without(self._operations({key: sorted({*gone}) for key, gone in part.items()}))
+            after = _outputs(smaller, self.inputs, {}, False, branches=self.trace.branches, copied=False)
+        except Exception as error:
+            return f"the model does not run without its channels: {error}"
+        return self._first_reshaped(before, after)
+
+    def _first_reshaped(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
+        changed = [place for place in before if place not in after or before[place].shape != after[place].shape]
+        return self._changes(changed[0]) if changed or len(before) != len(after) else ""
+
+    def _without(self, operations: list[Operation]) -> nn.Module:
+        return Recipe("prune", {}, {}, architecture_of(self.model), operations).apply(self.model).model
 
     def _trial(self, chosen: Mapping[str, Iterable[int]]) -> tuple[list[Operation], str]:
         """The operations, and what is wrong with them; nothing is, when it is empty."""
         gone = self._removed(chosen)
         try:
             operations = self._operations(gone)
-            smaller = Recipe("prune", {}, {}, architecture_of(self.model), operations).apply(self.model).model
+            smaller = self._without(operations)
         except Exception as error:  # whatever torch-pruning makes of an operation that it does not know
             return [], f"torch-pruning cannot remove its channels: {error}"
+        hidden: dict[str, Tensor] | Exception
         try:
-            removed = _output(smaller, self.inputs, {}, self._wide)
+            hidden = self._hidden(gone)
+        except Exception as error:
+            hidden = error
+        try:
+            removed = _outputs(smaller, self.inputs, {}, self._wide, branches=self.trace.branches, copied=False)
         except Exception as error:
             return [], f"the model does not run without its channels: {error}"
-        try:
-            hidden = _output(self.model, self.inputs, gone, self._wide)
-        except Exception as error:
-            return [], f"its channels cannot be hidden from the layers that read them: {error}"
-        if hidden is None or removed is None or hidden.shape != removed.shape:
-            return [], "the model's output would change its shape"
+        if isinstance(hidden, Exception):
+            return [], f"its channels cannot be hidden from the layers that read them: {hidden}"
+        if why := self._first_reshaped(hidden, removed):
+            return [], why
         tolerance = 1e-9 if self._wide else 1e-2
-        if not float((hidden - removed).abs().max()) <= tolerance * float(hidden.abs().max()) + 1e-12:
-            return [], "removing its channels is not the same as hiding them from the layers that read them"
-        return operations, ""
+        for place, tensor in hidden.items():
+            if place not in self._random and not _is_close(tensor, removed[place], tolerance):
+                which = "" if place == self.trace.main else f" (the model's {place} differs)"
+                return [], f"removing its channels is not the same as hiding them from the layers that read them{which}"
+        return ([], why) if (why := self._problem_in_training(smaller)) else (operations, "")
 
-
-class _ChannelsFirst(TorchFunctionMode):
-    """torch-pruning looks for channels on axis 1: concatenations and crops of maps with channels last are done there.
-
-    Swin's patch merging is one.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.cat:
-            given = {**dict(zip(("tensors", "dim"), args, strict=False)), **kwargs}
-            parts = given["tensors"]
-            if parts[0].ndim > 2 and given.get("dim", 0) in (-1, parts[0].ndim - 1):
-                return torch.cat([part.movedim(-1, 1) for part in parts], 1).movedim(1, -1).contiguous()
-        if func is Tensor.__getitem__ and args[0].ndim == 4 and isinstance(args[1], tuple):
-            index = [slice(None) if part is Ellipsis else part for part in args[1]]
-            if len(index) == 4 and all(isinstance(part, slice) for part in index) and index[-1] == slice(None):
-                return args[0].movedim(-1, 1)[index[0], :, index[1], index[2]].movedim(1, -1)
-        return func(*args, **kwargs)
-
-
-class _Bounded(list[Any]):
-    """A dependency's index mappings; torch-pruning takes some views for others and would let indices grow for ever."""
-
-    def __init__(self, mappings: Iterable[Any], limit: int) -> None:
-        super().__init__(mappings)
-        self.limit = limit
-
-    def __iter__(self) -> Iterator[Any]:
-        return (mapping and partial(self._checked, mapping) for mapping in super().__iter__())
-
-    def _checked(self, mapping: Callable[[Any], Any], indices: Any) -> Any:
-        mapped = mapping(indices)
-        if any(index.idx >= self.limit for index in mapped):
-            raise ValueError("its indices grow without end")
-        return mapped
+    def _problem_in_training(self, smaller: nn.Module) -> str:
+        """Why a smaller model does not run in train mode as the model itself does; empty when it does, or neither."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        problem = ""
+        try:
+            shapes = _shapes_in_training(smaller, self._typed_inputs)
+            if shapes == self.trace.shapes:
+                return ""
+        except Exception as error:
+            problem = f"the model does not run in train mode without its channels: {error}"
+        if self._trained is None or problem:
+            return "" if self._trained is None else problem
+        changed = [place for place, shape in self._trained.items() if shapes.get(place) != shape]
+        return self._changes(f"{changed[0]}{_TRAINED}") if changed else ""
 
 
 class _Narrow(TorchFunctionMode):
@@ -620,6 +725,22 @@ class _Narrow(TorchFunctionMode):
         given = {name: value[left] if isinstance(value, Tensor) else value for name, value in given.items()}
         given["normalized_shape"] = [len(left)]
         return torch.zeros_like(x).index_copy(-1, left, func(x[..., left], **given))
+
+
+def unseen_message(op: str, unseen: Mapping[str, Iterable[str]]) -> str:
+    """What to say of modules that did not run, as `Graph.unseen` gives them."""
+    them = _some([f"{module} as many as {_some(sorted(layers), ', ')}" for module, layers in unseen.items()], "; ")
+    return (
+        f"{op}: example_inputs must run all that is used, in eval or in train mode: whether what does not run reads "
+        "channels that were removed, and then no longer fits, cannot be seen. These did not run and read as many "
+        f"channels as layers that lost some: {them}. If they are used, leave these layers whole or give inputs on "
+        "which they run."
+    )
+
+
+def _some(names: list[str], separator: str) -> str:
+    more = [f"{len(names) - 3} more"] if len(names) > 4 else []
+    return separator.join(names[:3] + more if more else names)
 
 
 def width_of(module: nn.Module) -> int | None:
@@ -699,12 +820,26 @@ def _sizes(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _output(model: nn.Module, inputs: Any, hide: Mapping[_Key, list[int]], wide: bool) -> Tensor | None:
-    """First output tensor of a copy of the model, with some channels hidden from what reads them."""
-    model = copy.deepcopy(model)
+def _outputs(
+    model: nn.Module,
+    inputs: Any,
+    hide: Mapping[_Key, list[int]],
+    wide: bool,
+    *,
+    branches: bool,
+    seed: int | None = None,
+    copied: bool = True,
+) -> dict[str, Tensor]:
+    """What a copy of the model gives, with some channels hidden from what reads them.
+
+    Args:
+        branches: whether to run what train mode alone runs as well.
+        seed: of chance; as it is outside, when it is not given.
+        copied: whether to leave the model itself as it is.
+    """
+    model = copy.deepcopy(model) if copied else model
     if wide:
-        model = model.double()
-        inputs = map_tensors(inputs, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+        model, inputs = model.double(), _double(inputs)
     narrow = _Narrow()
     for (name, role), gone in hide.items():
         if role == "in":
@@ -712,8 +847,39 @@ def _output(model: nn.Module, inputs: Any, hide: Mapping[_Key, list[int]], wide:
             module.register_forward_pre_hook(_hiding(gone, _channel_axis(module)))
         elif role == "through" and isinstance(module := model.get_submodule(name), nn.LayerNorm):
             narrow.watch(module, gone)
-    with undisturbed(model), narrow:
-        return first_tensor(call(model, inputs))
+    with undisturbed(model), narrow, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the model: it gave them when it was traced
+        if seed is not None:
+            torch.manual_seed(seed)
+        found = dict(tensors_in(call(model, inputs)))
+        if branches:
+            with training_branches(model):
+                found |= {f"{place}{_TRAINED}": tensor for place, tensor in tensors_in(call(model, inputs))}
+    return found
+
+
+def _double(inputs: Any) -> Any:
+    return map_tensors(inputs, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+
+def _shapes_in_training(model: nn.Module, inputs: Any) -> dict[str, tuple[int, ...]]:
+    """Of the outputs in train mode, after which the model is no longer what it was."""
+    device = device_of(model)
+    rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with rng, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return shapes_of(dict(tensors_in(call(model.train(), inputs))))
+
+
+def _is_close(one: Tensor, other: Tensor | None, tolerance: float) -> bool:
+    """Whether two outputs are the same but for rounding; what is not finite must be the same."""
+    if other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not (one.is_floating_point() or one.is_complex()):
+        return bool((one == other).all())
+    same = (one == other) | (one.isnan() & other.isnan())
+    off, size = (one - other).abs().masked_fill(same, 0), one.abs().masked_fill(~one.isfinite(), 0)
+    return not one.numel() or float(off.max()) <= tolerance * float(size.max()) + 1e-12
 
 
 def _hiding(channels: list[int], dim: int) -> Any:

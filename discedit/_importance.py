@@ -44,7 +44,12 @@ class Unscored(dict[str, Tensor]):
     @classmethod
     def of(cls, model: nn.Module, inputs: Any) -> Unscored:
         """All but the head."""
-        head = head_of(model, inputs)
+        try:
+            head = head_of(model, inputs)
+        except (
+            Exception
+        ):  # of a layer that gives no tensor; the graph says what is wrong with the model, if anything is
+            head = None
         widths = {name: width_of(module) for name, module in model.named_modules() if name != head}
         return cls({name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items() if width})
 

@@ -16,7 +16,7 @@ from discedit._batches import call, device_of, outside_modes, split, undisturbed
 from discedit._budget import BUDGETS, NORMALISATIONS, ROUNDING, Choice, Cost, Limits, choose, normalised
 from discedit._calibration import batch_norms, calibration, norms_behind, samples_of
 from discedit._compensation import compensated
-from discedit._graph import Graph, width_of
+from discedit._graph import Graph, unseen_message, width_of
 from discedit._importance import CRITERIA, GIVEN, OF_READERS, Unscored, kinds_of, of_components
 from discedit._measure import count_macs, count_parameters, macs_of_weights
 from discedit._repair import repaired
@@ -72,7 +72,9 @@ def prune(
     layers' inputs), as torch-pruning's dependency graph finds it. Each removal is checked on `example_inputs`, in
     float64: it must be the same function as hiding the components from the layers that read them (and from the layer
     norms over them, which then normalise what is left).
-    Layers where it is not are left whole; `Edit.skipped` names them and says why.
+    Layers where it is not are left whole; `Edit.skipped` names them and says why. So are layers whose channels the
+    model gives out, beside its logits or in train mode. Branches that run in train mode alone shrink at their inputs;
+    modules that do not run on `example_inputs` at all, and may read what was removed, are named in a warning.
 
     Args:
         model: the model that `scores` came from; unchanged unless `inplace`.
@@ -137,7 +139,8 @@ def prune(
     Raises:
         ValueError: no budget, several, or one out of range or too small to remove anything; scores of another model; a
             layer that cannot be pruned named in `layers`; nothing that can be pruned; a criterion or repair without the
-            data or scores that it needs; an unknown kind in `components`; a model that cannot be traced.
+            data or scores that it needs; an unknown kind in `components`; a model that does not run on
+            `example_inputs`.
 
     Sources: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (criterion="min", repair="none"). Least squares for what
     reads a pruned layer: He, Zhang and Sun, ICCV 2017. "reconstruction": Hassibi and Stork, NIPS 1992, for groups of
@@ -260,12 +263,13 @@ def _check_budget(budget: Mapping[str, Any]) -> None:
 
 @dataclass
 class _Step:
-    """An edit, the choice that it made, and how many components each layer had and has lost."""
+    """An edit, the choice that it made, how many components each layer had and has lost, and what did not run."""
 
     edit: Edit
     choice: Choice
     had: dict[str, int]
     lost: dict[str, int]
+    unseen: dict[str, list[str]]  # modules that did not run and may read what was removed, with the layers it is from
 
 
 def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Options) -> _Step:
@@ -279,6 +283,9 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
     skipped = {layer: why for layer in chosen if (why := why_not_editable(model, layer))}
     found, unfit = graph.find([layer for layer in chosen if layer not in skipped], options.kinds)
     skipped |= unfit
+    if not {"parameters", "macs"}.isdisjoint(options.budget):
+        skipped |= (uncut := graph.uncuttable(found))
+        found = {layer: parts for layer, parts in found.items() if layer not in uncut}
     inputs: Any = None
     norms: dict[str, str] = {}
     in_order, compensates = options.repair in IN_ORDER, options.repair == "compensation"
@@ -335,6 +342,7 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         choice,
         {layer: len(parts.rows) for layer, parts in found.items()},
         {layer: len(gone) for layer, gone in choice.removed.items()},
+        graph.unseen(choice.removed),
     )
 
 
@@ -381,6 +389,12 @@ def _report(steps: list[_Step], options: _Options) -> None:
     asked = any(budget.values()) if isinstance(budget, Mapping) else budget
     if (not last.met and name != "ratio") or (asked and not gone):
         warnings.warn(f"prune: {last.message}", stacklevel=5)
+    unseen: dict[str, set[str]] = {}
+    for step in steps:
+        for module, layers in step.unseen.items():
+            unseen.setdefault(module, set()).update(layers)
+    if unseen:
+        warnings.warn(unseen_message("prune", unseen), stacklevel=5)
 
 
 def _described(

@@ -17,7 +17,7 @@ from discedit import _checks, _selection
 from discedit._batches import call, device_of, first_tensor, moved, outside_modes, undisturbed
 from discedit._calibration import SAMPLES, norms_behind, runs_in_order, why_not_fitted
 from discedit._erase import erased, why_not_erased
-from discedit._graph import Graph
+from discedit._graph import Graph, unseen_message
 from discedit._relevance import rank_by_fidelity
 from discedit._repair import repaired
 from discedit._retain import Classified
@@ -723,6 +723,8 @@ def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> tuple[Edit, d
     smaller = Recipe("prune", {}, rows, architecture_of(edit.model), operations).apply(edit.model)
     smaller.widths = {layer: edit.widths[layer] for layer in rows}
     _same_function(edit.model, smaller.model, example_inputs)
+    if unseen := graph.unseen(chosen):
+        warnings.warn(unseen_message("unlearn", unseen), stacklevel=4)
     both = joined(model, [edit, smaller], inplace=False)
     both.recipe.settings["removed"] = {layer: len(parts) for layer, parts in rows.items()}
     return both, {layer: f"zeroed, not removed: {why}" for layer, why in skipped.items() if layer in gone}
