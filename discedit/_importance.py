@@ -46,9 +46,7 @@ class Unscored(dict[str, Tensor]):
         """All but the head."""
         try:
             head = head_of(model, inputs)
-        except (
-            Exception
-        ):  # of a layer that gives no tensor; the graph says what is wrong with the model, if anything is
+        except Exception:  # of a layer that gives no tensor: the graph says what is wrong, if anything is
             head = None
         widths = {name: width_of(module) for name, module in model.named_modules() if name != head}
         return cls({name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items() if width})
