@@ -855,7 +855,7 @@ def _outputs(
         if branches:
             with training_branches(model):
                 found |= {f"{place}{_TRAINED}": tensor for place, tensor in tensors_in(call(model, inputs))}
-    return found
+    return {place: tensor.detach() for place, tensor in found.items()}  # parameters among them
 
 
 def _double(inputs: Any) -> Any:

@@ -351,6 +351,14 @@ def tensors(output):
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
+def test_parameters_among_the_outputs_keep_their_shape():
+    net = giving(lambda u, v, w, y: y)
+    net.function = lambda s, x: (maps(s, x)[3], s.head.weight)
+    edit = pruned(net)
+    assert list(edit.recipe.components) == ["a", "b"]
+    assert edit.skipped["c"] == "the model's output[1] would change its shape"
+
+
 def test_every_output_is_that_of_hiding():
     """A sum over channels has the same shape with fewer of them, but not the same values."""
     for function in (lambda u, v, w, y: (y, v.sum(1)), lambda u, v, w, y: {"logits": y, "loss": v.square().mean()}):
@@ -456,6 +464,26 @@ def test_branches_are_repaired_around():
         edit = prune(net, ratio=0.4, example_inputs=X, data=[torch.randn(40, 3, 8, 8)], **options)
         assert "b" in edit.recipe.components
         edit.model.train()(X)
+
+
+def test_exits_after_every_layer():
+    """Deep supervision: in train mode a list of logits."""
+
+    def function(s, x):
+        exits = []
+        for layer, leave in zip(s.stages, s.exits, strict=True):
+            x = layer(x).relu()
+            if s.training or leave is s.exits[-1]:
+                exits.append(leave(x.mean((2, 3))))
+        return exits if s.training else exits[0]
+
+    torch.manual_seed(0)
+    stages = nn.ModuleList([conv(3, 8), conv(8, 10), conv(10, 12)])
+    net = Net(function, stages=stages, exits=nn.ModuleList([nn.Linear(width, 4) for width in (8, 10, 12)]))
+    edit = pruned(net)
+    assert list(edit.recipe.components) == ["stages.0", "stages.1", "stages.2"]
+    assert [leave.in_features for leave in edit.model.exits] == [5, 6, 8]
+    assert [y.shape for y in edit.model.train()(X)] == [(4, 4)] * 3
 
 
 def test_layers_of_train_mode_alone_share_a_stream():
