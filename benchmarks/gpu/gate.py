@@ -243,15 +243,12 @@ class Gate:
 
     def _figures(self, step: Step, budget: float) -> Iterator[Row]:
         """Rows of a step of the worker; a new process goes on behind the case that the last one did not survive."""
-        deadline = time.monotonic() + budget
         done = 0
+        self._start()  # a cold disk is no fault of the step
+        deadline = min(time.monotonic() + budget, max(self.over, time.monotonic() + 1))
         while True:
-            if self.worker is None:
-                starting = min(STARTING, max(GRACE, self.over - time.monotonic()))
-                self.worker = Worker(self.setting, self.log, self.module, starting)
-                if not self.facts:
-                    self.facts = self.worker.facts
-                    self.report.fact(**self.facts)
+            self._start()
+            assert self.worker is not None
             case: Row | None = None
             try:
                 self.worker.ask(step=step.name, seconds=deadline - time.monotonic(), skip=done)
@@ -276,6 +273,15 @@ class Gate:
             if time.monotonic() >= deadline - 1:
                 yield {"status": "not measured", "why": "no time was left for the cases behind the one that failed"}
                 return
+
+    def _start(self) -> None:
+        """A worker, where there is none."""
+        if self.worker is None:
+            starting = min(STARTING, max(GRACE, self.over - time.monotonic()))
+            self.worker = Worker(self.setting, self.log, self.module, starting)
+        if not self.facts:
+            self.facts = self.worker.facts
+            self.report.fact(**self.facts)
 
 
 def status_of(rows: list[str]) -> str:
