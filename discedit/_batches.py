@@ -25,8 +25,13 @@ def device_of(model: nn.Module) -> torch.device:
 def outside_inference_mode(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """`function`, which works inside `torch.inference_mode` as it does outside: what is made there has no versions, by
     which changes in place are seen, and could never be trained."""
-    wrapped: Callable[Parameters, Result] = torch.inference_mode(False)(function)
-    return wrapped
+
+    @wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with _without_inference_mode():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def outside_modes(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -34,10 +39,15 @@ def outside_modes(function: Callable[Parameters, Result]) -> Callable[Parameters
 
     @wraps(function)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with torch.inference_mode(False), without_autocast():
+        with _without_inference_mode(), without_autocast():
             return function(*args, **kwargs)
 
     return run
+
+
+def _without_inference_mode() -> AbstractContextManager[Any]:
+    """Where there is none, nothing: leaving inference mode turns gradients on, which the caller may have turned off."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 @contextmanager
@@ -63,7 +73,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     kept = list(_Kept.all_of(model))
     try:
-        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad(), _nothing_compiled():
+        with torch.random.fork_rng(devices), _without_inference_mode(), torch.no_grad(), _nothing_compiled():
             model.eval()
             yield
     finally:

@@ -153,6 +153,22 @@ def test_inside_inference_mode_all_is_as_outside(expected):
         assert all(parameter.grad is not None for parameter in made.parameters())
 
 
+def test_gradients_that_the_caller_has_turned_off_stay_off():
+    """In what the loader does, too."""
+    seen = []
+
+    def loader():
+        for batch in DATA:
+            seen.append(torch.is_grad_enabled())
+            yield batch
+
+    with torch.no_grad():
+        discedit.collect_moments(network(), loader(), CLASSES)
+        discedit.prune(network(), ratio=0.4, example_inputs=X[:2], data=loader())
+    assert seen
+    assert not any(seen)
+
+
 def test_inputs_made_in_inference_mode(expected):
     with torch.inference_mode():
         x = X.clone()
