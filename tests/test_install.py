@@ -67,7 +67,8 @@ def run_in(unpacked: Path, code: str) -> str:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     # Without a CUDA compiler: tests/test_cuda_build.py builds `_cuda`, which takes a while.
-    return build(tmp_path_factory.mktemp("built"), DISCEDIT_BUILD="require", CUDACXX="no-such-nvcc")[0]
+    modes = {"DISCEDIT_BUILD": "require", "DISCEDIT_CUDA": "auto"}
+    return build(tmp_path_factory.mktemp("built"), CUDACXX="no-such-nvcc", **modes)[0]
 
 
 @pytest.fixture(scope="module")
