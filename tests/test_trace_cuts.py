@@ -30,19 +30,6 @@ def head(net, x):
     return net.head(x.mean((2, 3)))
 
 
-class Part(nn.Module):
-    """A function as a module, with layers of its own."""
-
-    def __init__(self, function, **layers):
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
 def around(part, width_in=8, width=8):
     """a, b, the part, c, d and the head in a row."""
     torch.manual_seed(0)
@@ -122,55 +109,55 @@ def pairs(x):
 
 
 def frozen():
-    return Part(lambda s, x: x * s.scale, scale=nn.Parameter(torch.ones(1, dtype=torch.int64), requires_grad=False))
+    return Net(lambda s, x: x * s.scale, scale=nn.Parameter(torch.ones(1, dtype=torch.int64), requires_grad=False))
 
 
 # name -> the part, its widths, the layers that must be pruned, the construct that the reason for `whole` must name
 CUTS = {
     "parts of given sizes, swapped": (
-        Part(lambda s, x: torch.cat(x.split((3, 5), 1)[::-1], 1)), (8, 8), "b",
-        r"SplitWithSizesBackward0 in part \(Part\)",
+        Net(lambda s, x: torch.cat(x.split((3, 5), 1)[::-1], 1)), (8, 8), "b",
+        r"SplitWithSizesBackward0 in part \(Net\)",
     ),
     "the middle part of three": (
-        Part(lambda s, x: x.split((2, 4, 2), 1)[1]), (8, 4), "b", r"SplitWithSizesBackward0 in part"
+        Net(lambda s, x: x.split((2, 4, 2), 1)[1]), (8, 4), "b", r"SplitWithSizesBackward0 in part"
     ),
     "a function that splits": (
-        Part(lambda s, x: torch.cat(Halves.apply(x)[::-1], 1)), (8, 8), "b",
+        Net(lambda s, x: torch.cat(Halves.apply(x)[::-1], 1)), (8, 8), "b",
         r"cannot follow its channels through HalvesBackward in part",
     ),
     "a function that moves channels": (
-        Part(lambda s, x: Backwards.apply(x)), (8, 8), "b", r"BackwardsBackward in part"
+        Net(lambda s, x: Backwards.apply(x)), (8, 8), "b", r"BackwardsBackward in part"
     ),
-    "a shuffle": (Part(lambda s, x: shuffled(x)), (8, 8), "b", r"ViewBackward0 in part"),
+    "a shuffle": (Net(lambda s, x: shuffled(x)), (8, 8), "b", r"ViewBackward0 in part"),
     "torch's own shuffle": (nn.ChannelShuffle(4), (8, 8), "b", r"ChannelShuffleBackward0 in part \(ChannelShuffle\)"),
     "pixels for channels": (nn.PixelShuffle(2), (8, 2), "b", r"PixelShuffleBackward0 in part \(PixelShuffle\)"),
-    "patches for channels": (Part(lambda s, x: pairs(x)), (8, 32), "b", r"ViewBackward0 in part"),
+    "patches for channels": (Net(lambda s, x: pairs(x)), (8, 32), "b", r"ViewBackward0 in part"),
     "chosen channels": (
-        Part(lambda s, x: x.index_select(1, torch.arange(7, -1, -1))), (8, 8), "b", r"IndexSelectBackward0 in part"
+        Net(lambda s, x: x.index_select(1, torch.arange(7, -1, -1))), (8, 8), "b", r"IndexSelectBackward0 in part"
     ),
     "one channel after the other": (
-        Part(lambda s, x: torch.stack(x.unbind(1)[::-1], 1)), (8, 8), "b", r"UnbindBackward0 in part"
+        Net(lambda s, x: torch.stack(x.unbind(1)[::-1], 1)), (8, 8), "b", r"UnbindBackward0 in part"
     ),
     "a Fourier transform over channels": (
-        Part(lambda s, x: torch.fft.fft(x, dim=1).real), (8, 8), "b", r"FftR2CBackward0 in part"
+        Net(lambda s, x: torch.fft.fft(x, dim=1).real), (8, 8), "b", r"FftR2CBackward0 in part"
     ),
     "a gated recurrent network": (Recurrent(nn.GRU), (8, 8), "b", r"in part.rnn \(GRU\)"),
     "a long short-term memory": (Recurrent(nn.LSTM), (8, 8), "b", r"it feeds part.rnn, a LSTM"),
     "what is computed anew": (
-        Part(lambda s, x: checkpoint(s.inner, x, use_reentrant=True), inner=conv(8, 8)), (8, 8), "b",
+        Net(lambda s, x: checkpoint(s.inner, x, use_reentrant=True), inner=conv(8, 8)), (8, 8), "b",
         r"CheckpointFunctionBackward in part",
     ),
     "a linear layer that gives a tuple": (
-        Part(lambda s, x: s.inner(x.movedim(1, -1))[0].movedim(-1, 1), inner=PairLinear(8, 8)), (8, 8), "b",
+        Net(lambda s, x: s.inner(x.movedim(1, -1))[0].movedim(-1, 1), inner=PairLinear(8, 8)), (8, 8), "b",
         r"in part.inner \(PairLinear\): the layer's output is not one tensor",
     ),
     "a convolution that gives a dict": (
-        Part(lambda s, x: s.inner(x)["maps"], inner=NamedConv(8, 8, 1)), (8, 8), "b",
+        Net(lambda s, x: s.inner(x)["maps"], inner=NamedConv(8, 8, 1)), (8, 8), "b",
         r"in part.inner \(NamedConv\): the layer's output is not one tensor",
     ),
     "an integer parameter": (frozen(), (8, 8), "", ""),
     "two channels at a time, joined with constants": (
-        Part(lambda s, x: torch.cat([torch.ones_like(x[:, :3]), x, x.relu()], 1)), (8, 19), "", ""
+        Net(lambda s, x: torch.cat([torch.ones_like(x[:, :3]), x, x.relu()], 1)), (8, 19), "", ""
     ),
 }  # fmt: skip
 
@@ -215,14 +202,14 @@ def test_parts_are_told_apart_in_any_order():
         first, second, third = s.inner(x).split((4, 4, 4), 1)
         return second * third.sigmoid() + first
 
-    net = around(Part(function, inner=conv(8, 12)), 8, 4)
+    net = around(Net(function, inner=conv(8, 12)), 8, 4)
     found = Graph("prune", net, X).find(["part.inner"], KINDS)[0]["part.inner"]
     assert sorted(sorted(rows) for rows in found.rows) == [[i, i + 4, i + 8] for i in range(4)]
 
     def others(s, x):
         return torch.cat([layer(part) for layer, part in zip(s.inner, x.split([2, 6], 1), strict=True)], 1)
 
-    edit = pruned(around(Part(others, inner=nn.ModuleList([conv(2, 5), conv(6, 4)])), 8, 9))
+    edit = pruned(around(Net(others, inner=nn.ModuleList([conv(2, 5), conv(6, 4)])), 8, 9))
     assert {"part.inner.0", "part.inner.1"} <= edit.recipe.components.keys()
 
 
@@ -253,7 +240,7 @@ def test_what_cannot_be_removed_together_is_removed_in_part():
 
 @pytest.mark.parametrize("budget", [{"parameters": 0.7}, {"macs": 0.7}, {"global_ratio": 0.3}])
 def test_other_budgets_pass_over_what_cannot_be_followed(budget):
-    for part in (Part(lambda s, x: torch.cat(Halves.apply(x)[::-1], 1)), C2f(SPLITS["split"], True)):
+    for part in (Net(lambda s, x: torch.cat(Halves.apply(x)[::-1], 1)), C2f(SPLITS["split"], True)):
         edit = pruned(around(part), ratio=None, **budget)
         assert edit.parameters_after < edit.parameters_before
         assert edit.skipped
