@@ -18,7 +18,7 @@ ORDER = [
     "kernels reference",
     "_backends _library",
     "ops moments uncertainty scores",
-    "_checkpoint _pass collect fidelity recipe stack _trace _graph _importance _compensation prune",
+    "_checkpoint _pass collect fidelity recipe stack _dependencies _graph _importance _compensation prune",
     "_selection _silence _retain _relevance _erase unlearn presets",
     "_outputs _attacks _probes _recovery evaluate zoo huggingface integrations",
     "_colours _sections _pngs report demo",
