@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,10 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 
 from discedit._batches import call, device_of, map_tensors, moved, undisturbed
 from discedit._dependencies import Untraceable, shapes_of, tensors_in, traced, training_branches
@@ -39,6 +38,7 @@ _OUTPUT, _OPAQUE = "output", "opaque"  # sides of what is no module: an output o
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")  # attributes that count them
 _READ = ("in_channels", "in_features", "num_features", "num_channels", "input_size", "embed_dim")  # how many are read
 _TRAINED = " in train mode"  # behind the place of an output
+_ADDS = re.compile("(Add|Addcmul|Sub|Rsub|Lerp)Backward")  # operations of autograd's graph
 _FOLDED = "its channels are split or folded further on, so that none can go alone"
 
 
@@ -48,16 +48,18 @@ class Components:
 
     Attributes:
         layer: the layer that the scores name.
-        kind: "filters" (of a convolution), "neurons" (of a linear layer), "heads" (of attention), "stream" (channels
-            that several layers, layer norms or parameters share).
+        kind: "filters" (of a convolution), "neurons" (of a linear layer), "heads" (of attention), "stream" (channels to
+            which several layers add).
         rows: for each component the output rows of `layer` that make it up.
         layers: all layers that produce these channels, `layer` among them.
+        followers: other layers whose rows go with them: depthwise convolutions, queries and keys of heads.
     """
 
     layer: str
     kind: str
     rows: tuple[tuple[int, ...], ...]
     layers: tuple[str, ...]
+    followers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Graph:
             places.setdefault(id(parameter), []).append(name.rpartition(".")[0])
         self.shared = {owner for owners in places.values() if len(owners) > 1 for owner in owners}
         self.members: dict[str, list[_Members]] = {}
+        self.parts: dict[_Key, list[_Members]] = {}
+        self.nodes: dict[_Key, set[Any]] = {}  # of torch-pruning's graph, on the way of a layer's channels
         self.inspected: dict[str, tuple[Components | None, str]] = {}
         self.footprints: dict[str, list[tuple[str, int, int]]] = {}
         self.doubtful: dict[str, dict[str, None]] = {}  # layer -> what may not work channel by channel on its way
@@ -112,8 +116,8 @@ class Graph:
     def find(self, layers: Iterable[str], kinds: Iterable[str]) -> tuple[dict[str, Components], dict[str, str]]:
         """What can be removed, as far as the trace tells, from these layers.
 
-        A stream is found under the first of its layers that runs (of those in `layers`); the others are then in neither
-        result.
+        Channels of several layers are found under the first of them that runs (of those in `layers`); the others are
+        then in neither result.
 
         Args:
             layers: names of convolutions and linear layers.
@@ -136,10 +140,10 @@ class Graph:
                 skipped[layer] = why
                 continue
             found[layer] = components
-            followers |= set(components.layers)
+            followers |= {*components.layers, *components.followers}
         return (
             {layer: found[layer] for layer in layers if layer in found},
-            {layer: skipped[layer] for layer in layers if layer in skipped},
+            {layer: skipped[layer] for layer in layers if layer in skipped and layer not in followers},
         )
 
     def consumers(self, chosen: Mapping[str, Iterable[int]]) -> list[tuple[str, list[int]]]:
@@ -239,58 +243,131 @@ class Graph:
     def _turn(self, name: str) -> float:
         return self.order.get(name, math.inf)
 
-    def _group(self, layer: str, rows: list[int]) -> list[_Members]:
-        """What goes with each of these rows, as torch-pruning's graph has it; what several reach is with the first."""
+    def _group(self, key: _Key, rows: list[int]) -> list[_Members]:
+        """What goes with each of these channels, as torch-pruning has it; what several reach is with the first."""
         from torch_pruning.ops import OPTYPE
 
+        layer, side = key
         module = self.shadow.get_submodule(layer)
-        function = self.graph.get_pruner_of_module(module).prune_out_channels
+        pruner = self.graph.get_pruner_of_module(module)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            group = self.graph.get_pruning_group(module, function, rows)
+            group = self.graph.get_pruning_group(
+                module, pruner.prune_in_channels if side == "in" else pruner.prune_out_channels, rows
+            )
         found: dict[int, _Members] = {row: {} for row in rows}
         doubtful = self.doubtful.setdefault(layer, {})
+        nodes = self.nodes.setdefault(key, set())
         for item in group:
             target = item.dep.target
+            nodes.add(target)
             if (what := self.trace.doubtful.get(id(target.module))) is not None:
                 doubtful[what] = None
             name = self.names.get(id(target.module))
-            key: _Key
             if id(target.module) in self.trace.opaque:
-                key = (self.trace.opaque[id(target.module)], _OPAQUE)
+                place: _Key = (self.trace.opaque[id(target.module)], _OPAQUE)
             elif target.type == OPTYPE.OUTPUT:
-                key = (self.trace.outputs[id(target.module)], _OUTPUT)
+                place = (self.trace.outputs[id(target.module)], _OUTPUT)
             elif name is None:
                 continue
             elif isinstance(target.module, nn.Parameter):
-                key = (name, target.pruning_dim)
+                place = (name, target.pruning_dim)
             elif width_of(target.module) is None or _is_depthwise(target.module):
-                key = (name, "through")
+                place = (name, "through")
             else:
-                key = (name, "out" if self.graph.is_out_channel_pruning_fn(item.dep.handler) else "in")
+                place = (name, "out" if self.graph.is_out_channel_pruning_fn(item.dep.handler) else "in")
             for index, root in zip(item.idxs, item.root_idxs, strict=True):
-                found[root].setdefault(key, []).append(index)
+                found[root].setdefault(place, []).append(index)
         return list(found.values())
 
+    def _own(self, layer: str) -> _Key:
+        return layer, "through" if _is_depthwise(self.shadow.get_submodule(layer)) else "out"
+
+    def _parts(self, key: _Key) -> list[_Members]:
+        """What goes with each channel on one side of a layer; those that can only go together are one."""
+        if key in self.parts:
+            return self.parts[key]
+        rows = range(self._size(key))
+        found = self._group(key, [0])
+        if len(found[0][key]) > 1:
+            left = set(rows) - set(found[0][key])
+            while left:
+                found += self._group(key, [min(left)])
+                left -= {min(left), *found[-1][key]}
+        else:
+            found = self._group(key, list(rows))
+            for other in {other for part in found for other in part if other[1] == "out"}:
+                # The same channels in another layer: what was slow to find need not be found again.
+                if [part.get(other) for part in found] == [[row] for row in range(self._size(other))]:
+                    self.parts[other], self.nodes[other] = found, self.nodes[key]
+        self.parts[key] = found
+        return found
+
     def _members_of(self, layer: str) -> list[_Members]:
-        """For each component of a layer what goes with it; a component is the rows that can only go together."""
+        """For each component of a layer what goes with it; a component is the rows that can only go together.
+
+        Channels of one group of a convolution, or of a norm, go together, and take what is on its other side with them.
+        """
         if layer in self.members:
             return self.members[layer]
-        rows = range(self._size((layer, "out")))
-        found = self._group(layer, [0])
-        if len(found[0][layer, "out"]) > 1:
-            left = set(rows) - set(found[0][layer, "out"])
-            while left:
-                found += self._group(layer, [min(left)])
-                left -= {min(left), *found[-1][layer, "out"]}
-        else:
-            found = self._group(layer, list(rows))
-            for name in {name for part in found for name, role in part if role == "out"}:
-                # The same channels in another layer: what was slow to find need not be found again.
-                if [part.get((name, "out")) for part in found] == [[row] for row in range(self._size((name, "out")))]:
-                    self.members[name] = found
-        self.members[layer] = found
-        return found
+        own = self._own(layer)
+        parts = list(self._parts(own))
+        sides = {own}
+        while more := self._sides(parts) - sides:
+            for side in sorted(more):
+                parts += self._parts(side)
+                self.nodes[own] |= self.nodes[side]
+            sides |= more
+        if any(self._width_of_group(key) for part in parts for key in part):
+            parts = [part for part in _joined(parts, self._width_of_group) if own in part]
+            parts.sort(key=lambda part: part[own])
+        self.members[layer] = parts
+        return parts
+
+    def _sides(self, parts: Iterable[_Members]) -> set[tuple[str, str]]:
+        """Both sides of the convolutions in groups among these."""
+        keys = {key for part in parts for key in part if key[1] in ("in", "out")}
+        names = {key[0] for key in keys if self._width_of_group(key) and not self._problem(key)}
+        return {(name, side) for name in names for side in ("in", "out")}
+
+    def _width_of_group(self, key: _Key) -> int:
+        """How many channels next to each other make a group there; 0 where there are no groups."""
+        module = self._module(key)
+        groups = 0 if module is None else _groups_of(module)
+        return self._size(key) // groups if groups else 0
+
+    def _is_stream(self, layer: str, members: list[_Members]) -> bool:
+        """Whether several layers add to its channels; a layer that is multiplied with another, or added to what is made
+        of itself, does not."""
+        own = self._own(layer)
+        nodes = self.nodes[own]
+        produced = {name for part in members[:1] for name, role in part if role == "out"}
+        behind: dict[Any, set[str]] = {}
+
+        def producers(node: Any) -> set[str]:
+            """Layers whose channels a node passes on."""
+            found, stack, seen = set[str](), [node], set[Any]()
+            while stack:
+                one = stack.pop()
+                if one in seen or one not in nodes:
+                    continue
+                seen.add(one)
+                name = self.names.get(id(one.module))
+                if name in produced:
+                    found.add(name)
+                elif one in behind:
+                    found |= behind[one]
+                elif width_of(one.module) is None or _is_depthwise(one.module):
+                    stack += one.inputs
+            behind[node] = found
+            return found
+
+        for node in nodes:
+            if node.grad_fn is not None and id(node.module) not in self.names and _ADDS.match(node.grad_fn.name()):
+                added = [found for source in node.inputs if (found := producers(source))]
+                if any(one.isdisjoint(other) for one, other in itertools.combinations(added, 2)):
+                    return True
+        return False
 
     def _places_of_attention(self) -> dict[str, str]:
         """The linear layers in modules that count heads, each with the innermost of these."""
@@ -425,13 +502,14 @@ class Graph:
             return None, "it does not run on the example inputs, or not by a call of its module"
         if module not in self.graph.module2node:
             return None, "torch-pruning's trace does not reach it"
-        own: _Key = (layer, "out")
+        own = self._own(layer)
         if why := self._problem(own):
             return None, why
         for heads in self.heads:
             if heads.layer == layer:
                 rows = tuple(tuple(members[own]) for members in heads.members)
-                return Components(layer, "heads", rows, (layer,)), ""
+                others = tuple(name for name, role in heads.members[0] if role == "out" and name != layer)
+                return Components(layer, "heads", rows, (layer,), others), ""
             if own in heads.members[0]:
                 return None, f"its rows belong to the heads that {heads.layer} stands for"
         place = self.unclear.get(layer)
@@ -443,15 +521,15 @@ class Graph:
         except Exception as error:  # whatever torch-pruning makes of an operation that it does not know
             return None, f"torch-pruning cannot follow its channels: {error}" if place is None else unclear
         keys = sorted(set().union(*members), key=lambda key: (self._turn(key[0]), str(key)))
-        others = [name for name, role in keys if role == "out" and name != layer]
+        shared = [name for name, role in keys if role == "out" and name != layer]
         read = any(role == "in" for _, role in keys)
-        alone = read and not others and len(members) == self._size(own)
-        if place is not None and not alone and all(self.unclear.get(other) == place for other in others):
+        alone = read and not shared and len(members) == self._size(own)
+        if place is not None and not alone and all(self.unclear.get(other) == place for other in shared):
             return None, unclear
         for key in keys:
             if why := self._problem(key):
                 if key[1] == "out":
-                    why = f"{_shares(others)}, of which {key[0]} must stay: {why}"
+                    why = f"{_shares(shared)}, of which {key[0]} must stay: {why}"
                 return None, why
         if cut := [why for why, role in keys if role == _OPAQUE]:
             return None, cut[0]
@@ -463,14 +541,16 @@ class Graph:
         if outputs and (why := self._reshaped(members[0])):
             return None, why
         if not self._is_even(members) or len(members) == 1 < self._size(own):
-            why = f"{_shares(others)}, not channel by channel" if others else _FOLDED
+            why = f"{_shares(shared)}, not channel by channel" if shared else _FOLDED
             return None, f"{why}{self._on_the_way(layer)}"
-        norms = any(isinstance(self._module(key), nn.LayerNorm) for key in keys)
-        shared = others or norms or any(isinstance(role, int) for _, role in keys)
-        inner = "filters" if isinstance(module, _ConvNd) else "neurons"
+        kind = "filters" if isinstance(module, _ConvNd) else "neurons"
+        if shared and self._is_stream(layer, members):
+            kind = "stream"
         rows = tuple(tuple(sorted(part[own])) for part in members)
-        layers = tuple(name for name, role in keys if role == "out")
-        return Components(layer, "stream" if shared else inner, rows, layers), ""
+        layers = tuple(name for name, role in keys if role == "out" or (name, role) == own)
+        through = [name for name, role in keys if role == "through" and name != layer]
+        followers = tuple(name for name in through if width_of(self.shadow.get_submodule(name)) is not None)
+        return Components(layer, kind, rows, layers, followers), ""
 
     def _is_even(self, members: list[_Members]) -> bool:
         """Whether the components are alike, apart, and all that the layers have."""
@@ -504,15 +584,15 @@ class Graph:
             return "it feeds a MultiheadAttention, whose forward insists on its width"
         if isinstance(module, nn.RNNBase):
             return f"it feeds {name}, a {type(module).__name__}, which cannot be cut"
-        if isinstance(module, nn.GroupNorm):
-            return "a group norm follows it, whose groups would change"
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
             return "a layer norm over several axes follows it"
         computed = getattr(module, "weight", None) is not None and "weight" not in module._parameters
         if width_of(module) is None:
             return "a norm follows it whose weight is computed or shared" if computed or name in self.shared else ""
-        if isinstance(module, _ConvNd) and module.groups > 1 and role != "through":
-            return f"{'it is' if role == 'out' else 'it feeds'} a convolution in {module.groups} groups"
+        odd = isinstance(module, _ConvNd) and (module.transposed or module.groups == module.out_channels)
+        # torch-pruning takes a convolution that has as many groups as outputs for a depthwise one.
+        if isinstance(module, _ConvNd) and odd and _groups_of(module):
+            return f"{'it is' if role == 'out' else 'it feeds'} a {_described(module)}, which cannot be cut"
         if computed or name in self.shared:
             what = "weight is computed" if computed else "parameters are shared"
             return f"its {what}" if role == "out" else f"it feeds {name}, whose {what}"
@@ -522,10 +602,7 @@ class Graph:
         """Why components of a kind that was not asked for are left."""
         if components.kind != "stream":
             return f"its components are {components.kind}, which are not among those to remove"
-        others = [name for name in components.layers if name != components.layer]
-        if others or any(isinstance(role, int) for _, role in self._members_of(components.layer)[0]):
-            return _shares(others)
-        return "removing its channels is not the same as hiding them: a layer norm normalises over them"
+        return _shares([name for name in components.layers if name != components.layer])
 
     def _removed(self, chosen: Mapping[str, Iterable[int]]) -> dict[_Key, list[int]]:
         """Everything that goes with the components, in the order in which it runs."""
@@ -542,6 +619,7 @@ class Graph:
     def _operations(self, removed: Mapping[_Key, list[int]]) -> list[Operation]:
         """Removes channels from copies of the modules and reads off what that changed."""
         keeps: list[Operation] = []
+        changes: dict[tuple[str, str], tuple[Any, Any]] = {}
         copies: dict[str, nn.Module] = {}
         for (name, role), gone in removed.items():
             if role == _OUTPUT:
@@ -549,13 +627,22 @@ class Graph:
             if isinstance(role, int):
                 index = sorted(set(range(self._size((name, role)))) - set(gone))
                 keeps.append(Operation("keep", name, dim=role, index=tuple(index)))
+                owner = name.rpartition(".")[0]
+                shape = getattr(self.model.get_submodule(owner), "normalized_shape", None)
+                if shape is not None and tuple(shape) == (
+                    self._size((name, role)),
+                ):  # a norm that torch-pruning does not know
+                    changes[owner, "normalized_shape"] = (list(shape), [len(index)])
                 continue
             if name not in copies:
                 copies[name] = _tagged(self.model.get_submodule(name))
             module = copies[name]
+            if _groups_of(module) and not _is_depthwise(module):
+                if role != "in":  # both sides at once
+                    _cut_groups(module, gone, removed.get((name, "in"), gone))
+                continue
             pruner = self.graph.get_pruner_of_module(module)
             (pruner.prune_in_channels if role == "in" else pruner.prune_out_channels)(module, gone)
-        changes: dict[tuple[str, str], tuple[Any, Any]] = {}
         for name, module in copies.items():
             original = self.model.get_submodule(name)
             for tensor, left in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
@@ -595,16 +682,37 @@ class Graph:
             return False
         return True
 
-    def _hidden(self, gone: Mapping[_Key, list[int]]) -> dict[str, Tensor]:
-        """What the model gives with components hidden from their readers."""
+    def _hidden(self, gone: Mapping[_Key, list[int]], smaller: nn.Module) -> dict[str, Tensor]:
+        """What the model gives with components hidden from their readers.
+
+        What works across channels, as norms do, is that of the smaller model, on the channels that are left.
+        """
+        narrow = {name: (smaller.get_submodule(name), lost) for name, lost in self._across(gone).items()}
+
+        def run(wide: bool) -> dict[str, Tensor]:
+            return _outputs(self.model, self.inputs, gone, wide, branches=self.trace.branches, narrow=narrow)
+
         if "_wide" not in vars(self):  # what runs in float64 with something hidden runs in it without: one pass less
             try:
-                found = _outputs(self.model, self.inputs, gone, True, branches=self.trace.branches)
+                found = run(True)
             except Exception:
-                return _outputs(self.model, self.inputs, gone, self._wide, branches=self.trace.branches)
+                return run(self._wide)
             self._wide = True
             return found
-        return _outputs(self.model, self.inputs, gone, self._wide, branches=self.trace.branches)
+        return run(self._wide)
+
+    def _across(self, gone: Mapping[_Key, list[int]]) -> dict[str, list[int]]:
+        """Modules that may normalise across the channels that they lose, with these: norms, and what has no parts."""
+        found: dict[str, list[int]] = {}
+        for key, lost in gone.items():
+            if key[1] != "through" and not isinstance(key[1], int):
+                continue
+            name = key[0] if key[1] == "through" else key[0].rpartition(".")[0]
+            module = self.shadow.get_submodule(name)
+            norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm))
+            if norm or (key[1] != "through" and name in self.order and not list(module.children())):
+                found[name] = lost
+        return found
 
     @cached_property
     def _whole(self) -> dict[str, Tensor]:
@@ -668,7 +776,7 @@ class Graph:
             return [], f"torch-pruning cannot remove its channels: {error}"
         hidden: dict[str, Tensor] | Exception
         try:
-            hidden = self._hidden(gone)
+            hidden = self._hidden(gone, smaller)
         except Exception as error:
             hidden = error
         try:
@@ -700,31 +808,6 @@ class Graph:
             return "" if self._trained is None else problem
         changed = [place for place, shape in self._trained.items() if shapes.get(place) != shape]
         return self._changes(f"{changed[0]}{_TRAINED}") if changed else ""
-
-
-class _Narrow(TorchFunctionMode):
-    """Lets layer norms normalise over some channels, and hides the others."""
-
-    gone: list[int] | None = None  # channels hidden from the norm that runs
-
-    def watch(self, norm: nn.Module, gone: list[int]) -> None:
-        norm.register_forward_pre_hook(lambda *_: setattr(self, "gone", gone))
-        norm.register_forward_hook(lambda *_: setattr(self, "gone", None))
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not functional.layer_norm or self.gone is None:
-            return func(*args, **(kwargs or {}))
-        given = {
-            **dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False)),
-            **(kwargs or {}),
-        }
-        x: Tensor = given.pop("input")
-        left = torch.tensor(sorted(set(range(x.shape[-1])) - set(self.gone)), device=x.device)
-        given = {name: value[left] if isinstance(value, Tensor) else value for name, value in given.items()}
-        given["normalized_shape"] = [len(left)]
-        return torch.zeros_like(x).index_copy(-1, left, func(x[..., left], **given))
 
 
 def unseen_message(op: str, unseen: Mapping[str, Iterable[str]]) -> str:
@@ -763,6 +846,69 @@ def _is_inside(name: str, place: str) -> bool:
 
 def _is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
+
+
+def _groups_of(module: nn.Module) -> int:
+    """How many groups of channels a convolution or norm works on, each by itself; 0 where all go together, or none."""
+    if isinstance(module, nn.GroupNorm):
+        groups: int = module.num_groups
+    elif isinstance(module, _ConvNd):
+        groups = 0 if _is_depthwise(module) else module.groups
+    else:
+        return 0
+    return groups if groups > 1 else 0
+
+
+def _described(module: _ConvNd) -> str:
+    return (
+        f"{type(module).__name__} from {module.in_channels} to {module.out_channels} channels in {module.groups} groups"
+    )
+
+
+def _joined(parts: Iterable[_Members], width_of_group: Callable[[_Key], int]) -> list[_Members]:
+    """Components that share channels, or reach the same group of channels, on whichever side, made one."""
+    known: dict[tuple[str, Any, int], int] = {}  # what goes together -> the component that it is in by now
+    found: dict[int, dict[_Key, set[int]]] = {}
+
+    def places(key: _Key, gone: Iterable[int]) -> set[tuple[str, Any, int]]:
+        width = width_of_group(key)
+        return {(key[0], "group", index // width) if width else (*key, index) for index in gone}
+
+    for number, part in enumerate(parts):
+        mine = {key: set(gone) for key, gone in part.items()}
+        reached = set().union(*(places(key, gone) for key, gone in part.items()))
+        for other in {known[place] for place in reached if place in known}:
+            for key, gone in found.pop(other).items():
+                reached |= places(key, gone)
+                mine.setdefault(key, set()).update(gone)
+        known |= dict.fromkeys(reached, number)
+        found[number] = mine
+    return [{key: sorted(gone) for key, gone in part.items()} for part in found.values()]
+
+
+def _cut_groups(module: nn.Module, gone: list[int], read: list[int]) -> None:
+    """Removes whole groups of channels.
+
+    Args:
+        gone: output channels. read: input channels.
+    """
+    groups = _groups_of(module)
+    if isinstance(module, nn.GroupNorm):
+        outputs = inputs = module.num_channels
+    else:
+        assert isinstance(module, _ConvNd)
+        outputs, inputs = module.out_channels, module.in_channels
+    left = [i for i in range(outputs) if i not in set(gone)]
+    cut = {i // (outputs // groups) for i in gone}
+    if cut != {i // (inputs // groups) for i in read} or len(gone) * groups != len(cut) * outputs:
+        raise ValueError(f"{type(module).__name__} in {groups} groups can only lose whole ones, not outputs {gone}")
+    for tensor in module.parameters(recurse=False):
+        tensor.data = tensor.data[left]
+    if isinstance(module, nn.GroupNorm):
+        module.num_channels, module.num_groups = len(left), groups - len(cut)
+    else:
+        module.out_channels, module.in_channels = len(left), inputs - inputs // groups * len(cut)
+        module.groups = groups - len(cut)
 
 
 def _channel_axis(module: nn.Module) -> int:
@@ -829,10 +975,12 @@ def _outputs(
     branches: bool,
     seed: int | None = None,
     copied: bool = True,
+    narrow: Mapping[str, tuple[nn.Module, list[int]]] | None = None,
 ) -> dict[str, Tensor]:
     """What a copy of the model gives, with some channels hidden from what reads them.
 
     Args:
+        narrow: module -> what is to work in its place on the channels that are left, and the others.
         branches: whether to run what train mode alone runs as well.
         seed: of chance; as it is outside, when it is not given.
         copied: whether to leave the model itself as it is.
@@ -840,14 +988,14 @@ def _outputs(
     model = copy.deepcopy(model) if copied else model
     if wide:
         model, inputs = model.double(), _double(inputs)
-    narrow = _Narrow()
     for (name, role), gone in hide.items():
         if role == "in":
             module = model.get_submodule(name)
             module.register_forward_pre_hook(_hiding(gone, _channel_axis(module)))
-        elif role == "through" and isinstance(module := model.get_submodule(name), nn.LayerNorm):
-            narrow.watch(module, gone)
-    with undisturbed(model), narrow, warnings.catch_warnings():
+    for name, (smaller, gone) in (narrow or {}).items():
+        smaller = copy.deepcopy(smaller)
+        _run_narrow(model.get_submodule(name), smaller.double() if wide else smaller, gone)
+    with undisturbed(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the model: it gave them when it was traced
         if seed is not None:
             torch.manual_seed(seed)
@@ -887,3 +1035,41 @@ def _hiding(channels: list[int], dim: int) -> Any:
         return (args[0].index_fill(dim, torch.tensor(channels, device=args[0].device), 0), *args[1:])
 
     return hook
+
+
+def _run_narrow(module: nn.Module, smaller: nn.Module, gone: list[int]) -> None:
+    """Has a module of fewer channels work in a module's place, on the channels that are left; the others are zero."""
+    whole = module.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        axis = _axis_of_channels(module, whole, x)
+        if axis is None:
+            result: Tensor = whole(x, *args, **kwargs)
+            return result
+        left = torch.tensor(sorted(set(range(x.shape[axis])) - set(gone)), device=x.device)
+        given: Tensor = smaller(x.index_select(axis, left), *args, **kwargs)
+        return given.new_zeros(x.shape).index_copy(axis, left, given)
+
+    module.forward = forward
+
+
+def _axis_of_channels(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> int | None:
+    """Along which a module's first parameter lies in what it gives: a NaN in it shows where; None if nowhere."""
+    parameter = next((p for p in module.parameters() if p.ndim), None)
+    if parameter is None:
+        return 1 if isinstance(module, nn.GroupNorm) else x.ndim - 1
+    first = tuple(0 for _ in parameter.shape)
+    before = parameter.data[first].clone()
+    parameter.data[first] = math.nan
+    try:
+        nan = forward(torch.ones_like(x)).isnan()
+    finally:
+        parameter.data[first] = before
+    if nan.shape != x.shape:
+        return None
+    axes = [
+        axis
+        for axis in range(1, x.ndim)
+        if nan.select(axis, 0).all() and not nan.narrow(axis, 1, nan.shape[axis] - 1).any()
+    ]
+    return axes[0] if axes else None

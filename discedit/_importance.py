@@ -103,11 +103,14 @@ def importances(
 
 def kinds_of(op: str, components: str | Iterable[str]) -> tuple[str, ...]:
     """The kinds of components asked for, checked."""
+    if components == "all":
+        return KINDS
     kinds = (components,) if isinstance(components, str) else tuple(components)
     for kind in kinds:
         _checks.choice(op, "components", kind, KINDS)
     if not kinds:
-        raise ValueError(f"{op}: components must name at least one of {', '.join(KINDS)}, got {components!r}.")
+        known = ", ".join(KINDS)
+        raise ValueError(f"{op}: components must be 'all' or name at least one of {known}, got {components!r}.")
     return kinds
 
 

@@ -68,10 +68,10 @@ def prune(
 ) -> Edit:
     """Remove components of a network; the result is a smaller, plain torch module.
 
-    The least important components go, with everything that hangs on them (norms, depthwise convolutions, the next
-    layers' inputs), as torch-pruning's dependency graph finds it. Each removal is checked on `example_inputs`, in
-    float64: it must be the same function as hiding the components from the layers that read them (and from the layer
-    norms over them, which then normalise what is left).
+    The least important components go, with everything that hangs on them (norms, depthwise convolutions, gates, the
+    next layers' inputs), as torch-pruning's dependency graph finds it. Each removal is checked on `example_inputs`, in
+    float64: it must be the same function as hiding the components from the layers that read them (and from norms over
+    them, which then normalise what is left).
     Layers where it is not are left whole; `Edit.skipped` names them and says why. So are layers whose channels the
     model gives out, beside its logits or in train mode. Branches that run in train mode alone shrink at their inputs;
     modules that do not run on `example_inputs` at all, and may read what was removed, are named in a warning.
@@ -123,10 +123,11 @@ def prune(
         layers: names of the layers to prune, by default all in `scores` that can be.
         ignore: names of layers to leave whole.
         components: one or several of: "filters" of convolutions; "neurons" of linear layers; "heads" of attention, with
-            their rows of query, key and value and all else that belongs to them; "stream", channels that several
-            layers, layer norms or parameters share (residual streams), which all lose the same. Heads go by the layer
-            of the values or the one that holds all three, and count by the mean over their rows there; a stream goes
-            by the first of its layers that runs.
+            their rows of query, key and value and all else that belongs to them; "stream", channels to which several
+            layers add (residual streams), which all lose the same; or "all". Layers whose outputs are multiplied
+            (squeeze and excitation, gates) lose the same filters or neurons; convolutions in groups, and group norms,
+            lose whole groups. Heads go by the layer of the values or the one that holds all three, other components by
+            the first of their layers that runs, and count by the mean over their rows there.
         steps: in how many equal steps to get there, each with its own choice and repair.
         rescore: scores of the model after each step but the last, e.g. ``lambda m: score(collect_moments(m, loader,
             10))``; by default those of the components that are left.

@@ -139,6 +139,91 @@ def test_a_graph_is_not_used_up():
     }  # fmt: skip
 
 
+def squeezed(s, x):
+    x = s.b(s.a(x).relu())
+    return s.head(s.c(x * s.up(s.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid()).mean((2, 3)))
+
+
+class ResponseNorm(nn.Module):
+    """Divides by the mean over channels, as ConvNeXt V2 does."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        size = x.norm(dim=(1, 2), keepdim=True)
+        return x + self.bias + self.weight * x * size / (size.mean(-1, keepdim=True) + 1e-6)
+
+
+INNER = {  # network; layer -> number of its components, layers that produce them, those that follow
+    "squeeze and excitation": (
+        lambda: Net(
+            squeezed, a=conv(3, 6), b=conv(6, 6, groups=6), down=conv(6, 4), up=conv(4, 6), c=conv(6, 4),
+            head=nn.Linear(4, 2),
+        ),
+        {"a": (6, ("a", "up"), ("b",)), "down": (4, ("down",), ()), "c": (4, ("c",), ())},
+    ),
+    "a gate beside": (
+        lambda: Net(
+            lambda s, x: s.head(s.c(s.a(x) * s.b(x).sigmoid()).mean((2, 3))), a=conv(3, 6), b=conv(3, 6), c=conv(6, 4),
+            head=nn.Linear(4, 2),
+        ),
+        {"a": (6, ("a", "b"), ()), "c": (4, ("c",), ())},
+    ),
+    "response norm": (
+        lambda: Net(
+            lambda s, x: s.head(s.c(s.n(s.a(x.movedim(1, -1)).relu())).mean((1, 2))), a=nn.Linear(3, 6),
+            n=ResponseNorm(6), c=nn.Linear(6, 4), head=nn.Linear(4, 2),
+        ),
+        {"a": (6, ("a",), ()), "c": (4, ("c",), ())},
+    ),
+    "groups": (
+        lambda: Net(
+            lambda s, x: s.head(s.d(s.c(s.b(s.a(x))) * s.g(x)).mean((2, 3))), a=conv(3, 8), b=conv(8, 12, groups=4),
+            c=nn.GroupNorm(6, 12), g=conv(3, 12), d=conv(12, 4), head=nn.Linear(4, 2),
+        ),
+        {"a": (2, ("a", "b", "g"), ()), "d": (4, ("d",), ())},  # of 3 and of 2 channels: 6 at a time
+    ),
+    "several outputs for each input": (
+        lambda: Net(
+            lambda s, x: s.head(s.c(s.b(s.a(x))).mean((2, 3))), a=conv(3, 4), b=conv(4, 12, groups=4), c=conv(12, 5),
+            head=nn.Linear(5, 2),
+        ),
+        {"a": (4, ("a", "b"), ()), "c": (5, ("c",), ())},
+    ),
+    "a norm over all channels of maps": (
+        lambda: Net(
+            lambda s, x: s.head(s.b(s.n(s.a(x))).mean((2, 3))), a=conv(3, 8), n=nn.GroupNorm(1, 8), b=conv(8, 4),
+            head=nn.Linear(4, 2),
+        ),
+        {"a": (8, ("a",), ()), "b": (4, ("b",), ())},
+    ),
+    "a root mean square norm": (
+        lambda: Net(
+            lambda s, x: s.head(s.b(s.n(s.a(x.movedim(1, -1)))).mean((1, 2))), a=nn.Linear(3, 8), n=nn.RMSNorm(8),
+            b=nn.Linear(8, 4), head=nn.Linear(4, 2),
+        ),
+        {"a": (8, ("a",), ()), "b": (4, ("b",), ())},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_what_is_multiplied_or_normalised_within_a_block_is_no_stream(name):
+    make, expected = INNER[name]
+    torch.manual_seed(0)
+    net = make().eval()
+    graph = Graph("prune", net, X)
+    got, skipped = graph.find([n for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))], KINDS[:3])
+    assert {layer: (len(parts.rows), parts.layers, parts.followers) for layer, parts in got.items()} == expected
+    assert list(skipped) == ["head"]
+    chosen = {layer: [0] for layer in got}
+    operations, failed = graph.plan(chosen)
+    assert operations
+    assert not failed
+
+
 def test_footprint_of_one_component():
     graph = Graph("prune", residual().eval(), X)
     assert graph.footprint("b") == [("b.weight", 0, 1), ("b.bias", 0, 1), ("c.weight", 1, 1)]
@@ -156,10 +241,16 @@ def test_whole_heads_go():
     graph = Graph("prune", net, X)
     got, skipped = graph.find(layers_of(net), KINDS)
     assert got["attention.value"] == Components(
-        "attention.value", "heads", tuple(tuple(range(4 * h, 4 * h + 4)) for h in range(3)), ("attention.value",)
+        "attention.value",
+        "heads",
+        tuple(tuple(range(4 * h, 4 * h + 4)) for h in range(3)),
+        ("attention.value",),
+        tuple(f"attention.{name}" for name in ("key", "query", "gate")),
     )
-    for name in ("query", "key", "gate"):
-        assert skipped[f"attention.{name}"] == "its rows belong to the heads that attention.value stands for"
+    others = [f"attention.{name}" for name in ("query", "key", "gate")]
+    assert not set(others) & {*got, *skipped}
+    alone = graph.find(others, KINDS)[1]
+    assert set(alone.values()) == {"its rows belong to the heads that attention.value stands for"}
     operations, failed = graph.plan({"attention.value": [1]})
     assert not failed
     left = (0, 1, 2, 3, 8, 9, 10, 11)
@@ -220,16 +311,6 @@ def multihead():
         embed=nn.Linear(3, 8), attention=nn.MultiheadAttention(8, 2, batch_first=True),
         a=nn.Linear(8, 6), b=nn.Linear(6, 7), head=nn.Linear(7, 2),
     )  # fmt: skip
-
-
-def grouped():
-    return Net(
-        lambda s, x: head(s, s.c(x) + s.b(s.a(x))),
-        a=conv(3, 4),
-        b=conv(4, 4, groups=2),
-        c=conv(3, 4),
-        head=nn.Linear(4, 2),
-    )
 
 
 def other_positions():
@@ -333,12 +414,11 @@ REFUSED = {  # network, and the reasons by layer
         jointly_normed,
         dict.fromkeys((f"attention.{name}" for name in ("query", "key", "value", "gate")), UNCLEAR),
     ),
-    "a stream with a convolution in groups": (
-        grouped,
+    "one of several inputs for each output": (
+        lambda: Net(lambda s, x: head(s, s.b(s.a(x))), a=conv(3, 8), b=conv(8, 4, groups=4), head=nn.Linear(4, 2)),
         {
-            "a": "it feeds a convolution in 2 groups",
-            "b": "it is a convolution in 2 groups",
-            "c": "it shares its channels with b, of which b must stay: it is a convolution in 2 groups",
+            "a": "it shares its channels with b, of which b must stay: it is a Conv2d from 8 to 4 channels in 4 groups",
+            "b": "it is a Conv2d from 8 to 4 channels in 4 groups, which cannot be cut",
         },
     ),
     "a stream at other positions": (
@@ -448,7 +528,7 @@ def test_parameters_outside_layers():
     )  # fmt: skip
     graph = Graph("prune", net.eval(), X)
     got, _ = graph.find(["a", "b"], KINDS)
-    assert (got["a"].kind, got["b"].kind) == ("stream", "neurons")
+    assert (got["a"].kind, got["b"].kind) == ("neurons", "neurons")
     assert {place for place in graph.footprint("a") if place[0][0] in "spf"} == {
         ("place.weight", 1, 1),
         ("first", 2, 1),
@@ -456,7 +536,6 @@ def test_parameters_outside_layers():
     operations, failed = graph.plan({"a": [0, 6]})
     assert not failed
     assert next(op.value for op in operations if op.target == "place") == 5
-    assert graph.find(["a"], ["neurons"])[1] == {"a": "its channels are tied to a parameter outside any layer"}
 
 
 def test_concatenations_behind_tokens_that_are_parameters():
@@ -471,7 +550,7 @@ def test_concatenations_behind_tokens_that_are_parameters():
         a=nn.Linear(3, 7), first=nn.Parameter(torch.randn(1, 1, 7)), n=nn.LayerNorm(7), head=nn.Linear(14, 2),
     )  # fmt: skip
     graph = Graph("prune", net.eval(), X)
-    assert graph.find(["a"], KINDS)[0]["a"].kind == "stream"
+    assert graph.find(["a"], KINDS)[0]["a"].kind == "neurons"
     assert graph.consumers({"a": [2]}) == [("head", [2, 9])]
     assert graph.plan({"a": [2]})[1] == {}
     assert ("first", 2, 1) in graph.footprint("a")
@@ -488,7 +567,7 @@ def test_merged_patches_of_maps_with_channels_last(dots):
 
     net = Net(function, a=nn.Linear(3, 5), n=nn.LayerNorm(20), b=nn.Linear(20, 6), head=nn.Linear(6, 2))
     graph = Graph("prune", net.eval(), X)
-    assert graph.find(["a"], KINDS)[0]["a"] == Components("a", "stream", singles(5), ("a",))
+    assert graph.find(["a"], KINDS)[0]["a"] == Components("a", "neurons", singles(5), ("a",))
     assert graph.consumers({"a": [1]}) == [("b", [1, 6, 11, 16])]
     assert graph.plan({"a": [1, 4]})[1] == {}
 
@@ -501,7 +580,8 @@ def test_what_goes_along():
         b=nn.Linear(6, 5), head=nn.Linear(5, 2),
     )  # fmt: skip
     graph = Graph("prune", net.eval(), X)
-    assert graph.find(["a", "dw"], ["filters"])[1] == {"dw": "it is a convolution in 6 groups"}
+    assert graph.find(["dw", "a"], ["filters"]) == ({"a": Components("a", "filters", singles(6), ("a",), ("dw",))}, {})
+    assert graph.find(["dw"], ["filters"])[0]["dw"].layers == ("a", "dw")
     operations, failed = graph.plan({"a": [2]})
     assert not failed
     assert {(op.target, op.name) for op in operations if op.kind == "attribute"} == {
@@ -520,7 +600,7 @@ def test_layer_norms_normalise_what_is_left():
     operations, failed = graph.plan({"a": [0, 5]})
     assert not failed
     assert next(op for op in operations if op.target == "n" and op.kind == "attribute").value == [7]
-    assert graph.find(["a"], ["neurons"])[1]["a"].startswith("removing its channels is not the same as hiding them")
+    assert graph.find(["a"], ["neurons"])[0]["a"].kind == "neurons"
 
 
 @pytest.mark.parametrize("op", ["prune", "unlearn"])
