@@ -349,7 +349,7 @@ def _prune(command: Parser) -> None:
     group.add_argument("--repair", choices=REPAIRS, default="auto", help="what follows the removal (default auto)")
     group.add_argument(
         "--components", type=_value(_names), default=["filters", "neurons", "heads"], metavar="A,B,...",
-        help=f"of {', '.join(KINDS)} (default filters,neurons,heads)",
+        help=f"all, or of {', '.join(KINDS)} (default filters,neurons,heads)",
     )  # fmt: skip
     group.add_argument(
         "--across", choices=("auto", *NORMALISATIONS), default="auto", help="how layers compare (default auto)"

@@ -98,6 +98,7 @@ class Graph:
         self.shared = {owner for owners in places.values() if len(owners) > 1 for owner in owners}
         self.members: dict[str, list[_Members]] = {}
         self.parts: dict[_Key, list[_Members]] = {}
+        self.widths: dict[_Key, int] = {}
         self.nodes: dict[_Key, set[Any]] = {}  # of torch-pruning's graph, on the way of a layer's channels
         self.inspected: dict[str, tuple[Components | None, str]] = {}
         self.footprints: dict[str, list[tuple[str, int, int]]] = {}
@@ -160,6 +161,13 @@ class Graph:
         removed = self._removed(chosen)
         return {name: gone for (name, role), gone in removed.items() if role == "out" and name in self.order}
 
+    def rows(self, layer: str) -> dict[str, list[list[int]]]:
+        """The layers that produce a layer's components, each with the rows of every component."""
+        parts = self._found(layer)
+        if parts.kind == "heads":
+            return {layer: [list(rows) for rows in parts.rows]}
+        return {name: [members[self._own(name)] for members in self._members_of(layer)] for name in parts.layers}
+
     def footprint(self, layer: str) -> list[tuple[str, int, int]]:
         """What one component of a layer takes from each parameter and buffer that shrinks with it.
 
@@ -195,11 +203,10 @@ class Graph:
         operations, problem = self._trial(chosen)
         if not problem:
             return operations, {}
+        alone = self._failing({layer: indices for layer, indices in chosen.items() if indices}, problem)
         failed: dict[str, str] = {}
-        for layer, indices in chosen.items():
-            why = self._trial({layer: indices})[1] if indices else ""
-            if why:
-                failed |= dict.fromkeys(self._found(layer).layers, f"{why}{self._on_the_way(layer)}")
+        for layer, why in alone.items():
+            failed |= dict.fromkeys(self._found(layer).layers, f"{why}{self._on_the_way(layer)}")
         rest = {layer: indices for layer, indices in chosen.items() if layer not in failed}
         if failed:
             operations, problem = self._trial(rest)
@@ -213,6 +220,22 @@ class Graph:
                 else:
                     kept[layer], operations = indices, tried
         return operations, failed
+
+    def _failing(self, chosen: Mapping[str, Iterable[int]], problem: str) -> dict[str, str]:
+        """The layers whose components cannot go, and why: by halves, since most can.
+
+        Args:
+            problem: with all of them together.
+        """
+        layers = list(chosen)
+        if len(layers) < 2:
+            return dict.fromkeys(layers, problem)
+        found: dict[str, str] = {}
+        for half in (layers[: len(layers) // 2], layers[len(layers) // 2 :]):
+            some = {layer: chosen[layer] for layer in half}
+            if why := self._trial(some)[1]:
+                found |= self._failing(some, why)
+        return found
 
     def unseen(self, chosen: Mapping[str, Iterable[int]]) -> dict[str, list[str]]:
         """Modules that ran neither in eval nor in train mode and may read components: they have as many channels.
@@ -318,7 +341,7 @@ class Graph:
                 parts += self._parts(side)
                 self.nodes[own] |= self.nodes[side]
             sides |= more
-        if any(self._width_of_group(key) for part in parts for key in part):
+        if any(map(self._width_of_group, {key for part in parts for key in part})):
             parts = [part for part in _joined(parts, self._width_of_group) if own in part]
             parts.sort(key=lambda part: part[own])
         self.members[layer] = parts
@@ -332,9 +355,11 @@ class Graph:
 
     def _width_of_group(self, key: _Key) -> int:
         """How many channels next to each other make a group there; 0 where there are no groups."""
-        module = self._module(key)
-        groups = 0 if module is None else _groups_of(module)
-        return self._size(key) // groups if groups else 0
+        if key not in self.widths:
+            module = self._module(key)
+            groups = 0 if module is None else _groups_of(module)
+            self.widths[key] = self._size(key) // groups if groups else 0
+        return self.widths[key]
 
     def _is_stream(self, layer: str, members: list[_Members]) -> bool:
         """Whether several layers add to its channels; a layer that is multiplied with another, or added to what is made
@@ -641,6 +666,7 @@ class Graph:
                 if role != "in":  # both sides at once
                     _cut_groups(module, gone, removed.get((name, "in"), gone))
                 continue
+            _cut_further(module, role, gone)
             pruner = self.graph.get_pruner_of_module(module)
             (pruner.prune_in_channels if role == "in" else pruner.prune_out_channels)(module, gone)
         for name, module in copies.items():
@@ -909,6 +935,19 @@ def _cut_groups(module: nn.Module, gone: list[int], read: list[int]) -> None:
     else:
         module.out_channels, module.in_channels = len(left), inputs - inputs // groups * len(cut)
         module.groups = groups - len(cut)
+
+
+def _cut_further(module: nn.Module, role: str, gone: list[int]) -> None:
+    """Removes channels from what a subclass of a layer has beside weight and bias, such as gains of filters."""
+    if width_of(module) is None:
+        return
+    linear = isinstance(module, nn.Linear)
+    size = getattr(module, f"{'in' if role == 'in' else 'out'}_{'features' if linear else 'channels'}")
+    left = [i for i in range(size) if i not in set(gone)]
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        axis = int(role == "in")
+        if name not in ("weight", "bias") and tensor.ndim > axis and tensor.shape[axis] == size:
+            tensor.data = tensor.data.index_select(axis, torch.tensor(left, device=tensor.device))
 
 
 def _channel_axis(module: nn.Module) -> int:

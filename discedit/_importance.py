@@ -103,9 +103,9 @@ def importances(
 
 def kinds_of(op: str, components: str | Iterable[str]) -> tuple[str, ...]:
     """The kinds of components asked for, checked."""
-    if components == "all":
-        return KINDS
     kinds = (components,) if isinstance(components, str) else tuple(components)
+    if kinds == ("all",):
+        return KINDS
     for kind in kinds:
         _checks.choice(op, "components", kind, KINDS)
     if not kinds:
@@ -161,17 +161,14 @@ def _over_rows(values: Tensor, parts: Components) -> Tensor:
 
 def _of_weights(model: nn.Module, graph: Graph, parts: Components, power: int) -> Tensor:
     """Norms of the weights that give each component."""
-    norms = []
-    whole = {}
-    for name in parts.layers:
+    total = torch.zeros(len(parts.rows), dtype=torch.float64)
+    for name, rows in graph.rows(parts.layer).items():
         module: Any = model.get_submodule(name)
         weight: Tensor = module.weight.detach()
         weight = weight.transpose(0, 1) if getattr(module, "transposed", False) else weight
-        whole[name] = weight.flatten(1).double().abs().pow(power).sum(1).cpu()
-    for index, rows in enumerate(parts.rows):
-        producers = {parts.layer: list(rows)} if len(parts.layers) == 1 else graph.producers({parts.layer: [index]})
-        norms.append(sum(float(whole[name][own].sum()) for name, own in producers.items() if name in whole))
-    return torch.tensor(norms, dtype=torch.float64).pow(1 / power)
+        sums = weight.flatten(1).double().abs().pow(power).sum(1).cpu()
+        total += sums[torch.tensor(rows)].sum(1)
+    return total.pow(1 / power)
 
 
 def _of_readers(
