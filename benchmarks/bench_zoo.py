@@ -5,8 +5,8 @@
     python -m benchmarks.bench_zoo --list              # the names
 
 Weights are random (benchmarks/zoo_networks.py), so nothing is downloaded and no accuracy is measured. Each network runs
-in a process of its own (benchmarks/zoo_measure.py); one that hangs, dies or raises costs what it did not get to. What is
-measured is kept in benchmarks/zoo.json, and benchmarks/zoo.md is written from it.
+in a process of its own (benchmarks/zoo_measure.py); one that hangs, dies or raises costs what it did not get to. What
+is measured is kept in benchmarks/zoo.json, and benchmarks/zoo.md is written from it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One network of bench_zoo: `python -m benchmarks.zoo_measure NAME` prints each result as a line of JSON, once it is known.
+"""One network of bench_zoo: `python -m benchmarks.zoo_measure NAME` prints each result as JSON, once it is known.
 
 A process of its own, so that a network that hangs or dies takes no other with it; each step has a time limit as well.
 """
@@ -262,7 +262,7 @@ def in_onnx(net: nn.Module, x: Tensor, dynamo: bool) -> float:
 
 
 def onnx(net: nn.Module, pruned: nn.Module, x: Tensor) -> dict[str, Any]:
-    """By the exporter that is faster, else by the other; what the whole network cannot do is not asked of a pruned one."""
+    """By the faster exporter or else the other; what the whole network cannot do is not asked of the pruned one."""
     why = ""
     for dynamo in (False, True):
         try:
@@ -346,6 +346,12 @@ def unlearned(net: nn.Module, scores: Scores, x: Tensor, data: Any) -> None:
             raise RuntimeError("the logits are what they were")
 
 
+def warm_up() -> None:
+    """What only the first call in a process costs, such as imports, is not the network's."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2)).eval()
+    discedit.prune(net, example_inputs=torch.randn(2, 3, 8, 8), ratio=RATIO, criterion="l1")
+
+
 def measure(name: str, *, with_onnx: bool) -> None:
     net, size, run = made(name), NETWORKS[name].size, Steps().step
     x = torch.randn(2, 3, size, size)
@@ -408,6 +414,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    warm_up()
     measure(options.name, with_onnx=not options.no_onnx)
 
 
