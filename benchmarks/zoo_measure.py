@@ -32,11 +32,10 @@ from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
 import benchmarks._vision  # noqa: F401  (before transformers)
 import discedit
-from benchmarks.zoo_networks import CLASSES, NETWORKS
+from benchmarks.zoo_networks import CLASSES, MARK, NARROWED, NEITHER, NETWORKS
 from discedit import Edit, Recipe, Scores
 from discedit._importance import KINDS
 
-MARK = "zoo: "  # in front of results, among whatever else is printed
 RATIO = 0.3
 STEP_SECONDS = 150
 EQUAL = 1e-6  # largest difference over largest logit, in float64
@@ -180,17 +179,20 @@ def equality(net: nn.Module, edit: Edit, x: Tensor) -> dict[str, Any]:
     whole, x = copy.deepcopy(net).double(), x.double()
     masked, narrowed = hidden(whole, dropped(edit.recipe))
     if narrowed:  # the library's own check takes those in, and has passed
-        return {"equal": "norm narrowed"}
+        return {"equal": NARROWED}
     with torch.no_grad():
         pruned = logits(copy.deepcopy(edit.model).double(), x)
         expected = logits(masked, x)
         changed = difference(expected, logits(whole, x))
+    if not changed:
+        return {"equal": "nothing hidden"}
     found = difference(pruned, expected)
     return {"difference": found, "equal": "yes" if found <= EQUAL else "no", "hiding changes": changed}
 
 
 def short(reason: str) -> str:
     """A reason without the names in it."""
+    reason = re.sub(r"in \d+ groups", "in groups", reason)
     reason = re.sub(r"[\w']*\w\.[\w.]+'?", "…", reason)
     return re.sub(r" and \d+ more( layers)?", "", reason)[:160]
 
@@ -283,7 +285,7 @@ def onnx(net: nn.Module, pruned: nn.Module, x: Tensor) -> dict[str, Any]:
             raise
         except Exception:
             continue
-    return {"onnx": "nor does the whole network"}
+    return {"onnx": NEITHER}
 
 
 def torch_pruning(net: nn.Module, x: Tensor) -> dict[str, Any]:
@@ -339,11 +341,13 @@ def torch_pruning(net: nn.Module, x: Tensor) -> dict[str, Any]:
     return found
 
 
-def unlearned(net: nn.Module, scores: Scores, x: Tensor, data: Any) -> None:
+def unlearned(net: nn.Module, scores: Scores, x: Tensor, data: Any) -> str:
+    """ "yes", or an error."""
     edit = discedit.unlearn(net, scores, classes=[3], data=data)
     with torch.no_grad():
         if torch.equal(logits(edit.model, x), logits(net, x)):
             raise RuntimeError("the logits are what they were")
+    return "yes"
 
 
 def warm_up() -> None:
@@ -383,12 +387,9 @@ def measure(name: str, *, with_onnx: bool) -> None:
         try:
             trains(net, x)
         except Exception:
-            return {"trains": "nor does the whole network"}
+            return {"trains": NEITHER}
         trains(edit.model, x)
         return {"trains": "yes"}
-
-    def forget(data: Any) -> None:
-        unlearned(net, scores, x, data)
 
     scores: Any = None
     if run("collect", collect) and run("score", score):
@@ -400,7 +401,7 @@ def measure(name: str, *, with_onnx: bool) -> None:
             run(f"{title}equal", lambda e=edit, t=title: {f"{t}{k}": v for k, v in equality(net, e, x).items()})
             run(f"{title}trains", lambda e=edit, t=title: {f"{t}{k}": v for k, v in training(e).items()})
         for key, data in (("unlearned", None), ("unlearned with data", loader)):
-            run(key, lambda k=key, d=data: {k: "yes"} if forget(d) is None else {})
+            run(key, lambda k=key, d=data: {k: unlearned(net, scores, x, d)})
     run("tp", lambda: torch_pruning(net, x), 90)
     if with_onnx and "edit" in kept:
         run("onnx", lambda: onnx(net, kept["edit"].model, x), 100)
