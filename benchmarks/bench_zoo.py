@@ -133,7 +133,7 @@ def summary(rows: dict[str, Row]) -> list[str]:
 def why_outside(row: Row) -> str:
     """What holds a network's share down, or up."""
     if "removed" not in row:
-        return str(row.get("prune error") or row.get("score error") or row.get("collect error") or row.get("failure"))
+        return "see below, what failed"
     if row["removed"] > BAND[1]:
         return (
             f"both sides of layers shrink, where no skip connection holds one: {row['cut on both sides']:.0f} % of the "

@@ -192,8 +192,9 @@ def equality(net: nn.Module, edit: Edit, x: Tensor) -> dict[str, Any]:
 
 def short(reason: str) -> str:
     """A reason without the names in it."""
+    reason = re.sub(r" \(torch-pruning may not follow.*", "", reason)
     reason = re.sub(r"in \d+ groups", "in groups", reason)
-    reason = re.sub(r"[\w']*\w\.[\w.]+'?", "…", reason)
+    reason = re.sub(r"'?\b[\w-]+(\.[\w-]+)+'?", "…", reason)
     return re.sub(r" and \d+ more( layers)?", "", reason)[:160]
 
 
@@ -342,7 +343,7 @@ def torch_pruning(net: nn.Module, x: Tensor) -> dict[str, Any]:
 
 
 def unlearned(net: nn.Module, scores: Scores, x: Tensor, data: Any) -> str:
-    """ "yes", or an error."""
+    """Says yes, or raises."""
     edit = discedit.unlearn(net, scores, classes=[3], data=data)
     with torch.no_grad():
         if torch.equal(logits(edit.model, x), logits(net, x)):
@@ -402,7 +403,7 @@ def measure(name: str, *, with_onnx: bool) -> None:
             run(f"{title}trains", lambda e=edit, t=title: {f"{t}{k}": v for k, v in training(e).items()})
         for key, data in (("unlearned", None), ("unlearned with data", loader)):
             run(key, lambda k=key, d=data: {k: unlearned(net, scores, x, d)})
-    run("tp", lambda: torch_pruning(net, x), 90)
+    run("tp", lambda: torch_pruning(net, x), 60)
     if with_onnx and "edit" in kept:
         run("onnx", lambda: onnx(net, kept["edit"].model, x), 100)
 
