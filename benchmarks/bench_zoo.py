@@ -117,7 +117,8 @@ def summary(rows: dict[str, Row]) -> list[str]:
         f"equal to hiding in eval mode: {holds('equal', 'yes')} (by default and with all kinds); by the library's own "
         f"check, because a norm is narrowed: {having('equal', NARROWED)} and {having('all equal', NARROWED)}",
         f"run in train mode, or the whole network does not either: {holds('trains', 'yes', NEITHER)}",
-        f"equal in ONNX: {having('onnx', 'yes')}; the whole network cannot be exported either: "
+        f"equal in ONNX: {having('onnx', 'yes')} of {sum('onnx' in row for row in rows.values())} asked; "
+        f"the whole network cannot be exported either: "
         f"{having('onnx', NEITHER)}",
         f"lose {BAND[0]} to {BAND[1]} % of their parameters by default: {len(in_band)}",
         f"with all kinds at least torch-pruning's share: {len(ahead)} of {len(rivals)} where torch-pruning's result "
