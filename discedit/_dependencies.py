@@ -37,6 +37,8 @@ _MIXING = re.compile(
     r"(Unsafe)?View|Reshape|AsStrided|(Unsafe)?Split|Unbind|Stack|Index|Select|Slice|Gather|Scatter|Take|Roll|Flip|"
     r"Sort|Topk|Repeat|Unfold|Pixel|Fft|Cum|Glu|.*Shuffle|Bmm|Mm|Addmm|Mv|Dot|Convolution|Mkldnn|Constant|Permute|Transpose|Rnn|Lstm|Gru"
 )
+_PRODUCTS = re.compile("(Addmm|Mm|Bmm|Baddbmm|Addbmm|Mv|Addmv|Linear|(Mkldnn)?Convolution|MkldnnLinear)Backward")
+_SAME = re.compile("(T|Transpose|Permute|View|UnsafeView|Reshape|ReshapeAlias|Unsqueeze|Expand|ToCopy|Clone)Backward")
 _DEPTH = 16  # how far nests of outputs are looked into
 _SIGNED = 2**64  # autograd keeps a negative axis as an unsigned number
 
@@ -334,6 +336,8 @@ class _Tracer:
         for node in everything:
             if self.odd and self._stands_in(node) in {self.names[module] for module in self.odd}:
                 self._cut(node, "the layer's output is not one tensor")
+            elif self._is_product_of_its_own(node):
+                self._cut(node, "it multiplies with a parameter, but not by a call of a layer")
             elif _is_own(node.grad_fn) and any(part for _, part in readers.get(id(node), ())):
                 self._cut(node, "it gives several tensors")
             elif node.type == OPTYPE.SPLIT:
@@ -366,6 +370,12 @@ class _Tracer:
         for node in everything:
             if node.type in (*update, OPTYPE.SPLIT):
                 node.type = OPTYPE.ELEMENTWISE  # or torch-pruning would work all of it out anew for each group
+
+    def _is_product_of_its_own(self, node: Any) -> bool:
+        """Whether it is a product with a parameter that is no part of a layer's call."""
+        if node.module in self.names or not _reads_parameter(node.grad_fn):
+            return False
+        return not isinstance(self.model.get_submodule(self._stands_in(node)), self.known)
 
     def _cut(self, node: Any, error: str) -> None:
         """Nothing is followed through the node any more; what reaches it learns why."""
@@ -418,6 +428,18 @@ def _functions(value: Any) -> list[Any]:
 def _is_own(function: Any) -> bool:
     """Whether it is a `torch.autograd.Function` in Python."""
     return isinstance(function, torch.autograd.function.BackwardCFunction)
+
+
+def _reads_parameter(function: Any) -> bool:
+    """Whether it is a product with a parameter, be it viewed or cast: torch-pruning takes it for one by channels."""
+    if function is None or not _PRODUCTS.match(function.name()):
+        return False
+    for source, _ in function.next_functions:
+        while source is not None and _SAME.match(source.name()) and len(source.next_functions) == 1:
+            source = source.next_functions[0][0]
+        if source is not None and hasattr(source, "variable") and source.variable.ndim > 1:
+            return True
+    return False
 
 
 def _known_types(graph: Any) -> tuple[type, ...]:
@@ -545,7 +567,7 @@ class _Bounded(list[Any]):
             mapped = mapping(indices)
         except Exception as error:
             raise Untraceable(self.blame(str(error))) from error
-        if any(index.idx >= self.limit for index in mapped):
+        if any(not 0 <= index.idx < self.limit for index in mapped):
             raise Untraceable(self.blame("its indices grow without end"))
         return mapped
 

@@ -28,7 +28,7 @@ def why_not_plain(layer: nn.Module) -> str:
     it is. Weights that are computed (parametrized) are taken as they are now."""
     if is_own(layer):
         return ""
-    x = _input_of(layer)
+    x = input_of(layer)
     try:
         with undisturbed(layer):
             own = {name: getattr(layer, name) for name in ("weight", "bias")}
@@ -48,7 +48,7 @@ def is_affine(norm: _BatchNorm) -> bool:
     """Whether a batch norm with running statistics is a plain affine map per channel, with no activation inside."""
     if is_own(norm):
         return True
-    x = _input_of(norm)
+    x = input_of(norm)
     state = {}
     for name, value in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
         if value.is_floating_point():
@@ -71,7 +71,7 @@ def takes_constants(norm: _BatchNorm) -> bool:
     if is_own(norm):
         return True
     assert norm.running_mean is not None
-    x = _input_of(norm)
+    x = input_of(norm)
     constants = _numbers(norm.running_mean.shape, norm.running_mean)
     try:
         with undisturbed(norm):
@@ -87,7 +87,7 @@ def gives_zero(norm: nn.Module) -> bool:
     """Whether a norm whose weights and biases are zero gives zero, whatever it reads."""
     if is_own(norm):
         return True
-    x = _input_of(norm)
+    x = input_of(norm)
     state = {name: torch.zeros_like(value) for name, value in norm.named_parameters(recurse=False)}
     state = state or {"running_mean": x.new_zeros(x.shape[1])}  # then the layer's zeros are what it reads
     try:
@@ -125,7 +125,7 @@ def _as_its_class(layer: nn.Module, weights: dict[str, Tensor | None], x: Tensor
     return base.forward(plain, x)
 
 
-def _input_of(module: nn.Module) -> Tensor:
+def input_of(module: nn.Module) -> Tensor:
     """Numbers of a kind that the module reads: maps just large enough to show how their borders are padded."""
     shape: tuple[int, ...]
     if isinstance(module, _ConvNd):

@@ -26,6 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from discedit._batches import call, device_of, map_tensors, moved, undisturbed
 from discedit._dependencies import Untraceable, shapes_of, tensors_in, traced, training_branches
+from discedit._forward import input_of, is_own
 from discedit.recipe import Operation, Recipe, architecture_of
 
 KINDS = ("filters", "neurons", "heads", "stream")
@@ -39,6 +40,7 @@ _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")  # attributes 
 _READ = ("in_channels", "in_features", "num_features", "num_channels", "input_size", "embed_dim")  # how many are read
 _TRAINED = " in train mode"  # behind the place of an output
 _ADDS = re.compile("(Add|Addcmul|Sub|Rsub|Lerp)Backward")  # operations of autograd's graph
+ROUNDING = 1000  # units in the last place of the largest number
 _FOLDED = "its channels are split or folded further on, so that none can go alone"
 
 
@@ -99,6 +101,7 @@ class Graph:
         self.members: dict[str, list[_Members]] = {}
         self.parts: dict[_Key, list[_Members]] = {}
         self.widths: dict[_Key, int] = {}
+        self.differs: dict[_Key, bool] = {}
         self.nodes: dict[_Key, set[Any]] = {}  # of torch-pruning's graph, on the way of a layer's channels
         self.inspected: dict[str, tuple[Components | None, str]] = {}
         self.footprints: dict[str, list[tuple[str, int, int]]] = {}
@@ -224,18 +227,30 @@ class Graph:
     def _failing(self, chosen: Mapping[str, Iterable[int]], problem: str) -> dict[str, str]:
         """The layers whose components cannot go, and why: by halves, since most can.
 
+        Of layers at the same place in modules of one class, all are left whole where three of them must be.
+
         Args:
             problem: with all of them together.
         """
-        layers = list(chosen)
+        layers = sorted(chosen, key=self._role)
         if len(layers) < 2:
             return dict.fromkeys(layers, problem)
-        found: dict[str, str] = {}
+        first, middle, last = layers[0], layers[len(layers) // 2], layers[-1]
+        if len(layers) > 3 and self._role(first) == self._role(last):
+            found = {layer: why for layer in (first, middle, last) if (why := self._trial({layer: chosen[layer]})[1])}
+            if len(found) == 3:
+                return dict.fromkeys(layers, found[first])
+        found = {}
         for half in (layers[: len(layers) // 2], layers[len(layers) // 2 :]):
             some = {layer: chosen[layer] for layer in half}
             if why := self._trial(some)[1]:
                 found |= self._failing(some, why)
         return found
+
+    def _role(self, layer: str) -> tuple[str, str]:
+        """The class of the module in which a layer stands, and its name there."""
+        place, _, name = layer.rpartition(".")
+        return type(self.shadow.get_submodule(place)).__name__, name
 
     def unseen(self, chosen: Mapping[str, Iterable[int]]) -> dict[str, list[str]]:
         """Modules that ran neither in eval nor in train mode and may read components: they have as many channels.
@@ -268,40 +283,53 @@ class Graph:
 
     def _group(self, key: _Key, rows: list[int]) -> list[_Members]:
         """What goes with each of these channels, as torch-pruning has it; what several reach is with the first."""
-        from torch_pruning.ops import OPTYPE
+        from torch_pruning._helpers import _HybridIndex
 
         layer, side = key
         module = self.shadow.get_submodule(layer)
         pruner = self.graph.get_pruner_of_module(module)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            group = self.graph.get_pruning_group(
-                module, pruner.prune_in_channels if side == "in" else pruner.prune_out_channels, rows
-            )
+        function = pruner.prune_in_channels if side == "in" else pruner.prune_out_channels
         found: dict[int, _Members] = {row: {} for row in rows}
-        doubtful = self.doubtful.setdefault(layer, {})
-        nodes = self.nodes.setdefault(key, set())
-        for item in group:
-            target = item.dep.target
-            nodes.add(target)
-            if (what := self.trace.doubtful.get(id(target.module))) is not None:
-                doubtful[what] = None
-            name = self.names.get(id(target.module))
-            if id(target.module) in self.trace.opaque:
-                place: _Key = (self.trace.opaque[id(target.module)], _OPAQUE)
-            elif target.type == OPTYPE.OUTPUT:
-                place = (self.trace.outputs[id(target.module)], _OUTPUT)
-            elif name is None:
+        reached: dict[tuple[Any, Any], set[int]] = {}  # node and what is done to it -> channels
+        # torch-pruning's own walk merges lists of indices node by node, which takes long for wide layers.
+        stack = [(self.graph.module2node[module], function, [_HybridIndex(idx=row, root_idx=row) for row in rows])]
+        while stack:
+            node, function, indices = stack.pop()
+            known = reached.setdefault((node, function), set())
+            new = {entry.idx: entry for entry in reversed(indices) if entry.idx not in known}
+            if not new:
                 continue
-            elif isinstance(target.module, nn.Parameter):
-                place = (name, target.pruning_dim)
-            elif width_of(target.module) is None or _is_depthwise(target.module):
-                place = (name, "through")
-            else:
-                place = (name, "out" if self.graph.is_out_channel_pruning_fn(item.dep.handler) else "in")
-            for index, root in zip(item.idxs, item.root_idxs, strict=True):
-                found[root].setdefault(place, []).append(index)
+            known.update(new)
+            if place := self._place(node, function, layer):
+                for index in sorted(new):
+                    found[new[index].root_idx].setdefault(place, []).append(index)
+            for dependency in node.dependencies:
+                if dependency.is_triggered_by(function):
+                    mapped: Any = [new[index] for index in sorted(new)]
+                    for mapping in dependency.index_mapping:
+                        mapped = mapped if mapping is None else mapping(mapped)
+                    stack.append((dependency.target, dependency.handler, mapped))
+        self.nodes.setdefault(key, set()).update(node for node, _ in reached)
         return list(found.values())
+
+    def _place(self, node: Any, function: Any, layer: str) -> _Key | None:
+        """What a node of torch-pruning's graph stands for; on the way of a layer's channels."""
+        from torch_pruning.ops import OPTYPE
+
+        if (what := self.trace.doubtful.get(id(node.module))) is not None:
+            self.doubtful.setdefault(layer, {})[what] = None
+        if id(node.module) in self.trace.opaque:
+            return self.trace.opaque[id(node.module)], _OPAQUE
+        if node.type == OPTYPE.OUTPUT:
+            return self.trace.outputs[id(node.module)], _OUTPUT
+        name = self.names.get(id(node.module))
+        if name is None:
+            return None
+        if isinstance(node.module, nn.Parameter):
+            return name, node.pruning_dim
+        if width_of(node.module) is None or _is_depthwise(node.module):
+            return name, "through"
+        return name, "out" if self.graph.is_out_channel_pruning_fn(function) else "in"
 
     def _own(self, layer: str) -> _Key:
         return layer, "through" if _is_depthwise(self.shadow.get_submodule(layer)) else "out"
@@ -312,8 +340,9 @@ class Graph:
             return self.parts[key]
         rows = range(self._size(key))
         found = self._group(key, [0])
-        if len(found[0][key]) > 1:
-            left = set(rows) - set(found[0][key])
+        if (several := found[0][key]) != [0]:
+            found = self._alike(key, several) or found
+            left = set(rows).difference(*(part[key] for part in found))
             while left:
                 found += self._group(key, [min(left)])
                 left -= {min(left), *found[-1][key]}
@@ -325,6 +354,27 @@ class Graph:
                     self.parts[other], self.nodes[other] = found, self.nodes[key]
         self.parts[key] = found
         return found
+
+    def _alike(self, key: _Key, first: list[int]) -> list[_Members]:
+        """All components at once, if they lie as far apart as the first one's channels (gates and values of one layer);
+        empty if they do not."""
+        left = dict.fromkeys(range(self._size(key)))
+        roots = []
+        while left:
+            root = next(iter(left))
+            if any(root + index not in left for index in first):
+                return []
+            for index in first:
+                del left[root + index]
+            roots.append(root)
+        found = self._group(key, roots)
+        sizes = {place: len(gone) for place, gone in found[0].items()}
+        alike = all(
+            part[key] == [root + index for index in first]
+            and {place: len(gone) for place, gone in part.items()} == sizes
+            for root, part in zip(roots, found, strict=True)
+        )
+        return found if alike else []
 
     def _members_of(self, layer: str) -> list[_Members]:
         """For each component of a layer what goes with it; a component is the rows that can only go together.
@@ -616,12 +666,25 @@ class Graph:
             return "a norm follows it whose weight is computed or shared" if computed or name in self.shared else ""
         odd = isinstance(module, _ConvNd) and (module.transposed or module.groups == module.out_channels)
         # torch-pruning takes a convolution that has as many groups as outputs for a depthwise one.
+        if self._differs_alone(key):
+            feeds = f"feeds {name}," if role == "in" else "is"
+            return f"it {feeds} a {type(module).__name__} that works otherwise without some of its channels"
         if isinstance(module, _ConvNd) and odd and _groups_of(module):
             return f"{'it is' if role == 'out' else 'it feeds'} a {_described(module)}, which cannot be cut"
         if computed or name in self.shared:
             what = "weight is computed" if computed else "parameters are shared"
             return f"its {what}" if role == "out" else f"it feeds {name}, whose {what}"
         return ""
+
+    def _differs_alone(self, key: _Key) -> bool:
+        """Whether a layer with a forward of its own gives something else without a channel than with it hidden: weights
+        that are standardised over their inputs do."""
+        if key not in self.differs:
+            module, side = self.shadow.get_submodule(key[0]), key[1]
+            self.differs[key] = not (is_own(module) or _groups_of(module) or self._size(key) < 2) and _differs(
+                module, side == "in", self.graph.get_pruner_of_module(module)
+            )
+        return self.differs[key]
 
     def _why_not_alone(self, components: Components) -> str:
         """Why components of a kind that was not asked for are left."""
@@ -948,6 +1011,26 @@ def _cut_further(module: nn.Module, role: str, gone: list[int]) -> None:
         axis = int(role == "in")
         if name not in ("weight", "bias") and tensor.ndim > axis and tensor.shape[axis] == size:
             tensor.data = tensor.data.index_select(axis, torch.tensor(left, device=tensor.device))
+
+
+def _differs(module: nn.Module, reads: bool, pruner: Any) -> bool:
+    """Whether a layer without its first channel gives something else than with it hidden, on numbers drawn for it."""
+    smaller = copy.deepcopy(module)
+    axis = _channel_axis(module)
+    try:
+        _cut_further(smaller, "in" if reads else "out", [0])
+        (pruner.prune_in_channels if reads else pruner.prune_out_channels)(smaller, [0])
+        x = input_of(module)
+        with undisturbed(module), undisturbed(smaller):
+            if reads:
+                without = smaller(x.narrow(axis, 1, x.shape[axis] - 1))
+                hidden = module(x.index_fill(axis, torch.tensor([0], device=x.device), 0))
+            else:
+                without, hidden = smaller(x), module(x)
+                hidden = hidden.narrow(axis, 1, hidden.shape[axis] - 1)
+    except Exception:  # whatever a forward of somebody's own may need: the removal as a whole will show
+        return False
+    return not _is_close(without, hidden, ROUNDING * torch.finfo(x.dtype).eps)
 
 
 def _channel_axis(module: nn.Module) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,9 +24,23 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """Multiply-accumulates of one forward pass: half of what torch's own counter gives for matrix work."""
     from torch.utils.flop_counter import FlopCounterMode  # a third of a second to import: only who counts pays
 
-    with undisturbed(model), FlopCounterMode(display=False) as counter:
+    with undisturbed(model), _constant(model), FlopCounterMode(display=False) as counter:
         call(model, moved(example_inputs, device_of(model)))
     return int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def _constant(model: nn.Module) -> Iterator[None]:
+    """Parameters that want no gradients: the counter would set hooks on those that are handed to modules, which fails
+    where no gradients are computed."""
+    wanted = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 def macs_of_weights(model: nn.Module, example_inputs: Any) -> tuple[dict[str, float], float]:
@@ -33,7 +48,7 @@ def macs_of_weights(model: nn.Module, example_inputs: Any) -> tuple[dict[str, fl
     from torch.utils.flop_counter import FlopCounterMode
 
     found: dict[str, float] = {}
-    with undisturbed(model), FlopCounterMode(display=False) as counter:
+    with undisturbed(model), _constant(model), FlopCounterMode(display=False) as counter:
         handles = []
         for name, module in model.named_modules():
             if isinstance(module, (_ConvNd, nn.Linear)) and "weight" in module._parameters:

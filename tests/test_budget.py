@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from discedit._budget import Choice, Cost, Limits, choose, normalised
+from discedit._measure import count_macs
 
 INF = math.inf
 
@@ -494,3 +495,21 @@ def test_bad_costs():
             Cost({}, shapes, {"w": value}, 0)
         with pytest.raises(ValueError, match=f"fixed_macs must be a finite number of at least 0, got {value}"):
             Cost({}, shapes, {}, value)
+
+
+def test_macs_of_modules_that_are_handed_parameters():
+    class Shift(nn.Module):
+        def forward(self, x, shift):
+            return x + shift
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.shift, self.by = nn.Linear(4, 3), Shift(), nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return self.shift(self.first(x), self.by)
+
+    model = Shifted()
+    assert count_macs(model, torch.ones(2, 4)) == 24
+    assert all(parameter.requires_grad for parameter in model.parameters())
