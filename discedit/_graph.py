@@ -715,12 +715,11 @@ class Graph:
             if isinstance(role, int):
                 index = sorted(set(range(self._size((name, role)))) - set(gone))
                 keeps.append(Operation("keep", name, dim=role, index=tuple(index)))
-                owner = name.rpartition(".")[0]
-                shape = getattr(self.model.get_submodule(owner), "normalized_shape", None)
-                if shape is not None and tuple(shape) == (
-                    self._size((name, role)),
-                ):  # a norm that torch-pruning does not know
-                    changes[owner, "normalized_shape"] = (list(shape), [len(index)])
+                owner, size = name.rpartition(".")[0], self._size((name, role))
+                for attribute, value in _sizes(self.model.get_submodule(owner)).items():
+                    if isinstance(value, list) and value.count(size) == 1:  # the shape of a norm, or of a view
+                        after = [len(index) if entry == size else entry for entry in value]
+                        changes[owner, attribute] = (value, after)
                 continue
             if name not in copies:
                 copies[name] = _tagged(self.model.get_submodule(name))
@@ -1163,20 +1162,25 @@ def _run_narrow(module: nn.Module, smaller: nn.Module, gone: list[int]) -> None:
     """Has a module of fewer channels work in a module's place, on the channels that are left; the others are zero."""
     whole = module.forward
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        axis = _axis_of_channels(module, whole, x)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        axis = _axis_of_channels(module, whole, args, kwargs)
         if axis is None:
-            result: Tensor = whole(x, *args, **kwargs)
-            return result
+            return whole(*args, **kwargs)
+        x, *rest = args
         left = torch.tensor(sorted(set(range(x.shape[axis])) - set(gone)), device=x.device)
-        given: Tensor = smaller(x.index_select(axis, left), *args, **kwargs)
+        given: Tensor = smaller(x.index_select(axis, left), *rest, **kwargs)
         return given.new_zeros(x.shape).index_copy(axis, left, given)
 
     module.forward = forward
 
 
-def _axis_of_channels(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> int | None:
+def _axis_of_channels(
+    module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> int | None:
     """Along which a module's first parameter lies in what it gives: a NaN in it shows where; None if nowhere."""
+    if not args or not isinstance(args[0], Tensor):
+        return None
+    x, *rest = args
     parameter = next((p for p in module.parameters() if p.ndim), None)
     if parameter is None:
         return 1 if isinstance(module, nn.GroupNorm) else x.ndim - 1
@@ -1184,14 +1188,12 @@ def _axis_of_channels(module: nn.Module, forward: Callable[[Tensor], Tensor], x:
     before = parameter.data[first].clone()
     parameter.data[first] = math.nan
     try:
-        nan = forward(torch.ones_like(x)).isnan()
+        nan = forward(torch.ones_like(x), *rest, **kwargs).isnan()
     finally:
         parameter.data[first] = before
     if nan.shape != x.shape:
         return None
-    axes = [
-        axis
-        for axis in range(1, x.ndim)
-        if nan.select(axis, 0).all() and not nan.narrow(axis, 1, nan.shape[axis] - 1).any()
-    ]
-    return axes[0] if axes else None
+    for axis in range(1, x.ndim):
+        if nan.select(axis, 0).all() and not nan.narrow(axis, 1, nan.shape[axis] - 1).any():
+            return axis
+    return None
