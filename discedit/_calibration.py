@@ -16,6 +16,7 @@ from discedit._batches import call, device_of, first_tensor, map_tensors, split,
 from discedit._forward import takes_constants, why_not_plain
 
 SAMPLES = 1024  # at most this many are looked at
+HELD_OUT = 8  # of so many samples one is kept back, for a check of what was made of the others
 PARTS = 8  # in which they run, at most: each has threads of its own, and changing over takes time
 MAP = 3 * 2**23  # bytes of the largest map of a part: of more, the memory would be given back and asked for each time
 MEMORY = 4 * 2**30  # bytes that the feature maps of all samples may take at once
@@ -36,8 +37,19 @@ def calibration(op: str, model: nn.Module, data: Iterable[Any]) -> list[Any]:
     Raises:
         ValueError: no sample, or inputs without a sample axis.
     """
+    return _read(op, model, data, further=False)[0]
+
+
+def calibration_and_further(op: str, model: nn.Module, data: Iterable[Any]) -> tuple[list[Any], Any]:
+    """What `calibration` gives, and a batch of the samples behind those; None where there are none."""
+    return _read(op, model, data, further=True)
+
+
+def _read(op: str, model: nn.Module, data: Iterable[Any], *, further: bool) -> tuple[list[Any], Any]:
+    """In one pass over `data`, which may be shuffled anew in each."""
     batches: list[tuple[Any, int]] = []
-    samples, limit, largest = 0, SAMPLES, 1
+    behind: list[tuple[Any, int]] = []
+    samples, limit, largest, more, most = 0, SAMPLES, 1, 0, 0
     device = device_of(model)
     for index, batch in enumerate(data):
         inputs, _ = split(op, batch, index, device, labels_needed=False)
@@ -45,21 +57,57 @@ def calibration(op: str, model: nn.Module, data: Iterable[Any]) -> list[Any]:
         if size and not batches:
             largest = _largest_map(model, inputs)
             limit = max(1, min(SAMPLES, MEMORY // (MAPS * largest)))
+            most = held_out_of(limit) if further else 0
         if not size:
             continue
         if batches and not fits(batches[0][0], inputs):
             break
         few = min(size, limit - samples)
-        batches.append((_narrowed(inputs, size, few), few))
-        samples += few
-        if samples >= limit:
+        if few:
+            batches.append((_narrowed(inputs, size, few), few))
+            samples += few
+        rest = min(size - few, most - more)
+        if rest:
+            behind.append((_narrowed(inputs, size, rest, few), rest))
+            more += rest
+        if samples + more >= limit + most:
             break
     if not samples:
         raise ValueError(f"{op}: data must give at least one sample, it gave none.")
     parts = 1 if device.type != "cpu" else min(PARTS, samples, -(-samples * largest // MAP))
     each = -(-samples // parts)
     together = joined([inputs for inputs, _ in batches], batches[0][1])
-    return [_narrowed(together, samples, min(each, samples - i), i) for i in range(0, samples, each)]
+    found = [_narrowed(together, samples, min(each, samples - i), i) for i in range(0, samples, each)]
+    return found, joined([inputs for inputs, _ in behind], behind[0][1]) if behind else None
+
+
+def held_out_of(samples: int) -> int:
+    """How many of so many samples a check takes."""
+    return max(1, samples // HELD_OUT)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A batch of samples for a check of what was made of others."""
+
+    inputs: Any
+    samples: int
+    apart: bool = True  # whether it was indeed made of others: of a single sample there are none
+
+
+def kept_back(op: str, inputs: Sequence[Any], further: Any) -> tuple[list[Any], HeldOut]:
+    """Parts to make something of, and samples to check it on: further ones, or else the last of those in the parts."""
+    if further is not None:
+        return list(inputs), HeldOut(further, samples_of(op, further))
+    sizes = [samples_of(op, part) for part in inputs]
+    number, samples = held_out_of(sum(sizes)), sum(sizes)
+    if samples == 1:
+        return list(inputs), HeldOut(inputs[0], 1, apart=False)
+    whole = joined(inputs, sizes[0])
+    left = samples - number
+    each = -(-left // len(sizes))
+    parts = [_narrowed(whole, samples, min(each, left - i), i) for i in range(0, left, each)]
+    return parts, HeldOut(_narrowed(whole, samples, number, left), number)
 
 
 def samples_of(op: str, inputs: Any) -> int:

@@ -57,15 +57,15 @@ def compensated(
         weight = (whole[:, kept] * factors[:, :, None])[rows]
         missing = (whole[rows] * mean).sum((1, 2)) - (weight * mean[kept]).sum((1, 2))
         layer: Any = edited.get_submodule(name)
-        _set(result, f"{name}.weight", layer.weight, weight.view(layer.weight.shape))
+        result.set(name, f"{name}.weight", layer.weight, weight.view(layer.weight.shape))
         norm = norm_behind(edited, name, norms)
         if layer.bias is not None:
-            _set(result, f"{name}.bias", layer.bias, layer.bias.detach().double().cpu() + missing)
+            result.set(name, f"{name}.bias", layer.bias, layer.bias.detach().double().cpu() + missing)
         else:
             assert norm is not None
             assert norm.running_mean is not None
             place = f"{norms[name]}.running_mean"
-            _set(result, place, norm.running_mean, norm.running_mean.double().cpu() - missing)
+            result.set(name, place, norm.running_mean, norm.running_mean.double().cpu() - missing)
     return result
 
 
@@ -73,10 +73,3 @@ def _others(number: int, gone: list[int]) -> Tensor:
     left = torch.ones(number, dtype=torch.bool)
     left[gone] = False
     return left.nonzero().flatten()
-
-
-def _set(result: Repairs, name: str, tensor: Tensor, value: Tensor) -> None:
-    result.before[name] = tensor.detach().clone()
-    with torch.no_grad():
-        tensor.copy_(value)
-    result.values[name] = tensor.detach().clone()

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from discedit._batches import Quota, call, checked_labels, chosen, device_of, split, undisturbed
-from discedit._calibration import SAMPLES, calibration, fits, head_of, joined, samples_of
+from discedit._calibration import (
+    SAMPLES,
+    HeldOut,
+    calibration,
+    fits,
+    head_of,
+    held_out_of,
+    joined,
+    kept_back,
+    samples_of,
+)
 from discedit._measure import accuracy_per_class
 
 MEANS = 256  # samples that means are taken over
@@ -37,6 +47,7 @@ class Classified:
         quota = Quota({cls: share["forget" if cls in forget else "retain"] for cls in range(num_classes)})
         self._labelled: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
         self._few: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
+        self._apart: dict[str, tuple[list[Any], HeldOut]] = {}
         self._means: dict[tuple[tuple[str, str], ...], dict[str, Tensor]] = {}
         found: dict[str, list[tuple[Any, Tensor]]] = {"forget": [], "retain": []}
         device = device_of(model)
@@ -71,6 +82,34 @@ class Classified:
     def parts(self, kind: str) -> list[Any]:
         """Samples of a kind, as many of each class, in parts, as a repair takes them."""
         return [inputs for inputs, _ in self.labelled(kind, SAMPLES)]
+
+    def kept_back(self, kind: str) -> tuple[list[Any], HeldOut]:
+        """Samples of a kind as a repair takes them, and others to check it on."""
+        if kind not in self._apart:
+            parts = self.parts(kind)
+            number = held_out_of(sum(samples_of(self.op, part) for part in parts))
+            self._apart[kind] = kept_back(self.op, parts, self._behind(kind, number))
+        return self._apart[kind]
+
+    def _behind(self, kind: str, number: int) -> Any:
+        """So many samples, or fewer, as many of each class, behind those that `parts` takes; None where there are none.
+
+        Of batches that cannot be joined, the first.
+        """
+        classes = {label for _, labels in self.batches[kind] for label in labels.tolist()}
+        before, quota = (Quota(dict.fromkeys(classes, -(-most // len(classes)))) for most in (SAMPLES, number))
+        few = []
+        for inputs, labels in self.batches[kind]:
+            left = torch.ones(len(labels), dtype=torch.bool)
+            left[before.take(labels)] = False
+            places = left.nonzero()[:, 0]
+            places = places[quota.take(labels[places])]
+            if len(places):
+                few.append((chosen(inputs, places, len(labels)), labels[places]))
+        if not few:
+            return None
+        inputs, labels = _in_turn(few)[0]
+        return chosen(inputs, torch.arange(min(number, len(labels))), len(labels))
 
     def labelled(self, kind: str, most: int) -> list[tuple[Any, Tensor]]:
         """So many samples of a kind, as many of each class, with their labels, in parts."""

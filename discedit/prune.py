@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from discedit import _checks
 from discedit._batches import call, device_of, outside_modes, split, undisturbed
 from discedit._budget import BUDGETS, NORMALISATIONS, ROUNDING, Choice, Cost, Limits, choose, normalised
-from discedit._calibration import batch_norms, calibration, norms_behind, samples_of
+from discedit._calibration import batch_norms, calibration_and_further, kept_back, norms_behind, samples_of
 from discedit._compensation import compensated
 from discedit._graph import Graph, unseen_message, width_of
 from discedit._importance import CRITERIA, GIVEN, OF_READERS, Unscored, kinds_of, of_components
 from discedit._measure import count_macs, count_parameters, macs_of_weights
-from discedit._repair import repaired
+from discedit._repair import Outputs, repaired, take_back
 from discedit._sharded import unwrapped
 from discedit.recipe import Edit, Operation, Recipe, architecture_of, joined
 from discedit.scores import REDUCTIONS, Scores
@@ -287,10 +287,11 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         skipped |= (uncut := graph.uncuttable(found))
         found = {layer: parts for layer, parts in found.items() if layer not in uncut}
     inputs: Any = None
+    further: Any = None
     norms: dict[str, str] = {}
     in_order, compensates = options.repair in IN_ORDER, options.repair == "compensation"
     if options.data is not None and (in_order or compensates or options.criterion in OF_READERS):
-        inputs = calibration(op, model, options.data)
+        inputs, further = calibration_and_further(op, model, options.data)
         norms = norms_behind(model, inputs[0])
     values, instead = of_components(model, scores, options.criterion, graph, found, inputs, norms, options.seed)
     if options.across == "auto":
@@ -321,13 +322,18 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         architecture=architecture_of(model),
         operations=operations,
     ).apply(model)
+    outputs: Outputs | None = None
     if (in_order or compensates) and any(choice.removed.values()):
         readers, producers = dict(graph.consumers(choice.removed)), graph.producers(choice.removed)
+        parts, held_out = kept_back(op, inputs, further)
+        outputs = Outputs(model, held_out)
+        unrepaired = outputs.error(edit.model)
         if compensates:
-            result = compensated(model, edit.model, readers, producers, norms, inputs)
+            result = compensated(model, edit.model, readers, producers, norms, parts)
         else:
             weights = options.repair == "least_squares"
-            result = repaired(op, model, edit.model, readers, producers, norms, inputs, weights=weights)
+            result = repaired(op, model, edit.model, readers, producers, norms, parts, weights=weights)
+        take_back(op, model, edit.model, result, producers, norms, held_out, sums=not compensates)
         if result.skipped:
             edit.recipe.settings["unrepaired"] = result.skipped
         record(edit, result.before, result.values)
@@ -335,6 +341,8 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         _reestimate_batch_norms(edit, options.data)
     elif compensates and options.data is not None and batch_norms(edit.model):
         _adapt_batch_norms(edit, model, options.data)
+    if outputs is not None:
+        outputs.warn_if_worse(op, unrepaired, outputs.error(edit.model), stacklevel=5)
     edit.skipped = {layer: skipped[layer] for layer in chosen if layer in skipped}
     edit.widths = {layer: len(scores[layer]) for layer in rows}
     return _Step(

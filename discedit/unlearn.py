@@ -19,7 +19,7 @@ from discedit._calibration import SAMPLES, norms_behind, runs_in_order, why_not_
 from discedit._erase import erased, why_not_erased
 from discedit._graph import Graph, unseen_message
 from discedit._relevance import rank_by_fidelity
-from discedit._repair import repaired
+from discedit._repair import Outputs, repaired, take_back
 from discedit._retain import Classified
 from discedit._sharded import unwrapped
 from discedit._silence import AROUND, bias_of, silenced, why_not_silenced
@@ -504,7 +504,8 @@ class _Plan:
 
     def _repair(self, edit: Edit, rows: Mapping[str, list[int]]) -> None:
         assert self.data is not None
-        retain, forget = (self.data.parts(kind) for kind in ("retain", "forget"))
+        retain, held_out = self.data.kept_back("retain")
+        forget = self.data.parts("forget")
         norms = norms_behind(self.model, retain[0])
         known = [name for name, part in edit.model.named_modules() if hasattr(part, "weight")]
         order = list(runs_in_order(edit.model, known, retain[0]))
@@ -521,6 +522,8 @@ class _Plan:
                 stacklevel=5,
             )
             return
+        outputs = Outputs(self.model, held_out)
+        unrepaired = outputs.error(edit.model)
         result = repaired(
             "unlearn",
             self.model,
@@ -535,9 +538,11 @@ class _Plan:
             protection=self.protection,
             ignore=() if head is None else (head,),
         )
+        take_back("unlearn", self.model, edit.model, result, {}, norms, held_out, silenced=rows)
         if result.skipped:
             edit.recipe.settings["unrepaired"] = result.skipped
         record(edit, result.before, result.values)
+        outputs.warn_if_worse("unlearn", unrepaired, outputs.error(edit.model), stacklevel=5)
 
 
 def _limit(*values: Any) -> tuple[str, float]:
