@@ -40,7 +40,9 @@ from discedit._forward import is_affine
 from discedit._lockstep import Pause, in_lockstep
 
 RIDGE = 1e-3
-ROUNDING = 4  # units in the last place of what a layer gives, in the mean, that an error may grow by
+# Units in the last place of what a layer gives, in the mean, that an error may grow by: sums of products in float32 are
+# not exact, and weights of 16 bits are rounded.
+ROUNDING, ROUNDING_OF_HALVES = 100, 4
 MORE, CHANCE = 1.25, 2.0  # times the squared error without a repair, and standard errors above it, that are too much
 WORSE = 1.05  # times the error of the whole network without repair, from which there is a warning
 LEAST_SCALE = 1e-3  # of a batch norm's largest: a channel that is multiplied by less cannot make up for anything
@@ -574,7 +576,8 @@ class _Check(_Watch):
             plain = plain if behind is None else behind(plain)
         none = squares_of(error(plain))
         self.judged.add(name)
-        rounding = ROUNDING * torch.finfo(output.dtype).eps * float(squares_of(expected).sum().sqrt())
+        units = ROUNDING if output.element_size() >= 4 else ROUNDING_OF_HALVES
+        rounding = units * torch.finfo(output.dtype).eps * float(squares_of(expected).sum().sqrt())
         if not _more(repaired, none, rounding):
             self.put(name, self.repairs.values)
             return False
