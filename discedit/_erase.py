@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from discedit import _checks
 from discedit._batches import call, first_tensor, undisturbed
 from discedit._calibration import norm_behind, run_hooked
+from discedit._forward import as_its_class, input_of
 from discedit._lockstep import Pause, in_lockstep
 from discedit.ops import fisher_bound
 from discedit.recipe import Operation
 
 RIDGE = 1e-2  # of the mean variance: a few hundred samples know little of the directions that hardly vary
 LEAST_DIFFERENCE = 1e-6
+MISSED = 0.1  # of what an erasure is to change, where the rounding of the weights may leave so much
 ROWS_PER_CHANNEL = 64
 LEAST_ROWS = 2**14
 OTHERS = -1  # the group of all samples that stay
@@ -39,12 +41,14 @@ class Erased:
         operations, tensors: for a recipe, with its "set.I".
         bounds: layer -> Fisher bound on the total variation distance between each class and the others, along the
             direction that is erased from what the layer reads, before it is.
+        skipped: layer -> why its weights, as their type holds them, would not do what was asked; it is as it was.
         forgotten: share of the samples to forget that are still named rightly, a mean over classes.
     """
 
     operations: list[Operation] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     bounds: dict[str, list[float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     forgotten: float = 1.0
 
 
@@ -193,7 +197,6 @@ def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, fa
     variance = float(within.diagonal().mean())
     eye = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
     directions = torch.linalg.solve(within + (RIDGE * variance if variance > 0 else 1.0) * eye, differences)
-    result.bounds[name] = _bounds(directions.T, forget, (mean, covariance))
     between = differences.T @ directions
     # In squares of standard deviations. A difference that is rounding, as behind what was just erased, is none.
     least = {"atol": LEAST_DIFFERENCE, "rtol": 1e-10, "hermitian": True}
@@ -204,6 +207,11 @@ def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, fa
     change = -torch.einsum("oc...,ci->oi...", moved, projected)
     lost = torch.einsum("oc...,c->o...", moved, projected @ mean)
     bias = lost.flatten(1).sum(1) if lost.ndim > 1 else lost  # padding counts as what else is read
+    new = (weight + change).to(layer.weight.dtype).double()
+    if why := _why_not_erased(layer, weight, new, differences @ (projected @ differences), factor):
+        result.skipped[name] = why
+        return
+    result.bounds[name] = _bounds(directions.T, forget, (mean, covariance))
     _add(result, f"{name}.weight", layer.weight, change)
     if layer.bias is not None:
         _add(result, f"{name}.bias", layer.bias, bias)
@@ -213,6 +221,28 @@ def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, fa
     assert norm.running_mean is not None
     # Not the norm's bias: so the means are, but for padding, those that it would find on the classes that stay.
     _add(result, f"{norms[name]}.running_mean", norm.running_mean, -bias)
+
+
+def _why_not_erased(layer: nn.Module, old: Tensor, new: Tensor, differences: Tensor, factor: float) -> str:
+    """Why a layer with new weights does not give factor times as much for differences (channels, classes) of what it
+    reads, in any mixture at any place; empty where it does."""
+    x = input_of(layer).double()
+    if isinstance(layer, nn.Conv2d):
+        x = torch.einsum("skhw,ck->schw", x[:, :1].expand(-1, differences.shape[1], -1, -1), differences)
+    else:
+        x = x[:, :1] * differences.sum(1)
+    spread = {"weight": old.abs(), "bias": None}, x.abs()
+    before, after = (as_its_class(layer, {"weight": weight, "bias": None}, x) for weight in (old, new))
+    missed, due = float((after - factor * before).norm()), float((1 - factor) * before.norm())
+    rounding = torch.finfo(torch.float32).eps * float(as_its_class(layer, *spread).norm())
+    if missed <= max(MISSED * abs(due), 4 * rounding):
+        return ""
+    kind = str(layer.weight.dtype).removeprefix("torch.")
+    share = f"{100 * missed / abs(due):.0f} %" if due else "all"
+    return (
+        f"its weights, in {kind}, miss what erasing is to change by {share}; make it in a type of more digits "
+        "(model.float()), or leave the layer out"
+    )
 
 
 def _bounds(directions: Tensor, forget: list[tuple[Tensor, Tensor]], others: tuple[Tensor, Tensor]) -> list[float]:

@@ -7,7 +7,7 @@ is given. Closed forms write weights, and hold only where the weights are what t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,14 +28,14 @@ def why_not_plain(layer: nn.Module) -> str:
     it is. Weights that are computed (parametrized) are taken as they are now."""
     if is_own(layer):
         return ""
-    x = _input_of(layer)
+    x = input_of(layer)
     try:
         with undisturbed(layer):
             own = {name: getattr(layer, name) for name in ("weight", "bias")}
             names = [name for name in own if isinstance(layer._parameters.get(name), Tensor)]
             drawn = {name: _numbers(own[name].shape, own[name]) for name in names}
             ours = functional_call(layer, drawn, (x,))
-            theirs = _as_its_class(layer, own | drawn, x)
+            theirs = as_its_class(layer, own | drawn, x)
     except Exception as error:  # whatever a forward of somebody's own may need
         return f"it is a {_name_of(layer)} that cannot be run by itself ({type(error).__name__}: {error})"
     if _equal(ours, theirs):
@@ -48,7 +48,7 @@ def is_affine(norm: _BatchNorm) -> bool:
     """Whether a batch norm with running statistics is a plain affine map per channel, with no activation inside."""
     if is_own(norm):
         return True
-    x = _input_of(norm)
+    x = input_of(norm)
     state = {}
     for name, value in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
         if value.is_floating_point():
@@ -71,7 +71,7 @@ def takes_constants(norm: _BatchNorm) -> bool:
     if is_own(norm):
         return True
     assert norm.running_mean is not None
-    x = _input_of(norm)
+    x = input_of(norm)
     constants = _numbers(norm.running_mean.shape, norm.running_mean)
     try:
         with undisturbed(norm):
@@ -87,7 +87,7 @@ def gives_zero(norm: nn.Module) -> bool:
     """Whether a norm whose weights and biases are zero gives zero, whatever it reads."""
     if is_own(norm):
         return True
-    x = _input_of(norm)
+    x = input_of(norm)
     state = {name: torch.zeros_like(value) for name, value in norm.named_parameters(recurse=False)}
     state = state or {"running_mean": x.new_zeros(x.shape[1])}  # then the layer's zeros are what it reads
     try:
@@ -115,17 +115,17 @@ def _name_of(module: nn.Module) -> str:
     return name if name != _base_of(module).__name__ else f"{name} with a forward or hooks of its own"
 
 
-def _as_its_class(layer: nn.Module, weights: dict[str, Tensor | None], x: Tensor) -> Any:
+def as_its_class(layer: nn.Module, weights: Mapping[str, Tensor | None], x: Tensor) -> Any:
     """What the class of torch gives, without what was added to this instance."""
     base = _base_of(layer)
     plain = base.__new__(base)
     plain.__dict__.update({name: value for name, value in layer.__dict__.items() if name not in METHODS})
-    plain.__dict__["_parameters"] = weights
+    plain.__dict__["_parameters"] = dict(weights)
     plain.__dict__ |= {name: OrderedDict() for name in HOOKS}
     return base.forward(plain, x)
 
 
-def _input_of(module: nn.Module) -> Tensor:
+def input_of(module: nn.Module) -> Tensor:
     """Numbers of a kind that the module reads: maps just large enough to show how their borders are padded."""
     shape: tuple[int, ...]
     if isinstance(module, _ConvNd):

@@ -111,6 +111,14 @@ class Classified:
         inputs, labels = _in_turn(few)[0]
         return chosen(inputs, torch.arange(min(number, len(labels))), len(labels))
 
+    def last(self, number: int) -> list[Any]:
+        """So many samples of each kind, the last ones, which little else looks at."""
+        found = []
+        for batches in self.batches.values():
+            inputs, labels = batches[-1]
+            found.append(chosen(inputs, torch.arange(max(0, len(labels) - number), len(labels)), len(labels)))
+        return found
+
     def labelled(self, kind: str, most: int) -> list[tuple[Any, Tensor]]:
         """So many samples of a kind, as many of each class, with their labels, in parts."""
         key = (kind, most)

@@ -22,7 +22,7 @@ from discedit._relevance import rank_by_fidelity
 from discedit._repair import Outputs, repaired, take_back
 from discedit._retain import Classified
 from discedit._sharded import unwrapped
-from discedit._silence import AROUND, bias_of, silenced, why_not_silenced
+from discedit._silence import AROUND, bias_of, silenced, unsilenced, why_not_silenced
 from discedit.prune import check_layers, record, why_not_editable
 from discedit.recipe import Edit, Recipe, architecture_of, copied, joined
 from discedit.scores import Scores
@@ -41,6 +41,7 @@ LEAST_READERS = 2
 EACH, REST, PER_FEATURE = 128, 256, 2
 LOOKED = 128  # samples to forget that every step of a search is judged by
 PROTECTION = 1.0
+CHECKED = 8  # samples of each kind on which what is silenced is looked at
 FIRST, MOST, PRECISION = 0.02, 0.5, 0.04  # of a search: where it begins, and shares at which it ends
 
 
@@ -217,7 +218,10 @@ def unlearn(
             edit, missed = erasure.whole()
         if missed:
             warnings.warn(missed, stacklevel=3)
-        return edit.recipe.apply(model, inplace=True) if inplace else edit
+        if inplace:
+            made, edit = edit, edit.recipe.apply(model, inplace=True)
+            edit.skipped = made.skipped
+        return edit
     components = "heads" if components == "heads" else "rows"
     if limit[0] == "default":
         limit = ("forget_accuracy", FORGET) if data is not None and repair == "none" else ("fraction", FRACTION[repair])
@@ -259,6 +263,7 @@ def unlearn(
         protection=float(protection),
         data=samples,
         settings={"method": method, "by": by, "sign": sign, "components": components},
+        example_inputs=example_inputs,
     )
     if targets:
         edit, missed = _searched(plan, targets)
@@ -276,9 +281,10 @@ def unlearn(
         _report_nothing(forget, chosen, name, value)
         edit = plan.edited(chosen)
         edit.recipe.settings = {name: int(value) if name == "top" else float(value), **edit.recipe.settings}
-    skipped: dict[str, str] = {}
+    skipped = edit.skipped
     if remove:
-        edit, skipped = _without(model, edit, example_inputs)
+        edit, kept = _without(model, edit, example_inputs)
+        skipped = skipped | kept
     if inplace:
         made, edit = edit, edit.recipe.apply(model, inplace=True)
         edit.widths = made.widths
@@ -420,12 +426,15 @@ class _Erasure:
         number = {"retain": max(REST, PER_FEATURE * widest), "forget": EACH * len(self.forget)}
         parts = [part for kind, most in number.items() for part in self.data.labelled(kind, min(most, SAMPLES))]
         made = erased(trial, layers, self.norms, parts, self.forget, self.factor)
+        if not made.operations:
+            layer, why = next(iter(made.skipped.items()))
+            raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
         recipe = Recipe(
             edit="unlearn",
             settings={
                 "classes": self.forget,
                 "components": "directions",
-                "layers": layers,
+                "layers": [layer for layer in layers if layer not in made.skipped],
                 "factor": self.factor,
                 "around": "mean",
                 "directions": made.bounds,
@@ -435,7 +444,9 @@ class _Erasure:
             operations=made.operations,
             tensors=made.tensors,
         )
-        return recipe.apply(self.model), made.forgotten
+        edit = recipe.apply(self.model)
+        edit.skipped = made.skipped
+        return edit, made.forgotten
 
 
 @dataclass(frozen=True)
@@ -453,6 +464,7 @@ class _Plan:
     protection: float
     data: Classified | None
     settings: dict[str, Any]
+    example_inputs: Any
 
     what = "components per class"
 
@@ -475,10 +487,35 @@ class _Plan:
             for layer, part in places:
                 picked[layer].update(self.units[layer][part])
         rows = {layer: sorted(found) for layer, found in picked.items() if found}
-        means = None
-        if self.around == "mean":
-            assert self.data is not None
-            means = self.data.means({layer: self.scores.norms.get(layer, layer) for layer in self.units})
+        skipped: dict[str, str] = {}
+        while True:
+            edit = self._made(rows)
+            wrong = self._unsilenced(edit.model, rows)
+            if not wrong:
+                edit.skipped = skipped
+                return edit
+            skipped |= wrong
+            rows = {layer: found for layer, found in rows.items() if layer not in wrong}
+            if not rows:
+                layer, why = next(iter(skipped.items()))
+                raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
+
+    def _means(self) -> Mapping[str, Tensor] | None:
+        if self.around != "mean":
+            return None
+        assert self.data is not None
+        return self.data.means({layer: self.scores.norms.get(layer, layer) for layer in self.units})
+
+    def _unsilenced(self, edited: nn.Module, rows: Mapping[str, list[int]]) -> dict[str, str]:
+        """Layers of the edited model that do not give what the recipe says, with reasons."""
+        batches = [] if self.example_inputs is None else [moved(self.example_inputs, device_of(edited))]
+        if self.data is not None:
+            batches = self.data.last(CHECKED)
+        norms = {layer: norm for layer, norm in self.scores.norms.items() if layer in rows}
+        return unsilenced(self.model, edited, norms, rows, self.factor, self._means(), batches)
+
+    def _made(self, rows: dict[str, list[int]]) -> Edit:
+        means = self._means()
         operations, tensors = silenced(self.model, self.scores.norms, rows, self.factor, means)
         edit = Recipe(
             edit="unlearn",
