@@ -175,6 +175,8 @@ def unsilenced(
             )
 
     def enter(layer: str, _: nn.Module, args: Any) -> None:
+        if not bool(args[0].isfinite().all()):
+            raise ValueError(f"unlearn: data must give finite feature maps, what {layer!r} reads holds NaN or Inf.")
         y = expected(layer, args[0])
         due[layer] = args[0] if y is None else y
 

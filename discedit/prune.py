@@ -174,9 +174,10 @@ def prune(
     check_layers("prune", model, scores, options.layers)
     macs_before = count_macs(model, example_inputs)
     made = _in_steps(model, scores, options, steps, rescore)
+    macs_after = count_macs(made.model, example_inputs)  # all that can fail comes before the model is changed
     edit = made.recipe.apply(model, inplace=True) if inplace else made
     edit.skipped, edit.widths = made.skipped, made.widths
-    edit.macs_before, edit.macs_after = macs_before, count_macs(edit.model, example_inputs)
+    edit.macs_before, edit.macs_after = macs_before, macs_after
     return edit
 
 
@@ -619,6 +620,9 @@ def _estimated(model: nn.Module, data: Iterable[Any]) -> dict[str, Tensor]:
                     module.momentum = samples / seen
                 call(model, inputs)
             found = {name: tensor.clone() for name, tensor in buffers.items()}
+            wrong = next((name for name, tensor in found.items() if not bool(tensor.isfinite().all())), None)
+            if wrong is not None and seen:
+                raise ValueError(f"prune: data must give finite feature maps, {wrong!r} would hold NaN or Inf.")
         finally:
             for name, module in norms.items():
                 module.momentum = momenta[name]

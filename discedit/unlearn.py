@@ -504,7 +504,11 @@ class _Plan:
         if self.around != "mean":
             return None
         assert self.data is not None
-        return self.data.means({layer: self.scores.norms.get(layer, layer) for layer in self.units})
+        means = self.data.means({layer: self.scores.norms.get(layer, layer) for layer in self.units})
+        for layer, mean in means.items():
+            if not bool(mean.isfinite().all()):
+                raise ValueError(f"unlearn: data must give finite feature maps, the mean of {layer!r} is NaN or Inf.")
+        return means
 
     def _unsilenced(self, edited: nn.Module, rows: Mapping[str, list[int]]) -> dict[str, str]:
         """Layers of the edited model that do not give what the recipe says, with reasons."""
