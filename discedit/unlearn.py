@@ -135,7 +135,8 @@ def unlearn(
         repair: of rows and heads. "none"; "least_squares": every layer behind the first edited one, but the head, gets
             new weights, so that it gives what it gave before on samples of the classes that stay; `protection` keeps
             it from learning back what the class needs: less is lost for the same forgetting, at some passes over
-            `data`. "mean": biases alone.
+            `data`. "mean": biases alone. As in `prune`, a layer's
+            repair that gives more error than none on other samples that stay is taken back.
         protection: what samples of the classes to forget count, all together, beside the others, in the penalty for
             weights that give anything else on them than those without repair; 0 or more. Biases are fitted to the
             others alone: however large it is, what the repair "mean" does is done.
@@ -147,7 +148,8 @@ def unlearn(
         example_inputs: as for `prune`. Fidelities take two samples of `data` where none are given.
 
     Returns:
-        `Edit` with the edited model, its recipe and a summary. Where no target was given and more than 5 % of the
+        `Edit` with the edited model, its recipe and a summary. Layers that, when run, do not give what the recipe says
+        are left as they were, and `Edit.skipped` names them. Where no target was given and more than 5 % of the
         samples to forget are still named rightly, there is a warning.
 
     Raises:
