@@ -118,8 +118,9 @@ def prune(
             samples of `data`; Conv2d (not in groups) and Linear, with a bias or a batch norm behind them; others that
             read removed components are named in the recipe's settings ("unrepaired"). So are layers whose repair is
             taken back since it gives more squared error than none (1.25 times, or two standard errors above it) on
-            samples that it was not fitted to: up to 128 behind those 1,024, else the last eighth of them. "batchnorm": the statistics of batch norms, on
-            all of `data`. "none". "auto": "least_squares" when data is given, else "none".
+            samples that it was not fitted to: up to 128 behind those 1,024, else the last eighth of them.
+            "batchnorm": the statistics of batch norms, on all of `data`. "none". "auto": "least_squares" when data is
+            given, else "none".
         data: batches (labels are not used) for the criterion and the repair.
 
         layers: names of the layers to prune, by default all in `scores` that can be.
