@@ -562,7 +562,7 @@ class _Plan:
         if not behind:
             warnings.warn(
                 f"unlearn: repair={self.repair!r} finds nothing to repair: only the head is behind {order[first]!r}.",
-                stacklevel=5,
+                stacklevel=6,
             )
             return
         outputs = Outputs(self.model, held_out)
@@ -585,7 +585,7 @@ class _Plan:
         if result.skipped:
             edit.recipe.settings["unrepaired"] = result.skipped
         record(edit, result.before, result.values)
-        outputs.warn_if_worse("unlearn", unrepaired, outputs.error(edit.model), stacklevel=5)
+        outputs.warn_if_worse("unlearn", unrepaired, outputs.error(edit.model), stacklevel=6)
 
 
 def _limit(*values: Any) -> tuple[str, float]:
