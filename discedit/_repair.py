@@ -18,22 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from discedit._batches import call, undisturbed, version_of
-from discedit._calibration import (
-    PARTS,
-    Positions,
-    Sums,
-    matrix_of,
-    norm_behind,
-    runs_in_order,
-    scale_of,
-    why_not_fitted,
-)
-from discedit._forward import is_affine
+from discedit._calibration import PARTS, Positions, Sums, matrix_of, scale_of
 from discedit._lockstep import Pause, in_lockstep
+from discedit._trace import ModelTrace, is_layer
 
 RIDGE = 1e-3
 LEAST_SCALE = 1e-3  # of a batch norm's largest: a channel that is multiplied by less cannot make up for anything
@@ -55,7 +45,7 @@ def repaired(
     edited: nn.Module,
     consumers: Iterable[str],
     removed: Mapping[str, list[int]],
-    norms: Mapping[str, str],
+    trace: ModelTrace,
     inputs: Sequence[Any],
     *,
     weights: bool,
@@ -72,7 +62,7 @@ def repaired(
         edited: after it; the same module names.
         consumers: the layers that read removed components.
         removed: layer -> the output rows that it has lost.
-        norms: layer -> the norm that its output goes straight into.
+        trace: of the model before pruning.
         inputs: images in parts, see `calibration`.
         weights: least squares; otherwise the bias alone.
         silenced: layer -> output rows that keep the weights that they have.
@@ -83,12 +73,12 @@ def repaired(
     """
     result = Repairs()
     readers = set(consumers)
-    runs = runs_in_order(edited, [name for name, module in edited.named_modules() if _is_layer(module)], inputs[0])
+    after = trace.of_copy(edited)
     names = []
     begun = False
-    for name, count in runs.items():
+    for name in trace.in_order(name for name, module in edited.named_modules() if is_layer(module)):
         begun = begun or name in readers
-        why = "it runs more than once per forward pass" if count > 1 else why_not_fitted(edited, name, norms)
+        why = "it runs more than once per forward pass" if trace.runs[name] > 1 else after.why_not_fitted(name)
         if name in ignore:
             continue
         if begun and not why:
@@ -96,7 +86,7 @@ def repaired(
         elif name in readers:
             result.skipped[name] = why
     works = []
-    fitted = _Fitted(op, edited, norms, weights, silenced or {}, protection)
+    fitted = _Fitted(op, after, names, weights, silenced or {}, protection)
     with undisturbed(model), undisturbed(edited):
         for part, batch in enumerate([*inputs, *protected]):
             guards = part >= len(inputs)
@@ -106,31 +96,21 @@ def repaired(
             for i, name in enumerate(names):
                 positions = Positions(model.get_submodule(name), first + PARTS * i + part, parts)
                 targets[name] = _Target(positions, sorted(removed.get(name, ())))
-            with _Before(model, targets, norms):
+            with _Before(trace, targets):
                 call(model, batch)
-            works.append(partial(_pass_after, edited, batch, targets, norms, fitted, guards))
+            works.append(partial(_pass_after, after, batch, targets, fitted, guards))
         in_lockstep(op, works, fitted.meet)
     result.before, result.values = fitted.replaced, fitted.values
     return result
 
 
 def _pass_after(
-    model: nn.Module,
-    batch: Any,
-    targets: Mapping[str, _Target],
-    norms: Mapping[str, str],
-    fitted: _Fitted,
-    guards: bool,
-    pause: Pause,
+    trace: ModelTrace, batch: Any, targets: Mapping[str, _Target], fitted: _Fitted, guards: bool, pause: Pause
 ) -> None:
-    after = _After(model, targets, norms, fitted, guards, pause)
+    after = _After(trace, targets, fitted, guards, pause)
     with torch.no_grad(), after:
-        call(model, batch)
+        call(trace.model, batch)
     assert not after.waiting, f"their outputs were never added: {list(after.waiting)}"
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (_ConvNd, nn.Linear))
 
 
 class _Target:
@@ -164,12 +144,11 @@ class _Output:
 class _Watch(TorchFunctionMode):
     """Sees layers run, in a pass, and what their outputs, or those of the batch norms behind them, are added to."""
 
-    def __init__(self, model: nn.Module, targets: Mapping[str, _Target], norms: Mapping[str, str]) -> None:
+    def __init__(self, trace: ModelTrace, targets: Mapping[str, _Target]) -> None:
         super().__init__()
-        self.model, self.targets = model, targets
-        # Before there are hooks, which would make what is asked of a norm part of the pass.
-        self.norms = {name: norm_behind(model, name, norms) for name in targets}
-        self.affine = {name for name, norm in self.norms.items() if norm is not None and is_affine(norm)}
+        self.model, self.targets = trace.model, targets
+        self.norms = {name: trace.bias_norm(name) for name in targets}
+        self.affine = {name for name in targets if (norm := trace.norm_behind(name)) is not None and norm.is_affine}
         self.outputs: dict[int, _Output] = {}  # by identity
         self.handles: list[Any] = []
         self.thread = threading.get_ident()
@@ -278,14 +257,13 @@ class _After(_Watch):
 
     def __init__(
         self,
-        model: nn.Module,
+        trace: ModelTrace,
         targets: Mapping[str, _Target],
-        norms: Mapping[str, str],
         fitted: _Fitted,
         guards: bool,
         pause: Pause,
     ) -> None:
-        super().__init__(model, targets, norms)
+        super().__init__(trace, targets)
         self.fitted, self.pause = fitted, pause
         self.sums = fitted.guards if guards else fitted.sums
         self.waiting: dict[str, Tensor] = {}  # what layers read whose output is to be added
@@ -329,14 +307,14 @@ class _Fitted:
     def __init__(
         self,
         op: str,
-        model: nn.Module,
-        norms: Mapping[str, str],
+        trace: ModelTrace,
+        names: Iterable[str],
         weights: bool,
         silenced: Mapping[str, list[int]],
         protection: float,
     ) -> None:
-        self.op, self.model, self.norms, self.weights = op, model, norms, weights
-        self.behind = {name: norm_behind(model, name, norms) for name in norms}  # before there are hooks
+        self.op, self.model, self.norms, self.weights = op, trace.model, trace.norms, weights
+        self.behind = {name: trace.bias_norm(name) for name in names}  # before there are hooks
         self.silenced, self.protection = silenced, protection
         self.sums: dict[str, Sums] = {}
         self.guards: dict[str, Sums] = {}

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from discedit import _checks
 from discedit._batches import call, device_of, outside_modes, split, undisturbed
 from discedit._budget import BUDGETS, NORMALISATIONS, ROUNDING, Choice, Cost, Limits, choose, normalised
-from discedit._calibration import batch_norms, calibration, norms_behind, samples_of
+from discedit._calibration import batch_norms, calibrated, samples_of
 from discedit._compensation import compensated
 from discedit._graph import Graph, unseen_message, width_of
 from discedit._importance import CRITERIA, GIVEN, OF_READERS, Unscored, kinds_of, of_components
 from discedit._measure import count_macs, count_parameters, macs_of_weights
 from discedit._repair import repaired
 from discedit._sharded import unwrapped
+from discedit._trace import ModelTrace
 from discedit.recipe import Edit, Operation, Recipe, architecture_of, joined
 from discedit.scores import REDUCTIONS, Scores
 
@@ -287,12 +288,11 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         skipped |= (uncut := graph.uncuttable(found))
         found = {layer: parts for layer, parts in found.items() if layer not in uncut}
     inputs: Any = None
-    norms: dict[str, str] = {}
+    trace = ModelTrace(model)
     in_order, compensates = options.repair in IN_ORDER, options.repair == "compensation"
     if options.data is not None and (in_order or compensates or options.criterion in OF_READERS):
-        inputs = calibration(op, model, options.data)
-        norms = norms_behind(model, inputs[0])
-    values, instead = of_components(model, scores, options.criterion, graph, found, inputs, norms, options.seed)
+        inputs, trace = calibrated(op, model, options.data)
+    values, instead = of_components(model, scores, options.criterion, graph, found, inputs, trace, options.seed)
     if options.across == "auto":
         options = replace(options, across="none" if options.criterion in SHARES and not instead else "rank")
     if "threshold" in options.budget:  # of another criterion's importances it would mean something else
@@ -324,10 +324,10 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
     if (in_order or compensates) and any(choice.removed.values()):
         readers, producers = dict(graph.consumers(choice.removed)), graph.producers(choice.removed)
         if compensates:
-            result = compensated(model, edit.model, readers, producers, norms, inputs)
+            result = compensated(model, edit.model, readers, producers, trace, inputs)
         else:
             weights = options.repair == "least_squares"
-            result = repaired(op, model, edit.model, readers, producers, norms, inputs, weights=weights)
+            result = repaired(op, model, edit.model, readers, producers, trace, inputs, weights=weights)
         if result.skipped:
             edit.recipe.settings["unrepaired"] = result.skipped
         record(edit, result.before, result.values)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from discedit import Moments, Recipe, _calibration, _repair, collect_moments, prune, score, zoo
+from discedit._trace import ModelTrace
 from discedit.evaluate import accuracy_per_class
 
 REPAIRS = ("mean", "least_squares")
@@ -531,7 +532,7 @@ def test_parts_give_what_one_batch_gives(how, images, monkeypatch):
 
 def test_outputs_stay_in_order_where_memory_is_used_again():
     """A tensor may lie where one lay that is gone; of two that are added, the later one is what a fit is for."""
-    watch = _repair._Watch(nn.Identity(), {}, {})
+    watch = _repair._Watch(ModelTrace(nn.Identity()), {})
     gone = weakref.ref(torch.ones(1))
     first, later = torch.ones(1), torch.zeros(1)
     watch.outputs[id(later)] = _repair._Output("gone", gone, 0, False)
