@@ -257,7 +257,7 @@ class Tracing(TorchFunctionMode):
         self.model, self.samples, self.watch = unwrapped(model), samples, watch
         self.norms: dict[str, str] = {}
         self._layers = set(layers)
-        self._runs: dict[str, int] = {}
+        self.runs: dict[str, int] = {}
         self._rows: dict[str, int] = {}
         self._consumers: dict[str, list[str]] = {}
         self._sums: set[str] = set()
@@ -291,11 +291,11 @@ class Tracing(TorchFunctionMode):
         return ModelTrace(
             self.model,
             samples=self.samples,
-            runs=self._runs,
+            runs=self.runs,
             rows=self._rows,
             head=head,
             classifier=classifier,
-            norms={layer: norm for layer, norm in self.norms.items() if self._runs[layer] == self._runs[norm] == 1},
+            norms={layer: norm for layer, norm in self.norms.items() if self.runs[layer] == self.runs[norm] == 1},
             consumers=self._consumers,
             sums=self._sums,
             outputs=shapes_of(tensors),
@@ -310,7 +310,7 @@ class Tracing(TorchFunctionMode):
 
     def _begin(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = first_tensor(args)
-        self._runs[name] = self._runs.get(name, 0) + 1
+        self.runs[name] = self.runs.get(name, 0) + 1
         self._rows.setdefault(name, len(x) if x is not None and x.ndim > 1 else 0)
         if x is not None and is_norm(module):
             known = self._of(x)
