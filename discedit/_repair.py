@@ -98,18 +98,16 @@ def repaired(
                 targets[name] = _Target(positions, sorted(removed.get(name, ())))
             with _Before(trace, targets):
                 call(model, batch)
-            works.append(partial(_pass_after, after, batch, targets, fitted, guards))
+            works.append(partial(_pass_after, batch, targets, fitted, guards))
         in_lockstep(op, works, fitted.meet)
     result.before, result.values = fitted.replaced, fitted.values
     return result
 
 
-def _pass_after(
-    trace: ModelTrace, batch: Any, targets: Mapping[str, _Target], fitted: _Fitted, guards: bool, pause: Pause
-) -> None:
-    after = _After(trace, targets, fitted, guards, pause)
+def _pass_after(batch: Any, targets: Mapping[str, _Target], fitted: _Fitted, guards: bool, pause: Pause) -> None:
+    after = _After(targets, fitted, guards, pause)
     with torch.no_grad(), after:
-        call(trace.model, batch)
+        call(fitted.model, batch)
     assert not after.waiting, f"their outputs were never added: {list(after.waiting)}"
 
 
@@ -255,15 +253,8 @@ class _Before(_Watch):
 class _After(_Watch):
     """Over the pruned model: has each layer fitted before it runs, or before its output is added."""
 
-    def __init__(
-        self,
-        trace: ModelTrace,
-        targets: Mapping[str, _Target],
-        fitted: _Fitted,
-        guards: bool,
-        pause: Pause,
-    ) -> None:
-        super().__init__(trace, targets)
+    def __init__(self, targets: Mapping[str, _Target], fitted: _Fitted, guards: bool, pause: Pause) -> None:
+        super().__init__(fitted.trace, targets)
         self.fitted, self.pause = fitted, pause
         self.sums = fitted.guards if guards else fitted.sums
         self.waiting: dict[str, Tensor] = {}  # what layers read whose output is to be added
@@ -313,7 +304,7 @@ class _Fitted:
         silenced: Mapping[str, list[int]],
         protection: float,
     ) -> None:
-        self.op, self.model, self.norms, self.weights = op, trace.model, trace.norms, weights
+        self.op, self.trace, self.model, self.weights = op, trace, trace.model, weights
         self.behind = {name: trace.bias_norm(name) for name in names}  # before there are hooks
         self.silenced, self.protection = silenced, protection
         self.sums: dict[str, Sums] = {}
@@ -339,7 +330,7 @@ class _Fitted:
         norm = self.behind[name]
         assert norm is not None
         assert norm.running_mean is not None
-        mean = f"{self.norms[name]}.running_mean"
+        mean = f"{self.trace.norms[name]}.running_mean"
         self._set(mean, norm.running_mean, self._first(mean, norm.running_mean) - missing)
 
     def _guard(self, name: str, mean: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from discedit._batches import (
-    call,
-    device_of,
-    first_tensor,
-    moved,
-    narrowed,
-    shapes_of,
-    tensors_in,
-    undisturbed,
-    version_of,
-)
+from discedit._batches import call, device_of, first_tensor, moved, narrowed, tensors_in, undisturbed, version_of
 from discedit._forward import is_affine, takes_constants, why_not_plain
 from discedit._sharded import has_shards, identity, unwrapped
 
@@ -121,7 +111,7 @@ class ModelTrace:
         size = samples_in(inputs)
         tracing = Tracing(model, size if few is None else min(size, few))
         with undisturbed(model), tracing:
-            output = call(model, narrowed(inputs, size, tracing.samples) if size else inputs)
+            output = call(model, narrowed(inputs, size, tracing.seen.samples) if size else inputs)
         return tracing.trace(output)
 
     def of_copy(self, model: nn.Module) -> ModelTrace:
@@ -211,16 +201,6 @@ def samples_in(inputs: Any) -> int:
     return len(first) if first is not None and first.ndim else 0
 
 
-class Watch(Protocol):
-    """What looks on while a model is traced, told of each module when the tracing has noted what it can."""
-
-    def begins(self, name: str, module: nn.Module, x: Tensor | None) -> None:
-        """A module is about to run; x is its first argument."""
-
-    def ends(self, name: str, module: nn.Module, output: Any) -> None:
-        """A module has given an output."""
-
-
 @dataclass(frozen=True)
 class _Known:
     """A tensor whose channels are the components of layers. Held weakly: a pass must not keep every map alive.
@@ -249,26 +229,28 @@ class Tracing(TorchFunctionMode):
         model: as it is called, perhaps wrapped.
         samples: of the batch.
         layers: modules whose output is followed, beside convolutions and linear layers.
-        watch: looks on.
+        begins, ends: are told of the first run of each module, with its first argument or its output, when the tracing
+            has noted what it can.
     """
 
-    def __init__(self, model: nn.Module, samples: int, layers: Iterable[str] = (), watch: Watch | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: int,
+        layers: Iterable[str] = (),
+        begins: Callable[[str, nn.Module, Tensor | None], None] = lambda *_: None,
+        ends: Callable[[str, nn.Module, Any], None] = lambda *_: None,
+    ) -> None:
         super().__init__()
-        self.model, self.samples, self.watch = unwrapped(model), samples, watch
-        self.norms: dict[str, str] = {}
-        self._layers = set(layers)
-        self.runs: dict[str, int] = {}
-        self._rows: dict[str, int] = {}
-        self._consumers: dict[str, list[str]] = {}
-        self._sums: set[str] = set()
-        self._largest = 1
+        self.seen = ModelTrace(unwrapped(model), samples)  # as far as the pass has come
+        self._layers, self._begins, self._ends = set(layers), begins, ends
         self._widths: dict[str, int] = {}  # of layers, in the order in which they gave something
         self._vectors: list[tuple[str, Tensor, int | None]] = []  # outputs that may be the logits
         self._known: dict[int, _Known] = {}  # by identity
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Any:
-        for name, module in self.model.named_modules():
+        for name, module in self.seen.model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):  # which takes none
                 self._handles.append(module.register_forward_pre_hook(partial(self._begin, name)))
                 # Before tensor parallelism makes a local tensor of the output, perhaps of a part of the channels.
@@ -283,25 +265,16 @@ class Tracing(TorchFunctionMode):
 
     def trace(self, output: Any) -> ModelTrace:
         """What was seen until the model gave its output."""
-        tensors, logits = dict(tensors_in(output)), first_tensor(output)
-        head = None if logits is None else self._head(logits)
-        classifier, last = head, next(reversed(self._widths), None)
-        if head is None and logits is not None and logits.ndim == 2 and last is not None:
-            classifier = last if self._widths[last] == logits.shape[1] else None
-        return ModelTrace(
-            self.model,
-            samples=self.samples,
-            runs=self.runs,
-            rows=self._rows,
-            head=head,
-            classifier=classifier,
-            norms={layer: norm for layer, norm in self.norms.items() if self.runs[layer] == self.runs[norm] == 1},
-            consumers=self._consumers,
-            sums=self._sums,
-            outputs=shapes_of(tensors),
-            logits=next((place for place, tensor in tensors.items() if tensor is logits), ""),
-            largest=-(-self._largest // max(1, self.samples)),
-        )
+        seen, tensors, logits = self.seen, dict(tensors_in(output)), first_tensor(output)
+        seen.head = seen.classifier = None if logits is None else self._head(logits)
+        last = next(reversed(self._widths), None)
+        if seen.head is None and logits is not None and logits.ndim == 2 and last is not None:
+            seen.classifier = last if self._widths[last] == logits.shape[1] else None
+        seen.norms = {layer: norm for layer, norm in seen.norms.items() if seen.runs[layer] == seen.runs[norm] == 1}
+        seen.outputs = {place: tuple(tensor.shape) for place, tensor in tensors.items()}
+        seen.logits = next((place for place, tensor in tensors.items() if tensor is logits), "")
+        seen.largest = -(-seen.largest // max(1, seen.samples))
+        return seen
 
     def layers_of(self, tensor: Tensor, *, last: bool) -> tuple[str, ...]:
         """The layers whose components the tensor holds on the last axis, or on axis 1."""
@@ -309,31 +282,31 @@ class Tracing(TorchFunctionMode):
         return known.layers if known is not None and (known.last == last or tensor.ndim == 2) else ()
 
     def _begin(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = first_tensor(args)
-        self.runs[name] = self.runs.get(name, 0) + 1
-        self._rows.setdefault(name, len(x) if x is not None and x.ndim > 1 else 0)
-        if x is not None and is_norm(module):
-            known = self._of(x)
-            for layer in known.given_by if known is not None else ():
-                self.norms.setdefault(layer, name)
+        x, seen = first_tensor(args), self.seen
+        seen.runs[name] = seen.runs.get(name, 0) + 1
+        seen.rows.setdefault(name, len(x) if x is not None and x.ndim > 1 else 0)
+        known = None if x is None else self._of(x)
+        if known is not None and is_norm(module):
+            for layer in known.given_by:
+                seen.norms.setdefault(layer, name)
         if x is not None and is_layer(module):
             for layer in self.layers_of(x, last=has_channels_last(module)):
-                readers = self._consumers.setdefault(layer, [])
+                readers = seen.consumers.setdefault(layer, [])
                 readers += [name] if name not in readers else []
-        if self.watch is not None:
-            self.watch.begins(name, module, x)
+        if seen.runs[name] == 1:
+            self._begins(name, module, x)
 
     def _end(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
-        x = first_tensor(output)
+        x, seen = first_tensor(output), self.seen
         if x is not None:
-            self._largest = max(self._largest, x.numel() * x.element_size())
-            sources = tuple(layer for layer, norm in self.norms.items() if norm == name) if is_norm(module) else ()
+            seen.largest = max(seen.largest, x.numel() * x.element_size())
+            sources = tuple(layer for layer, norm in seen.norms.items() if norm == name) if is_norm(module) else ()
             if sources and (known := self._of(x)) is not None:
                 self._keep(known.layers, x, known.last, behind=sources)
             if is_layer(module) or name in self._layers:
                 self._note(name, module, x)
-        if self.watch is not None:
-            self.watch.ends(name, module, output)
+        if seen.runs[name] == 1:
+            self._ends(name, module, output)
 
     def _note(self, name: str, module: nn.Module, x: Tensor) -> None:
         """The tensor holds the components of the layer."""
@@ -341,11 +314,11 @@ class Tracing(TorchFunctionMode):
         before = self._of(x)
         others = before.layers if before is not None and before.last == last else ()
         given_by, behind = ((), ()) if before is None else (before.given_by, before.behind)
-        self._keep((*others, name), x, last, (*given_by, name), behind)
+        self._keep((*others, name), x, last, given_by=(*given_by, name), behind=behind)
         if is_layer(module):
             width = x.shape[-1 if last else 1] if x.ndim > 1 else 0
             self._widths.setdefault(name, width)
-            if x.ndim > 1 and x.numel() == len(x) * width and len(x) == (self.samples or len(x)):
+            if x.ndim > 1 and x.numel() == len(x) * width and len(x) == (self.seen.samples or len(x)):
                 self._vectors.append((name, identity(x), version_of(identity(x))))
 
     def _head(self, logits: Tensor) -> str | None:
@@ -356,18 +329,11 @@ class Tracing(TorchFunctionMode):
         ]
         return same[-1] if same else None
 
-    def _keep(
-        self,
-        layers: tuple[str, ...],
-        tensor: Tensor,
-        last: bool,
-        given_by: tuple[str, ...] = (),
-        behind: tuple[str, ...] = (),
-    ) -> None:
+    def _keep(self, layers: tuple[str, ...], tensor: Tensor, last: bool, **more: tuple[str, ...]) -> None:
         local = identity(tensor)
         version = version_of(local)
         if version is not None:
-            self._known[id(local)] = _Known(layers, weakref.ref(local), version, last, given_by, behind)
+            self._known[id(local)] = _Known(layers, weakref.ref(local), version, last, **more)
 
     def _of(self, tensor: Any) -> _Known | None:
         tensor = identity(tensor)
@@ -387,7 +353,7 @@ class Tracing(TorchFunctionMode):
         first = known[0] if known else None
         shape = maps[0].shape if maps else torch.Size()
         if getattr(func, "__name__", "") in ADDITIONS and len(maps) == 2 and maps[1].shape == shape:
-            self._sums.update(*((*one.given_by, *one.behind) for one in known if one is not None))
+            self.seen.sums.update(*((*one.given_by, *one.behind) for one in known if one is not None))
         result = func(*args, **(kwargs or {}))
         if first is not None and len(sources) == 1 and _is_one_by_one(func, args) and isinstance(result, Tensor):
             kept = result.shape == shape if first.last else result.shape[:2] == shape[:2]

@@ -467,27 +467,21 @@ class _Reader:
                     lambda _, __, output, hook=hook: hook(output), prepend=has_shards(module)
                 )
 
-    def begins(self, name: str, module: nn.Module, x: Tensor | None) -> None:
+    def _begins(self, name: str, module: nn.Module, x: Tensor | None) -> None:
         """In the first batch: a module is about to read x, perhaps the components of layers."""
         if x is None or self.read != "consumer" or not is_layer(module):
             return
         assert self._tracing is not None
-        if self._tracing.runs[name] > 1:
-            self._repeated.add(INPUT + name)
-            return
         for source in self._tracing.layers_of(x, last=has_channels_last(module)):
             if source in self.layers and not self.places.get(source, "").startswith(INPUT):
                 self.places[source] = INPUT + name
         self._at(INPUT + name, x)
 
-    def ends(self, name: str, module: nn.Module, output: Any) -> None:
+    def _ends(self, name: str, module: nn.Module, output: Any) -> None:
         """In the first batch: a module has given its output, perhaps as the norm behind layers."""
         assert self._tracing is not None
-        if self._tracing.runs[name] > 1:
-            self._repeated.add(name)
-            return
         if self.read != "output" and isinstance(module, _BatchNorm) and module.running_mean is not None:
-            for source, norm in self._tracing.norms.items():
+            for source, norm in self._tracing.seen.norms.items():
                 if norm == name and source in self.layers:
                     self.places.setdefault(source, name)
         if name in self.layers or name in self.places.values():
@@ -532,10 +526,11 @@ class _Reader:
         self._samples = samples_in(inputs)
         if self._settled:
             return call(self.model, inputs)
-        self._tracing = Tracing(self.model, self._samples, self.layers, self)
+        self._tracing = Tracing(self.model, self._samples, self.layers, self._begins, self._ends)
         with self._tracing:
             output = call(self.model, inputs)
         self._trace, self._tracing = self._tracing.trace(output), None
+        self._repeated = {place for place in self._places if self._trace.runs[place.removeprefix(INPUT)] > 1}
         self._check_windows(inputs)
         return output
 

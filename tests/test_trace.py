@@ -234,18 +234,17 @@ def test_names_are_those_without_the_wrapper():
 
 
 def test_around_a_pass_that_happens_anyway():
-    """A watcher is told of each module when the tracing knows of it; other modules are followed where asked for."""
+    """What looks on is told of each module when the tracing knows of it; other modules are followed where asked for."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     seen = []
 
-    class Watch:
-        def begins(self, name, module, x):
-            seen.append((name, tracing.layers_of(x, last=False)))
+    def begins(name, module, x):
+        seen.append((name, tracing.layers_of(x, last=False)))
 
-        def ends(self, name, module, output):
-            seen.append((name, dict(tracing.norms)))
+    def ends(name, module, output):
+        seen.append((name, dict(tracing.seen.norms)))
 
-    tracing = Tracing(model, 5, ["2"], Watch())
+    tracing = Tracing(model, 5, ["2"], begins, ends)
     with torch.no_grad(), tracing:
         output = model(X)
     trace = tracing.trace(output)
