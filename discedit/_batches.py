@@ -247,6 +247,12 @@ def first_tensor(output: Any) -> Tensor | None:
     return None
 
 
+def samples_in(inputs: Any) -> int:
+    """Size of the first axis of the first tensor; 0 where there is none."""
+    first = first_tensor(inputs)
+    return len(first) if first is not None and first.ndim else 0
+
+
 def tensors_in(output: Any, place: str = "output") -> Iterator[tuple[str, Tensor]]:
     """All tensors in what a model gives, however nested, each with where it stands there."""
     return _tensors_in(output, place, set())

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from discedit import _checks
 from discedit._batches import Quota, call, checked_labels, chosen, device_of, first_tensor, moved, split, undisturbed
@@ -144,35 +143,30 @@ def _checked(
     return logits
 
 
-class _Reader:
+class _Reader(ExitStack):
     """Reads penultimate features while a model runs: the input of its head, or what a layer gives."""
 
     def __init__(self, op: str, name: str, model: nn.Module, layer: bool | str) -> None:
+        super().__init__()
         self._where, self._model = f"{op}: {name}", model
         self._features: list[Tensor] = []
         self._read: Tensor | None = None  # since the model began
         self._output = isinstance(layer, str)
         self._layer: str | None = None
-        self._handle: RemovableHandle | None = None
+        self._hooked = False
         if isinstance(layer, str):
             if layer not in dict(model.named_modules()):
                 raise ValueError(f"{op}: features must name a layer of the models, {name} has none called {layer!r}.")
             self._layer = layer
 
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-
     def begin(self, inputs: Any) -> None:
         """Before the model runs on a batch."""
         self._read = None
         self._layer = self._layer or ModelTrace.of(self._model, inputs).head
-        if self._handle is None and self._layer is not None:
+        if self._layer is not None and not self._hooked:
             module = self._model.get_submodule(self._layer)
-            self._handle = module.register_forward_hook(self._hook, with_kwargs=True)
+            self.callback(module.register_forward_hook(self._hook, with_kwargs=True).remove)
+            self._hooked = True
 
     def _hook(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._read = first_tensor(output if self._output else args or kwargs)

@@ -20,7 +20,17 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from discedit._batches import call, device_of, first_tensor, moved, narrowed, tensors_in, undisturbed, version_of
+from discedit._batches import (
+    call,
+    device_of,
+    first_tensor,
+    moved,
+    narrowed,
+    samples_in,
+    tensors_in,
+    undisturbed,
+    version_of,
+)
 from discedit._forward import is_affine, takes_constants, why_not_plain
 from discedit._sharded import has_shards, identity, unwrapped
 
@@ -193,12 +203,6 @@ class ModelTrace:
         if self.is_folded(name):
             return f"it reads {self.rows[name]} rows for {self.samples} samples, such as windows of them"
         return ""
-
-
-def samples_in(inputs: Any) -> int:
-    """Size of the first axis of the first tensor; 0 where there is none."""
-    first = first_tensor(inputs)
-    return len(first) if first is not None and first.ndim else 0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,12 +20,12 @@ from torch.utils.hooks import RemovableHandle
 
 from discedit import _checks
 from discedit._backends import select
-from discedit._batches import call, device_of, first_tensor, map_tensors, moved, outside_inference_mode
+from discedit._batches import call, device_of, first_tensor, map_tensors, moved, outside_inference_mode, samples_in
 from discedit._checkpoint import Checkpoint, Progress, digest_of
 from discedit._group import Group, OtherFailed
 from discedit._pass import Pass
 from discedit._sharded import Channels, has_shards, unwrapped
-from discedit._trace import ModelTrace, Tracing, has_channels_last, is_layer, samples_in
+from discedit._trace import ModelTrace, Tracing, has_channels_last, is_layer
 from discedit.moments import GREATEST_EXPONENT, READS, Moments, Statistic
 
 OP = "collect_moments"
@@ -298,7 +299,8 @@ class _Pass(Pass):
         checkpoint.save(*self.moments.contents(), progress)
 
     def idle(self, inputs: Any) -> None:
-        for _ in self.reader.take(self.reader.run(inputs)):
+        self.reader.run(inputs)
+        for _ in self.reader.take():
             pass
 
     def fold(self, inputs: Any, labels: Tensor | None, counted: int) -> None:
@@ -310,7 +312,7 @@ class _Pass(Pass):
             classes = classes[:counted]
         if self.turns is not None:
             classes = self.turns(classes)
-        for layer, planes in self.reader.take(output):
+        for layer, planes in self.reader.take():
             try:
                 planes = planes if whole else planes[:, :counted]
                 self.moments.fold_planes(layer, planes, classes, checked=self.watch.defers)
@@ -405,7 +407,7 @@ class _Place:
         self.planes = self._channels.together(self._own)
 
 
-class _Reader:
+class _Reader(ExitStack):
     """Hooks that pool each layer's output while the model runs.
 
     The first batch is traced: it also tells which norm is behind each layer, which layers read its components and which
@@ -415,8 +417,9 @@ class _Reader:
     def __init__(
         self, model: nn.Module, statistics: tuple[str, ...], backend: str, layers: Iterable[str] | None, read: str
     ) -> None:
-        self.model = model
-        self.read = read
+        super().__init__()
+        self.callback(self._keep, set())
+        self.model, self.read = model, read
         modules = dict(unwrapped(model).named_modules())
         self.explicit = layers is not None
         self.layers: dict[str, nn.Module]
@@ -435,7 +438,6 @@ class _Reader:
         self._modules, self._statistics, self._backend = modules, statistics, backend
         self._places: dict[str, _Place] = {}
         self._tracing: Tracing | None = None
-        self._trace: ModelTrace | None = None  # until it is settled what is read where
         self._settled = False
         self._samples = 0
         self._probe: dict[str, Tensor] | None = None
@@ -445,12 +447,6 @@ class _Reader:
         self._unreadable: set[str] = set()
         self._order: list[str] = []
         self._handles: dict[str, RemovableHandle] = {}
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._keep(set())
 
     def _keep(self, places: set[str]) -> None:
         """Hooks at these places and nowhere else; of the others nothing is held."""
@@ -529,9 +525,10 @@ class _Reader:
         self._tracing = Tracing(self.model, self._samples, self.layers, self._begins, self._ends)
         with self._tracing:
             output = call(self.model, inputs)
-        self._trace, self._tracing = self._tracing.trace(output), None
-        self._repeated = {place for place in self._places if self._trace.runs[place.removeprefix(INPUT)] > 1}
+        trace, self._tracing = self._tracing.trace(output), None
+        self._repeated = {place for place in self._places if trace.runs[place.removeprefix(INPUT)] > 1}
         self._check_windows(inputs)
+        self._settle(trace)
         return output
 
     def _check_windows(self, inputs: Any) -> None:
@@ -559,10 +556,8 @@ class _Reader:
                 self._foreign.add(place.name)
         self._probe = None
 
-    def take(self, output: Any) -> Iterator[tuple[str, Tensor]]:
+    def take(self) -> Iterator[tuple[str, Tensor]]:
         """The pooled planes of the batch that just ran, by layer; the next batch overwrites them."""
-        if self._trace is not None:
-            self._settle(self._trace)
         self._repeated &= {*self.layers, *self.places.values()}
         if self._repeated:
             warnings.warn(
@@ -606,7 +601,7 @@ class _Reader:
             warnings.warn(f"{OP}: left out, because {needs}: {tokenless}.", stacklevel=8)
         self.norms = {layer: norm for layer, norm in trace.norms.items() if layer in self._order}
         self._keep({self._place(layer) for layer in self._order})
-        self._trace, self._settled = None, True
+        self._settled = True
 
     def _place(self, layer: str) -> str:
         return self.places.get(layer, layer)

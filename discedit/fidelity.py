@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from discedit import _checks, _files
 from discedit._backends import select
-from discedit._batches import call, chosen, device_of, first_tensor, outside_inference_mode, without_autocast
+from discedit._batches import call, chosen, device_of, outside_inference_mode, samples_in, without_autocast
 from discedit._calibration import CHUNK, gram_of, padding_of
 from discedit._checkpoint import Checkpoint, Progress, digest_of
 from discedit._contributions import TINY, Contributions, Growing
@@ -425,8 +425,7 @@ class _Pass(Pass):
         call(self.model, inputs)
 
     def fold(self, inputs: Any, labels: Tensor | None, counted: int) -> None:
-        first = first_tensor(inputs)
-        samples = len(first) if first is not None else 0
+        samples = samples_in(inputs)
         wanted = self.reader.moments.classes
         if wanted is not None and labels is not None:
             index = torch.isin(labels[:counted].cpu(), torch.tensor(wanted)).nonzero().flatten()
