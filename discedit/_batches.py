@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.hooks import RemovableHandle
 
 from discedit import _checks
 
@@ -89,6 +90,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.train(mode)
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that were set are removed afterwards, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _nothing_compiled() -> AbstractContextManager[Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from discedit import _checks
-from discedit._batches import call, first_tensor, undisturbed
+from discedit._batches import call, first_tensor, hooked, undisturbed
 from discedit._lockstep import Pause, in_lockstep
 from discedit._trace import ModelTrace
 from discedit.ops import fisher_bound
@@ -105,12 +105,8 @@ def erased(
         for i, cls in enumerate(classes):
             groups[labels == cls] = i
         works.append(partial(run, inputs, groups, seed))
-    try:
-        with undisturbed(edited):
-            in_lockstep("unlearn", works, meet)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), undisturbed(edited):
+        in_lockstep("unlearn", works, meet)
     result.forgotten = float((right / seen).mean())
     return result
 

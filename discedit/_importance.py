@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from discedit import _checks
-from discedit._batches import call, outside_modes, undisturbed
+from discedit._batches import call, hooked, outside_modes, undisturbed
 from discedit._calibration import PARTS, Fit, Positions, Sums, calibrated, matrix_of, scale_of
 from discedit._graph import KINDS, Components, Graph, width_of
 from discedit._sharded import unwrapped
@@ -244,13 +244,9 @@ def fits_of(model: nn.Module, names: Iterable[str], inputs: Any, trace: ModelTra
         sums[name].add(positions, args[0], positions.of_output(output))
 
     handles = [model.get_submodule(name).register_forward_hook(partial(read, name)) for name in once]
-    try:
-        with undisturbed(model):
-            for batch in inputs:
-                call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), undisturbed(model):
+        for batch in inputs:
+            call(model, batch)
     return {name: (sums.pop(name).fit(), channels[name]) for name in once}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discedit._batches import Quota, call, checked_labels, chosen, device_of, split, undisturbed
+from discedit._batches import Quota, call, checked_labels, chosen, device_of, hooked, split, undisturbed
 from discedit._calibration import SAMPLES, calibration, fits, joined, samples_of
 from discedit._measure import accuracy_per_class
 from discedit._trace import FEW, ModelTrace
@@ -132,13 +132,9 @@ class Classified:
         handles = [
             self.model.get_submodule(place).register_forward_hook(note(layer)) for layer, place in places.items()
         ]
-        try:
-            with undisturbed(self.model):
-                for inputs, _ in self._first("retain", MEANS):
-                    call(self.model, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles), undisturbed(self.model):
+            for inputs, _ in self._first("retain", MEANS):
+                call(self.model, inputs)
         return {layer: (total / number[layer]).cpu() for layer, total in sums.items()}
 
 
