@@ -9,7 +9,7 @@ Layers are taken in the order in which they run, each on what those edited befor
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from discedit import _checks
-from discedit._batches import call, first_tensor, undisturbed
-from discedit._calibration import norm_behind, run_hooked
+from discedit._batches import call, first_tensor, hooked, undisturbed
 from discedit._forward import as_its_class, input_of
 from discedit._lockstep import Pause, in_lockstep
+from discedit._trace import ModelTrace
 from discedit.ops import fisher_bound
 from discedit.recipe import Operation
 
@@ -55,7 +55,7 @@ class Erased:
 def erased(
     edited: nn.Module,
     layers: Sequence[str],
-    norms: Mapping[str, str],
+    trace: ModelTrace,
     parts: Sequence[tuple[Any, Tensor]],
     classes: Sequence[int],
     factor: float,
@@ -65,7 +65,7 @@ def erased(
     Args:
         edited: the model.
         layers: Conv2d (not in groups) and Linear, with a bias or a batch norm behind that can take one.
-        norms: layer -> the norm that its output goes straight into.
+        trace: of the model before the edit.
         parts: inputs with labels. Samples of other classes are those that stay.
         classes: what to forget.
         factor: what is left of each direction: 0 erases it.
@@ -74,11 +74,12 @@ def erased(
         ValueError: no sample of a class, feature maps that are not finite, or a model without logits.
     """
     result = Erased()
+    trace = trace.of_copy(edited)
     sums = {layer: _Sums(len(classes)) for layer in layers}
     place = threading.local()
 
     def meet(layer: str) -> None:
-        _edit(edited, layer, norms, sums.pop(layer), factor, result)
+        _edit(trace, layer, sums.pop(layer), factor, result)
 
     def enter(layer: str, module: nn.Module, arguments: Any) -> None:
         sums[layer].add(module, arguments[0], place.groups, len(parts), place.seed)
@@ -108,40 +109,10 @@ def erased(
         for i, cls in enumerate(classes):
             groups[labels == cls] = i
         works.append(partial(run, inputs, groups, seed))
-    try:
-        with undisturbed(edited):
-            in_lockstep("unlearn", works, meet)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), undisturbed(edited):
+        in_lockstep("unlearn", works, meet)
     result.forgotten = float((right / seen).mean())
     return result
-
-
-def why_not_erased(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[str, str]:
-    """Why a layer does not read, in one run, something of every sample in turn; empty when it does.
-
-    In the order in which the layers first run; those that do not run come last.
-    """
-    names = list(names)
-    read: dict[str, list[int]] = {}
-
-    def enter(name: str, _: nn.Module, arguments: Any) -> None:
-        first = first_tensor(arguments)
-        read.setdefault(name, []).append(len(first) if first is not None and first.ndim > 1 else 0)
-
-    samples = run_hooked(
-        model, inputs, [model.get_submodule(name).register_forward_pre_hook(partial(enter, name)) for name in names]
-    )
-    reasons = dict.fromkeys(read, "")
-    for name, sizes in read.items():
-        if len(sizes) > 1:
-            reasons[name] = "it runs more than once per forward pass"
-        elif not sizes[0]:
-            reasons[name] = "it is not called with a tensor of samples as its first argument"
-        elif sizes[0] != samples:
-            reasons[name] = f"it reads {sizes[0]} rows for {samples} samples, such as windows of them"
-    return reasons | {name: "it does not run as a module of its own" for name in names if name not in read}
 
 
 class _Sums:
@@ -187,7 +158,7 @@ class _Sums:
         return found
 
 
-def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, factor: float, result: Erased) -> None:
+def _edit(trace: ModelTrace, name: str, sums: _Sums, factor: float, result: Erased) -> None:
     """Takes the directions out of one layer's weights, around the mean of the samples that stay."""
     *forget, (mean, covariance) = sums.moments()
     if not all(bool(m.isfinite().all() and c.isfinite().all()) for m, c in (*forget, (mean, covariance))):
@@ -201,7 +172,7 @@ def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, fa
     # In squares of standard deviations. A difference that is rounding, as behind what was just erased, is none.
     least = {"atol": LEAST_DIFFERENCE, "rtol": 1e-10, "hermitian": True}
     projected = torch.linalg.pinv((between + between.T) / 2, **least) @ directions.T
-    layer: Any = model.get_submodule(name)
+    layer: Any = trace.model.get_submodule(name)
     weight = layer.weight.detach().double()
     moved = (1 - factor) * torch.einsum("oi...,ic->oc...", weight, differences)  # what the layer makes of them
     change = -torch.einsum("oc...,ci->oi...", moved, projected)
@@ -216,11 +187,11 @@ def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, fa
     if layer.bias is not None:
         _add(result, f"{name}.bias", layer.bias, bias)
         return
-    norm = norm_behind(model, name, norms)
+    norm = trace.bias_norm(name)
     assert norm is not None
     assert norm.running_mean is not None
     # Not the norm's bias: so the means are, but for padding, those that it would find on the classes that stay.
-    _add(result, f"{norms[name]}.running_mean", norm.running_mean, -bias)
+    _add(result, f"{trace.norms[name]}.running_mean", norm.running_mean, -bias)
 
 
 def _why_not_erased(layer: nn.Module, old: Tensor, new: Tensor, differences: Tensor, factor: float) -> str:

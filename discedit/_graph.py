@@ -25,8 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from discedit._batches import call, device_of, map_tensors, moved, undisturbed
-from discedit._dependencies import Untraceable, shapes_of, tensors_in, traced, training_branches
+from discedit._batches import call, device_of, map_tensors, moved, shapes_of, tensors_in, undisturbed
+from discedit._dependencies import Untraceable, traced, training_branches
 from discedit.recipe import Operation, Recipe, architecture_of
 
 KINDS = ("filters", "neurons", "heads", "stream")

@@ -21,23 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from discedit._batches import call, first_tensor, undisturbed, version_of
-from discedit._calibration import (
-    PARTS,
-    HeldOut,
-    Positions,
-    Sums,
-    matrix_of,
-    norm_behind,
-    runs_in_order,
-    scale_of,
-    why_not_fitted,
-)
-from discedit._forward import is_affine
+from discedit._calibration import PARTS, HeldOut, Positions, Sums, matrix_of, scale_of
 from discedit._lockstep import Pause, in_lockstep
+from discedit._trace import ModelTrace, is_layer
 
 RIDGE = 1e-3
 # Units in the last place of what a layer gives, in the mean, that an error may grow by: sums of products in float32 are
@@ -81,7 +70,7 @@ def repaired(
     edited: nn.Module,
     consumers: Iterable[str],
     removed: Mapping[str, list[int]],
-    norms: Mapping[str, str],
+    trace: ModelTrace,
     inputs: Sequence[Any],
     *,
     weights: bool,
@@ -98,7 +87,7 @@ def repaired(
         edited: after it; the same module names.
         consumers: the layers that read removed components.
         removed: layer -> the output rows that it has lost.
-        norms: layer -> the norm that its output goes straight into.
+        trace: of the model before pruning.
         inputs: images in parts, see `calibration`.
         weights: least squares; otherwise the bias alone.
         silenced: layer -> output rows that keep the weights that they have.
@@ -109,12 +98,12 @@ def repaired(
     """
     result = Repairs()
     readers = set(consumers)
-    runs = runs_in_order(edited, [name for name, module in edited.named_modules() if _is_layer(module)], inputs[0])
+    after = trace.of_copy(edited)
     names = []
     begun = False
-    for name, count in runs.items():
+    for name in trace.in_order(name for name, module in edited.named_modules() if is_layer(module)):
         begun = begun or name in readers
-        why = "it runs more than once per forward pass" if count > 1 else why_not_fitted(edited, name, norms)
+        why = "it runs more than once per forward pass" if trace.runs[name] > 1 else after.why_not_fitted(name)
         if name in ignore:
             continue
         if begun and not why:
@@ -122,7 +111,7 @@ def repaired(
         elif name in readers:
             result.skipped[name] = why
     works = []
-    fitted = _Fitted(op, edited, norms, weights, silenced or {}, protection, result)
+    fitted = _Fitted(op, after, names, weights, silenced or {}, protection, result)
     with undisturbed(model), undisturbed(edited):
         for part, batch in enumerate([*inputs, *protected]):
             guards = part >= len(inputs)
@@ -132,30 +121,18 @@ def repaired(
             for i, name in enumerate(names):
                 positions = Positions(model.get_submodule(name), first + PARTS * i + part, parts)
                 targets[name] = _Target(positions, sorted(removed.get(name, ())))
-            with _Before(model, targets, norms):
+            with _Before(trace, targets):
                 call(model, batch)
-            works.append(partial(_pass_after, edited, batch, targets, norms, fitted, guards))
+            works.append(partial(_pass_after, batch, targets, fitted, guards))
         in_lockstep(op, works, fitted.meet)
     return result
 
 
-def _pass_after(
-    model: nn.Module,
-    batch: Any,
-    targets: Mapping[str, _Target],
-    norms: Mapping[str, str],
-    fitted: _Fitted,
-    guards: bool,
-    pause: Pause,
-) -> None:
-    after = _After(model, targets, norms, fitted, guards, pause)
+def _pass_after(batch: Any, targets: Mapping[str, _Target], fitted: _Fitted, guards: bool, pause: Pause) -> None:
+    after = _After(targets, fitted, guards, pause)
     with torch.no_grad(), after:
-        call(model, batch)
+        call(fitted.model, batch)
     assert not after.waiting, f"their outputs were never added: {list(after.waiting)}"
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (_ConvNd, nn.Linear))
 
 
 class _Target:
@@ -190,12 +167,11 @@ class _Output:
 class _Watch(TorchFunctionMode):
     """Sees layers run, in a pass, and what their outputs, or those of the batch norms behind them, are added to."""
 
-    def __init__(self, model: nn.Module, targets: Mapping[str, _Target], norms: Mapping[str, str]) -> None:
+    def __init__(self, trace: ModelTrace, targets: Mapping[str, _Target]) -> None:
         super().__init__()
-        self.model, self.targets, self.target_norms = model, targets, norms
-        # Before there are hooks, which would make what is asked of a norm part of the pass.
-        self.norms = {name: norm_behind(model, name, norms) for name in targets}
-        self.affine = {name for name, norm in self.norms.items() if norm is not None and is_affine(norm)}
+        self.trace, self.model, self.targets = trace, trace.model, targets
+        self.norms = {name: trace.bias_norm(name) for name in targets}
+        self.affine = {name for name in targets if (norm := trace.norm_behind(name)) is not None and norm.is_affine}
         self.outputs: dict[int, _Output] = {}  # by identity
         self.handles: list[Any] = []
         self.thread = threading.get_ident()
@@ -306,16 +282,8 @@ class _Before(_Watch):
 class _After(_Watch):
     """Over the pruned model: has each layer fitted before it runs, or before its output is added."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        targets: Mapping[str, _Target],
-        norms: Mapping[str, str],
-        fitted: _Fitted,
-        guards: bool,
-        pause: Pause,
-    ) -> None:
-        super().__init__(model, targets, norms)
+    def __init__(self, targets: Mapping[str, _Target], fitted: _Fitted, guards: bool, pause: Pause) -> None:
+        super().__init__(fitted.trace, targets)
         self.fitted, self.pause = fitted, pause
         self.sums = fitted.guards if guards else fitted.sums
         self.waiting: dict[str, Tensor] = {}  # what layers read whose output is to be added
@@ -359,15 +327,15 @@ class _Fitted:
     def __init__(
         self,
         op: str,
-        model: nn.Module,
-        norms: Mapping[str, str],
+        trace: ModelTrace,
+        names: Iterable[str],
         weights: bool,
         silenced: Mapping[str, list[int]],
         protection: float,
         result: Repairs,
     ) -> None:
-        self.op, self.model, self.norms, self.weights = op, model, norms, weights
-        self.behind = {name: norm_behind(model, name, norms) for name in norms}  # before there are hooks
+        self.op, self.trace, self.model, self.weights = op, trace, trace.model, weights
+        self.behind = {name: trace.bias_norm(name) for name in names}  # before there are hooks
         self.silenced, self.protection = silenced, protection
         self.sums: dict[str, Sums] = {}
         self.guards: dict[str, Sums] = {}
@@ -391,7 +359,7 @@ class _Fitted:
         norm = self.behind[name]
         assert norm is not None
         assert norm.running_mean is not None
-        mean = f"{self.norms[name]}.running_mean"
+        mean = f"{self.trace.norms[name]}.running_mean"
         self.result.set(name, mean, norm.running_mean, self._first(mean, norm.running_mean) - missing)
 
     def _guard(self, name: str, mean: Tensor) -> Tensor | None:
@@ -414,7 +382,7 @@ def take_back(
     edited: nn.Module,
     repairs: Repairs,
     removed: Mapping[str, list[int]],
-    norms: Mapping[str, str],
+    trace: ModelTrace,
     held_out: HeldOut,
     *,
     sums: bool = True,
@@ -434,17 +402,18 @@ def take_back(
     Raises:
         ValueError: feature maps of `model` that are not finite.
     """
+    after = trace.of_copy(edited)
     with undisturbed(model), undisturbed(edited):
         while repairs.layers:
             targets = {
                 name: _Target(Positions(model.get_submodule(name), i, PARTS), sorted(removed.get(name, ())))
                 for i, name in enumerate(repairs.layers)
             }
-            before = _Before(model, targets, norms)
+            before = _Before(trace, targets)
             before.sums = sums
             with before:
                 call(model, held_out.inputs)
-            check = _Check(op, edited, targets, norms, repairs, silenced or {}, held_out)
+            check = _Check(op, after, targets, repairs, silenced or {}, held_out)
             with check:
                 call(edited, held_out.inputs)
             for name in [name for name in repairs.layers if name not in check.judged]:
@@ -482,14 +451,13 @@ class _Check(_Watch):
     def __init__(
         self,
         op: str,
-        model: nn.Module,
+        trace: ModelTrace,
         targets: Mapping[str, _Target],
-        norms: Mapping[str, str],
         repairs: Repairs,
         silenced: Mapping[str, list[int]],
         held_out: HeldOut,
     ) -> None:
-        super().__init__(model, targets, norms)
+        super().__init__(trace, targets)
         self.op, self.repairs, self.silenced, self.held_out = op, repairs, silenced, held_out
         self.reads: dict[str, Tensor] = {}
         self.waiting: dict[str, Tensor] = {}  # what layers read whose output is to be added
@@ -512,7 +480,7 @@ class _Check(_Watch):
         layer: Any = self.model.get_submodule(name)
         bias, norm = self.repairs.before.get(f"{name}.bias", layer.bias), self.norms[name]
         mean = None if norm is None else norm.running_mean
-        first = None if norm is None else self.repairs.before.get(f"{self.target_norms[name]}.running_mean", mean)
+        first = None if norm is None else self.repairs.before.get(f"{self.trace.norms[name]}.running_mean", mean)
         scale = torch.ones(()) if norm is None else scale_of(norm).float()
 
         def error(given: Tensor) -> Tensor:

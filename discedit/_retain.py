@@ -9,19 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discedit._batches import Quota, call, checked_labels, chosen, device_of, split, undisturbed
-from discedit._calibration import (
-    SAMPLES,
-    HeldOut,
-    calibration,
-    fits,
-    head_of,
-    held_out_of,
-    joined,
-    kept_back,
-    samples_of,
-)
+from discedit._batches import Quota, call, checked_labels, chosen, device_of, hooked, split, undisturbed
+from discedit._calibration import SAMPLES, HeldOut, calibration, fits, held_out_of, joined, kept_back, samples_of
 from discedit._measure import accuracy_per_class
+from discedit._trace import FEW, ModelTrace
 
 MEANS = 256  # samples that means are taken over
 KEPT = {"forget": 1024, "retain": 4096}  # samples that are held in memory, as many of each class
@@ -124,7 +115,7 @@ class Classified:
         key = (kind, most)
         if key not in self._labelled:
             few = _in_turn(self._first(kind, most))
-            inputs = calibration(self.op, self.model, few)  # perhaps not of all
+            inputs = calibration(self.op, self.model, few, self.trace)  # perhaps not of all
             sizes = [samples_of(self.op, part) for part in inputs]
             labels = torch.split(torch.cat([labels for _, labels in few])[: sum(sizes)], sizes)
             self._labelled[key] = list(zip(inputs, labels, strict=True))
@@ -145,10 +136,9 @@ class Classified:
         return self._few[key]
 
     @cached_property
-    def head(self) -> str | None:
-        """The linear layer that gives what the model gives, be it as a copy; of several, the last."""
-        inputs, labels = self.batches["retain"][0]
-        return head_of(self.model, chosen(inputs, torch.tensor([0]), len(labels)))
+    def trace(self) -> ModelTrace:
+        """Of the model, on retained samples."""
+        return ModelTrace.of(self.model, _in_turn(self._first("retain", FEW))[0][0])
 
     def means(self, places: Mapping[str, str]) -> dict[str, Tensor]:
         """Layer -> mean over retained samples and positions of what the module in that place gives: (channels,).
@@ -179,13 +169,9 @@ class Classified:
         handles = [
             self.model.get_submodule(place).register_forward_hook(note(layer)) for layer, place in places.items()
         ]
-        try:
-            with undisturbed(self.model):
-                for inputs, _ in self._first("retain", MEANS):
-                    call(self.model, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles), undisturbed(self.model):
+            for inputs, _ in self._first("retain", MEANS):
+                call(self.model, inputs)
         return {layer: (total / number[layer]).cpu() for layer, total in sums.items()}
 
 

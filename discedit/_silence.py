@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from discedit._batches import call, undisturbed
+from discedit._batches import call, hooked, undisturbed
 from discedit._forward import gives_zero, input_of, is_affine, is_own, why_not_plain
 from discedit.recipe import Operation, Recipe, architecture_of, copied
 
@@ -191,12 +191,9 @@ def unsilenced(
         edited.get_submodule(place).register_forward_hook(partial(leave, layer)) for layer, place in places.items()
     ]
     with undisturbed(model), undisturbed(edited):
-        try:
+        with hooked(handles):
             for batch in batches:
                 call(edited, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
         for layer in rows:
             if layer in seen:
                 continue

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from discedit import _checks
 from discedit._batches import call, device_of, outside_modes, split, undisturbed
 from discedit._budget import BUDGETS, NORMALISATIONS, ROUNDING, Choice, Cost, Limits, choose, normalised
-from discedit._calibration import batch_norms, calibration_and_further, kept_back, norms_behind, samples_of
+from discedit._calibration import batch_norms, calibrated, kept_back, samples_of
 from discedit._compensation import compensated
 from discedit._graph import Graph, unseen_message, width_of
 from discedit._importance import CRITERIA, GIVEN, OF_READERS, Unscored, kinds_of, of_components
 from discedit._measure import count_macs, count_parameters, macs_of_weights
 from discedit._repair import Outputs, repaired, take_back
 from discedit._sharded import unwrapped
+from discedit._trace import ModelTrace
 from discedit.recipe import Edit, Operation, Recipe, architecture_of, joined
 from discedit.scores import REDUCTIONS, Scores
 
@@ -292,12 +293,11 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         found = {layer: parts for layer, parts in found.items() if layer not in uncut}
     inputs: Any = None
     further: Any = None
-    norms: dict[str, str] = {}
+    trace = ModelTrace(model)
     in_order, compensates = options.repair in IN_ORDER, options.repair == "compensation"
     if options.data is not None and (in_order or compensates or options.criterion in OF_READERS):
-        inputs, further = calibration_and_further(op, model, options.data)
-        norms = norms_behind(model, inputs[0])
-    values, instead = of_components(model, scores, options.criterion, graph, found, inputs, norms, options.seed)
+        inputs, trace, further = calibrated(op, model, options.data, further=True)
+    values, instead = of_components(model, scores, options.criterion, graph, found, inputs, trace, options.seed)
     if options.across == "auto":
         options = replace(options, across="none" if options.criterion in SHARES and not instead else "rank")
     if "threshold" in options.budget:  # of another criterion's importances it would mean something else
@@ -333,11 +333,11 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         outputs = Outputs(model, held_out)
         unrepaired = outputs.error(edit.model)
         if compensates:
-            result = compensated(model, edit.model, readers, producers, norms, parts)
+            result = compensated(model, edit.model, readers, producers, trace, parts)
         else:
             weights = options.repair == "least_squares"
-            result = repaired(op, model, edit.model, readers, producers, norms, parts, weights=weights)
-        take_back(op, model, edit.model, result, producers, norms, held_out, sums=not compensates)
+            result = repaired(op, model, edit.model, readers, producers, trace, parts, weights=weights)
+        take_back(op, model, edit.model, result, producers, trace, held_out, sums=not compensates)
         if result.skipped:
             edit.recipe.settings["unrepaired"] = result.skipped
         record(edit, result.before, result.values)

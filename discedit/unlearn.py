@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from discedit import _checks, _selection
 from discedit._batches import call, device_of, first_tensor, moved, outside_modes, undisturbed
-from discedit._calibration import SAMPLES, norms_behind, runs_in_order, why_not_fitted
-from discedit._erase import erased, why_not_erased
+from discedit._calibration import SAMPLES
+from discedit._erase import erased
 from discedit._graph import Graph, unseen_message
 from discedit._relevance import rank_by_fidelity
 from discedit._repair import Outputs, repaired, take_back
 from discedit._retain import Classified
 from discedit._sharded import unwrapped
 from discedit._silence import AROUND, bias_of, silenced, unsilenced, why_not_silenced
+from discedit._trace import is_layer
 from discedit.prune import check_layers, record, why_not_editable
 from discedit.recipe import Edit, Recipe, architecture_of, copied, joined
 from discedit.scores import Scores
@@ -205,15 +205,14 @@ def unlearn(
     targets = {name: float(v) for name, v in zip(TARGETS, (forget_accuracy, retain_drop), strict=True) if v is not None}
     samples = None if data is None else Classified(op, model, data, forget, scores.num_classes)
     readers: list[str] = []
-    norms: dict[str, str] = {}
     undecided = components == "auto" and layers is None and around == "auto" and not any(of_rows.values())
     if samples is not None and (components == "directions" or undecided):
         check_layers(op, model, scores, None)
         share = SEARCHED_READERS if targets else READERS
-        readers, norms = _readers(model, layers, share, samples, named=components == "directions")
+        readers = _readers(model, layers, share, samples, named=components == "directions")
     if readers:
         assert samples is not None
-        erasure = _Erasure(model, forget, readers, norms, float(factor), samples)
+        erasure = _Erasure(model, forget, readers, float(factor), samples)
         if targets:
             edit, missed = _searched(erasure, targets)
         else:
@@ -354,22 +353,21 @@ def _check_options(
 
 def _readers(
     model: nn.Module, layers: Iterable[str] | None, share: float, data: Classified, *, named: bool
-) -> tuple[list[str], dict[str, str]]:
-    """The layers that directions are to be erased from, in the order in which they run; and layer -> norm behind it.
+) -> list[str]:
+    """The layers that directions are to be erased from, in the order in which they run.
 
     Args:
         layers: asked for; otherwise `share` of those that can be edited, the last.
         named: whether directions were asked for; otherwise there may be none.
     """
-    example = data.labelled("retain", 2)[0][0]
-    known = {name: module for name, module in model.named_modules() if isinstance(module, (_ConvNd, nn.Linear))}
-    norms = norms_behind(model, example)
-    reasons = why_not_erased(model, known, example)
-    for name in reasons:
-        why = why_not_editable(model, name) or why_not_fitted(model, name, norms)
+    trace = data.trace
+    known = {name: module for name, module in model.named_modules() if is_layer(module)}
+    reasons = {}
+    for name in dict.fromkeys([*trace.in_order(known), *known]):
+        why = why_not_editable(model, name) or trace.why_not_fitted(name)
         if not why and known[name].weight.shape[1] <= len(data.forget):
             why = f"it has {known[name].weight.shape[1]} inputs, of which nothing would be left"
-        reasons[name] = why or reasons[name]
+        reasons[name] = why or trace.why_not_erased(name)
     able = [name for name, why in reasons.items() if not why]
     if layers is None:
         able = able[-max(LEAST_READERS, math.ceil(share * len(able))) :]
@@ -383,7 +381,7 @@ def _readers(
     if not able and named:
         why = "; ".join(f"{name}: {why}" for name, why in reasons.items() if why) or "there is none"
         raise ValueError(f"unlearn: layers must name at least one layer that can be edited ({why}).")
-    return able, norms
+    return able
 
 
 @dataclass(frozen=True)
@@ -393,7 +391,6 @@ class _Erasure:
     model: nn.Module
     forget: list[int]
     layers: list[str]
-    norms: dict[str, str]
     factor: float
     data: Classified
 
@@ -427,7 +424,7 @@ class _Erasure:
         widest = max(self.model.get_parameter(f"{layer}.weight").shape[1] for layer in self.layers)
         number = {"retain": max(REST, PER_FEATURE * widest), "forget": EACH * len(self.forget)}
         parts = [part for kind, most in number.items() for part in self.data.labelled(kind, min(most, SAMPLES))]
-        made = erased(trial, layers, self.norms, parts, self.forget, self.factor)
+        made = erased(trial, layers, self.data.trace, parts, self.forget, self.factor)
         if not made.operations:
             layer, why = next(iter(made.skipped.items()))
             raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
@@ -549,11 +546,9 @@ class _Plan:
         assert self.data is not None
         retain, held_out = self.data.kept_back("retain")
         forget = self.data.parts("forget")
-        norms = norms_behind(self.model, retain[0])
-        known = [name for name, part in edit.model.named_modules() if hasattr(part, "weight")]
-        order = list(runs_in_order(edit.model, known, retain[0]))
+        trace = self.data.trace
+        order, head = list(trace.runs), trace.head
         first = next(i for i, name in enumerate(order) if name in rows)
-        head = self.data.head
         behind = [
             name
             for name in order[first + 1 :]
@@ -573,7 +568,7 @@ class _Plan:
             edit.model,
             behind,
             {},
-            norms,
+            trace,
             retain,
             weights=self.repair == "least_squares",
             silenced=rows,
@@ -581,7 +576,7 @@ class _Plan:
             protection=self.protection,
             ignore=() if head is None else (head,),
         )
-        take_back("unlearn", self.model, edit.model, result, {}, norms, held_out, silenced=rows)
+        take_back("unlearn", self.model, edit.model, result, {}, trace, held_out, silenced=rows)
         if result.skipped:
             edit.recipe.settings["unrepaired"] = result.skipped
         record(edit, result.before, result.values)

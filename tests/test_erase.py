@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from discedit import Recipe, Stack, _erase, collect_moments, ops, prune, score, unlearn, zoo
-from discedit._calibration import norms_behind
 from discedit._erase import RIDGE, erased
+from discedit._trace import ModelTrace
 from discedit.evaluate import accuracy_per_class
 
 pytestmark = [
@@ -57,7 +57,7 @@ def read_by(model, name, x):
 def erase(model, layers, parts, classes, factor=0.0):
     """An edited copy, and what was done."""
     edited = copy.deepcopy(model)
-    return edited, erased(edited, layers, norms_behind(model, parts[0][0]), parts, classes, factor)
+    return edited, erased(edited, layers, ModelTrace.of(model, parts[0][0]), parts, classes, factor)
 
 
 # What reads: the layer, the shape of what it reads, the norm behind it. All in front of a head.
@@ -456,7 +456,7 @@ def test_what_is_not_finite_is_named(value, place):
     x[place, 1, 2, 2] = value
     edited = copy.deepcopy(model)
     with pytest.raises(ValueError, match="unlearn: data must give finite feature maps, what 'layer' reads holds NaN"):
-        erased(edited, ["layer"], {}, [(x, labels)], [2], 0.0)
+        erased(edited, ["layer"], ModelTrace(model), [(x, labels)], [2], 0.0)
     assert state_equal(edited, model)
     assert not any(module._forward_pre_hooks for module in edited.modules())
 

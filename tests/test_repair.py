@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from discedit import Moments, Recipe, _calibration, _repair, collect_moments, prune, score, zoo
+from discedit._trace import ModelTrace
 from discedit.evaluate import accuracy_per_class
 
 REPAIRS = ("mean", "least_squares")
@@ -532,7 +533,7 @@ def test_parts_give_what_one_batch_gives(how, images, monkeypatch):
 
 def test_outputs_stay_in_order_where_memory_is_used_again():
     """A tensor may lie where one lay that is gone; of two that are added, the later one is what a fit is for."""
-    watch = _repair._Watch(nn.Identity(), {}, {})
+    watch = _repair._Watch(ModelTrace(nn.Identity()), {})
     gone = weakref.ref(torch.ones(1))
     first, later = torch.ones(1), torch.zeros(1)
     watch.outputs[id(later)] = _repair._Output("gone", gone, 0, False)
@@ -592,9 +593,8 @@ def test_a_repair_that_gives_more_error_on_other_samples_is_taken_back(repair, t
 def test_samples_of_the_fit_stay_the_same_where_there_are_others(more):
     first, behind = torch.arange(1024.0)[:, None], torch.arange(1024.0, 1024 + more)[:, None]
     model = nn.Linear(1, 1)
-    parts, further = _calibration.calibration_and_further(
-        "prune", model, [first[:1000], torch.cat([first[1000:], behind])]
-    )
+    data = [first[:1000], torch.cat([first[1000:], behind])]
+    parts, _, further = _calibration.calibrated("prune", model, data, further=True)
     assert torch.equal(torch.cat(parts), first)
     fitted, held_out = _calibration.kept_back("prune", parts, further)
     if more:
