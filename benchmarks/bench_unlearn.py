@@ -323,9 +323,9 @@ class Bench:
         graph = Graph("unlearn", model, self.loaded.train[0][0][:1])
         units = editable_units(model, scores, None, graph, ("filters", "neurons"))
         counts = {layer: len(parts) for layer, parts in units.items()}
-        factors, _ = fidelities(model, graph, counts, samples.parts("forget"))
+        factors, _ = fidelities(model, graph, counts, samples.parts("forget"), samples.trace)
         if by == "contrast":
-            others, _ = fidelities(model, graph, counts, samples.parts("retain"))
+            others, _ = fidelities(model, graph, counts, samples.parts("retain"), samples.trace)
             factors = {layer: (own - others[layer]).clamp(min=0.0) for layer, own in factors.items()}
         weighted = {}
         for layer, own in factors.items():

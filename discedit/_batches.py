@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -11,11 +12,15 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.hooks import RemovableHandle
 
 from discedit import _checks
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+_CACHES = ("past_key_values", "past_key_value", "cache_params")  # state for the next call, whose shape follows heads
+_DEPTH = 16  # how far nests of outputs are looked into
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -85,6 +90,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.train(mode)
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that were set are removed afterwards, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _nothing_compiled() -> AbstractContextManager[Any]:
@@ -184,6 +199,11 @@ def chosen(inputs: Any, index: Tensor, samples: int) -> Any:
     return map_tensors(inputs, lambda t: t[index.to(t.device)] if t.ndim and len(t) == samples else t)
 
 
+def narrowed(inputs: Any, size: int, few: int, start: int = 0) -> Any:
+    """Some samples of a batch; tensors without its sample axis stay whole."""
+    return map_tensors(inputs, lambda x: x[start : start + few] if x.ndim and len(x) == size else x)
+
+
 class Quota:
     """The first samples of each class: how many more of each are wanted; of classes that are not named, none."""
 
@@ -236,3 +256,43 @@ def first_tensor(output: Any) -> Tensor | None:
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return output[0]
     return None
+
+
+def samples_in(inputs: Any) -> int:
+    """Size of the first axis of the first tensor; 0 where there is none."""
+    first = first_tensor(inputs)
+    return len(first) if first is not None and first.ndim else 0
+
+
+def tensors_in(output: Any, place: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in what a model gives, however nested, each with where it stands there."""
+    return _tensors_in(output, place, set())
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {place: tuple(tensor.shape) for place, tensor in tensors.items()}
+
+
+def _tensors_in(output: Any, place: str, seen: set[int], depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(output, Tensor):
+        yield place, output
+        return
+    if output is None or isinstance(output, (str, bytes, int, float, complex, type, nn.Module)) or id(output) in seen:
+        return
+    if depth > _DEPTH:
+        return
+    seen.add(id(output))
+    parts: Iterable[tuple[str, Any]] = ()
+    if isinstance(output, Mapping):
+        parts = [(f"{place}[{key!r}]", value) for key, value in output.items() if key not in _CACHES]
+    elif isinstance(output, tuple) and hasattr(output, "_fields"):
+        parts = [(f"{place}.{name}", value) for name, value in zip(output._fields, output, strict=True)]
+    elif isinstance(output, (list, tuple, set, frozenset)):
+        parts = [(f"{place}[{index}]", value) for index, value in enumerate(output)]
+    elif dataclasses.is_dataclass(output):
+        parts = [(f"{place}.{f.name}", getattr(output, f.name, None)) for f in dataclasses.fields(output)]
+    elif hasattr(output, "__dict__"):
+        parts = [(f"{place}.{name}", value) for name, value in vars(output).items()]
+    for inner, value in parts:
+        if inner.rpartition(".")[2] not in _CACHES:
+            yield from _tensors_in(value, inner, seen, depth + 1)

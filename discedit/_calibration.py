@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
 
-from discedit._batches import call, device_of, first_tensor, map_tensors, split, undisturbed, version_of
-from discedit._forward import takes_constants, why_not_plain
+from discedit._batches import device_of, first_tensor, narrowed, split
+from discedit._trace import ModelTrace
 
 SAMPLES = 1024  # at most this many are looked at
+HELD_OUT = 8  # of so many samples one is kept back, for a check of what was made of the others
 PARTS = 8  # in which they run, at most: each has threads of its own, and changing over takes time
 MAP = 3 * 2**23  # bytes of the largest map of a part: of more, the memory would be given back and asked for each time
 MEMORY = 4 * 2**30  # bytes that the feature maps of all samples may take at once
@@ -23,43 +23,89 @@ MAPS = 6  # as large as the largest that a network holds at one moment
 ROWS_PER_UNKNOWN = 64  # inputs of a layer that are looked at, for each of its weights per output
 LEAST_PER_UNKNOWN = 8  # where the following allows no more
 WORK = 2e11  # rows x unknowns^2 of one layer
-FEW = 2  # samples that show what runs, and in which order
 WIDE = 256  # unknowns, from which it pays to compute half of a symmetric product
 CHUNK = 2**22  # entries of rows that are gathered at once: small enough for memory to be used again
 
 
-def calibration(op: str, model: nn.Module, data: Iterable[Any]) -> list[Any]:
-    """The first samples of `data` on the model's device, in equal parts.
+def calibration(op: str, model: nn.Module, data: Iterable[Any], trace: ModelTrace | None = None) -> list[Any]:
+    """As `calibrated`, the samples alone."""
+    return calibrated(op, model, data, trace)[0]
+
+
+def calibrated(
+    op: str, model: nn.Module, data: Iterable[Any], trace: ModelTrace | None = None, *, further: bool = False
+) -> tuple[list[Any], ModelTrace, Any]:
+    """The first samples of `data` on the model's device, in equal parts, and the trace: by default of the first.
 
     At most `SAMPLES`, and no more than `MEMORY` allows. Ends at a batch that does not fit the others.
+
+    With `further`, also a batch of the samples behind those, from the same pass over `data`, which may be shuffled anew
+    in each; otherwise, and where there are none, None.
 
     Raises:
         ValueError: no sample, or inputs without a sample axis.
     """
     batches: list[tuple[Any, int]] = []
-    samples, limit, largest = 0, SAMPLES, 1
+    behind: list[tuple[Any, int]] = []
+    samples, limit, more, most = 0, SAMPLES, 0, 0
     device = device_of(model)
     for index, batch in enumerate(data):
         inputs, _ = split(op, batch, index, device, labels_needed=False)
         size = samples_of(op, inputs)
         if size and not batches:
-            largest = _largest_map(model, inputs)
-            limit = max(1, min(SAMPLES, MEMORY // (MAPS * largest)))
+            trace = ModelTrace.of(model, inputs) if trace is None else trace
+            limit = max(1, min(SAMPLES, MEMORY // (MAPS * trace.largest)))
+            most = held_out_of(limit) if further else 0
         if not size:
             continue
         if batches and not fits(batches[0][0], inputs):
             break
         few = min(size, limit - samples)
-        batches.append((_narrowed(inputs, size, few), few))
-        samples += few
-        if samples >= limit:
+        if few:
+            batches.append((narrowed(inputs, size, few), few))
+            samples += few
+        rest = min(size - few, most - more)
+        if rest:
+            behind.append((narrowed(inputs, size, rest, few), rest))
+            more += rest
+        if samples + more >= limit + most:
             break
-    if not samples:
+    if not samples or trace is None:
         raise ValueError(f"{op}: data must give at least one sample, it gave none.")
-    parts = 1 if device.type != "cpu" else min(PARTS, samples, -(-samples * largest // MAP))
+    parts = 1 if device.type != "cpu" else min(PARTS, samples, -(-samples * trace.largest // MAP))
     each = -(-samples // parts)
     together = joined([inputs for inputs, _ in batches], batches[0][1])
-    return [_narrowed(together, samples, min(each, samples - i), i) for i in range(0, samples, each)]
+    found = [narrowed(together, samples, min(each, samples - i), i) for i in range(0, samples, each)]
+    return found, trace, joined([inputs for inputs, _ in behind], behind[0][1]) if behind else None
+
+
+def held_out_of(samples: int) -> int:
+    """How many of so many samples a check takes."""
+    return max(1, samples // HELD_OUT)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A batch of samples for a check of what was made of others."""
+
+    inputs: Any
+    samples: int
+    apart: bool = True  # whether it was indeed made of others: of a single sample there are none
+
+
+def kept_back(op: str, inputs: Sequence[Any], further: Any) -> tuple[list[Any], HeldOut]:
+    """Parts to make something of, and samples to check it on: further ones, or else the last of those in the parts."""
+    if further is not None:
+        return list(inputs), HeldOut(further, samples_of(op, further))
+    sizes = [samples_of(op, part) for part in inputs]
+    number, samples = held_out_of(sum(sizes)), sum(sizes)
+    if samples == 1:
+        return list(inputs), HeldOut(inputs[0], 1, apart=False)
+    whole = joined(inputs, sizes[0])
+    left = samples - number
+    each = -(-left // len(sizes))
+    parts = [narrowed(whole, samples, min(each, left - i), i) for i in range(0, left, each)]
+    return parts, HeldOut(narrowed(whole, samples, number, left), number)
 
 
 def samples_of(op: str, inputs: Any) -> int:
@@ -68,40 +114,6 @@ def samples_of(op: str, inputs: Any) -> int:
     if first is None or not first.ndim:
         raise ValueError(f"{op}: data must give tensors with a sample axis, got {type(inputs).__name__}.")
     return len(first)
-
-
-def _largest_map(model: nn.Module, inputs: Any) -> int:
-    """Bytes per sample of the largest output of a module."""
-    largest = 1
-
-    def hook(_: nn.Module, __: Any, output: Any) -> None:
-        nonlocal largest
-        x = first_tensor(output)
-        if x is not None:
-            largest = max(largest, x.numel() * x.element_size())
-
-    few = run_hooked(model, inputs, [module.register_forward_hook(hook) for module in model.modules()])
-    return -(-largest // few)
-
-
-def run_hooked(model: nn.Module, inputs: Any, handles: list[RemovableHandle]) -> int:
-    """Runs a model on a few samples for what its hooks see, and removes them. Gives the number of samples."""
-    first = first_tensor(inputs)
-    assert first is not None  # of what `samples_of` has seen
-    size = len(first)
-    few = min(size, FEW)
-    try:
-        with undisturbed(model):
-            call(model, _narrowed(inputs, size, few))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return few
-
-
-def _narrowed(inputs: Any, size: int, few: int, start: int = 0) -> Any:
-    """Some samples of a batch; tensors without its sample axis stay whole."""
-    return map_tensors(inputs, lambda x: x[start : start + few] if x.ndim and len(x) == size else x)
 
 
 def fits(first: Any, other: Any) -> bool:
@@ -129,34 +141,6 @@ def joined(batches: Sequence[Any], samples: int) -> Any:
     if isinstance(first, (tuple, list)):
         return tuple(joined(several, samples) for several in zip(*batches, strict=True))
     return first
-
-
-def why_not_fitted(model: nn.Module, name: str, norms: Mapping[str, str]) -> str:
-    """Why a layer cannot be fitted in closed form; empty when it can."""
-    why = why_not_read(model, name)
-    if not why and not isinstance(model.get_submodule(name)._parameters.get("weight"), nn.Parameter):
-        why = "its weight is computed (parametrized or masked) and must be made a plain parameter first"
-    if not why and model.get_submodule(name).bias is None and norm_behind(model, name, norms) is None:
-        return "it has neither a bias nor a batch norm behind it that could take one"
-    return why
-
-
-def why_not_read(model: nn.Module, name: str) -> str:
-    """Why what a layer reads cannot be written as rows; empty when it can."""
-    layer = model.get_submodule(name)
-    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-        return f"it is a {type(layer).__name__}; only Conv2d and Linear can be fitted"
-    if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or layer.padding_mode != "zeros"):
-        return "it is a convolution in groups, or one that does not pad with zeros"
-    return why_not_plain(layer)
-
-
-def norm_behind(model: nn.Module, name: str, norms: Mapping[str, str]) -> _BatchNorm | None:
-    """The batch norm with running statistics that the layer's output goes straight into, and that can take constants
-    from it."""
-    norm = model.get_submodule(norms[name]) if name in norms else None
-    known = isinstance(norm, _BatchNorm) and norm.running_mean is not None and takes_constants(norm)
-    return norm if known and isinstance(norm, _BatchNorm) else None
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -358,62 +342,3 @@ class Fit:
     def bias(self, weights: Tensor) -> Tensor:
         """The bias (outputs,) that goes with weights."""
         return self.mean_y - weights @ self.mean_x
-
-
-def runs_in_order(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[str, int]:
-    """The layers in the order in which they first run, and how often they do."""
-    seen: dict[str, int] = {}
-
-    def count(name: str) -> None:
-        seen[name] = seen.get(name, 0) + 1
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: count(name)) for name in names]
-    run_hooked(model, inputs, handles)
-    return seen
-
-
-def head_of(model: nn.Module, inputs: Any) -> str | None:
-    """The linear layer that gives what the model gives, be it as a copy; of several, the last."""
-    outputs: list[tuple[str, Any]] = []
-    handles = [
-        module.register_forward_hook(lambda _, __, output, name=name: outputs.append((name, output)))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        with undisturbed(model):
-            result = first_tensor(call(model, inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if result is None:
-        return None
-    same = [name for name, output in outputs if output.shape == result.shape and torch.equal(output, result)]
-    return same[-1] if same else None
-
-
-def norms_behind(model: nn.Module, inputs: Any) -> dict[str, str]:
-    """Layer -> the batch norm that its output goes straight into, where each runs once."""
-    outputs: dict[int, tuple[str, Tensor, int]] = {}  # by identity, which holding them keeps; and their version
-    found: dict[str, str] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-
-            def leave(_: nn.Module, __: Any, output: Tensor, name: str = name) -> None:
-                version = version_of(output)
-                if version is not None:
-                    outputs[id(output)] = (name, output, version)
-
-            handles.append(module.register_forward_hook(leave))
-        elif isinstance(module, _BatchNorm):
-
-            def enter(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                source = outputs.get(id(args[0]))
-                if source is not None and source[2] == version_of(args[0]):
-                    found[source[0]] = name
-
-            handles.append(module.register_forward_pre_hook(enter))
-    run_hooked(model, inputs, handles)
-    runs = runs_in_order(model, [*found, *found.values()], inputs)
-    return {layer: norm for layer, norm in found.items() if runs[layer] == runs[norm] == 1}

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discedit._calibration import matrix_of, norm_behind, why_not_fitted
+from discedit._calibration import matrix_of
 from discedit._contributions import Contributions
 from discedit._importance import fits_of
 from discedit._repair import Repairs
+from discedit._trace import ModelTrace
 
 RIDGE = 1e-4
 
@@ -21,7 +22,7 @@ def compensated(
     edited: nn.Module,
     read: Mapping[str, list[int]],
     removed: Mapping[str, list[int]],
-    norms: Mapping[str, str],
+    trace: ModelTrace,
     inputs: Any,
 ) -> Repairs:
     """Scales what readers of removed channels make of the others, in `edited`, and returns what it set.
@@ -33,18 +34,19 @@ def compensated(
         model: before pruning. edited: after it; the same module names.
         read: reader -> the input channels that it has lost.
         removed: layer -> the output rows that it has lost.
-        norms: layer -> the norm that its output goes straight into.
+        trace: of the model before pruning.
         inputs: calibration images in parts.
     """
     result = Repairs()
+    after = trace.of_copy(edited)
     names = []
     for name in read:
-        why = why_not_fitted(edited, name, norms)
+        why = after.why_not_fitted(name)
         if why:
             result.skipped[name] = why
         else:
             names.append(name)
-    fits = fits_of(model, names, inputs)
+    fits = fits_of(model, names, inputs, trace)
     result.skipped |= dict.fromkeys(set(names) - set(fits), "it does not run just once per forward pass")
     for name, (fit, channels) in fits.items():
         xx, mean = fit.xx.cpu(), fit.mean_x.cpu().view(channels, -1)
@@ -57,15 +59,15 @@ def compensated(
         weight = (whole[:, kept] * factors[:, :, None])[rows]
         missing = (whole[rows] * mean).sum((1, 2)) - (weight * mean[kept]).sum((1, 2))
         layer: Any = edited.get_submodule(name)
-        _set(result, f"{name}.weight", layer.weight, weight.view(layer.weight.shape))
-        norm = norm_behind(edited, name, norms)
+        result.set(name, f"{name}.weight", layer.weight, weight.view(layer.weight.shape))
+        norm = after.bias_norm(name)
         if layer.bias is not None:
-            _set(result, f"{name}.bias", layer.bias, layer.bias.detach().double().cpu() + missing)
+            result.set(name, f"{name}.bias", layer.bias, layer.bias.detach().double().cpu() + missing)
         else:
             assert norm is not None
             assert norm.running_mean is not None
-            place = f"{norms[name]}.running_mean"
-            _set(result, place, norm.running_mean, norm.running_mean.double().cpu() - missing)
+            place = f"{trace.norms[name]}.running_mean"
+            result.set(name, place, norm.running_mean, norm.running_mean.double().cpu() - missing)
     return result
 
 
@@ -73,10 +75,3 @@ def _others(number: int, gone: list[int]) -> Tensor:
     left = torch.ones(number, dtype=torch.bool)
     left[gone] = False
     return left.nonzero().flatten()
-
-
-def _set(result: Repairs, name: str, tensor: Tensor, value: Tensor) -> None:
-    result.before[name] = tensor.detach().clone()
-    with torch.no_grad():
-        tensor.copy_(value)
-    result.values[name] = tensor.detach().clone()

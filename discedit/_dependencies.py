@@ -9,7 +9,6 @@ and where other modules run in train mode, their pass is followed as well.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 import warnings
@@ -25,9 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from discedit._batches import call, device_of, first_tensor, undisturbed
+from discedit._batches import call, device_of, first_tensor, shapes_of, tensors_in, undisturbed
 
-_CACHES = ("past_key_values", "past_key_value", "cache_params")  # state for the next call, whose shape follows heads
 _DROPOUTS = (
     functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
     functional.feature_alpha_dropout, torch.dropout, torch.feature_dropout, torch.alpha_dropout,
@@ -39,7 +37,6 @@ _MIXING = re.compile(
 )
 _PRODUCTS = re.compile("(Addmm|Mm|Bmm|Baddbmm|Addbmm|Mv|Addmv|Linear|(Mkldnn)?Convolution|MkldnnLinear)Backward")
 _SAME = re.compile("(T|Transpose|Permute|View|UnsafeView|Reshape|ReshapeAlias|Unsqueeze|Expand|ToCopy|Clone)Backward")
-_DEPTH = 16  # how far nests of outputs are looked into
 _SIGNED = 2**64  # autograd keeps a negative axis as an unsigned number
 
 
@@ -86,40 +83,6 @@ def traced(model: nn.Module, inputs: Any) -> Trace:
         if not odd:
             raise
         return _Tracer(model, inputs, odd).run()
-
-
-def tensors_in(output: Any, place: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in what a model gives, however nested, each with where it stands there."""
-    return _tensors_in(output, place, set())
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {place: tuple(tensor.shape) for place, tensor in tensors.items()}
-
-
-def _tensors_in(output: Any, place: str, seen: set[int], depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(output, Tensor):
-        yield place, output
-        return
-    if output is None or isinstance(output, (str, bytes, int, float, complex, type, nn.Module)) or id(output) in seen:
-        return
-    if depth > _DEPTH:
-        return
-    seen.add(id(output))
-    parts: Iterable[tuple[str, Any]] = ()
-    if isinstance(output, Mapping):
-        parts = [(f"{place}[{key!r}]", value) for key, value in output.items() if key not in _CACHES]
-    elif isinstance(output, tuple) and hasattr(output, "_fields"):
-        parts = [(f"{place}.{name}", value) for name, value in zip(output._fields, output, strict=True)]
-    elif isinstance(output, (list, tuple, set, frozenset)):
-        parts = [(f"{place}[{index}]", value) for index, value in enumerate(output)]
-    elif dataclasses.is_dataclass(output):
-        parts = [(f"{place}.{f.name}", getattr(output, f.name, None)) for f in dataclasses.fields(output)]
-    elif hasattr(output, "__dict__"):
-        parts = [(f"{place}.{name}", value) for name, value in vars(output).items()]
-    for inner, value in parts:
-        if inner.rpartition(".")[2] not in _CACHES:
-            yield from _tensors_in(value, inner, seen, depth + 1)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ Layers are taken in the order in which they run, each on what those edited befor
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from discedit import _checks
-from discedit._batches import call, first_tensor, undisturbed
-from discedit._calibration import norm_behind, run_hooked
+from discedit._batches import call, first_tensor, hooked, undisturbed
+from discedit._forward import as_its_class, input_of
 from discedit._lockstep import Pause, in_lockstep
+from discedit._trace import ModelTrace
 from discedit.ops import fisher_bound
 from discedit.recipe import Operation
 
 RIDGE = 1e-2  # of the mean variance: a few hundred samples know little of the directions that hardly vary
 LEAST_DIFFERENCE = 1e-6
+MISSED = 0.1  # of what an erasure is to change, where the rounding of the weights may leave so much
 ROWS_PER_CHANNEL = 64
 LEAST_ROWS = 2**14
 OTHERS = -1  # the group of all samples that stay
@@ -39,19 +41,21 @@ class Erased:
         operations, tensors: for a recipe, with its "set.I".
         bounds: layer -> Fisher bound on the total variation distance between each class and the others, along the
             direction that is erased from what the layer reads, before it is.
+        skipped: layer -> why its weights, as their type holds them, would not do what was asked; it is as it was.
         forgotten: share of the samples to forget that are still named rightly, a mean over classes.
     """
 
     operations: list[Operation] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     bounds: dict[str, list[float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     forgotten: float = 1.0
 
 
 def erased(
     edited: nn.Module,
     layers: Sequence[str],
-    norms: Mapping[str, str],
+    trace: ModelTrace,
     parts: Sequence[tuple[Any, Tensor]],
     classes: Sequence[int],
     factor: float,
@@ -61,7 +65,7 @@ def erased(
     Args:
         edited: the model.
         layers: Conv2d (not in groups) and Linear, with a bias or a batch norm behind that can take one.
-        norms: layer -> the norm that its output goes straight into.
+        trace: of the model before the edit.
         parts: inputs with labels. Samples of other classes are those that stay.
         classes: what to forget.
         factor: what is left of each direction: 0 erases it.
@@ -70,11 +74,12 @@ def erased(
         ValueError: no sample of a class, feature maps that are not finite, or a model without logits.
     """
     result = Erased()
+    trace = trace.of_copy(edited)
     sums = {layer: _Sums(len(classes)) for layer in layers}
     place = threading.local()
 
     def meet(layer: str) -> None:
-        _edit(edited, layer, norms, sums.pop(layer), factor, result)
+        _edit(trace, layer, sums.pop(layer), factor, result)
 
     def enter(layer: str, module: nn.Module, arguments: Any) -> None:
         sums[layer].add(module, arguments[0], place.groups, len(parts), place.seed)
@@ -104,40 +109,10 @@ def erased(
         for i, cls in enumerate(classes):
             groups[labels == cls] = i
         works.append(partial(run, inputs, groups, seed))
-    try:
-        with undisturbed(edited):
-            in_lockstep("unlearn", works, meet)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), undisturbed(edited):
+        in_lockstep("unlearn", works, meet)
     result.forgotten = float((right / seen).mean())
     return result
-
-
-def why_not_erased(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[str, str]:
-    """Why a layer does not read, in one run, something of every sample in turn; empty when it does.
-
-    In the order in which the layers first run; those that do not run come last.
-    """
-    names = list(names)
-    read: dict[str, list[int]] = {}
-
-    def enter(name: str, _: nn.Module, arguments: Any) -> None:
-        first = first_tensor(arguments)
-        read.setdefault(name, []).append(len(first) if first is not None and first.ndim > 1 else 0)
-
-    samples = run_hooked(
-        model, inputs, [model.get_submodule(name).register_forward_pre_hook(partial(enter, name)) for name in names]
-    )
-    reasons = dict.fromkeys(read, "")
-    for name, sizes in read.items():
-        if len(sizes) > 1:
-            reasons[name] = "it runs more than once per forward pass"
-        elif not sizes[0]:
-            reasons[name] = "it is not called with a tensor of samples as its first argument"
-        elif sizes[0] != samples:
-            reasons[name] = f"it reads {sizes[0]} rows for {samples} samples, such as windows of them"
-    return reasons | {name: "it does not run as a module of its own" for name in names if name not in read}
 
 
 class _Sums:
@@ -183,7 +158,7 @@ class _Sums:
         return found
 
 
-def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, factor: float, result: Erased) -> None:
+def _edit(trace: ModelTrace, name: str, sums: _Sums, factor: float, result: Erased) -> None:
     """Takes the directions out of one layer's weights, around the mean of the samples that stay."""
     *forget, (mean, covariance) = sums.moments()
     if not all(bool(m.isfinite().all() and c.isfinite().all()) for m, c in (*forget, (mean, covariance))):
@@ -193,26 +168,52 @@ def _edit(model: nn.Module, name: str, norms: Mapping[str, str], sums: _Sums, fa
     variance = float(within.diagonal().mean())
     eye = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
     directions = torch.linalg.solve(within + (RIDGE * variance if variance > 0 else 1.0) * eye, differences)
-    result.bounds[name] = _bounds(directions.T, forget, (mean, covariance))
     between = differences.T @ directions
     # In squares of standard deviations. A difference that is rounding, as behind what was just erased, is none.
     least = {"atol": LEAST_DIFFERENCE, "rtol": 1e-10, "hermitian": True}
     projected = torch.linalg.pinv((between + between.T) / 2, **least) @ directions.T
-    layer: Any = model.get_submodule(name)
+    layer: Any = trace.model.get_submodule(name)
     weight = layer.weight.detach().double()
     moved = (1 - factor) * torch.einsum("oi...,ic->oc...", weight, differences)  # what the layer makes of them
     change = -torch.einsum("oc...,ci->oi...", moved, projected)
     lost = torch.einsum("oc...,c->o...", moved, projected @ mean)
     bias = lost.flatten(1).sum(1) if lost.ndim > 1 else lost  # padding counts as what else is read
+    new = (weight + change).to(layer.weight.dtype).double()
+    if why := _why_not_erased(layer, weight, new, differences @ (projected @ differences), factor):
+        result.skipped[name] = why
+        return
+    result.bounds[name] = _bounds(directions.T, forget, (mean, covariance))
     _add(result, f"{name}.weight", layer.weight, change)
     if layer.bias is not None:
         _add(result, f"{name}.bias", layer.bias, bias)
         return
-    norm = norm_behind(model, name, norms)
+    norm = trace.bias_norm(name)
     assert norm is not None
     assert norm.running_mean is not None
     # Not the norm's bias: so the means are, but for padding, those that it would find on the classes that stay.
-    _add(result, f"{norms[name]}.running_mean", norm.running_mean, -bias)
+    _add(result, f"{trace.norms[name]}.running_mean", norm.running_mean, -bias)
+
+
+def _why_not_erased(layer: nn.Module, old: Tensor, new: Tensor, differences: Tensor, factor: float) -> str:
+    """Why a layer with new weights does not give factor times as much for differences (channels, classes) of what it
+    reads, in any mixture at any place; empty where it does."""
+    x = input_of(layer).double()
+    if isinstance(layer, nn.Conv2d):
+        x = torch.einsum("skhw,ck->schw", x[:, :1].expand(-1, differences.shape[1], -1, -1), differences)
+    else:
+        x = x[:, :1] * differences.sum(1)
+    spread = {"weight": old.abs(), "bias": None}, x.abs()
+    before, after = (as_its_class(layer, {"weight": weight, "bias": None}, x) for weight in (old, new))
+    missed, due = float((after - factor * before).norm()), float((1 - factor) * before.norm())
+    rounding = torch.finfo(torch.float32).eps * float(as_its_class(layer, *spread).norm())
+    if missed <= max(MISSED * abs(due), 4 * rounding):
+        return ""
+    kind = str(layer.weight.dtype).removeprefix("torch.")
+    share = f"{100 * missed / abs(due):.0f} %" if due else "all"
+    return (
+        f"its weights, in {kind}, miss what erasing is to change by {share}; make it in a type of more digits "
+        "(model.float()), or leave the layer out"
+    )
 
 
 def _bounds(directions: Tensor, forget: list[tuple[Tensor, Tensor]], others: tuple[Tensor, Tensor]) -> list[float]:

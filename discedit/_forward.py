@@ -7,7 +7,7 @@ is given. Closed forms write weights, and hold only where the weights are what t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def why_not_plain(layer: nn.Module) -> str:
             names = [name for name in own if isinstance(layer._parameters.get(name), Tensor)]
             drawn = {name: _numbers(own[name].shape, own[name]) for name in names}
             ours = functional_call(layer, drawn, (x,))
-            theirs = _as_its_class(layer, own | drawn, x)
+            theirs = as_its_class(layer, own | drawn, x)
     except Exception as error:  # whatever a forward of somebody's own may need
         return f"it is a {_name_of(layer)} that cannot be run by itself ({type(error).__name__}: {error})"
     if _equal(ours, theirs):
@@ -115,12 +115,12 @@ def _name_of(module: nn.Module) -> str:
     return name if name != _base_of(module).__name__ else f"{name} with a forward or hooks of its own"
 
 
-def _as_its_class(layer: nn.Module, weights: dict[str, Tensor | None], x: Tensor) -> Any:
+def as_its_class(layer: nn.Module, weights: Mapping[str, Tensor | None], x: Tensor) -> Any:
     """What the class of torch gives, without what was added to this instance."""
     base = _base_of(layer)
     plain = base.__new__(base)
     plain.__dict__.update({name: value for name, value in layer.__dict__.items() if name not in METHODS})
-    plain.__dict__["_parameters"] = weights
+    plain.__dict__["_parameters"] = dict(weights)
     plain.__dict__ |= {name: OrderedDict() for name in HOOKS}
     return base.forward(plain, x)
 

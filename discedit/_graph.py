@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 
-from discedit._batches import call, device_of, map_tensors, moved, undisturbed
-from discedit._dependencies import Untraceable, shapes_of, tensors_in, traced, training_branches
+from discedit._batches import call, device_of, map_tensors, moved, shapes_of, tensors_in, undisturbed
+from discedit._dependencies import Untraceable, traced, training_branches
 from discedit._forward import input_of, is_own
 from discedit.recipe import Operation, Recipe, architecture_of
 
@@ -716,10 +716,10 @@ class Graph:
                 index = sorted(set(range(self._size((name, role)))) - set(gone))
                 keeps.append(Operation("keep", name, dim=role, index=tuple(index)))
                 owner, size = name.rpartition(".")[0], self._size((name, role))
-                for attribute, value in _sizes(self.model.get_submodule(owner)).items():
-                    if isinstance(value, list) and value.count(size) == 1:  # the shape of a norm, or of a view
-                        after = [len(index) if entry == size else entry for entry in value]
-                        changes[owner, attribute] = (value, after)
+                for attribute, shape in _sizes(self.model.get_submodule(owner)).items():
+                    if isinstance(shape, list) and shape.count(size) == 1:  # of a norm, or of a view
+                        smaller = [len(index) if entry == size else entry for entry in shape]
+                        changes[owner, attribute] = (shape, smaller)
                 continue
             if name not in copies:
                 copies[name] = _tagged(self.model.get_submodule(name))

@@ -11,23 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from discedit import _checks
-from discedit._batches import call, outside_modes, undisturbed
-from discedit._calibration import (
-    PARTS,
-    Fit,
-    Positions,
-    Sums,
-    calibration,
-    head_of,
-    matrix_of,
-    norm_behind,
-    norms_behind,
-    runs_in_order,
-    scale_of,
-    why_not_read,
-)
+from discedit._batches import call, hooked, outside_modes, undisturbed
+from discedit._calibration import PARTS, Fit, Positions, Sums, calibrated, matrix_of, scale_of
 from discedit._graph import KINDS, Components, Graph, width_of
 from discedit._sharded import unwrapped
+from discedit._trace import ModelTrace
 from discedit.scores import REDUCTIONS, Scores
 
 OF_WEIGHTS = ("l1", "l2", "random")
@@ -45,8 +33,8 @@ class Unscored(dict[str, Tensor]):
     def of(cls, model: nn.Module, inputs: Any) -> Unscored:
         """All but the head."""
         try:
-            head = head_of(model, inputs)
-        except Exception:  # of a layer that gives no tensor: the graph says what is wrong, if anything is
+            head = ModelTrace.of(model, inputs, few=None).head
+        except Exception:  # the graph says what is wrong
             head = None
         widths = {name: width_of(module) for name, module in model.named_modules() if name != head}
         return cls({name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items() if width})
@@ -87,11 +75,10 @@ def importances(
     graph = Graph(op, model, example_inputs)
     found, _ = graph.find([layer for layer in scores if width_of(model.get_submodule(layer)) is not None], kinds)
     inputs: Any = None
-    norms: dict[str, str] = {}
+    trace = ModelTrace(model)
     if criterion in OF_READERS and data is not None:
-        inputs = calibration(op, model, data)
-        norms = norms_behind(model, inputs[0])
-    values, instead = of_components(model, scores, criterion, graph, found, inputs, norms, seed)
+        inputs, trace, _ = calibrated(op, model, data)
+    values, instead = of_components(model, scores, criterion, graph, found, inputs, trace, seed)
     rows = {}
     for layer, parts in found.items():
         if layer not in instead:
@@ -121,14 +108,14 @@ def of_components(
     graph: Graph,
     found: Mapping[str, Components],
     inputs: Any,
-    norms: Mapping[str, str],
+    trace: ModelTrace,
     seed: int,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """One number per component of each layer, higher = keep; and the layers that had to be judged by "l2" instead.
 
     Args:
         inputs: calibration images in parts, for the criteria `OF_READERS`.
-        norms: layer -> the norm that its output goes straight into.
+        trace: of the model, for these.
 
     Returns:
         layer -> (components,) float64; layer -> why the criterion does not apply.
@@ -149,7 +136,7 @@ def of_components(
         return {layer: _of_weights(model, graph, parts, power) for layer, parts in found.items()}, {}
     counts = {layer: len(parts.rows) for layer, parts in found.items()}
     worth: Mapping[str, Tensor] = scores if criterion == "combined" else {}
-    values, why = _of_readers(model, JUDGES[criterion], worth, graph, counts, inputs, norms)
+    values, why = _of_readers(model, JUDGES[criterion], worth, graph, counts, inputs, trace)
     for layer in why:
         values[layer] = _of_weights(model, graph, found[layer], 2)
     return {layer: values[layer] for layer in found}, why
@@ -178,7 +165,7 @@ def _of_readers(
     graph: Graph,
     counts: Mapping[str, int],
     inputs: Any,
-    norms: Mapping[str, str],
+    trace: ModelTrace,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """By how much the outputs of the layers that read a component would change without it.
 
@@ -196,7 +183,7 @@ def _of_readers(
     why: dict[str, str] = {}
     for layer, count in counts.items():
         blocks = _blocks(graph, layer, count)
-        unread = {name: reason for name in blocks if (reason := why_not_read(model, name))}
+        unread = {name: reason for name in blocks if (reason := trace.why_not_read(name))}
         for name, block in blocks.items():
             if len({len(channels) for channels in block}) > 1:
                 unread[name] = "it reads some of the components on more channels than others"
@@ -206,7 +193,7 @@ def _of_readers(
             continue
         readers[layer] = {name: block for name, block in blocks.items() if name not in unread}
     names = dict.fromkeys(name for blocks in readers.values() for name in blocks)
-    fits = fits_of(model, names, inputs)
+    fits = fits_of(model, names, inputs, trace)
     for layer, blocks in list(readers.items()):
         readers[layer] = {name: block for name, block in blocks.items() if name in fits}
         if not readers[layer]:
@@ -216,7 +203,7 @@ def _of_readers(
     values: dict[str, Tensor] = {}
     for layer, blocks in readers.items():
         for name in blocks.keys() - surgeons.keys():
-            worth = _worth(model, name, norms, scores)
+            worth = _worth(trace, name, scores)
             matrix = matrix_of(model.get_submodule(name)).double()
             surgeons[name] = _Surgeon(*fits.pop(name), matrix, worth)
         read_by = [(surgeons[name], block) for name, block in blocks.items()]
@@ -225,7 +212,7 @@ def _of_readers(
 
 
 def fidelities(
-    model: nn.Module, graph: Graph, counts: Mapping[str, int], inputs: Any
+    model: nn.Module, graph: Graph, counts: Mapping[str, int], inputs: Any, trace: ModelTrace
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Of each component the fidelity around zero, as in ModHiFi: where nothing takes the mean of what goes.
 
@@ -236,16 +223,16 @@ def fidelities(
     Returns:
         layer -> (components,) float64 in [0, 1], NaN where what is read is not finite; layer -> why there is none.
     """
-    return _of_readers(model, _fidelities_around_zero, {}, graph, counts, inputs, {})
+    return _of_readers(model, _fidelities_around_zero, {}, graph, counts, inputs, trace)
 
 
-def fits_of(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[str, tuple[Fit, int]]:
+def fits_of(model: nn.Module, names: Iterable[str], inputs: Any, trace: ModelTrace) -> dict[str, tuple[Fit, int]]:
     """Moments of what layers read and give, and how many channels they read; of those that run just once.
 
     Args:
         inputs: calibration images in parts.
     """
-    once = [name for name, runs in runs_in_order(model, names, inputs[0]).items() if runs == 1]
+    once = [name for name in trace.in_order(names) if trace.runs[name] == 1]
     sums = {name: Sums() for name in once}
     channels: dict[str, int] = {}
     draws = {name: iter(range(PARTS * i, PARTS * (i + 1))) for i, name in enumerate(once)}
@@ -257,13 +244,9 @@ def fits_of(model: nn.Module, names: Iterable[str], inputs: Any) -> dict[str, tu
         sums[name].add(positions, args[0], positions.of_output(output))
 
     handles = [model.get_submodule(name).register_forward_hook(partial(read, name)) for name in once]
-    try:
-        with undisturbed(model):
-            for batch in inputs:
-                call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), undisturbed(model):
+        for batch in inputs:
+            call(model, batch)
     return {name: (sums.pop(name).fit(), channels[name]) for name in once}
 
 
@@ -282,10 +265,10 @@ def _blocks(graph: Graph, layer: str, components: int) -> dict[str, list[list[in
     return blocks
 
 
-def _worth(model: nn.Module, name: str, norms: Mapping[str, str], scores: Mapping[str, Tensor]) -> Tensor:
+def _worth(trace: ModelTrace, name: str, scores: Mapping[str, Tensor]) -> Tensor:
     """What a change of each output of a layer counts: (outputs,), float64."""
-    module: Any = model.get_submodule(name)
-    norm = norm_behind(model, name, norms)
+    module: Any = trace.model.get_submodule(name)
+    norm = trace.bias_norm(name)
     scale = None if norm is None else scale_of(norm)
     worth = torch.ones(len(module.weight), dtype=torch.float64, device=module.weight.device)
     worth = worth if scale is None else scale.double().square()

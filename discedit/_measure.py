@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from discedit import _checks
-from discedit._batches import call, checked_labels, device_of, first_tensor, moved, split, undisturbed
+from discedit._batches import call, checked_labels, device_of, first_tensor, hooked, moved, split, undisturbed
 
 OP = "accuracy_per_class"
 
@@ -62,11 +62,8 @@ def macs_of_weights(model: nn.Module, example_inputs: Any) -> tuple[dict[str, fl
                     found[f"{name}.weight"] = found.get(f"{name}.weight", 0.0) + macs
 
                 handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-        try:
+        with hooked(handles):
             call(model, moved(example_inputs, device_of(model)))
-        finally:
-            for handle in handles:
-                handle.remove()
     return found, counter.get_total_flops() / 2 - sum(found.values())
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from discedit import _checks
 from discedit._batches import Quota, call, checked_labels, chosen, device_of, first_tensor, moved, split, undisturbed
 from discedit._calibration import joined
+from discedit._trace import ModelTrace
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,14 @@ def gather(
             if samples is not None:
                 samples.add(inputs, classes)
             for name, model in models.items():
-                reader = readers.get(name)
-                output = first_tensor(call(model, moved(inputs, devices[name])))
+                reader = readers.get(name) if len(classes) else None
+                own = moved(inputs, devices[name])
+                if reader is not None:
+                    reader.begin(own)
+                output = first_tensor(call(model, own))
                 logits[name].append(_checked(op, name, argument, index, output, len(classes), num_classes))
                 if reader is not None:
-                    reader.take(output, len(classes))
+                    reader.take(len(classes))
     if not sum(map(len, labels)):
         raise ValueError(f"{op}: {argument} must give at least one sample, it gave none.")
     together = torch.cat(labels)
@@ -140,52 +143,43 @@ def _checked(
     return logits
 
 
-class _Reader:
-    """Reads penultimate features while a model runs: the input of its head, found in the first batch."""
+class _Reader(ExitStack):
+    """Reads penultimate features while a model runs: the input of its head, or what a layer gives."""
 
     def __init__(self, op: str, name: str, model: nn.Module, layer: bool | str) -> None:
-        self._where = f"{op}: {name}"
+        super().__init__()
+        self._where, self._model = f"{op}: {name}", model
         self._features: list[Tensor] = []
-        self._seen: list[tuple[str, Tensor, Tensor]] = []  # since the model began: layer, what is read of it, output
-        self._handles: dict[str, RemovableHandle] = {}
-        self._layer: str | None = None
-        modules = dict(model.named_modules())
+        self._read: Tensor | None = None  # since the model began
         self._output = isinstance(layer, str)
+        self._layer: str | None = None
+        self._hooked = False
         if isinstance(layer, str):
-            if layer not in modules:
+            if layer not in dict(model.named_modules()):
                 raise ValueError(f"{op}: features must name a layer of the models, {name} has none called {layer!r}.")
             self._layer = layer
-            self._modules = {layer: modules[layer]}
-        else:
-            self._modules = {path: module for path, module in modules.items() if isinstance(module, nn.Linear)}
 
-    def __enter__(self) -> _Reader:
-        for path, module in self._modules.items():
-            self._handles[path] = module.register_forward_hook(self._hook(path), with_kwargs=True)
-        return self
+    def begin(self, inputs: Any) -> None:
+        """Before the model runs on a batch."""
+        self._read = None
+        self._layer = self._layer or ModelTrace.of(self._model, inputs).head
+        if self._layer is not None and not self._hooked:
+            module = self._model.get_submodule(self._layer)
+            self.callback(module.register_forward_hook(self._hook, with_kwargs=True).remove)
+            self._hooked = True
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles.values():
-            handle.remove()
-        self._seen.clear()
+    def _hook(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._read = first_tensor(output if self._output else args or kwargs)
 
-    def _hook(self, path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            result = first_tensor(output)
-            read = result if self._output else first_tensor(args or kwargs)
-            # Of all linear layers only one that gives a row for each sample can be the head.
-            if read is not None and result is not None and (self._output or result.ndim == 2):
-                self._seen.append((path, read, result))
-
-        return hook
-
-    def take(self, logits: Tensor | None, samples: int) -> None:
-        if self._layer is None and logits is not None:
-            self._settle(logits)
-        if not self._seen:
+    def take(self, samples: int) -> None:
+        if self._layer is None:
+            raise ValueError(
+                f"{self._where}: the features are the input of the last linear layer, whose output must be the model's "
+                "output; there is none such. Name the layer whose output are the features: features='layer name'."
+            )
+        if self._read is None:
             raise ValueError(f"{self._where}: layer {self._layer!r} must run and give a tensor for every batch.")
-        read = self._seen[-1][1].detach()
-        self._seen.clear()
+        read, self._read = self._read.detach(), None
         if read.ndim < 2 or len(read) != samples:
             raise ValueError(
                 f"{self._where}: layer {self._layer!r} must give one row of features for each of {samples} samples, "
@@ -195,19 +189,6 @@ class _Reader:
         if read.ndim > 2:
             read = read.float().mean(1) if read.ndim == 3 else read.float().flatten(2).mean(2)
         self._features.append(read.float().cpu())
-
-    def _settle(self, logits: Tensor) -> None:
-        heads = [seen for seen in self._seen if seen[2] is logits]
-        heads = heads or [seen for seen in self._seen if seen[2].shape == logits.shape and seen[2].equal(logits)]
-        if not heads:
-            raise ValueError(
-                f"{self._where}: the features are the input of the last linear layer, whose output must be the model's "
-                "output; there is none such. Name the layer whose output are the features: features='layer name'."
-            )
-        self._layer = heads[-1][0]
-        for path in self._handles.keys() - {self._layer}:
-            self._handles.pop(path).remove()
-        self._seen = heads
 
     def features(self) -> Tensor:
         return torch.cat(self._features)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from discedit._batches import checked_labels, device_of, first_tensor, moved, split, undisturbed
+from discedit._batches import checked_labels, device_of, moved, samples_in, split, undisturbed
 from discedit._checkpoint import Checkpoint, Progress
 from discedit._group import MORE, NOTHING, Group, pack, unpack
 from discedit._sharded import runs_together
@@ -117,8 +117,7 @@ class Pass(ABC):
             index = self.progress.batches
             inputs, given = split(self.op, batch, index, self.device, labels_needed=self._labels is not None)
             labels = None if self._labels is None else checked_labels(self.op, given, self._labels, index)
-            first = first_tensor(inputs)
-            samples = len(first) if first is not None and first.ndim else 0
+            samples = samples_in(inputs)
             counted = samples if self.own is None else max(0, min(samples, self.own - self.progress.samples))
             yield inputs, labels, counted
 

@@ -28,10 +28,10 @@ def rank_by_fidelity(
             above 0.
     """
     counts = {layer: len(parts) for layer, parts in units.items()}
-    rest, unread = fidelities(model, graph, counts, data.parts("retain")) if by == "contrast" else ({}, {})
+    rest, unread = fidelities(model, graph, counts, data.parts("retain"), data.trace) if by == "contrast" else ({}, {})
     rankings = []
     for cls in data.forget:
-        values, unread = fidelities(model, graph, counts, _of_class(data, cls))
+        values, unread = fidelities(model, graph, counts, _of_class(data, cls), data.trace)
         if not values:
             why = "; ".join(f"{layer}: {reason}" for layer, reason in unread.items())
             raise ValueError(f"unlearn: layers must name at least one layer that by={by!r} can rank ({why}).")

@@ -8,9 +8,12 @@ brought closest, so that a layer also makes up for what those before it could no
 
 from __future__ import annotations
 
+import math
 import threading
+import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,35 +21,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from discedit._batches import call, undisturbed, version_of
-from discedit._calibration import (
-    PARTS,
-    Positions,
-    Sums,
-    matrix_of,
-    norm_behind,
-    runs_in_order,
-    scale_of,
-    why_not_fitted,
-)
-from discedit._forward import is_affine
+from discedit._batches import call, first_tensor, undisturbed, version_of
+from discedit._calibration import PARTS, HeldOut, Positions, Sums, matrix_of, scale_of
 from discedit._lockstep import Pause, in_lockstep
+from discedit._trace import ModelTrace, is_layer
 
 RIDGE = 1e-3
+# Units in the last place of what a layer gives, in the mean, that an error may grow by: sums of products in float32 are
+# not exact, and weights of 16 bits are rounded.
+ROUNDING, ROUNDING_OF_HALVES = 100, 4
+MORE, CHANCE = 1.25, 2.0  # times the squared error without a repair, and standard errors above it, that are too much
+WORSE = 1.05  # times the error of the whole network without repair, from which there is a warning
 LEAST_SCALE = 1e-3  # of a batch norm's largest: a channel that is multiplied by less cannot make up for anything
 _ADDITIONS = (torch.add, Tensor.add, Tensor.add_)
 
 
 @dataclass
 class Repairs:
-    """Old and new values by tensor name, and readers that could not be repaired, with reasons."""
+    """Old and new values by tensor name, the names by layer, and readers that are not repaired, with reasons."""
 
     before: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
+    layers: dict[str, list[str]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+
+    def set(self, layer: str, name: str, tensor: Tensor, value: Tensor) -> None:
+        """Writes a value for the repair of a layer."""
+        self.before.setdefault(name, tensor.detach().clone())
+        with torch.no_grad():
+            tensor.copy_(value)
+        self.values[name] = tensor.detach().clone()
+        names = self.layers.setdefault(layer, [])
+        if name not in names:
+            names.append(name)
+
+    def drop(self, layer: str, why: str) -> None:
+        """Forgets the repair of a layer."""
+        for name in self.layers.pop(layer):
+            del self.before[name], self.values[name]
+        self.skipped[layer] = why
 
 
 def repaired(
@@ -55,7 +70,7 @@ def repaired(
     edited: nn.Module,
     consumers: Iterable[str],
     removed: Mapping[str, list[int]],
-    norms: Mapping[str, str],
+    trace: ModelTrace,
     inputs: Sequence[Any],
     *,
     weights: bool,
@@ -72,7 +87,7 @@ def repaired(
         edited: after it; the same module names.
         consumers: the layers that read removed components.
         removed: layer -> the output rows that it has lost.
-        norms: layer -> the norm that its output goes straight into.
+        trace: of the model before pruning.
         inputs: images in parts, see `calibration`.
         weights: least squares; otherwise the bias alone.
         silenced: layer -> output rows that keep the weights that they have.
@@ -83,12 +98,12 @@ def repaired(
     """
     result = Repairs()
     readers = set(consumers)
-    runs = runs_in_order(edited, [name for name, module in edited.named_modules() if _is_layer(module)], inputs[0])
+    after = trace.of_copy(edited)
     names = []
     begun = False
-    for name, count in runs.items():
+    for name in trace.in_order(name for name, module in edited.named_modules() if is_layer(module)):
         begun = begun or name in readers
-        why = "it runs more than once per forward pass" if count > 1 else why_not_fitted(edited, name, norms)
+        why = "it runs more than once per forward pass" if trace.runs[name] > 1 else after.why_not_fitted(name)
         if name in ignore:
             continue
         if begun and not why:
@@ -96,7 +111,7 @@ def repaired(
         elif name in readers:
             result.skipped[name] = why
     works = []
-    fitted = _Fitted(op, edited, norms, weights, silenced or {}, protection)
+    fitted = _Fitted(op, after, names, weights, silenced or {}, protection, result)
     with undisturbed(model), undisturbed(edited):
         for part, batch in enumerate([*inputs, *protected]):
             guards = part >= len(inputs)
@@ -106,31 +121,18 @@ def repaired(
             for i, name in enumerate(names):
                 positions = Positions(model.get_submodule(name), first + PARTS * i + part, parts)
                 targets[name] = _Target(positions, sorted(removed.get(name, ())))
-            with _Before(model, targets, norms):
+            with _Before(trace, targets):
                 call(model, batch)
-            works.append(partial(_pass_after, edited, batch, targets, norms, fitted, guards))
+            works.append(partial(_pass_after, batch, targets, fitted, guards))
         in_lockstep(op, works, fitted.meet)
-    result.before, result.values = fitted.replaced, fitted.values
     return result
 
 
-def _pass_after(
-    model: nn.Module,
-    batch: Any,
-    targets: Mapping[str, _Target],
-    norms: Mapping[str, str],
-    fitted: _Fitted,
-    guards: bool,
-    pause: Pause,
-) -> None:
-    after = _After(model, targets, norms, fitted, guards, pause)
+def _pass_after(batch: Any, targets: Mapping[str, _Target], fitted: _Fitted, guards: bool, pause: Pause) -> None:
+    after = _After(targets, fitted, guards, pause)
     with torch.no_grad(), after:
-        call(model, batch)
+        call(fitted.model, batch)
     assert not after.waiting, f"their outputs were never added: {list(after.waiting)}"
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (_ConvNd, nn.Linear))
 
 
 class _Target:
@@ -142,6 +144,7 @@ class _Target:
         self.rows = torch.empty(0)
         self.added: Tensor | None = None
         self.shared = False  # read by something before it is added
+        self.total: Tensor | None = None  # the sum of what it gives, behind its norm, and what is added
 
     def kept(self, rows: Tensor) -> Tensor:
         """Without the outputs that the layer has lost."""
@@ -164,12 +167,11 @@ class _Output:
 class _Watch(TorchFunctionMode):
     """Sees layers run, in a pass, and what their outputs, or those of the batch norms behind them, are added to."""
 
-    def __init__(self, model: nn.Module, targets: Mapping[str, _Target], norms: Mapping[str, str]) -> None:
+    def __init__(self, trace: ModelTrace, targets: Mapping[str, _Target]) -> None:
         super().__init__()
-        self.model, self.targets = model, targets
-        # Before there are hooks, which would make what is asked of a norm part of the pass.
-        self.norms = {name: norm_behind(model, name, norms) for name in targets}
-        self.affine = {name for name, norm in self.norms.items() if norm is not None and is_affine(norm)}
+        self.trace, self.model, self.targets = trace, trace.model, targets
+        self.norms = {name: trace.bias_norm(name) for name in targets}
+        self.affine = {name for name in targets if (norm := trace.norm_behind(name)) is not None and norm.is_affine}
         self.outputs: dict[int, _Output] = {}  # by identity
         self.handles: list[Any] = []
         self.thread = threading.get_ident()
@@ -256,7 +258,9 @@ class _Watch(TorchFunctionMode):
 
 
 class _Before(_Watch):
-    """Over the model before pruning: notes what each layer gives."""
+    """Over the model before pruning: notes what each layer gives; with `sums`, also the sums that it is added to."""
+
+    sums = False
 
     def after(self, name: str, output: Tensor) -> None:
         target = self.targets[name]
@@ -271,21 +275,15 @@ class _Before(_Watch):
     def meets(self, name: str, output: Tensor, other: Tensor) -> None:
         target = self.targets[name]
         target.added = target.kept(target.positions.of_output(other))
+        if self.sums:
+            target.total = target.added + target.kept(target.positions.of_output(output))
 
 
 class _After(_Watch):
     """Over the pruned model: has each layer fitted before it runs, or before its output is added."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        targets: Mapping[str, _Target],
-        norms: Mapping[str, str],
-        fitted: _Fitted,
-        guards: bool,
-        pause: Pause,
-    ) -> None:
-        super().__init__(model, targets, norms)
+    def __init__(self, targets: Mapping[str, _Target], fitted: _Fitted, guards: bool, pause: Pause) -> None:
+        super().__init__(fitted.trace, targets)
         self.fitted, self.pause = fitted, pause
         self.sums = fitted.guards if guards else fitted.sums
         self.waiting: dict[str, Tensor] = {}  # what layers read whose output is to be added
@@ -329,19 +327,19 @@ class _Fitted:
     def __init__(
         self,
         op: str,
-        model: nn.Module,
-        norms: Mapping[str, str],
+        trace: ModelTrace,
+        names: Iterable[str],
         weights: bool,
         silenced: Mapping[str, list[int]],
         protection: float,
+        result: Repairs,
     ) -> None:
-        self.op, self.model, self.norms, self.weights = op, model, norms, weights
-        self.behind = {name: norm_behind(model, name, norms) for name in norms}  # before there are hooks
+        self.op, self.trace, self.model, self.weights = op, trace, trace.model, weights
+        self.behind = {name: trace.bias_norm(name) for name in names}  # before there are hooks
         self.silenced, self.protection = silenced, protection
         self.sums: dict[str, Sums] = {}
         self.guards: dict[str, Sums] = {}
-        self.replaced: dict[str, Tensor] = {}
-        self.values: dict[str, Tensor] = {}
+        self.result = result
 
     def meet(self, name: str) -> None:
         layer: Any = self.model.get_submodule(name)
@@ -351,18 +349,18 @@ class _Fitted:
         if self.weights:
             fitted = fit.solve(self.op, matrix, RIDGE, self._guard(name, fit.mean_x))
             fitted[silenced] = matrix[silenced]
-            self._set(f"{name}.weight", layer.weight, fitted.view_as(layer.weight))
+            self.result.set(name, f"{name}.weight", layer.weight, fitted.view_as(layer.weight))
             matrix = matrix_of(layer).double()  # as the layer now has it
         missing = fit.bias(matrix)  # beyond the layer's own, which is no part of the target
         missing[silenced] = 0
         if layer.bias is not None:
-            self._set(f"{name}.bias", layer.bias, self._first(f"{name}.bias", layer.bias) + missing)
+            self.result.set(name, f"{name}.bias", layer.bias, self._first(f"{name}.bias", layer.bias) + missing)
             return
         norm = self.behind[name]
         assert norm is not None
         assert norm.running_mean is not None
-        mean = f"{self.norms[name]}.running_mean"
-        self._set(mean, norm.running_mean, self._first(mean, norm.running_mean) - missing)
+        mean = f"{self.trace.norms[name]}.running_mean"
+        self.result.set(name, mean, norm.running_mean, self._first(mean, norm.running_mean) - missing)
 
     def _guard(self, name: str, mean: Tensor) -> Tensor | None:
         """What a layer reads of protected samples, around what it reads of the others: (inputs, inputs)."""
@@ -375,9 +373,227 @@ class _Fitted:
 
     def _first(self, name: str, tensor: Tensor) -> Tensor:
         """What the tensor was before anything was set."""
-        return self.replaced.get(name, tensor)
+        return self.result.before.get(name, tensor)
 
-    def _set(self, name: str, tensor: Tensor, value: Tensor) -> None:
-        self.replaced.setdefault(name, tensor.detach().clone())
-        tensor.copy_(value)
-        self.values[name] = tensor.detach().clone()
+
+def take_back(
+    op: str,
+    model: nn.Module,
+    edited: nn.Module,
+    repairs: Repairs,
+    removed: Mapping[str, list[int]],
+    trace: ModelTrace,
+    held_out: HeldOut,
+    *,
+    sums: bool = True,
+    silenced: Mapping[str, list[int]] | None = None,
+) -> None:
+    """Undoes, in `edited` and in `repairs`, the repair of each layer that gives more error than none.
+
+    In the order in which the layers run, each on what those before it give with what was decided of them. An error is
+    the squared difference of what a layer gives from what it gave in `model`, behind the norm that it goes into if
+    there is one; or of the sum to which that is added, which a fit aims at.
+
+    Args:
+        held_out: samples that nothing was fitted to.
+        sums: whether the repairs aim at sums.
+        The others as for `repaired`.
+
+    Raises:
+        ValueError: feature maps of `model` that are not finite.
+    """
+    after = trace.of_copy(edited)
+    with undisturbed(model), undisturbed(edited):
+        while repairs.layers:
+            targets = {
+                name: _Target(Positions(model.get_submodule(name), i, PARTS), sorted(removed.get(name, ())))
+                for i, name in enumerate(repairs.layers)
+            }
+            before = _Before(trace, targets)
+            before.sums = sums
+            with before:
+                call(model, held_out.inputs)
+            check = _Check(op, after, targets, repairs, silenced or {}, held_out)
+            with check:
+                call(edited, held_out.inputs)
+            for name in [name for name in repairs.layers if name not in check.judged]:
+                check.put(name, repairs.before)
+                repairs.drop(name, f"its repair could not be checked: it does not run on {_named(held_out)}")
+            if not check.again_from_the_start:
+                return
+
+
+def _more(errors: Tensor, others: Tensor, rounding: float) -> bool:
+    """Whether squared errors of samples are larger than others: by a part of these, or by more than chance explains.
+
+    A fit that gains nothing gives now a little more, now a little less.
+    """
+    total, other = float(errors.sum()), float(others.sum())
+    if not math.isfinite(other) and math.isfinite(total):
+        return False
+    if math.sqrt(total) <= math.sqrt(other) + rounding:
+        return False
+    excess = errors - others
+    chance = CHANCE * float(excess.std()) * math.sqrt(len(excess)) if len(excess) > 1 else math.inf
+    return not (total <= MORE * other and total - other <= chance)
+
+
+def _named(held_out: HeldOut) -> str:
+    if not held_out.apart:
+        return "1 sample"
+    were = "sample that was" if held_out.samples == 1 else "samples that were"
+    return f"{held_out.samples} {were} not used to make it"
+
+
+class _Check(_Watch):
+    """Over the repaired model: compares each layer's error with its repair and without, and leaves what is better."""
+
+    def __init__(
+        self,
+        op: str,
+        trace: ModelTrace,
+        targets: Mapping[str, _Target],
+        repairs: Repairs,
+        silenced: Mapping[str, list[int]],
+        held_out: HeldOut,
+    ) -> None:
+        super().__init__(trace, targets)
+        self.op, self.repairs, self.silenced, self.held_out = op, repairs, silenced, held_out
+        self.reads: dict[str, Tensor] = {}
+        self.waiting: dict[str, Tensor] = {}  # what layers read whose output is to be added
+        self.judged: set[str] = set()
+        self.again_from_the_start = False  # layers behind have read what has changed since
+        self.again = False
+
+    def before(self, name: str, x: Tensor) -> None:
+        if not self.again:
+            self.reads[name] = x
+
+    def after(self, name: str, output: Tensor) -> None:
+        if self.again or name not in self.repairs.layers:
+            return
+        x = self.reads.pop(name)
+        if self.targets[name].total is not None:
+            self.waiting[name] = x
+            return
+        target = self.targets[name]
+        layer: Any = self.model.get_submodule(name)
+        bias, norm = self.repairs.before.get(f"{name}.bias", layer.bias), self.norms[name]
+        mean = None if norm is None else norm.running_mean
+        first = None if norm is None else self.repairs.before.get(f"{self.trace.norms[name]}.running_mean", mean)
+        scale = torch.ones(()) if norm is None else scale_of(norm).float()
+
+        def error(given: Tensor) -> Tensor:
+            """Of an output, with the tensors as they are; those of a norm behind count as constants."""
+            missing = target.positions.of_output(given) - target.rows
+            if bias is not None:
+                missing = missing - bias
+            elif mean is not None and first is not None:
+                missing = missing - (mean - first)
+            return missing * scale.to(missing)
+
+        self._judge(name, x, output, error, target.rows * scale.to(target.rows))
+
+    def meets(self, name: str, output: Tensor, other: Tensor) -> None:
+        if name not in self.waiting:
+            return
+        target, norm = self.targets[name], self.norms[name]
+        total = target.total
+        assert total is not None
+        added = target.positions.of_output(other)
+        x = self.waiting.pop(name)
+        worse = self._judge(
+            name, x, output, lambda given: target.positions.of_output(given) + added - total, total, behind=norm
+        )
+        self.again_from_the_start |= worse and target.shared
+        self.forget(name)
+
+    def put(self, name: str, values: Mapping[str, Tensor]) -> None:
+        """Writes the tensors that a layer's repair has set."""
+        for place in self.repairs.layers[name]:
+            owner, _, attribute = place.rpartition(".")
+            getattr(self.model.get_submodule(owner), attribute).copy_(values[place])
+
+    def _judge(
+        self,
+        name: str,
+        x: Tensor,
+        output: Tensor,
+        error: Callable[[Tensor], Tensor],
+        expected: Tensor,
+        behind: nn.Module | None = None,
+    ) -> bool:
+        """Whether a repair was taken back; then `output`, which others read, is what the layer gives without it."""
+        if not bool(expected.isfinite().all()):
+            raise ValueError(
+                f"{self.op}: data must give finite feature maps, what {name!r} gives of {_named(self.held_out)} holds "
+                "NaN or Inf."
+            )
+        silent = self.silenced.get(name, [])  # no repair touches them
+
+        def squares_of(rows: Tensor) -> Tensor:
+            """Of each sample."""
+            rows = rows.double()
+            rows[:, silent] = 0
+            return rows.square().view(len(self.targets[name].positions.chosen), -1).sum(1)
+
+        repaired = squares_of(error(output))
+        self.put(name, self.repairs.before)
+        with self._repeating():
+            plain: Tensor = self.model.get_submodule(name)(x)
+            plain = plain if behind is None else behind(plain)
+        none = squares_of(error(plain))
+        self.judged.add(name)
+        units = ROUNDING if output.element_size() >= 4 else ROUNDING_OF_HALVES
+        rounding = units * torch.finfo(output.dtype).eps * float(squares_of(expected).sum().sqrt())
+        if not _more(repaired, none, rounding):
+            self.put(name, self.repairs.values)
+            return False
+        output.copy_(plain)  # in place, as whatever holds it must see
+        least = float(none.sum())
+        times = (
+            f"{float(repaired.sum()) / least:.3g} times the squared error of none"
+            if least
+            else "an error, none gave none,"
+        )
+        self.repairs.drop(name, f"its repair gave {times} on {_named(self.held_out)}")
+        return True
+
+    @contextmanager
+    def _repeating(self) -> Iterator[None]:
+        self.again = True
+        try:
+            yield
+        finally:
+            self.again = False
+
+
+class Outputs:
+    """What a model gives for some samples, to tell how far edited ones are from it."""
+
+    def __init__(self, model: nn.Module, held_out: HeldOut) -> None:
+        self.held_out = held_out
+        self.expected = self._of(model)
+
+    def _of(self, model: nn.Module) -> Tensor | None:
+        with undisturbed(model):
+            found = first_tensor(call(model, self.held_out.inputs))
+        return found.double() if found is not None and found.is_floating_point() else None
+
+    def error(self, model: nn.Module) -> float:
+        """Squared error over the squares of what is expected; 0 where a model gives no numbers."""
+        found = self._of(model)
+        if self.expected is None or found is None or found.shape != self.expected.shape:
+            return 0.0
+        size = float(self.expected.square().sum())
+        return float((found - self.expected).square().sum()) / (size or 1.0)
+
+    def warn_if_worse(self, op: str, before: float, after: float, stacklevel: int) -> None:
+        """No silent harm: layers that each give less error may together give more."""
+        if not after <= WORSE * before + ROUNDING * torch.finfo(torch.float32).eps:
+            warnings.warn(
+                f"{op}: the repair brings the network's outputs no closer to those before: their relative squared "
+                f"error on {_named(self.held_out)} is {after:.3g} with it and {before:.3g} without; more data, or "
+                "repair='none', may do better.",
+                stacklevel=stacklevel + 1,
+            )

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discedit._batches import Quota, call, checked_labels, chosen, device_of, split, undisturbed
-from discedit._calibration import SAMPLES, calibration, fits, head_of, joined, samples_of
+from discedit._batches import Quota, call, checked_labels, chosen, device_of, hooked, split, undisturbed
+from discedit._calibration import SAMPLES, HeldOut, calibration, fits, held_out_of, joined, kept_back, samples_of
 from discedit._measure import accuracy_per_class
+from discedit._trace import FEW, ModelTrace
 
 MEANS = 256  # samples that means are taken over
 KEPT = {"forget": 1024, "retain": 4096}  # samples that are held in memory, as many of each class
@@ -37,6 +38,7 @@ class Classified:
         quota = Quota({cls: share["forget" if cls in forget else "retain"] for cls in range(num_classes)})
         self._labelled: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
         self._few: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
+        self._apart: dict[str, tuple[list[Any], HeldOut]] = {}
         self._means: dict[tuple[tuple[str, str], ...], dict[str, Tensor]] = {}
         found: dict[str, list[tuple[Any, Tensor]]] = {"forget": [], "retain": []}
         device = device_of(model)
@@ -72,12 +74,48 @@ class Classified:
         """Samples of a kind, as many of each class, in parts, as a repair takes them."""
         return [inputs for inputs, _ in self.labelled(kind, SAMPLES)]
 
+    def kept_back(self, kind: str) -> tuple[list[Any], HeldOut]:
+        """Samples of a kind as a repair takes them, and others to check it on."""
+        if kind not in self._apart:
+            parts = self.parts(kind)
+            number = held_out_of(sum(samples_of(self.op, part) for part in parts))
+            self._apart[kind] = kept_back(self.op, parts, self._behind(kind, number))
+        return self._apart[kind]
+
+    def _behind(self, kind: str, number: int) -> Any:
+        """So many samples, or fewer, as many of each class, behind those that `parts` takes; None where there are none.
+
+        Of batches that cannot be joined, the first.
+        """
+        classes = {label for _, labels in self.batches[kind] for label in labels.tolist()}
+        before, quota = (Quota(dict.fromkeys(classes, -(-most // len(classes)))) for most in (SAMPLES, number))
+        few = []
+        for inputs, labels in self.batches[kind]:
+            left = torch.ones(len(labels), dtype=torch.bool)
+            left[before.take(labels)] = False
+            places = left.nonzero()[:, 0]
+            places = places[quota.take(labels[places])]
+            if len(places):
+                few.append((chosen(inputs, places, len(labels)), labels[places]))
+        if not few:
+            return None
+        inputs, labels = _in_turn(few)[0]
+        return chosen(inputs, torch.arange(min(number, len(labels))), len(labels))
+
+    def last(self, number: int) -> list[Any]:
+        """So many samples of each kind, the last ones, which little else looks at."""
+        found = []
+        for batches in self.batches.values():
+            inputs, labels = batches[-1]
+            found.append(chosen(inputs, torch.arange(max(0, len(labels) - number), len(labels)), len(labels)))
+        return found
+
     def labelled(self, kind: str, most: int) -> list[tuple[Any, Tensor]]:
         """So many samples of a kind, as many of each class, with their labels, in parts."""
         key = (kind, most)
         if key not in self._labelled:
             few = _in_turn(self._first(kind, most))
-            inputs = calibration(self.op, self.model, few)  # perhaps not of all
+            inputs = calibration(self.op, self.model, few, self.trace)  # perhaps not of all
             sizes = [samples_of(self.op, part) for part in inputs]
             labels = torch.split(torch.cat([labels for _, labels in few])[: sum(sizes)], sizes)
             self._labelled[key] = list(zip(inputs, labels, strict=True))
@@ -98,10 +136,9 @@ class Classified:
         return self._few[key]
 
     @cached_property
-    def head(self) -> str | None:
-        """The linear layer that gives what the model gives, be it as a copy; of several, the last."""
-        inputs, labels = self.batches["retain"][0]
-        return head_of(self.model, chosen(inputs, torch.tensor([0]), len(labels)))
+    def trace(self) -> ModelTrace:
+        """Of the model, on retained samples."""
+        return ModelTrace.of(self.model, _in_turn(self._first("retain", FEW))[0][0])
 
     def means(self, places: Mapping[str, str]) -> dict[str, Tensor]:
         """Layer -> mean over retained samples and positions of what the module in that place gives: (channels,).
@@ -132,13 +169,9 @@ class Classified:
         handles = [
             self.model.get_submodule(place).register_forward_hook(note(layer)) for layer, place in places.items()
         ]
-        try:
-            with undisturbed(self.model):
-                for inputs, _ in self._first("retain", MEANS):
-                    call(self.model, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles), undisturbed(self.model):
+            for inputs, _ in self._first("retain", MEANS):
+                call(self.model, inputs)
         return {layer: (total / number[layer]).cpu() for layer, total in sums.items()}
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +20,12 @@ from torch.utils.hooks import RemovableHandle
 
 from discedit import _checks
 from discedit._backends import select
-from discedit._batches import call, device_of, first_tensor, map_tensors, moved, outside_inference_mode, version_of
+from discedit._batches import call, device_of, first_tensor, map_tensors, moved, outside_inference_mode, samples_in
 from discedit._checkpoint import Checkpoint, Progress, digest_of
-from discedit._consumers import Follow
 from discedit._group import Group, OtherFailed
 from discedit._pass import Pass
-from discedit._sharded import Channels, has_shards, identity, unwrapped
+from discedit._sharded import Channels, has_shards, unwrapped
+from discedit._trace import ModelTrace, Tracing, has_channels_last, is_layer
 from discedit.moments import GREATEST_EXPONENT, READS, Moments, Statistic
 
 OP = "collect_moments"
@@ -299,7 +299,8 @@ class _Pass(Pass):
         checkpoint.save(*self.moments.contents(), progress)
 
     def idle(self, inputs: Any) -> None:
-        for _ in self.reader.take(self.reader.run(inputs)):
+        self.reader.run(inputs)
+        for _ in self.reader.take():
             pass
 
     def fold(self, inputs: Any, labels: Tensor | None, counted: int) -> None:
@@ -311,7 +312,7 @@ class _Pass(Pass):
             classes = classes[:counted]
         if self.turns is not None:
             classes = self.turns(classes)
-        for layer, planes in self.reader.take(output):
+        for layer, planes in self.reader.take():
             try:
                 planes = planes if whole else planes[:, :counted]
                 self.moments.fold_planes(layer, planes, classes, checked=self.watch.defers)
@@ -372,10 +373,6 @@ class _Place:
         self._own: Tensor | None = None  # planes of the channels that this process has
         self._run: Callable[..., Tensor]
 
-    def forget(self) -> None:
-        """What the last batch gave."""
-        self.planes = self._own = None
-
     def can_read(self, x: Tensor) -> bool:
         return "cls" not in self.statistics or (_checks.has_tokens(x, self.layout) and self.windows == 1)
 
@@ -410,25 +407,24 @@ class _Place:
         self.planes = self._channels.together(self._own)
 
 
-class _Reader:
+class _Reader(ExitStack):
     """Hooks that pool each layer's output while the model runs.
 
-    The first batch also tells which norm reads which layer and which layer is the head, by identity of the tensors
-    that pass; from then on only the modules that matter are hooked.
+    The first batch is traced: it also tells which norm is behind each layer, which layers read its components and which
+    is the head. From then on only the modules that matter are hooked.
     """
 
     def __init__(
         self, model: nn.Module, statistics: tuple[str, ...], backend: str, layers: Iterable[str] | None, read: str
     ) -> None:
-        self.model = model
-        self.read = read
+        super().__init__()
+        self.callback(self._keep, set())
+        self.model, self.read = model, read
         modules = dict(unwrapped(model).named_modules())
         self.explicit = layers is not None
         self.layers: dict[str, nn.Module]
-        # Normalisations, which may directly follow a layer.
-        self.candidates: dict[str, nn.Module] = {name: m for name, m in modules.items() if _is_norm(m)}
         if layers is None:
-            self.layers = {name: m for name, m in modules.items() if isinstance(m, (_ConvNd, nn.Linear))}
+            self.layers = {name: module for name, module in modules.items() if is_layer(module)}
             if not self.layers:
                 raise ValueError(
                     f"{OP}: model must have a convolution or linear layer, {type(model).__name__} has none."
@@ -439,15 +435,9 @@ class _Reader:
                 raise ValueError(f"{OP}: layers must name at least one module, it is empty.")
         self.norms: dict[str, str] = {}  # layer -> the norm that it goes straight into
         self.places: dict[str, str] = {}  # layer -> where it is read, if not at its own output
-        # What may read the components of a layer, by the name of the place.
-        self._consumers: dict[str, nn.Module] = {}
-        if read == "consumer":
-            self._consumers = {INPUT + n: m for n, m in modules.items() if isinstance(m, (_ConvNd, nn.Linear))}
-        self._places = {
-            name: _Place(name, module, statistics, backend)
-            for name, module in {**self.layers, **self.candidates, **self._consumers}.items()
-        }
-        self._follow = Follow()
+        self._modules, self._statistics, self._backend = modules, statistics, backend
+        self._places: dict[str, _Place] = {}
+        self._tracing: Tracing | None = None
         self._settled = False
         self._samples = 0
         self._probe: dict[str, Tensor] | None = None
@@ -455,77 +445,69 @@ class _Reader:
         self._ran: set[str] = set()
         self._repeated: set[str] = set()
         self._unreadable: set[str] = set()
-        self._outputs: dict[int, tuple[str, weakref.ref[Tensor], int | None]] = {}
-        self._widths: dict[str, int] = {}
         self._order: list[str] = []
         self._handles: dict[str, RemovableHandle] = {}
 
-    def __enter__(self) -> _Reader:
-        for name, module in {**self.layers, **self.candidates}.items():
-            # Before tensor parallelism makes a local tensor of the output, which then may be a part of the channels.
-            self._handles[name] = module.register_forward_hook(
-                self._hook(self._places[name]), prepend=has_shards(module)
-            )
-        for name, module in self._consumers.items():
-            hook = self._hook(self._places[name])
-            self._handles[name] = module.register_forward_pre_hook(
-                lambda module, args, hook=hook: hook(module, args, args[0] if args else None)
-            )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._keep(set())
-
     def _keep(self, places: set[str]) -> None:
-        """Removes the hooks of all other modules, and what they hold."""
-        for name in self._handles.keys() - places:
-            self._handles.pop(name).remove()
-            self._places[name].forget()
+        """Hooks at these places and nowhere else; of the others nothing is held."""
+        for name in self._places.keys() - places:
+            del self._places[name]
+            if name in self._handles:
+                self._handles.pop(name).remove()
+        for name in places - self._handles.keys():
+            hook, module = partial(self._at, name), self._modules[name.removeprefix(INPUT)]
+            if name.startswith(INPUT):
+                self._handles[name] = module.register_forward_pre_hook(lambda _, args, hook=hook: hook(args[:1]))
+            else:  # before tensor parallelism makes a local tensor of it
+                self._handles[name] = module.register_forward_hook(
+                    lambda _, __, output, hook=hook: hook(output), prepend=has_shards(module)
+                )
 
-    def _hook(self, place: _Place) -> Any:
-        name, ran = place.name, self._ran
+    def _begins(self, name: str, module: nn.Module, x: Tensor | None) -> None:
+        """In the first batch: a module is about to read x, perhaps the components of layers."""
+        if x is None or self.read != "consumer" or not is_layer(module):
+            return
+        assert self._tracing is not None
+        for source in self._tracing.layers_of(x, last=has_channels_last(module)):
+            if source in self.layers and not self.places.get(source, "").startswith(INPUT):
+                self.places[source] = INPUT + name
+        self._at(INPUT + name, x)
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            x = first_tensor(output)
-            if x is None and name in self._consumers:
-                return
-            if x is None:
-                raise ValueError(f"{OP}: layer {name!r} must give a tensor, it gave {type(output).__name__}.")
-            if self._probe is not None:
-                self._probe[name] = x
-                return
-            if name in ran:
-                self._repeated.add(name)
-                return
-            ran.add(name)
-            if self._settled or self._discover(place, args, x):
-                place.read(x, self._samples)
-
-        return hook
-
-    def _discover(self, place: _Place, args: tuple[Any, ...], x: Tensor) -> bool:
-        """In the first batch: what the place is to the layers, and whether it is to be read."""
-        name = place.name
-        norm = self.candidates.get(name)
-        if norm is not None:
-            source = self._source(args[0] if args else None)
-            if source is not None and source not in self.norms:
-                self.norms[source] = name
-                if self.read != "output" and isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+    def _ends(self, name: str, module: nn.Module, output: Any) -> None:
+        """In the first batch: a module has given its output, perhaps as the norm behind layers."""
+        assert self._tracing is not None
+        if self.read != "output" and isinstance(module, _BatchNorm) and module.running_mean is not None:
+            for source, norm in self._tracing.seen.norms.items():
+                if norm == name and source in self.layers:
                     self.places.setdefault(source, name)
-        if name in self._consumers:
-            for source in self._follow.layers_of(x, last=place.layout == "tokens"):
-                if self.places.get(source) not in self._consumers:
-                    self.places[source] = name
+        if name in self.layers or name in self.places.values():
+            self._at(name, output)
+
+    def _at(self, name: str, output: Any) -> None:
+        """At a place, which is pooled if it is read."""
+        x = first_tensor(output)
+        if x is None and name.startswith(INPUT):
+            return
+        if x is None:
+            raise ValueError(f"{OP}: layer {name!r} must give a tensor, it gave {type(output).__name__}.")
+        if self._probe is not None:
+            self._probe[name] = x
+            return
+        if name in self._ran:
+            self._repeated.add(name)
+            return
+        self._ran.add(name)
+        if self._tracing is None or self._discover(name, x):
+            self._places[name].read(x, self._samples)
+
+    def _discover(self, name: str, x: Tensor) -> bool:
+        """In the first batch: whether the place is to be read."""
         if name in self.layers:
             self._order.append(name)
-            self._follow.note(name, x, last=place.layout == "tokens")
-            # A weak reference: the first pass must not keep every feature map alive.
-            output = identity(x)
-            self._outputs[id(output)] = (name, weakref.ref(output), version_of(output))
-            self._widths[name] = x.shape[-1 if place.layout == "tokens" else 1] if x.ndim > 1 else 0
         elif name not in self.places.values():
             return False
+        module = self._modules[name.removeprefix(INPUT)]
+        place = self._places[name] = _Place(name, module, self._statistics, self._backend)
         place.cut(x, self._samples)
         if not self.explicit and self._samples and len(x) % self._samples:
             self._foreign.add(name)
@@ -535,22 +517,18 @@ class _Reader:
             return False
         return True
 
-    def _source(self, tensor: Any) -> str | None:
-        """The layer whose output is this very tensor, unchanged as far as its version tells."""
-        tensor = identity(tensor)
-        name, reference, version = self._outputs.get(id(tensor), (None, None, None))
-        known = reference is not None and reference() is tensor and version is not None
-        return name if known and version_of(tensor) == version else None
-
     def run(self, inputs: Any) -> Any:
         self._ran.clear()
-        first = first_tensor(inputs)
-        self._samples = len(first) if first is not None and first.ndim else 0
+        self._samples = samples_in(inputs)
         if self._settled:
             return call(self.model, inputs)
-        with self._follow if self._consumers else nullcontext():
+        self._tracing = Tracing(self.model, self._samples, self.layers, self._begins, self._ends)
+        with self._tracing:
             output = call(self.model, inputs)
+        trace, self._tracing = self._tracing.trace(output), None
+        self._repeated = {place for place in self._places if trace.runs[place.removeprefix(INPUT)] > 1}
         self._check_windows(inputs)
+        self._settle(trace)
         return output
 
     def _check_windows(self, inputs: Any) -> None:
@@ -561,6 +539,7 @@ class _Reader:
         cut = [place for place in self._places.values() if place.windows > 1]
         if not cut:
             return
+        self._keep(set(self._places))
         self._probe = {}
         twice = map_tensors(inputs, lambda t: torch.cat([t[:1]] * 2) if t.ndim and len(t) == self._samples else t)
         call(self.model, twice)
@@ -577,10 +556,8 @@ class _Reader:
                 self._foreign.add(place.name)
         self._probe = None
 
-    def take(self, output: Any) -> Iterator[tuple[str, Tensor]]:
+    def take(self) -> Iterator[tuple[str, Tensor]]:
         """The pooled planes of the batch that just ran, by layer; the next batch overwrites them."""
-        if not self._settled:
-            self._settle(output)
         self._repeated &= {*self.layers, *self.places.values()}
         if self._repeated:
             warnings.warn(
@@ -599,12 +576,10 @@ class _Reader:
                 raise ValueError(f"{OP}: layer {layer!r} ran in the first batch but not in a later one.")
             yield layer, planes
 
-    def _settle(self, output: Any) -> None:
-        head = None if self.explicit else self._head(first_tensor(output))
-        # A norm that runs twice serves several layers: no single one may be read or edited there.
-        for found in (self.norms, self.places):
-            for layer in [layer for layer, norm in found.items() if norm in self._repeated]:
-                del found[layer]
+    def _settle(self, trace: ModelTrace) -> None:
+        head = None if self.explicit else trace.classifier
+        # What runs twice serves several layers: no single one may be read or edited there.
+        self.places = {layer: place for layer, place in self.places.items() if place not in self._repeated}
         order = [layer for layer in self._order if layer != head]
         foreign = [layer for layer in order if self._place(layer) in self._foreign]
         if foreign:
@@ -624,32 +599,17 @@ class _Reader:
             raise ValueError(f"{OP}: {needs}, no layer has one: {tokenless}.")
         if tokenless:
             warnings.warn(f"{OP}: left out, because {needs}: {tokenless}.", stacklevel=8)
-        self.norms = {layer: norm for layer, norm in self.norms.items() if layer in self._order}
+        self.norms = {layer: norm for layer, norm in trace.norms.items() if layer in self._order}
         self._keep({self._place(layer) for layer in self._order})
-        self._outputs.clear()
-        self._follow = Follow()
         self._settled = True
-
-    def _head(self, logits: Tensor | None) -> str | None:
-        """The layer whose output is the model's, or the last one if it has one component per class."""
-        head = self._source(logits)
-        if head is None and logits is not None and logits.ndim == 2 and self._order:
-            last = self._order[-1]
-            if self._widths[last] == logits.shape[1]:
-                head = last
-        return head
 
     def _place(self, layer: str) -> str:
         return self.places.get(layer, layer)
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm))
-
-
 def _layout(module: nn.Module) -> str:
     """Where a module's output has its channels; for a module of unknown kind `ops.pool` refuses to guess."""
-    if isinstance(module, (nn.Linear, nn.LayerNorm)):
+    if has_channels_last(module):
         return "tokens"
     return "nchw" if isinstance(module, (_ConvNd, _NormBase, nn.GroupNorm)) else "auto"
 

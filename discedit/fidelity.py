@@ -25,17 +25,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.conv import _ConvNd
 
 from discedit import _checks, _files
 from discedit._backends import select
-from discedit._batches import call, chosen, device_of, first_tensor, outside_inference_mode, without_autocast
-from discedit._calibration import CHUNK, gram_of, padding_of, why_not_read
+from discedit._batches import call, chosen, device_of, outside_inference_mode, samples_in, without_autocast
+from discedit._calibration import CHUNK, gram_of, padding_of
 from discedit._checkpoint import Checkpoint, Progress, digest_of
 from discedit._contributions import TINY, Contributions, Growing
 from discedit._group import WORLD, Group, OtherFailed
 from discedit._pass import Pass
 from discedit._sharded import unwrapped
+from discedit._trace import ModelTrace, is_layer
 
 OP = "collect_second_moments"
 FILE = "second moments"  # kind of file
@@ -425,8 +425,7 @@ class _Pass(Pass):
         call(self.model, inputs)
 
     def fold(self, inputs: Any, labels: Tensor | None, counted: int) -> None:
-        first = first_tensor(inputs)
-        samples = len(first) if first is not None else 0
+        samples = samples_in(inputs)
         wanted = self.reader.moments.classes
         if wanted is not None and labels is not None:
             index = torch.isin(labels[:counted].cpu(), torch.tensor(wanted)).nonzero().flatten()
@@ -449,16 +448,16 @@ class _Reader(ExitStack):
         super().__init__()
         self.moments = moments
         self.samples = self.counted = 0  # of a batch, and of them those that count
-        bare = unwrapped(model)
-        modules = dict(bare.named_modules())
-        names = [name for name, m in modules.items() if isinstance(m, (_ConvNd, nn.Linear))]
+        trace = ModelTrace(unwrapped(model))
+        modules = dict(trace.model.named_modules())
+        names = [name for name, module in modules.items() if is_layer(module)]
         if layers is not None:
             names = list(layers)
             for name in names:
-                why = why_not_read(bare, name) if name in modules else f"it is none of the {len(modules)} modules"
+                why = trace.why_not_read(name) if name in modules else f"it is none of the {len(modules)} modules"
                 if why:
                     raise ValueError(f"{OP}: layers must name layers that can be read, {name!r} cannot: {why}.")
-        moments.skipped = {name: why for name in names if (why := why_not_read(bare, name))}
+        moments.skipped = {name: why for name in names if (why := trace.why_not_read(name))}
         self.layers = {name: modules[name] for name in names if name not in moments.skipped}
         if not self.layers:
             raise ValueError(

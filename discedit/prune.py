@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from discedit import _checks
 from discedit._batches import call, device_of, outside_modes, split, undisturbed
 from discedit._budget import BUDGETS, NORMALISATIONS, ROUNDING, Choice, Cost, Limits, choose, normalised
-from discedit._calibration import batch_norms, calibration, norms_behind, samples_of
+from discedit._calibration import batch_norms, calibrated, kept_back, samples_of
 from discedit._compensation import compensated
 from discedit._graph import Graph, unseen_message, width_of
 from discedit._importance import CRITERIA, GIVEN, OF_READERS, Unscored, kinds_of, of_components
 from discedit._measure import count_macs, count_parameters, macs_of_weights
-from discedit._repair import repaired
+from discedit._repair import Outputs, repaired, take_back
 from discedit._sharded import unwrapped
+from discedit._trace import ModelTrace
 from discedit.recipe import Edit, Operation, Recipe, architecture_of, joined
 from discedit.scores import REDUCTIONS, Scores
 
@@ -116,8 +117,11 @@ def prune(
             (`discedit.fidelity.compensation`, around the mean); then statistics of batch norms change by as much as
             those of the smaller network differ from the whole one's on all of `data`. These three look at up to 1,024
             samples of `data`; Conv2d (not in groups) and Linear, with a bias or a batch norm behind them; others that
-            read removed components are named in the recipe's settings. "batchnorm": the statistics of batch norms, on
-            all of `data`. "none". "auto": "least_squares" when data is given, else "none".
+            read removed components are named in the recipe's settings ("unrepaired"). So are layers whose repair is
+            taken back since it gives more squared error than none (1.25 times, or two standard errors above it) on
+            samples that it was not fitted to: up to 128 behind those 1,024, else the last eighth of them.
+            "batchnorm": the statistics of batch norms, on all of `data`. "none". "auto": "least_squares" when data is
+            given, else "none".
         data: batches (labels are not used) for the criterion and the repair.
 
         layers: names of the layers to prune, by default all in `scores` that can be.
@@ -175,9 +179,10 @@ def prune(
     check_layers("prune", model, scores, options.layers)
     macs_before = count_macs(model, example_inputs)
     made = _in_steps(model, scores, options, steps, rescore)
+    macs_after = count_macs(made.model, example_inputs)  # all that can fail comes before the model is changed
     edit = made.recipe.apply(model, inplace=True) if inplace else made
     edit.skipped, edit.widths = made.skipped, made.widths
-    edit.macs_before, edit.macs_after = macs_before, count_macs(edit.model, example_inputs)
+    edit.macs_before, edit.macs_after = macs_before, macs_after
     return edit
 
 
@@ -288,12 +293,12 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         skipped |= (uncut := graph.uncuttable(found))
         found = {layer: parts for layer, parts in found.items() if layer not in uncut}
     inputs: Any = None
-    norms: dict[str, str] = {}
+    further: Any = None
+    trace = ModelTrace(model)
     in_order, compensates = options.repair in IN_ORDER, options.repair == "compensation"
     if options.data is not None and (in_order or compensates or options.criterion in OF_READERS):
-        inputs = calibration(op, model, options.data)
-        norms = norms_behind(model, inputs[0])
-    values, instead = of_components(model, scores, options.criterion, graph, found, inputs, norms, options.seed)
+        inputs, trace, further = calibrated(op, model, options.data, further=True)
+    values, instead = of_components(model, scores, options.criterion, graph, found, inputs, trace, options.seed)
     if options.across == "auto":
         options = replace(options, across="none" if options.criterion in SHARES and not instead else "rank")
     if "threshold" in options.budget:  # of another criterion's importances it would mean something else
@@ -322,13 +327,18 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         architecture=architecture_of(model),
         operations=operations,
     ).apply(model)
+    outputs: Outputs | None = None
     if (in_order or compensates) and any(choice.removed.values()):
         readers, producers = dict(graph.consumers(choice.removed)), graph.producers(choice.removed)
+        parts, held_out = kept_back(op, inputs, further)
+        outputs = Outputs(model, held_out)
+        unrepaired = outputs.error(edit.model)
         if compensates:
-            result = compensated(model, edit.model, readers, producers, norms, inputs)
+            result = compensated(model, edit.model, readers, producers, trace, parts)
         else:
             weights = options.repair == "least_squares"
-            result = repaired(op, model, edit.model, readers, producers, norms, inputs, weights=weights)
+            result = repaired(op, model, edit.model, readers, producers, trace, parts, weights=weights)
+        take_back(op, model, edit.model, result, producers, trace, held_out, sums=not compensates)
         if result.skipped:
             edit.recipe.settings["unrepaired"] = result.skipped
         record(edit, result.before, result.values)
@@ -336,6 +346,8 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         _reestimate_batch_norms(edit, options.data)
     elif compensates and options.data is not None and batch_norms(edit.model):
         _adapt_batch_norms(edit, model, options.data)
+    if outputs is not None:
+        outputs.warn_if_worse(op, unrepaired, outputs.error(edit.model), stacklevel=5)
     edit.skipped = {layer: skipped[layer] for layer in chosen if layer in skipped}
     edit.widths = {layer: len(scores[layer]) for layer in rows}
     return _Step(
@@ -612,6 +624,9 @@ def _estimated(model: nn.Module, data: Iterable[Any]) -> dict[str, Tensor]:
                     module.momentum = samples / seen
                 call(model, inputs)
             found = {name: tensor.clone() for name, tensor in buffers.items()}
+            wrong = next((name for name, tensor in found.items() if not bool(tensor.isfinite().all())), None)
+            if wrong is not None and seen:
+                raise ValueError(f"prune: data must give finite feature maps, {wrong!r} would hold NaN or Inf.")
         finally:
             for name, module in norms.items():
                 module.momentum = momenta[name]

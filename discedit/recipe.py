@@ -7,8 +7,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +95,13 @@ class Recipe:
         parameters_before = count_parameters(model)
         if not inplace:
             model = copied(source)
-        slots = _Slots(model)
         tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith("set.")}
-        for i, operation in enumerate(self.operations):
-            undo = _apply(model, slots, operation, tensors, i)
-            if undo is not None:
-                tensors[f"undo.{i}"] = undo.cpu()
+        with _all_or_nothing(model, needed=inplace) as (slots, changes):
+            for i, operation in enumerate(self.operations):
+                changes.begin(operation)
+                undo = _apply(model, slots, operation, tensors, i)
+                if undo is not None:
+                    tensors[f"undo.{i}"] = undo.cpu()
         recipe = Recipe(self.edit, self.settings, self.components, self.architecture, self.operations, tensors)
         edit = Edit(model, recipe, parameters_before, count_parameters(model))
         for name, parameter in before.items():
@@ -123,9 +126,10 @@ class Recipe:
         before = list(source.parameters())
         if not inplace:
             model = copied(source)
-        slots = _Slots(model)
-        for i, operation in reversed(list(enumerate(self.operations))):
-            _undo(model, slots, operation, self.tensors, i)
+        with _all_or_nothing(model, needed=inplace) as (slots, changes):
+            for i, operation in reversed(list(enumerate(self.operations))):
+                changes.begin(operation)
+                _undo(model, slots, operation, self.tensors, i)
         watch(before, source, model, RESTORED)
         return model
 
@@ -444,6 +448,57 @@ class _Slots:
         new: Tensor = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
         for module, attribute in self.places[name]:
             setattr(module, attribute, new)
+
+
+class _Changes:
+    """What operations have changed so far, to be put back: the very tensors, and their values."""
+
+    def __init__(self, model: nn.Module, slots: _Slots, needed: bool) -> None:
+        self.model, self.slots, self.needed = model, slots, needed
+        self.backs: list[Callable[[], None]] = []
+
+    def begin(self, operation: Operation) -> None:
+        """Takes down what an operation is about to change."""
+        if not self.needed:
+            return
+        if operation.kind == "attribute":
+            module = self.model.get_submodule(operation.target)
+            self.backs.append(partial(setattr, module, operation.name, getattr(module, operation.name)))
+            return
+        tensor = self.slots.get(operation.target)
+        if operation.kind == "keep":  # leaves the tensor alone and puts another one in its place
+            for module, name in self.slots.places[operation.target]:
+                self.backs.append(partial(setattr, module, name, tensor))
+            return
+        index = _index(operation, tensor)
+        whole = operation.kind == "set"
+        old = tensor.detach().clone() if whole else tensor.detach().index_select(operation.dim, index)
+
+        @torch.no_grad()
+        def back() -> None:
+            if whole:
+                tensor.copy_(old)
+            else:
+                tensor.index_copy_(operation.dim, index, old)
+
+        self.backs.append(back)
+
+    def take_back(self) -> None:
+        for back in reversed(self.backs):
+            back()
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module, *, needed: bool) -> Iterator[tuple[_Slots, _Changes]]:
+    """Where something fails in the middle (memory that ends, an interrupt), the model is what it was; a copy, which
+    nobody has seen, need not be."""
+    slots = _Slots(model)
+    changes = _Changes(model, slots, needed)
+    try:
+        yield slots, changes
+    except BaseException:
+        changes.take_back()
+        raise
 
 
 def _index(operation: Operation, tensor: Tensor) -> Tensor:

@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from discedit import _checks, _selection
 from discedit._batches import call, device_of, first_tensor, moved, outside_modes, undisturbed
-from discedit._calibration import SAMPLES, norms_behind, runs_in_order, why_not_fitted
-from discedit._erase import erased, why_not_erased
+from discedit._calibration import SAMPLES
+from discedit._erase import erased
 from discedit._graph import Graph, unseen_message
 from discedit._relevance import rank_by_fidelity
-from discedit._repair import repaired
+from discedit._repair import Outputs, repaired, take_back
 from discedit._retain import Classified
 from discedit._sharded import unwrapped
-from discedit._silence import AROUND, bias_of, silenced, why_not_silenced
+from discedit._silence import AROUND, bias_of, silenced, unsilenced, why_not_silenced
+from discedit._trace import is_layer
 from discedit.prune import check_layers, record, why_not_editable
 from discedit.recipe import Edit, Recipe, architecture_of, copied, joined
 from discedit.scores import Scores
@@ -41,6 +41,7 @@ LEAST_READERS = 2
 EACH, REST, PER_FEATURE = 128, 256, 2
 LOOKED = 128  # samples to forget that every step of a search is judged by
 PROTECTION = 1.0
+CHECKED = 8  # samples of each kind on which what is silenced is looked at
 FIRST, MOST, PRECISION = 0.02, 0.5, 0.04  # of a search: where it begins, and shares at which it ends
 
 
@@ -134,7 +135,8 @@ def unlearn(
         repair: of rows and heads. "none"; "least_squares": every layer behind the first edited one, but the head, gets
             new weights, so that it gives what it gave before on samples of the classes that stay; `protection` keeps
             it from learning back what the class needs: less is lost for the same forgetting, at some passes over
-            `data`. "mean": biases alone.
+            `data`. "mean": biases alone. As in `prune`, a layer's
+            repair that gives more error than none on other samples that stay is taken back.
         protection: what samples of the classes to forget count, all together, beside the others, in the penalty for
             weights that give anything else on them than those without repair; 0 or more. Biases are fitted to the
             others alone: however large it is, what the repair "mean" does is done.
@@ -146,7 +148,8 @@ def unlearn(
         example_inputs: as for `prune`. Fidelities take two samples of `data` where none are given.
 
     Returns:
-        `Edit` with the edited model, its recipe and a summary. Where no target was given and more than 5 % of the
+        `Edit` with the edited model, its recipe and a summary. Layers that, when run, do not give what the recipe says
+        are left as they were, and `Edit.skipped` names them. Where no target was given and more than 5 % of the
         samples to forget are still named rightly, there is a warning.
 
     Raises:
@@ -202,22 +205,24 @@ def unlearn(
     targets = {name: float(v) for name, v in zip(TARGETS, (forget_accuracy, retain_drop), strict=True) if v is not None}
     samples = None if data is None else Classified(op, model, data, forget, scores.num_classes)
     readers: list[str] = []
-    norms: dict[str, str] = {}
     undecided = components == "auto" and layers is None and around == "auto" and not any(of_rows.values())
     if samples is not None and (components == "directions" or undecided):
         check_layers(op, model, scores, None)
         share = SEARCHED_READERS if targets else READERS
-        readers, norms = _readers(model, layers, share, samples, named=components == "directions")
+        readers = _readers(model, layers, share, samples, named=components == "directions")
     if readers:
         assert samples is not None
-        erasure = _Erasure(model, forget, readers, norms, float(factor), samples)
+        erasure = _Erasure(model, forget, readers, float(factor), samples)
         if targets:
             edit, missed = _searched(erasure, targets)
         else:
             edit, missed = erasure.whole()
         if missed:
             warnings.warn(missed, stacklevel=3)
-        return edit.recipe.apply(model, inplace=True) if inplace else edit
+        if inplace:
+            made, edit = edit, edit.recipe.apply(model, inplace=True)
+            edit.skipped = made.skipped
+        return edit
     components = "heads" if components == "heads" else "rows"
     if limit[0] == "default":
         limit = ("forget_accuracy", FORGET) if data is not None and repair == "none" else ("fraction", FRACTION[repair])
@@ -259,6 +264,7 @@ def unlearn(
         protection=float(protection),
         data=samples,
         settings={"method": method, "by": by, "sign": sign, "components": components},
+        example_inputs=example_inputs,
     )
     if targets:
         edit, missed = _searched(plan, targets)
@@ -276,9 +282,10 @@ def unlearn(
         _report_nothing(forget, chosen, name, value)
         edit = plan.edited(chosen)
         edit.recipe.settings = {name: int(value) if name == "top" else float(value), **edit.recipe.settings}
-    skipped: dict[str, str] = {}
+    skipped = edit.skipped
     if remove:
-        edit, skipped = _without(model, edit, example_inputs)
+        edit, kept = _without(model, edit, example_inputs)
+        skipped = skipped | kept
     if inplace:
         made, edit = edit, edit.recipe.apply(model, inplace=True)
         edit.widths = made.widths
@@ -346,22 +353,21 @@ def _check_options(
 
 def _readers(
     model: nn.Module, layers: Iterable[str] | None, share: float, data: Classified, *, named: bool
-) -> tuple[list[str], dict[str, str]]:
-    """The layers that directions are to be erased from, in the order in which they run; and layer -> norm behind it.
+) -> list[str]:
+    """The layers that directions are to be erased from, in the order in which they run.
 
     Args:
         layers: asked for; otherwise `share` of those that can be edited, the last.
         named: whether directions were asked for; otherwise there may be none.
     """
-    example = data.labelled("retain", 2)[0][0]
-    known = {name: module for name, module in model.named_modules() if isinstance(module, (_ConvNd, nn.Linear))}
-    norms = norms_behind(model, example)
-    reasons = why_not_erased(model, known, example)
-    for name in reasons:
-        why = why_not_editable(model, name) or why_not_fitted(model, name, norms)
+    trace = data.trace
+    known = {name: module for name, module in model.named_modules() if is_layer(module)}
+    reasons = {}
+    for name in dict.fromkeys([*trace.in_order(known), *known]):
+        why = why_not_editable(model, name) or trace.why_not_fitted(name)
         if not why and known[name].weight.shape[1] <= len(data.forget):
             why = f"it has {known[name].weight.shape[1]} inputs, of which nothing would be left"
-        reasons[name] = why or reasons[name]
+        reasons[name] = why or trace.why_not_erased(name)
     able = [name for name, why in reasons.items() if not why]
     if layers is None:
         able = able[-max(LEAST_READERS, math.ceil(share * len(able))) :]
@@ -375,7 +381,7 @@ def _readers(
     if not able and named:
         why = "; ".join(f"{name}: {why}" for name, why in reasons.items() if why) or "there is none"
         raise ValueError(f"unlearn: layers must name at least one layer that can be edited ({why}).")
-    return able, norms
+    return able
 
 
 @dataclass(frozen=True)
@@ -385,7 +391,6 @@ class _Erasure:
     model: nn.Module
     forget: list[int]
     layers: list[str]
-    norms: dict[str, str]
     factor: float
     data: Classified
 
@@ -419,13 +424,16 @@ class _Erasure:
         widest = max(self.model.get_parameter(f"{layer}.weight").shape[1] for layer in self.layers)
         number = {"retain": max(REST, PER_FEATURE * widest), "forget": EACH * len(self.forget)}
         parts = [part for kind, most in number.items() for part in self.data.labelled(kind, min(most, SAMPLES))]
-        made = erased(trial, layers, self.norms, parts, self.forget, self.factor)
+        made = erased(trial, layers, self.data.trace, parts, self.forget, self.factor)
+        if not made.operations:
+            layer, why = next(iter(made.skipped.items()))
+            raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
         recipe = Recipe(
             edit="unlearn",
             settings={
                 "classes": self.forget,
                 "components": "directions",
-                "layers": layers,
+                "layers": [layer for layer in layers if layer not in made.skipped],
                 "factor": self.factor,
                 "around": "mean",
                 "directions": made.bounds,
@@ -435,7 +443,9 @@ class _Erasure:
             operations=made.operations,
             tensors=made.tensors,
         )
-        return recipe.apply(self.model), made.forgotten
+        edit = recipe.apply(self.model)
+        edit.skipped = made.skipped
+        return edit, made.forgotten
 
 
 @dataclass(frozen=True)
@@ -453,6 +463,7 @@ class _Plan:
     protection: float
     data: Classified | None
     settings: dict[str, Any]
+    example_inputs: Any
 
     what = "components per class"
 
@@ -475,10 +486,39 @@ class _Plan:
             for layer, part in places:
                 picked[layer].update(self.units[layer][part])
         rows = {layer: sorted(found) for layer, found in picked.items() if found}
-        means = None
-        if self.around == "mean":
-            assert self.data is not None
-            means = self.data.means({layer: self.scores.norms.get(layer, layer) for layer in self.units})
+        skipped: dict[str, str] = {}
+        while True:
+            edit = self._made(rows)
+            wrong = self._unsilenced(edit.model, rows)
+            if not wrong:
+                edit.skipped = skipped
+                return edit
+            skipped |= wrong
+            rows = {layer: found for layer, found in rows.items() if layer not in wrong}
+            if not rows:
+                layer, why = next(iter(skipped.items()))
+                raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
+
+    def _means(self) -> Mapping[str, Tensor] | None:
+        if self.around != "mean":
+            return None
+        assert self.data is not None
+        means = self.data.means({layer: self.scores.norms.get(layer, layer) for layer in self.units})
+        for layer, mean in means.items():
+            if not bool(mean.isfinite().all()):
+                raise ValueError(f"unlearn: data must give finite feature maps, the mean of {layer!r} is NaN or Inf.")
+        return means
+
+    def _unsilenced(self, edited: nn.Module, rows: Mapping[str, list[int]]) -> dict[str, str]:
+        """Layers of the edited model that do not give what the recipe says, with reasons."""
+        batches = [] if self.example_inputs is None else [moved(self.example_inputs, device_of(edited))]
+        if self.data is not None:
+            batches = self.data.last(CHECKED)
+        norms = {layer: norm for layer, norm in self.scores.norms.items() if layer in rows}
+        return unsilenced(self.model, edited, norms, rows, self.factor, self._means(), batches)
+
+    def _made(self, rows: dict[str, list[int]]) -> Edit:
+        means = self._means()
         operations, tensors = silenced(self.model, self.scores.norms, rows, self.factor, means)
         edit = Recipe(
             edit="unlearn",
@@ -504,12 +544,11 @@ class _Plan:
 
     def _repair(self, edit: Edit, rows: Mapping[str, list[int]]) -> None:
         assert self.data is not None
-        retain, forget = (self.data.parts(kind) for kind in ("retain", "forget"))
-        norms = norms_behind(self.model, retain[0])
-        known = [name for name, part in edit.model.named_modules() if hasattr(part, "weight")]
-        order = list(runs_in_order(edit.model, known, retain[0]))
+        retain, held_out = self.data.kept_back("retain")
+        forget = self.data.parts("forget")
+        trace = self.data.trace
+        order, head = list(trace.runs), trace.head
         first = next(i for i, name in enumerate(order) if name in rows)
-        head = self.data.head
         behind = [
             name
             for name in order[first + 1 :]
@@ -518,16 +557,18 @@ class _Plan:
         if not behind:
             warnings.warn(
                 f"unlearn: repair={self.repair!r} finds nothing to repair: only the head is behind {order[first]!r}.",
-                stacklevel=5,
+                stacklevel=6,
             )
             return
+        outputs = Outputs(self.model, held_out)
+        unrepaired = outputs.error(edit.model)
         result = repaired(
             "unlearn",
             self.model,
             edit.model,
             behind,
             {},
-            norms,
+            trace,
             retain,
             weights=self.repair == "least_squares",
             silenced=rows,
@@ -535,9 +576,11 @@ class _Plan:
             protection=self.protection,
             ignore=() if head is None else (head,),
         )
+        take_back("unlearn", self.model, edit.model, result, {}, trace, held_out, silenced=rows)
         if result.skipped:
             edit.recipe.settings["unrepaired"] = result.skipped
         record(edit, result.before, result.values)
+        outputs.warn_if_worse("unlearn", unrepaired, outputs.error(edit.model), stacklevel=6)
 
 
 def _limit(*values: Any) -> tuple[str, float]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from discedit import _calibration
-from discedit._calibration import Positions, Sums, calibration, matrix_of, norms_behind, runs_in_order
+from discedit._calibration import Positions, Sums, calibration, matrix_of
 
 LAYERS = [
     *(
@@ -279,51 +279,6 @@ def test_data_without_samples_is_an_error(op):
             calibration(op, net(), batches)
     with pytest.raises(ValueError, match=f"^{op}: data must give tensors with a sample axis, got Tensor"):
         calibration(op, net(), [torch.tensor(1.0)])
-
-
-class Shared(nn.Module):
-    """A layer and a norm that run twice, a norm behind an activation, and others that run once."""
-
-    def __init__(self, inplace=False):
-        super().__init__()
-        self.late, self.first = nn.Conv2d(4, 4, 1), nn.Conv2d(3, 4, 1)
-        self.repeated, self.one, self.two, self.unused = (nn.Conv2d(4, 4, 1) for _ in range(4))
-        self.norm, self.norm_of_repeated, self.norm_of_two, self.last, self.behind_relu = (
-            nn.BatchNorm2d(4) for _ in range(5)
-        )
-        self.relu = nn.ReLU(inplace)
-
-    def forward(self, x):
-        x = self.norm(self.first(x))
-        x = self.norm_of_repeated(self.repeated(self.repeated(x)))
-        x = self.norm_of_two(self.two(self.norm_of_two(self.one(x))))
-        x = self.last(self.late(x))
-        return self.behind_relu(self.relu(x))
-
-
-def test_norms_behind_layers_that_run_once():
-    model = Shared().train()
-    assert norms_behind(model, seeded(5, 3, 2, 2)) == {"first": "norm", "late": "last"}
-    assert model.training
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert int(model.norm.num_batches_tracked) == 0
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_a_norm_behind_an_activation_is_not_behind_the_layer(inplace):
-    """In place, the activation gives back the very tensor that the layer gave."""
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 1), nn.ReLU(inplace), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-    )
-    assert norms_behind(model, seeded(5, 3, 2, 2)) == {"3": "4"}
-
-
-def test_runs_are_counted_in_order():
-    model = Shared()
-    names = ["unused", "late", "two", "one", "repeated", "first"]
-    runs = runs_in_order(model, names, seeded(5, 3, 2, 2))
-    assert list(runs.items()) == [("first", 1), ("repeated", 2), ("one", 1), ("two", 1), ("late", 1)]
-    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_an_empty_batch_is_passed_over():

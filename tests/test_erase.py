@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from discedit import Recipe, Stack, _erase, collect_moments, ops, prune, score, unlearn, zoo
-from discedit._calibration import norms_behind
 from discedit._erase import RIDGE, erased
+from discedit._trace import ModelTrace
 from discedit.evaluate import accuracy_per_class
 
 pytestmark = [
@@ -57,7 +57,7 @@ def read_by(model, name, x):
 def erase(model, layers, parts, classes, factor=0.0):
     """An edited copy, and what was done."""
     edited = copy.deepcopy(model)
-    return edited, erased(edited, layers, norms_behind(model, parts[0][0]), parts, classes, factor)
+    return edited, erased(edited, layers, ModelTrace.of(model, parts[0][0]), parts, classes, factor)
 
 
 # What reads: the layer, the shape of what it reads, the norm behind it. All in front of a head.
@@ -456,7 +456,7 @@ def test_what_is_not_finite_is_named(value, place):
     x[place, 1, 2, 2] = value
     edited = copy.deepcopy(model)
     with pytest.raises(ValueError, match="unlearn: data must give finite feature maps, what 'layer' reads holds NaN"):
-        erased(edited, ["layer"], {}, [(x, labels)], [2], 0.0)
+        erased(edited, ["layer"], ModelTrace(model), [(x, labels)], [2], 0.0)
     assert state_equal(edited, model)
     assert not any(module._forward_pre_hooks for module in edited.modules())
 
@@ -1153,3 +1153,38 @@ def test_scores_of_another_model_are_refused(trained, digit_scores):
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)).eval()
     with pytest.raises(ValueError, match="scores must come from this model: it has no layer 'conv1'"):
         unlearn(other, digit_scores, classes=[3], data=zoo.batches(train))
+
+
+def test_rounding_that_leaves_a_part_of_what_is_erased():
+    """In bfloat16, what large weights make of a small difference is lost in their last digits."""
+    layer = nn.Linear(64, 1, bias=False)
+    old, difference = 10 * torch.randn(1, 64, generator=torch.Generator().manual_seed(0)), torch.ones(64, 1).double()
+    old[0, 0] -= old.sum() - 0.1
+    old = old.bfloat16().double()
+    new = old - old.sum() / 64
+    assert not _erase._why_not_erased(layer, old, new, difference, 0.0)
+    layer.bfloat16()
+    why = _erase._why_not_erased(layer, old, new.bfloat16().double(), difference, 0.0)
+    assert why.startswith("its weights, in bfloat16, miss what erasing is to change by ")
+    assert not _erase._why_not_erased(layer, old, old, torch.zeros(64, 1).double(), 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:unlearn")
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_layer_from_which_nothing_is_erased_stays_as_it_was(inplace, trained, digit_scores, monkeypatch):
+    model, train, _ = trained
+    mine = copy.deepcopy(model)
+    found = _erase._why_not_erased
+    monkeypatch.setattr(
+        _erase,
+        "_why_not_erased",
+        lambda layer, *rest: "of rounding" if layer.out_features == 10 else found(layer, *rest),
+    )
+    options = {"classes": [3], "data": zoo.batches(train), "components": "directions", "inplace": inplace}
+    edit = unlearn(mine, digit_scores, **options)
+    assert edit.skipped == {"fc2": "of rounding"}
+    assert edit.recipe.settings["layers"] == list(edit.recipe.settings["directions"]) == ["fc1"]
+    assert torch.equal(edit.model.fc2.weight, model.fc2.weight)
+    assert not torch.equal(edit.model.fc1.weight, model.fc1.weight)
+    with pytest.raises(ValueError, match="unlearn: layer 'fc2' cannot be edited: of rounding"):
+        unlearn(copy.deepcopy(model), digit_scores, layers=["fc2"], **options)

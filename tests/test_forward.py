@@ -280,3 +280,72 @@ def test_rows_of_layers_that_are_not_what_they_seem_are_not_edited(kind):
         ValueError, match=r"layer '2' cannot be edited: it is a .*, whose output is not what Conv2d makes"
     ):
         edited_by_rows(READERS[kind](), around="zero")
+
+
+class GroupNormAct(nn.GroupNorm):
+    """As timm's: with the activation inside."""
+
+    def forward(self, x):
+        return functional.silu(super().forward(x))
+
+
+class AroundOne(nn.GroupNorm):
+    """Weights count from one, as in Gemma's norms."""
+
+    def forward(self, x):
+        return functional.group_norm(x, self.num_groups, 1 + self.weight, self.bias, self.eps)
+
+
+class OfSmallMaps(nn.BatchNorm2d):
+    """By itself, on small maps, a plain norm."""
+
+    def forward(self, x):
+        return super().forward(x) + float(x.shape[-1] > 6)
+
+
+@pytest.mark.filterwarnings("ignore:unlearn")
+@pytest.mark.parametrize(
+    ("norm", "options", "what"),
+    [
+        (GroupNormAct(2, 6), {"factor": 0.5}, "0.5 times their output"),
+        (GroupNormAct(2, 6), {"around": "mean", "data": [(X, LABELS)]}, "the mean"),
+        (AroundOne(2, 6), {"factor": -1}, "-1 times their output"),
+    ],
+    ids=["activation", "mean", "around one"],
+)
+def test_other_norms_are_tried_before_rows_are_chosen(norm, options, what):
+    with pytest.raises(
+        ValueError, match=f"layer '2' cannot be edited: its components do not give {what} .*norm '3' when .* directions"
+    ):
+        edited_by_rows(nn.Conv2d(8, 6, 3), norm, **options)
+
+
+def two_normed_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3), OfSmallMaps(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
+    model.train()(X)
+    model.eval()
+    return model, discedit.score(discedit.collect_moments(model, [(X, LABELS)], 3))
+
+
+@pytest.mark.filterwarnings("ignore:unlearn")
+@pytest.mark.parametrize("options", [{}, {"factor": 0.5}, {"around": "mean"}], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_layer_whose_ablation_does_not_hold_is_left_as_it_was(options, inplace):
+    """Seen on data alone: by itself, on small maps, its norm is what it seems."""
+    model, scores = two_normed_layers()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = {"classes": [1], "data": [(X, LABELS)], "sign": "any", "top": 2, **options}
+    edit = discedit.unlearn(model, scores, layers=["0", "3"], inplace=inplace, **options)
+    assert list(edit.recipe.components) == ["3"]
+    assert list(edit.skipped) == ["0"]
+    assert "behind the norm '1' when their weights are made to" in edit.skipped["0"]
+    for name, tensor in edit.model.state_dict().items():
+        assert name.startswith(("3.", "4.")) or torch.equal(tensor, before[name])
+    model, scores = two_normed_layers()
+    with pytest.raises(ValueError, match="unlearn: layer '0' cannot be edited: its components do not give"):
+        discedit.unlearn(model, scores, layers=["0"], inplace=inplace, **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

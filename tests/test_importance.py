@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional
 
 from discedit import Scores, _calibration, importances, prune
-from discedit._calibration import norms_behind
 from discedit._importance import RIDGE
+from discedit._trace import ModelTrace
 from discedit.prune import BEST_WITH
 
 KINDS = ("filters", "neurons")
@@ -126,7 +126,7 @@ class Reader:
         self.columns = torch.arange(len(self.weights[0])).view(channels, -1)[first:]
         self.each = each
         self.worth = torch.ones(len(self.weights)).double() if worth is None else worth
-        if name in (norms := norms_behind(model, inputs)):
+        if name in (norms := ModelTrace.of(model, inputs).norms):
             norm = model.get_submodule(norms[name])
             self.worth = self.worth * norm.weight.detach().double() ** 2 / (norm.running_var.double() + norm.eps)
         self.total = ((self.rows @ self.weights.T).square().mean(0) * self.worth).sum()

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -365,3 +366,41 @@ def test_lists_by_layer_must_be_lists(tmp_path, change):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match="must be lists by layer"):
         Recipe.load(path)
+
+
+@pytest.mark.parametrize("step", ["_apply", "_undo"])
+def test_what_fails_in_the_middle_changes_nothing(step, monkeypatch):
+    """In place, memory may end at any operation: the very tensors stay, with their values, and so do attributes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    x = torch.randn(40, 3, 8, 8)
+    importances = {"0": torch.arange(8.0)}
+    edit = prune(model, importances, threshold=3.0, example_inputs=x[:2], data=[x])
+    rows = (Operation("fill", "0.bias", index=(1,), value=5.0), Operation("scale", "0.weight", index=(0,), value=2.0))
+    recipe = replace(edit.recipe, operations=[*edit.recipe.operations, *rows])
+    if step == "_undo":
+        made = recipe.apply(model, inplace=True)
+        recipe = made.recipe
+    kinds = {operation.kind for operation in recipe.operations}
+    assert kinds == {"keep", "attribute", "set", "fill", "scale"}
+    objects = dict([*model.named_parameters(), *model.named_buffers()])
+    before = {name: tensor.clone() for name, tensor in objects.items()}
+    shown = repr(model)
+    module = sys.modules["discedit.recipe"]
+    done = getattr(module, step)
+    for last in range(len(recipe.operations)):
+        count = iter(range(len(recipe.operations)))
+
+        def failing(*args, last=last, count=count):
+            found = done(*args)
+            if next(count) == last:
+                raise MemoryError("no more")
+            return found
+
+        monkeypatch.setattr(module, step, failing)
+        with pytest.raises(MemoryError):
+            recipe.undo(model, inplace=True) if step == "_undo" else recipe.apply(model, inplace=True)
+        assert repr(model) == shown
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            assert tensor is objects[name]
+            assert torch.equal(tensor, before[name])

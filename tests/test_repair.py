@@ -1,6 +1,7 @@
 """Repair in closed form: exact where it can be, better than nothing on a trained network, and part of the recipe."""
 
 import copy
+import sys
 import weakref
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from discedit import Moments, Recipe, _calibration, _repair, collect_moments, prune, score, zoo
+from discedit._trace import ModelTrace
 from discedit.evaluate import accuracy_per_class
 
 REPAIRS = ("mean", "least_squares")
@@ -531,7 +533,7 @@ def test_parts_give_what_one_batch_gives(how, images, monkeypatch):
 
 def test_outputs_stay_in_order_where_memory_is_used_again():
     """A tensor may lie where one lay that is gone; of two that are added, the later one is what a fit is for."""
-    watch = _repair._Watch(nn.Identity(), {}, {})
+    watch = _repair._Watch(ModelTrace(nn.Identity()), {})
     gone = weakref.ref(torch.ones(1))
     first, later = torch.ones(1), torch.zeros(1)
     watch.outputs[id(later)] = _repair._Output("gone", gone, 0, False)
@@ -539,3 +541,130 @@ def test_outputs_stay_in_order_where_memory_is_used_again():
     watch.note("later", later, normed=False)
     assert [output.layer for output in watch.outputs.values()] == ["first", "later"]
     assert watch.noted(later).layer == "later"
+
+
+# ---- what does not help is taken back -------------------------------------------------------------------------------
+
+EVERY_REPAIR = (*REPAIRS, "compensation")
+
+
+def two_inputs(samples, sign, seed=0):
+    """The first input is the second one, or its opposite."""
+    x = 3 + torch.randn(samples, 1, generator=torch.Generator().manual_seed(seed))
+    return torch.cat([sign * x, x], 1)
+
+
+def of_two_inputs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0], [0, 1], [0, 0.5], [0, -1]]))
+    return model
+
+
+def states_agree(model, other):
+    return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("repair", EVERY_REPAIR)
+def test_a_repair_that_gives_more_error_on_other_samples_is_taken_back(repair, tmp_path):
+    """What stays says all of the component that goes, on the samples of the fit; on others it says the opposite."""
+    model = of_two_inputs()
+    first = [two_inputs(512, 1), two_inputs(512, 1, seed=1)]
+    options = {"threshold": 0.5, "example_inputs": first[0][:2], "repair": repair}
+    importance = importances_of(model, {"0": [0]})
+    edit = prune(model, importance, data=[*first, two_inputs(100, -1, seed=2)], **options)
+    why = edit.recipe.settings["unrepaired"]["1"]
+    assert why.endswith("times the squared error of none on 100 samples that were not used to make it")
+    assert float(why.split()[3]) > 1.25
+    plain = prune(model, importance, **{**options, "repair": "none"})
+    assert torch.equal(edit.model[1].weight, plain.model[1].weight)
+    assert torch.equal(edit.model[1].bias, plain.model[1].bias)
+    assert not [operation for operation in edit.recipe.operations if operation.target in ("1.weight", "1.bias")][1:]
+    recipe = Recipe.load(edit.recipe.save(tmp_path / "recipe"))
+    assert states_agree(recipe.apply(model).model, edit.model)
+    assert states_agree(edit.recipe.undo(edit.model), model)
+    kept = prune(model, importance, data=[*first, two_inputs(100, 1, seed=2)], **options)
+    assert "unrepaired" not in kept.recipe.settings
+    assert not torch.equal(kept.model[1].bias, plain.model[1].bias)
+
+
+@pytest.mark.parametrize("more", [0, 60])
+def test_samples_of_the_fit_stay_the_same_where_there_are_others(more):
+    first, behind = torch.arange(1024.0)[:, None], torch.arange(1024.0, 1024 + more)[:, None]
+    model = nn.Linear(1, 1)
+    data = [first[:1000], torch.cat([first[1000:], behind])]
+    parts, _, further = _calibration.calibrated("prune", model, data, further=True)
+    assert torch.equal(torch.cat(parts), first)
+    fitted, held_out = _calibration.kept_back("prune", parts, further)
+    if more:
+        assert torch.equal(torch.cat(fitted), first)
+        assert torch.equal(held_out.inputs, behind)
+    else:
+        assert torch.equal(torch.cat(fitted), first[:896])
+        assert torch.equal(held_out.inputs, first[896:])
+    assert held_out.samples == (more or 128)
+
+
+def test_a_single_sample_serves_both():
+    model, x = of_two_inputs(), two_inputs(1, 1)
+    edit = prune(model, importances_of(model, {"0": [0]}), threshold=0.5, example_inputs=x, data=[x])
+    assert "unrepaired" not in edit.recipe.settings
+    assert _repair._named(_calibration.kept_back("prune", [x], None)[1]) == "1 sample"
+
+
+def test_samples_of_the_check_that_are_not_finite():
+    model = of_two_inputs()
+    data = [two_inputs(1024, 1), two_inputs(50, 1) * torch.nan]
+    with pytest.raises(ValueError, match="prune: data must give finite feature maps, what '1' gives of 50 samples"):
+        prune(model, importances_of(model, {"0": [0]}), threshold=0.5, example_inputs=data[0][:2], data=data)
+
+
+@pytest.mark.parametrize("how", SUMS)
+def test_what_aims_at_a_sum_is_judged_by_it(how, images, monkeypatch):
+    """A layer whose fit went wrong is put back, also where its output is added in place, and others are not."""
+    batches, x = images
+    model = residual(how)
+    meet = _repair._Fitted.meet
+
+    def spoiled(self, name):
+        meet(self, name)
+        if name == "blocks.0.conv2":
+            weight = self.model.get_submodule(name).weight
+            self.result.set(name, f"{name}.weight", weight, 3 * weight)
+
+    plain = without(model, INNER, batches, repair="none").model
+    monkeypatch.setattr(_repair._Fitted, "meet", spoiled)
+    edit = without(model, INNER, batches)
+    assert next(iter(edit.recipe.settings["unrepaired"])) == "blocks.0.conv2"
+    assert torch.equal(edit.model.blocks[0].conv2.weight, plain.blocks[0].conv2.weight)
+    assert torch.equal(edit.model.blocks[0].bn.running_mean, plain.blocks[0].bn.running_mean)
+    assert not torch.equal(edit.model.head.weight, plain.head.weight) or "head" in edit.recipe.settings["unrepaired"]
+    assert error(edit.model, model, x) <= error(plain, model, x)
+    assert states_agree(edit.recipe.undo(edit.model), model)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the sum", "after it"])
+def test_a_shared_output_that_is_put_back(first, images, monkeypatch):
+    batches, _ = images
+    torch.manual_seed(0)
+    model = ReadTwice(first).eval()
+    meet = _repair._Fitted.meet
+
+    def spoiled(self, name):
+        meet(self, name)
+        if name == "conv2":
+            self.result.set(name, "conv2.weight", self.model.conv2.weight, 3 * self.model.conv2.weight)
+
+    monkeypatch.setattr(_repair._Fitted, "meet", spoiled)
+    edit = without(model, {"conv1": [3]}, batches)
+    assert "conv2" in edit.recipe.settings["unrepaired"]
+    assert torch.equal(edit.model.conv2.bias, model.conv2.bias)
+
+
+def test_layers_that_do_not_help_together_give_a_warning(monkeypatch):
+    model = of_two_inputs()
+    monkeypatch.setattr(sys.modules["discedit.prune"], "take_back", lambda *_, **__: None)
+    data = [two_inputs(1024, 1), two_inputs(100, -1)]
+    with pytest.warns(UserWarning, match="prune: the repair brings the network's outputs no closer .* on 100 samples"):
+        prune(model, importances_of(model, {"0": [0]}), threshold=0.5, example_inputs=data[0][:2], data=data)

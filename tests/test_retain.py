@@ -209,13 +209,13 @@ def test_the_head_gives_what_the_model_gives(last, head):
             return last(super().forward(x))
 
     data, _ = batches(torch.arange(40) % 10, 20)
-    assert Classified("op", Other().eval(), data, [3], 10).head == head
+    assert Classified("op", Other().eval(), data, [3], 10).trace.head == head
 
 
 def test_head_and_means():
     data, _ = batches(torch.arange(400) % 10, 64)
     parted = Classified("op", MODEL, data, [3], 10)
-    assert parted.head == "fc2"
+    assert parted.trace.head == "fc2"
     means = parted.means({"conv2": "bn2", "fc1": "fc1"})
     seen = {}
     handles = [

@@ -321,3 +321,89 @@ def test_labels_that_are_no_class_indices(labels, said):
     with pytest.raises(ValueError, match="batch 0: labels must hold one class index") as caught:
         discedit.collect_moments(network(), [(X[:3], labels)], CLASSES)
     assert said in str(caught.value)
+
+
+# ---- a call that fails ----------------------------------------------------------------------------------------------
+
+
+def everything_of(model):
+    """What a failed call must leave: modes, hooks, and the very tensors with their values."""
+    modules = [
+        (name, part.training, list(part._forward_hooks), list(part._forward_pre_hooks))
+        for name, part in model.named_modules()
+    ]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return repr(model), modules, [(name, id(t), t.requires_grad, t.clone(), t.grad) for name, t in tensors]
+
+
+def assert_left(model, before):
+    text, modules, tensors = everything_of(model)
+    assert (text, modules) == before[:2]
+    for (*ours, value, grad), (*theirs, expected, other) in zip(tensors, before[2], strict=True):
+        assert ours == theirs
+        assert grad is other
+        assert torch.equal(value, expected)
+
+
+def ending_early():
+    yield DATA[0]
+    raise OSError("the disk is gone")
+
+
+FAILING = {
+    "ends early": (ending_early, OSError, "the disk is gone"),
+    "NaN at the end": (lambda: [*DATA[:2], (X[:16] * torch.nan, Y[:16])], ValueError, "finite"),
+}
+CALLS = {
+    "least_squares": lambda model, scores, data: discedit.prune(
+        model, ratio=0.4, example_inputs=X[:2], data=data, criterion="l1", inplace=True
+    ),
+    "compensation": lambda model, scores, data: discedit.prune(
+        model, ratio=0.4, example_inputs=X[:2], data=data, method="modhifi", inplace=True
+    ),
+    "batchnorm": lambda model, scores, data: discedit.prune(
+        model, ratio=0.4, example_inputs=X[:2], data=data, repair="batchnorm", criterion="l1", inplace=True
+    ),
+    "directions": lambda model, scores, data: discedit.unlearn(
+        model, scores, classes=[1], components="directions", data=data, inplace=True
+    ),
+    "rows": lambda model, scores, data: discedit.unlearn(
+        model, scores, classes=[1], fraction=0.2, repair="least_squares", data=data, inplace=True
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:unlearn")
+@pytest.mark.filterwarnings("ignore:prune")
+@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize("failing", FAILING)
+def test_a_call_that_fails_leaves_the_model_as_it_was(kind, failing):
+    model = network().train()
+    model[1].eval()
+    model[3].bias.requires_grad_(False)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    model[6].register_forward_hook(lambda *_: None)
+    scores = discedit.score(discedit.collect_moments(model, DATA, CLASSES))
+    before = everything_of(model)
+    make, error, message = FAILING[failing]
+    with pytest.raises(error, match=message):
+        CALLS[kind](model, scores, make())
+    assert_left(model, before)
+
+
+def test_a_push_that_fails_leaves_the_stack_as_it_was(monkeypatch):
+    model = network()
+    edit = discedit.prune(model, ratio=0.4, example_inputs=X[:2], criterion="l1")
+    stack = discedit.Stack(model)
+    held = stack.model
+    before = everything_of(held)
+
+    def failing(*_):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr("discedit.recipe._apply", failing)
+    with pytest.raises(MemoryError):
+        stack.push("pruned", edit)
+    assert stack.names == []
+    assert stack.model is held
+    assert_left(held, before)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -155,8 +157,43 @@ def prune_model(
             raise ValueError(f"{op}: amount must be at most the {left} channels that {layer!r} has left, got {number}.")
         if layer in norms and norms[layer] not in modules:
             raise ValueError(f"{op}: norms must name modules of the model, got {norms[layer]!r} for {layer!r}.")
+        for name in ("weight", "bias") if layer in norms else ():
+            own = getattr(modules[norms[layer]], name, None)
+            if own is not None and len(own) != width:
+                raise ValueError(
+                    f"{op}: norms must be as wide as their layers, {norms[layer]!r} has {len(own)} channels, {layer!r} "
+                    f"has {width}."
+                )
+    owners = [modules[name] for layer in chosen for name in (layer, norms.get(layer)) if name is not None]
+    with _all_or_none(owners):
+        return _masked(modules, norms, chosen, amounts, values)
+
+
+@contextmanager
+def _all_or_none(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Modules as they were where masking one of them fails: masks are attributes, and no tensor is written to."""
+    before = [
+        (module, {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(module).items()})
+        for module in modules
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise
+
+
+def _masked(
+    modules: Mapping[str, nn.Module],
+    norms: Mapping[str, str],
+    layers: Iterable[str],
+    amounts: Mapping[str, int | float],
+    values: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
     silent = {}
-    for layer in chosen:
+    for layer in layers:
         module = modules[layer]
         DiscEditStructured.apply(module, "weight", amounts[layer], values[layer], _outputs(module))
         heard = _heard(module)
