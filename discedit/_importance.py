@@ -97,7 +97,7 @@ def kinds_of(op: str, components: str | Iterable[str]) -> tuple[str, ...]:
         _checks.choice(op, "components", kind, KINDS)
     if not kinds:
         known = ", ".join(KINDS)
-        raise ValueError(f"{op}: components must be 'all' or name at least one of {known}, got {components!r}.")
+        raise ValueError(f"{op}: components must name at least one of {known}, or be 'all', got {components!r}.")
     return kinds
 
 

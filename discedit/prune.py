@@ -312,7 +312,8 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
             raise ValueError(f"{op}: layer {layer!r} cannot be pruned: {why}.")
         if not found:
             reasons = "; ".join(f"{layer}: {why}" for layer, why in skipped.items())
-            raise ValueError(f"{op}: no layer can be pruned ({reasons}).")
+            more = "" if "stream" in options.kinds else " With components='all', channels that layers share go as well."
+            raise ValueError(f"{op}: no layer can be pruned ({reasons}).{more}")
         choice = _choice(model, graph, {layer: values[layer] for layer in found}, scores, options)
         operations, failed = graph.plan(choice.removed)
         skipped |= {layer: why for layer, why in failed.items() if layer in chosen}

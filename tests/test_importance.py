@@ -345,7 +345,7 @@ def test_a_reader_in_groups_keeps_what_it_reads():
     options = {"ratio": 0.5, "criterion": "reconstruction", "example_inputs": batches[0], "data": batches}
     edit = prune(model, scores_of(model, ["one", "two"]), **options)
     assert edit.skipped.keys() == {"two"}
-    assert "a convolution in 4 groups" in edit.skipped["two"]
+    assert "a Conv2d from 8 to 4 channels in 4 groups" in edit.skipped["two"]
     assert "judged by l2" not in edit.recipe.settings
     values = judged(model, torch.cat(batches), "reconstruction", ["one"])
     assert edit.recipe.components["one"] == sorted(values["one"].argsort()[:3].tolist())

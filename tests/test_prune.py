@@ -216,18 +216,19 @@ def test_nothing_to_prune_is_an_error():
         prune(model, scores, ratio=0.5, example_inputs=x[:1])
 
 
-def test_grouped_convolutions_are_skipped_by_name():
+def test_grouped_convolutions_lose_whole_groups():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 3)
+        nn.Conv2d(1, 8, 3), nn.Conv2d(8, 12, 3, groups=4), nn.Conv2d(12, 8, 1), nn.Flatten(), nn.Linear(128, 3)
     )
     x, y = torch.randn(30, 1, 8, 8), torch.arange(30) % 3
     scores = score(collect_moments(model, [(x, y)], 3))
-    edit = prune(model, scores, ratio=0.5, example_inputs=x[:1], layers=["2"])
-    assert edit.model[2].out_channels == 4
-    assert edit.model[4].in_features == 64
-    with pytest.raises(ValueError, match="layer '1' cannot be pruned: it is a convolution in 2 groups"):
-        prune(model, scores, ratio=0.5, example_inputs=x[:1], layers=["1"])
+    edit = prune(model, scores, ratio=0.5, example_inputs=x[:1])
+    grouped = edit.model[1]
+    assert (grouped.in_channels, grouped.out_channels, grouped.groups) == (4, 6, 2)
+    assert (edit.model[0].out_channels, edit.model[2].in_channels, edit.model[2].out_channels) == (4, 6, 4)
+    alone = prune(model, scores, ratio=0.25, example_inputs=x[:1], layers=["1"])
+    assert {layer: len(rows) for layer, rows in alone.recipe.components.items()} == {"1": 3}
 
 
 WIDTHS = {"conv1": 32, "conv2": 64, "conv3": 64, "fc1": 64}
