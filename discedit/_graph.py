@@ -16,7 +16,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -797,7 +797,7 @@ class Graph:
                 continue
             name = key[0] if key[1] == "through" else key[0].rpartition(".")[0]
             module = self.shadow.get_submodule(name)
-            norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm))
+            norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) and not _groups_of(module)
             if norm or (key[1] != "through" and name in self.order and not list(module.children())):
                 found[name] = lost
         return found
@@ -1160,7 +1160,7 @@ def _hiding(channels: list[int], dim: int) -> Any:
 
 def _run_narrow(module: nn.Module, smaller: nn.Module, gone: list[int]) -> None:
     """Has a module of fewer channels work in a module's place, on the channels that are left; the others are zero."""
-    whole = module.forward
+    whole, own = module.forward, is_own(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         axis = _axis_of_channels(module, whole, args, kwargs)
@@ -1168,10 +1168,30 @@ def _run_narrow(module: nn.Module, smaller: nn.Module, gone: list[int]) -> None:
             return whole(*args, **kwargs)
         x, *rest = args
         left = torch.tensor(sorted(set(range(x.shape[axis])) - set(gone)), device=x.device)
+        if not own and not _treats_channels_alike(module, partial(whole, **kwargs), axis, x, *rest):
+            raise ValueError(f"{type(module).__name__} takes channels by their place")
         given: Tensor = smaller(x.index_select(axis, left), *rest, **kwargs)
         return given.new_zeros(x.shape).index_copy(axis, left, given)
 
     module.forward = forward
+
+
+def _treats_channels_alike(module: nn.Module, forward: Callable[..., Tensor], axis: int, *args: Any) -> bool:
+    """Whether a module gives the same in another order of its channels: norms do, what shifts channels does not."""
+    x, *rest = args
+    size = x.shape[axis]
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(x.device)
+    before = {parameter: parameter.data for parameter in module.parameters()}
+    whole = forward(x, *rest)
+    try:
+        for parameter, data in before.items():
+            for dim in [dim for dim, count in enumerate(data.shape) if count == size][-1:]:
+                parameter.data = data.index_select(dim, order)
+        other = forward(x.index_select(axis, order), *rest)
+    finally:
+        for parameter, data in before.items():
+            parameter.data = data
+    return _is_close(other, whole.index_select(axis, order), ROUNDING * torch.finfo(x.dtype).eps)
 
 
 def _axis_of_channels(

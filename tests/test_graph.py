@@ -156,6 +156,27 @@ class ResponseNorm(nn.Module):
         return x + self.bias + self.weight * x * size / (size.mean(-1, keepdim=True) + 1e-6)
 
 
+class Shifted(nn.Module):
+    """Its channels have a place: what each gives comes from the one before."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        return x.roll(1, -1) * self.weight
+
+
+def test_a_module_that_takes_channels_by_their_place_is_no_norm():
+    torch.manual_seed(0)
+    net = Net(
+        lambda s, x: s.head(s.c(s.n(s.a(x.movedim(1, -1)))).mean((1, 2))), a=nn.Linear(3, 6), n=Shifted(6),
+        c=nn.Linear(6, 4), head=nn.Linear(4, 2),
+    ).eval()  # fmt: skip
+    failed = Graph("prune", net, X).plan({"a": [1]})[1]
+    assert "Shifted takes channels by their place" in failed["a"]
+
+
 INNER = {  # network; layer -> number of its components, layers that produce them, those that follow
     "squeeze and excitation": (
         lambda: Net(
