@@ -921,6 +921,9 @@ def width_of(module: nn.Module) -> int | None:
     return module.out_features if isinstance(module, nn.Linear) else None
 
 
+SHARED = re.compile(r"it shares its channels with \S+( and \d+ more layers)?")  # why a stream is left, if nothing else
+
+
 def _shares(others: list[str]) -> str:
     if not others:
         return "its channels are tied to a parameter outside any layer"

@@ -16,7 +16,7 @@ from discedit._batches import call, device_of, outside_modes, split, undisturbed
 from discedit._budget import BUDGETS, NORMALISATIONS, ROUNDING, Choice, Cost, Limits, choose, normalised
 from discedit._calibration import batch_norms, calibrated, kept_back, samples_of
 from discedit._compensation import compensated
-from discedit._graph import Graph, unseen_message, width_of
+from discedit._graph import SHARED, Graph, unseen_message, width_of
 from discedit._importance import CRITERIA, GIVEN, OF_READERS, Unscored, kinds_of, of_components
 from discedit._measure import count_macs, count_parameters, macs_of_weights
 from discedit._repair import Outputs, repaired, take_back
@@ -312,7 +312,8 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
             raise ValueError(f"{op}: layer {layer!r} cannot be pruned: {why}.")
         if not found:
             reasons = "; ".join(f"{layer}: {why}" for layer, why in skipped.items())
-            more = "" if "stream" in options.kinds else " With components='all', channels that layers share go as well."
+            helps = "stream" not in options.kinds and any(map(SHARED.fullmatch, skipped.values()))
+            more = " With components='all', channels to which several layers add go as well." if helps else ""
             raise ValueError(f"{op}: no layer can be pruned ({reasons}).{more}")
         choice = _choice(model, graph, {layer: values[layer] for layer in found}, scores, options)
         operations, failed = graph.plan(choice.removed)
