@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from discedit._batches import call, device_of, map_tensors, moved, shapes_of, tensors_in, undisturbed
@@ -36,11 +37,13 @@ _Key = tuple[str, str | int]
 _Members = dict[_Key, list[int]]  # where something has channels, and which
 _Probe = tuple[_Key, int]  # one of the channels there
 _OUTPUT, _OPAQUE = "output", "opaque"  # sides of what is no module: an output of the model, what cannot be followed
+_JOINT = ("all_head_size", "attn_dim", "inner_dim", "val_attn_dim")  # and their width together
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")  # attributes that count them
 _READ = ("in_channels", "in_features", "num_features", "num_channels", "input_size", "embed_dim")  # how many are read
 _TRAINED = " in train mode"  # behind the place of an output
 _ADDS = re.compile("(Add|Addcmul|Sub|Rsub|Lerp)Backward")  # operations of autograd's graph
 ROUNDING = 1000  # units in the last place of the largest number
+_SHAPES = re.compile("(Unsafe)?(View|Reshape|Flatten|Transpose|Permute|Squeeze|Unsqueeze|Clone)")
 _FOLDED = "its channels are split or folded further on, so that none can go alone"
 
 
@@ -468,18 +471,21 @@ class Graph:
             size, count = self._size((name, "out")), counts[place]
             if size % count == 0 and not self._problem((name, "out")):
                 thirds = [size // 3, size // 3 * 2] if size % (3 * count) == 0 else []
-                probes[place] += [((name, "out"), start) for start in (0, *thirds)]
+                edge = [size // count - 1, size // count]  # between the first two heads, where they lie one by one
+                probes[place] += [((name, "out"), start) for start in dict.fromkeys((0, *thirds, *edge))]
         for name, tensor in self.tensors.items():
             owner = self.shadow.get_submodule(name.rpartition(".")[0])
             if module2type(owner) == OPTYPE.ELEMENTWISE and tensor.is_floating_point():
-                for place in [place for place in counts if _is_inside(name, place)]:
+                around = [place for place in counts if _is_inside(name, place)]
+                beside = [place for place in counts if _is_inside(name, place.rpartition(".")[0])]
+                for place in around or beside:  # tables of biases may belong to the block
                     dims = [dim for dim, size in enumerate(tensor.shape) if size == counts[place]]
                     probes[place] += [((name, dim), 0) for dim in dims]
         reached: dict[_Probe, dict[str, list[int]]] = {}
         for turn in range(max(map(len, probes.values()), default=0)):
             now = [found[turn] for found in probes.values() if turn < len(found)]
             reached |= dict.fromkeys(now, self._reached(now))
-        heads = {place: self._heads_of(probes[place], reached, count) for place, count in counts.items()}
+        heads = {place: self._heads_of(place, probes[place], reached, count) for place, count in counts.items()}
         unclear = {name: place for name, place in places.items() if heads[place] is None}
         return [found for found in heads.values() if found is not None], unclear
 
@@ -520,13 +526,16 @@ class Graph:
         return found
 
     def _heads_of(
-        self, probes: list[_Probe], reached: Mapping[_Probe, Mapping[str, list[int]]], count: int
+        self, place: str, probes: list[_Probe], reached: Mapping[_Probe, Mapping[str, list[int]]], count: int
     ) -> _Heads | None:
         """Heads, if what the probes reach in one layer is what they reach in attention."""
         readers: dict[str, list[_Probe]] = {}
         for probe in probes:
-            name, role = probe[0]
-            start = self._turn(name.rpartition(".")[0] if isinstance(role, int) else name)
+            (name, role), index = probe
+            if role == "out" and index % max(1, self._size(probe[0]) // 3):
+                continue
+            owner = name.rpartition(".")[0] if isinstance(role, int) else name
+            start = self.order.get(owner, self._turn(place))  # tables may be read without a call of their module
             for reader in sorted((name for name in reached[probe] if self._turn(name) > start), key=self._turn):
                 width, rest = divmod(self._size((reader, "in")), count)
                 if not rest and reached[probe][reader] in ([0], list(range(width))):
@@ -534,10 +543,23 @@ class Graph:
                     break
         for reader, found in readers.items():
             size = self._size((reader, "in"))
+            width = size // count
+
+            def one_by_one(key: _Key, reader: str = reader, width: int = width) -> bool:
+                """Whether queries, keys and values of one layer lie together for each head."""
+                edge = self._size(key) // count
+                seen = [reached.get((key, index), {}).get(reader) for index in (0, edge - 1, edge)]
+                return width > 1 and seen == [list(range(width)), [width - 1], list(range(width, 2 * width))]
+
             blocks: dict[_Key, Tensor] = {(reader, "in"): torch.arange(size).view(count, -1)}
             values, parts = [], 0
             for key, start in found:
                 rows = torch.arange(self._size(key))
+                if key[1] == "out" and one_by_one(key):
+                    blocks[key] = rows.view(count, -1)
+                    parts += 3
+                    values.append(key[0])
+                    continue
                 fused = key[1] == "out" and len(rows) == 3 * size
                 if fused and not all((key, third) in found for third in (0, size, 2 * size)):
                     return None
@@ -546,9 +568,23 @@ class Graph:
                     parts += 1
                     if len(reached[key, start][reader]) == 1 and len(rows) in (size, 3 * size):
                         values.append(key[0])
+            for key in [key for key in blocks if key[1] == "out"]:
+                if norm := self._batch_norm_behind(key[0]):
+                    blocks[norm, "through"] = blocks[key]
             if parts >= 3 and values:
                 members = [{key: block[head].tolist() for key, block in blocks.items()} for head in range(count)]
                 return _Heads(min(values, key=self._turn), reader, size // count, members)
+        return None
+
+    def _batch_norm_behind(self, layer: str) -> str | None:
+        """The batch norm that reads a layer's rows, perhaps in another shape."""
+        nodes = [self.graph.module2node[self.shadow.get_submodule(layer)]]
+        while nodes:
+            nodes = [node for before in nodes for node in before.outputs]
+            for node in nodes:
+                if isinstance(node.module, _BatchNorm) and node.module.num_features == self._size((layer, "out")):
+                    return str(self.names[id(node.module)])
+            nodes = [node for node in nodes if id(node.module) not in self.names and _SHAPES.match(node.grad_fn.name())]
         return None
 
     def _found(self, layer: str) -> Components:
@@ -717,9 +753,9 @@ class Graph:
                 keeps.append(Operation("keep", name, dim=role, index=tuple(index)))
                 owner, size = name.rpartition(".")[0], self._size((name, role))
                 for attribute, shape in _sizes(self.model.get_submodule(owner)).items():
-                    if isinstance(shape, list) and shape.count(size) == 1:  # of a norm, or of a view
-                        smaller = [len(index) if entry == size else entry for entry in shape]
-                        changes[owner, attribute] = (shape, smaller)
+                    if isinstance(shape, list) and size in shape:  # of a norm, or of a view; heads come last there
+                        place = len(shape) - 1 - shape[::-1].index(size)
+                        changes[owner, attribute] = (shape, [*shape[:place], len(index), *shape[place + 1 :]])
                 continue
             if name not in copies:
                 copies[name] = _tagged(self.model.get_submodule(name))
@@ -757,7 +793,7 @@ class Graph:
                     continue
                 if value == count and attribute.endswith("heads"):
                     found[name, attribute] = (value, value - gone // heads.width)
-                elif value == count * heads.width and attribute in ("all_head_size", "attn_dim", "inner_dim"):
+                elif value == count * heads.width and attribute in _JOINT:
                     found[name, attribute] = (value, value - gone)
         return found
 

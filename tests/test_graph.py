@@ -283,6 +283,60 @@ def test_whole_heads_go():
     assert not any("norm" in op.target for op in operations)
 
 
+class Table(nn.Module):
+    """Biases by head, which are read without a call of the module."""
+
+    def __init__(self, tokens, heads):
+        super().__init__()
+        self.table, self.shape = nn.Parameter(torch.randn(tokens * tokens, heads)), (tokens, tokens, heads)
+
+    def bias(self):
+        return self.table.view(self.shape).permute(2, 0, 1)
+
+
+class HeadByHead(nn.Module):
+    """One layer gives queries, keys and wider values, head by head, through a batch norm, as in LeViT."""
+
+    def __init__(self, width, heads, tokens, beside):
+        super().__init__()
+        self.num_heads, self.val_attn_dim = heads, heads * 4
+        self.qkv, self.norm = nn.Linear(width, heads * 8, bias=False), nn.BatchNorm1d(heads * 8)
+        self.out = nn.Linear(heads * 4, width)
+        if not beside:
+            self.table = Table(tokens, heads)
+
+    def forward(self, x, bias=None):
+        samples, tokens, _ = x.shape
+        x = self.norm(self.qkv(x).flatten(0, 1)).view(samples, tokens, self.num_heads, -1).transpose(1, 2)
+        q, k, v = x.split([2, 2, 4], 3)
+        attention = (q @ k.transpose(2, 3) + (self.table.bias() if bias is None else bias)).softmax(-1)
+        return self.out((attention @ v).transpose(1, 2).reshape(samples, tokens, self.val_attn_dim))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_heads_that_lie_one_by_one_with_tables_of_biases(beside):
+    torch.manual_seed(0)
+    block = nn.Module()
+    block.attention = HeadByHead(6, 4, 64, beside)
+    if beside:
+        block.table = Table(64, 4)
+
+    def function(s, x):
+        bias = s.block.table.bias() if beside else None
+        return s.head(s.block.attention(s.a(x.flatten(2).transpose(1, 2)), bias).mean(1))
+
+    net = Net(function, a=nn.Linear(3, 6), block=block, head=nn.Linear(6, 2)).eval()
+    graph = Graph("prune", net, X)
+    got = graph.find(["block.attention.qkv"], ["heads"])[0]["block.attention.qkv"]
+    assert got.rows == tuple(tuple(range(8 * h, 8 * h + 8)) for h in range(4))
+    operations, failed = graph.plan({"block.attention.qkv": [1, 2]})
+    assert not failed
+    table = "block.table.table" if beside else "block.attention.table.table"
+    kept = {op.target: op.index for op in operations if op.kind == "keep"}
+    assert kept[table] == (0, 3)
+    assert len(kept["block.attention.norm.running_mean"]) == 16
+
+
 def test_heads_count_by_the_mean_over_their_rows():
     net = attention().eval()
     values = torch.zeros(12, 2, dtype=torch.float64)
