@@ -41,7 +41,8 @@ _JOINT = ("all_head_size", "attn_dim", "inner_dim", "val_attn_dim")  # and their
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")  # attributes that count them
 _READ = ("in_channels", "in_features", "num_features", "num_channels", "input_size", "embed_dim")  # how many are read
 _TRAINED = " in train mode"  # behind the place of an output
-_ADDS = re.compile("(Add|Addcmul|Sub|Rsub|Lerp)Backward")  # operations of autograd's graph
+# Operations of autograd's graph that are no sums of what they read; what is done in place on a view has no name there.
+_NO_SUMS = re.compile("(Mul|Div|Where|Cat)Backward")
 ROUNDING = 1000  # units in the last place of the largest number
 _SHAPES = re.compile("(Unsafe)?(View|Reshape|Flatten|Transpose|Permute|Squeeze|Unsqueeze|Clone)")
 _FOLDED = "its channels are split or folded further on, so that none can go alone"
@@ -441,10 +442,11 @@ class Graph:
             return found
 
         for node in nodes:
-            if node.grad_fn is not None and id(node.module) not in self.names and _ADDS.match(node.grad_fn.name()):
-                added = [found for source in node.inputs if (found := producers(source))]
-                if any(one.isdisjoint(other) for one, other in itertools.combinations(added, 2)):
-                    return True
+            if node.grad_fn is None or id(node.module) in self.names or _NO_SUMS.match(node.grad_fn.name()):
+                continue
+            added = [found for source in node.inputs if (found := producers(source))]
+            if any(one.isdisjoint(other) for one, other in itertools.combinations(added, 2)):
+                return True
         return False
 
     def _places_of_attention(self) -> dict[str, str]:

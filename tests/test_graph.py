@@ -156,6 +156,17 @@ class ResponseNorm(nn.Module):
         return x + self.bias + self.weight * x * size / (size.mean(-1, keepdim=True) + 1e-6)
 
 
+def test_a_sum_in_place_on_a_view_is_a_stream():
+    def function(s, x):
+        both = torch.cat([s.a(x), s.b(x)], 1)[:, :6]
+        both += s.c(x)
+        return s.head(both.relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    net = Net(function, a=conv(3, 3), b=conv(3, 3), c=conv(3, 6), head=nn.Linear(6, 2)).eval()
+    assert {parts.kind for parts in Graph("prune", net, X).find("abc", KINDS)[0].values()} <= {"stream"}
+
+
 class Shifted(nn.Module):
     """Its channels have a place: what each gives comes from the one before."""
 
