@@ -15,7 +15,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -138,12 +138,18 @@ class Graph:
         found: dict[str, Components] = {}
         skipped: dict[str, str] = {}
         followers: set[str] = set()
+        left: dict[str, Components] = {}  # what is known of the layers of streams that stay
         for layer in sorted(layers, key=self._turn):
             if layer in followers:
+                continue
+            if layer in left:
+                skipped[layer] = self._why_not_alone(replace(left[layer], layer=layer))
                 continue
             components, why = self._inspect(layer)
             if components is not None and components.kind not in kinds:
                 why = self._why_not_alone(components)
+                if components.kind == "stream":
+                    left |= dict.fromkeys((*components.layers, *components.followers), components)
             if why or components is None:
                 skipped[layer] = why
                 continue
