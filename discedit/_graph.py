@@ -757,9 +757,9 @@ class Graph:
             if role == _OUTPUT:
                 continue
             if isinstance(role, int):
-                index = sorted(set(range(self._size((name, role)))) - set(gone))
-                keeps.append(Operation("keep", name, dim=role, index=tuple(index)))
                 owner, size = name.rpartition(".")[0], self._size((name, role))
+                index = _left(size, gone)
+                keeps.append(Operation("keep", name, dim=role, index=tuple(index)))
                 for attribute, shape in _sizes(self.model.get_submodule(owner)).items():
                     if isinstance(shape, list) and size in shape:  # of a norm, or of a view; heads come last there
                         place = len(shape) - 1 - shape[::-1].index(size)
@@ -965,9 +965,6 @@ def width_of(module: nn.Module) -> int | None:
     return module.out_features if isinstance(module, nn.Linear) else None
 
 
-SHARED = re.compile(r"it shares its channels with \S+( and \d+ more layers)?")  # why a stream is left, if nothing else
-
-
 def _shares(others: list[str]) -> str:
     if not others:
         return "its channels are tied to a parameter outside any layer"
@@ -981,6 +978,10 @@ def _is_inside(name: str, place: str) -> bool:
 
 def _is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
+
+
+def _left(size: int, gone: Iterable[int]) -> list[int]:
+    return sorted(set(range(size)) - set(gone))
 
 
 def _groups_of(module: nn.Module) -> int:
@@ -1033,7 +1034,7 @@ def _cut_groups(module: nn.Module, gone: list[int], read: list[int]) -> None:
     else:
         assert isinstance(module, _ConvNd)
         outputs, inputs = module.out_channels, module.in_channels
-    left = [i for i in range(outputs) if i not in set(gone)]
+    left = _left(outputs, gone)
     cut = {i // (outputs // groups) for i in gone}
     if cut != {i // (inputs // groups) for i in read} or len(gone) * groups != len(cut) * outputs:
         raise ValueError(f"{type(module).__name__} in {groups} groups can only lose whole ones, not outputs {gone}")
@@ -1052,7 +1053,7 @@ def _cut_further(module: nn.Module, role: str, gone: list[int]) -> None:
         return
     linear = isinstance(module, nn.Linear)
     size = getattr(module, f"{'in' if role == 'in' else 'out'}_{'features' if linear else 'channels'}")
-    left = [i for i in range(size) if i not in set(gone)]
+    left = _left(size, gone)
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         axis = int(role == "in")
         if name not in ("weight", "bias") and tensor.ndim > axis and tensor.shape[axis] == size:
@@ -1214,7 +1215,7 @@ def _run_narrow(module: nn.Module, smaller: nn.Module, gone: list[int]) -> None:
         if axis is None:
             return whole(*args, **kwargs)
         x, *rest = args
-        left = torch.tensor(sorted(set(range(x.shape[axis])) - set(gone)), device=x.device)
+        left = torch.tensor(_left(x.shape[axis], gone), device=x.device)
         if not own and not _treats_channels_alike(module, partial(whole, **kwargs), axis, x, *rest):
             raise ValueError(f"{type(module).__name__} takes channels by their place")
         given: Tensor = smaller(x.index_select(axis, left), *rest, **kwargs)

@@ -16,7 +16,7 @@ from discedit._batches import call, device_of, outside_modes, split, undisturbed
 from discedit._budget import BUDGETS, NORMALISATIONS, ROUNDING, Choice, Cost, Limits, choose, normalised
 from discedit._calibration import batch_norms, calibrated, kept_back, samples_of
 from discedit._compensation import compensated
-from discedit._graph import SHARED, Graph, unseen_message, width_of
+from discedit._graph import KINDS, Graph, unseen_message, width_of
 from discedit._importance import CRITERIA, GIVEN, OF_READERS, Unscored, kinds_of, of_components
 from discedit._measure import count_macs, count_parameters, macs_of_weights
 from discedit._repair import Outputs, repaired, take_back
@@ -297,7 +297,7 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
     trace = ModelTrace(model)
     in_order, compensates = options.repair in IN_ORDER, options.repair == "compensation"
     if options.data is not None and (in_order or compensates or options.criterion in OF_READERS):
-        inputs, trace, further = calibrated(op, model, options.data, further=True)
+        inputs, trace, further = calibrated(op, model, options.data, further=in_order or compensates)
     values, instead = of_components(model, scores, options.criterion, graph, found, inputs, trace, options.seed)
     if options.across == "auto":
         options = replace(options, across="none" if options.criterion in SHARES and not instead else "rank")
@@ -312,7 +312,7 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
             raise ValueError(f"{op}: layer {layer!r} cannot be pruned: {why}.")
         if not found:
             reasons = "; ".join(f"{layer}: {why}" for layer, why in skipped.items())
-            helps = "stream" not in options.kinds and any(map(SHARED.fullmatch, skipped.values()))
+            helps = "stream" not in options.kinds and graph.find(unfit, KINDS)[0]
             more = " With components='all', channels to which several layers add go as well." if helps else ""
             raise ValueError(f"{op}: no layer can be pruned ({reasons}).{more}")
         choice = _choice(model, graph, {layer: values[layer] for layer in found}, scores, options)
