@@ -135,8 +135,8 @@ def unlearn(
         repair: of rows and heads. "none"; "least_squares": every layer behind the first edited one, but the head, gets
             new weights, so that it gives what it gave before on samples of the classes that stay; `protection` keeps
             it from learning back what the class needs: less is lost for the same forgetting, at some passes over
-            `data`. "mean": biases alone. As in `prune`, a layer's
-            repair that gives more error than none on other samples that stay is taken back.
+            `data`. "mean": biases alone. As in `prune`, a layer's repair that gives more error than none on other
+            samples that stay is taken back.
         protection: what samples of the classes to forget count, all together, beside the others, in the penalty for
             weights that give anything else on them than those without repair; 0 or more. Biases are fitted to the
             others alone: however large it is, what the repair "mean" does is done.
