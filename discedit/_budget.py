@@ -16,7 +16,7 @@ from discedit import _checks
 BUDGETS = ("ratio", "global_ratio", "threshold", "parameters", "macs")
 NORMALISATIONS = ("none", "mean", "max", "rank")
 UNITS = {"parameters": "parameters", "macs": "multiply-accumulates"}
-ROUNDING = 1 + 1e-12  # keeps 0.3 * 10 from becoming 2 for want of one ulp
+ROUNDING = 1 + 1e-12  # keeps 0.1 * 30 from becoming 4 for one ulp
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ def choose(
     Args:
         importances: layer -> (components,), floating point, compared in float64; higher = keep. May be infinite.
         ratio: share of each layer's components to remove, in [0, 1), or layer -> share; layers not named stay whole.
-            floor(ratio x components) go.
-        global_ratio: share of the components of all layers together, in [0, 1); what a limit keeps is made up for by
+            At least this share goes, ceil(ratio x components), but one stays.
+        global_ratio: at least this share of the components of all layers together goes, in [0, 1); what a limit keeps is made up for by
             the next ones in order.
         threshold: components with an importance below it go.
         parameters: how many may be left: an integer, or a share of the whole model's in (0, 1). Components go in
@@ -180,7 +180,7 @@ def choose(
     if budget in UNITS:
         return _left(order, budget, value, cost)
     if budget == "global_ratio":
-        asked = _share(_ratio("global_ratio", value), sum(order.widths.values()))
+        asked = least_share(_ratio("global_ratio", value), sum(order.widths.values()))
         return _gone(order, budget, asked, order.prefix(asked), order.widths if asked > len(order) else ())
     if budget == "ratio":
         counts = _ratio_of_each(value, order.widths)
@@ -365,11 +365,12 @@ def _ratio_of_each(value: Any, widths: Mapping[str, int]) -> dict[str, int]:
         ratios = {layer: _ratio(f"ratio[{layer!r}]", share) for layer, share in value.items()}
     else:
         ratios = dict.fromkeys(widths, _ratio("ratio", value))
-    return {layer: _share(ratios.get(layer, 0.0), width) for layer, width in widths.items()}
+    return {layer: least_share(ratios.get(layer, 0.0), width) for layer, width in widths.items()}
 
 
-def _share(ratio: float, components: int) -> int:
-    return math.floor(ratio * components * ROUNDING)
+def least_share(ratio: float, components: int) -> int:
+    """The least number of components that makes up a share of them, as torch-pruning counts; one always stays."""
+    return max(0, min(components - 1, math.ceil(ratio * components / ROUNDING)))
 
 
 def _target(budget: str, value: Any, present: float) -> float:

@@ -231,7 +231,7 @@ DISCEDIT_SP = Preset(
     notes="""\
 Formula: with s the sum of a component's map over space, m and S mean and covariance of (s, s^2), and d = m_c - m_rest
 between class c and all others, F_c = d' (S_c + S_rest)^-1 d and T_c = F_c / (2 + F_c). The score is the least T_c over
-classes; floor(ratio x components) of each layer go, the lowest first.
+classes; ceil(ratio x components) of each layer go, the lowest first.
 
 Confirmed: the bound, the features, one class against its complement, the minimum over classes, the share of each
 layer (0.5) in the scripts of WitnessPrune. That DISCEDIT-SP is these scripts under a new name is said in the README
@@ -251,7 +251,7 @@ WITNESSPRUNE = replace(
     reduction="pairwise_min",
     notes="""\
 Formula: the bound T = F / (2 + F) and the features (s, s^2) of "discedit_sp", between each two classes. The score
-is the least T over all pairs of classes; floor(ratio x components) of each layer go, the lowest first.
+is the least T over all pairs of classes; ceil(ratio x components) of each layer go, the lowest first.
 
 Confirmed: the abstract defines the discriminative ability of a filter as the minimum pairwise total variation,
 bounds it by moments of witness functions, relates the bound to Fisher's discriminant and the Minimax Probability

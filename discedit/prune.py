@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from discedit import _checks
 from discedit._batches import call, device_of, outside_modes, split, undisturbed
-from discedit._budget import BUDGETS, NORMALISATIONS, ROUNDING, Choice, Cost, Limits, choose, normalised
+from discedit._budget import BUDGETS, NORMALISATIONS, Choice, Cost, Limits, choose, least_share, normalised
 from discedit._calibration import batch_norms, calibrated, kept_back, samples_of
 from discedit._compensation import compensated
 from discedit._graph import KINDS, Graph, unseen_message, width_of
@@ -84,8 +84,8 @@ def prune(
         example_inputs: a tensor, or a tuple or dict of arguments, that the model can run on. Shows what hangs on what
             and checks the removal: real or random inputs, since components that are silent on them pass unchecked.
 
-        ratio: share of each layer's components to remove, in [0, 1), or layer -> share (others stay whole). Exactly one
-            of these five budgets is given.
+        ratio: share of each layer's components to remove at least, in [0, 1), or layer -> share (others stay whole); one
+            stays. Exactly one of these five budgets is given.
         global_ratio: share of all components together.
         threshold: components that are less important than this go.
         parameters: how many parameters may be left: an integer, or a share in (0, 1).
@@ -394,13 +394,6 @@ def _report(steps: list[_Step], options: _Options) -> None:
     [(name, budget)] = options.budget.items()
     last = steps[-1].choice
     gone = any(any(step.lost.values()) for step in steps)
-    if name == "ratio" and not gone and not isinstance(budget, Mapping) and budget > 0:
-        widest = max(steps[0].had.values())
-        if math.floor(budget * widest * ROUNDING) == 0:
-            raise ValueError(
-                f"prune: ratio must be at least {1 / widest:.3g} to remove a component of the widest layer "
-                f"({widest} components), got {float(budget)!r}."
-            )
     asked = any(budget.values()) if isinstance(budget, Mapping) else budget
     if (not last.met and name != "ratio") or (asked and not gone):
         warnings.warn(f"prune: {last.message}", stacklevel=5)
@@ -467,7 +460,7 @@ def _in_steps(
             part = {layer: ratio * share for layer, ratio in budget.items()}
         elif name == "global_ratio" and done:
             had, lost = sum(done[0].had.values()), sum(_lost(done).values())
-            part = max(0, math.floor(budget * share * had * ROUNDING) - lost) / (had - lost)
+            part = max(0, least_share(budget * share, had) - lost) / (had - lost)
         elif name == "global_ratio":
             part = budget * share
         done.append(_once(current, scores, replace(options, budget={name: part})))
@@ -509,7 +502,7 @@ def _ratios(budget: Any, share: float, had: Mapping[str, int], lost: Mapping[str
     found = {}
     for layer, whole in had.items():
         ratio = budget.get(layer, 0.0) if isinstance(budget, Mapping) else budget
-        found[layer] = max(0, math.floor(ratio * share * whole * ROUNDING) - lost[layer]) / (whole - lost[layer])
+        found[layer] = max(0, least_share(ratio * share, whole) - lost[layer]) / (whole - lost[layer])
     return found
 
 

@@ -117,7 +117,7 @@ def test_budgets_of_components_are_what_they_say(seed):
     asked = [
         component
         for layer, values in case.numbers.items()
-        for component in [c for c in order if c[0] == layer][: math.floor(ratio * len(values) + 1e-9)]
+        for component in [c for c in order if c[0] == layer][: min(len(values) - 1, math.ceil(ratio * len(values) - 1e-9))]
     ]
     got = choose(case.importances, ratio=ratio, limits=limits)
     assert got.removed == rounded(case.numbers, asked, limits)
@@ -130,7 +130,7 @@ def test_budgets_of_components_are_what_they_say(seed):
     assert (got.asked, got.reached) == (len(asked), sum(map(len, got.removed.values())))
 
     room = {n: most(len(v), len(v), limits.floor.get(n, 1), limits.multiple) for n, v in case.numbers.items()}
-    number, taken = math.floor(ratio * len(order) + 1e-9), []
+    number, taken = min(len(order) - 1, math.ceil(ratio * len(order) - 1e-9)), []
     for layer, i in order:
         if len(taken) < number and room[layer]:
             room[layer] -= 1
@@ -352,7 +352,7 @@ def test_messages_say_how_close_it_came():
         "threshold: 2 components asked, 0 removed: what stays is rounded up to multiples of 8.",
     )
     got = choose(importances, global_ratio=0.999, limits=limits)
-    assert (got.met, got.asked, got.reached) == (False, math.floor(0.999 * 3002), 936 + 500)
+    assert (got.met, got.asked, got.reached) == (False, math.ceil(0.999 * 3002), 936 + 500)
 
 
 def test_a_large_model_takes_few_evaluations():
