@@ -149,8 +149,8 @@ def choose(
         importances: layer -> (components,), floating point, compared in float64; higher = keep. May be infinite.
         ratio: share of each layer's components to remove, in [0, 1), or layer -> share; layers not named stay whole.
             At least this share goes, ceil(ratio x components), but one stays.
-        global_ratio: at least this share of the components of all layers together goes, in [0, 1); what a limit keeps is made up for by
-            the next ones in order.
+        global_ratio: the same of the components of all layers together; what a limit keeps is made up for by the next
+            ones in order.
         threshold: components with an importance below it go.
         parameters: how many may be left: an integer, or a share of the whole model's in (0, 1). Components go in
             ascending order of importance over all layers, and no more of them than are needed.
