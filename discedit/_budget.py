@@ -139,6 +139,7 @@ def choose(
     macs: int | float | None = None,
     cost: Cost | None = None,
     limits: Limits,
+    few: Collection[str] = (),
 ) -> Choice:
     """The least important components, as many as one budget asks for and the limits let go.
 
@@ -148,7 +149,7 @@ def choose(
     Args:
         importances: layer -> (components,), floating point, compared in float64; higher = keep. May be infinite.
         ratio: share of each layer's components to remove, in [0, 1), or layer -> share; layers not named stay whole.
-            At least this share goes, ceil(ratio x components), but one stays.
+            At least this share goes, ceil(ratio x components), but one component stays.
         global_ratio: the same of the components of all layers together; what a limit keeps is made up for by the next
             ones in order.
         threshold: components with an importance below it go.
@@ -158,6 +159,7 @@ def choose(
         cost: what is left of the model, for `parameters` and `macs`.
         limits: a layer never gets below its floor, and the number that stays is rounded up to a multiple: no budget
             removes more than it asked for. `parameters` and `macs` go on in the order until what is rounded meets them.
+        few: layers whose components are few and large, such as heads: of these, `ratio` removes the nearest number.
 
     Returns:
         `Choice`. A target that cannot be met gives the smallest model that the limits allow, with `met=False`.
@@ -180,10 +182,10 @@ def choose(
     if budget in UNITS:
         return _left(order, budget, value, cost)
     if budget == "global_ratio":
-        asked = least_share(_ratio("global_ratio", value), sum(order.widths.values()))
+        asked = share_of(_ratio("global_ratio", value), sum(order.widths.values()))
         return _gone(order, budget, asked, order.prefix(asked), order.widths if asked > len(order) else ())
     if budget == "ratio":
-        counts = _ratio_of_each(value, order.widths)
+        counts = _ratio_of_each(value, order.widths, few)
     else:
         if not _checks.is_number(value) or math.isnan(value):
             raise ValueError(f"prune: threshold must be a number, got {value!r}.")
@@ -358,19 +360,21 @@ def _ratio(argument: str, value: Any) -> float:
     return float(value)
 
 
-def _ratio_of_each(value: Any, widths: Mapping[str, int]) -> dict[str, int]:
+def _ratio_of_each(value: Any, widths: Mapping[str, int], few: Collection[str]) -> dict[str, int]:
     """How many components of each layer a ratio, or a mapping of them, asks for."""
     if isinstance(value, Mapping):
         _known("ratio", value, widths)
         ratios = {layer: _ratio(f"ratio[{layer!r}]", share) for layer, share in value.items()}
     else:
         ratios = dict.fromkeys(widths, _ratio("ratio", value))
-    return {layer: least_share(ratios.get(layer, 0.0), width) for layer, width in widths.items()}
+    return {layer: share_of(ratios.get(layer, 0.0), width, few=layer in few) for layer, width in widths.items()}
 
 
-def least_share(ratio: float, components: int) -> int:
-    """The least number of components that makes up a share of them, as torch-pruning counts; one always stays."""
-    return max(0, min(components - 1, math.ceil(ratio * components / ROUNDING)))
+def share_of(ratio: float, components: int, *, few: bool = False) -> int:
+    """The least number of components that makes up a share of them, as torch-pruning counts, or the nearest number of
+    a few: 0.3 of four heads are one, not two. One always stays."""
+    asked = math.floor(ratio * components * ROUNDING + 0.5) if few else math.ceil(ratio * components / ROUNDING)
+    return max(0, min(components - 1, asked))
 
 
 def _target(budget: str, value: Any, present: float) -> float:

@@ -14,7 +14,8 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -76,6 +77,22 @@ class _Heads:
     reader: str
     width: int
     members: list[_Members]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A copy of the model that edits are compared with: in float64, unless the model insists on its own type.
+
+    Attributes:
+        model, inputs: to run.
+        outputs: what the model gives.
+        tolerance: of a difference from it, over the largest number.
+    """
+
+    model: nn.Module
+    inputs: Any
+    outputs: dict[str, Tensor]
+    tolerance: float
 
 
 class Graph:
@@ -806,32 +823,29 @@ class Graph:
         return found
 
     @cached_property
-    def _wide(self) -> bool:
-        """Whether the model runs in float64, and does not insist on its own type."""
+    def _reference(self) -> _Reference:
         try:
-            _outputs(self.model, self.inputs, {}, True, branches=self.trace.branches)
+            model, inputs = copy.deepcopy(self.model).double(), _double(self.inputs)
+            return _Reference(model, inputs, _outputs(model, inputs, self.trace.branches), 1e-9)
         except Exception:
-            return False
-        return True
+            model = copy.deepcopy(self.model)
+            return _Reference(model, self.inputs, _outputs(model, self.inputs, self.trace.branches), 1e-2)
 
     def _hidden(self, gone: Mapping[_Key, list[int]], smaller: nn.Module) -> dict[str, Tensor]:
         """What the model gives with components hidden from their readers.
 
         What works across channels, as norms do, is that of the smaller model, on the channels that are left.
         """
-        narrow = {name: (smaller.get_submodule(name), lost) for name, lost in self._across(gone).items()}
-
-        def run(wide: bool) -> dict[str, Tensor]:
-            return _outputs(self.model, self.inputs, gone, wide, branches=self.trace.branches, narrow=narrow)
-
-        if "_wide" not in vars(self):  # what runs in float64 with something hidden runs in it without: one pass less
-            try:
-                found = run(True)
-            except Exception:
-                return run(self._wide)
-            self._wide = True
-            return found
-        return run(self._wide)
+        model = self._reference.model
+        with ExitStack() as stack:
+            for (name, role), lost in gone.items():
+                if role == "in":
+                    module = model.get_submodule(name)
+                    handle = module.register_forward_pre_hook(_hiding(lost, _channel_axis(module)))
+                    stack.callback(handle.remove)
+            for name, lost in self._across(gone).items():
+                stack.enter_context(_narrow(model.get_submodule(name), smaller.get_submodule(name), lost))
+            return _outputs(model, self._reference.inputs, self.trace.branches)
 
     def _across(self, gone: Mapping[_Key, list[int]]) -> dict[str, list[int]]:
         """Modules that may normalise across the channels that they lose, with these: norms, and what has no parts."""
@@ -847,15 +861,11 @@ class Graph:
         return found
 
     @cached_property
-    def _whole(self) -> dict[str, Tensor]:
-        return _outputs(self.model, self.inputs, {}, False, branches=self.trace.branches)
-
-    @cached_property
     def _random(self) -> set[str]:
         """Outputs in train mode that chance changes, so that their values show nothing."""
         if not self.trace.branches:
             return set()
-        first, second = (_outputs(self.model, self.inputs, {}, self._wide, branches=True, seed=seed) for seed in (0, 1))
+        first, second = (_outputs(self._reference.model, self._reference.inputs, True, seed) for seed in (0, 1))
         same = {place for place, tensor in first.items() if _is_close(tensor, second.get(place), 1e-9)}
         return {place for place in first if place.endswith(_TRAINED) and place not in same}
 
@@ -863,14 +873,9 @@ class Graph:
     def _trained(self) -> dict[str, tuple[int, ...]] | None:
         """Shapes of what the model gives in train mode; None when it does not run there."""
         try:
-            model = copy.deepcopy(self.model)
-            return _shapes_in_training(model.double() if self._wide else model, self._typed_inputs)
+            return _shapes_in_training(copy.deepcopy(self._reference.model), self._reference.inputs)
         except Exception:
             return None
-
-    @property
-    def _typed_inputs(self) -> Any:
-        return _double(self.inputs) if self._wide else self.inputs
 
     def _on_the_way(self, layer: str) -> str:
         """What channels of a layer pass that torch-pruning follows as if it worked channel by channel."""
@@ -884,19 +889,20 @@ class Graph:
     def _reshaped(self, part: _Members) -> str:
         """Which output of the model one component less would change the shape of; empty when none."""
         try:
-            before = self._whole
             smaller = self._without(self._operations({key: sorted({*gone}) for key, gone in part.items()}))
-            after = _outputs(smaller, self.inputs, {}, False, branches=self.trace.branches, copied=False)
+            after = _outputs(smaller, self._reference.inputs, self.trace.branches)
         except Exception as error:
             return f"the model does not run without its channels: {error}"
-        return self._first_reshaped(before, after)
+        return self._reshapes(after)
 
-    def _first_reshaped(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
+    def _reshapes(self, after: Mapping[str, Tensor]) -> str:
+        """Which output is another than the model's in its shape; empty when none."""
+        before = self._reference.outputs
         changed = [place for place in before if place not in after or before[place].shape != after[place].shape]
         return self._changes(changed[0]) if changed or len(before) != len(after) else ""
 
     def _without(self, operations: list[Operation]) -> nn.Module:
-        return Recipe("prune", {}, {}, architecture_of(self.model), operations).apply(self.model).model
+        return Recipe("prune", {}, {}, architecture_of(self.model), operations).tried(self._reference.model)
 
     def _trial(self, chosen: Mapping[str, Iterable[int]]) -> tuple[list[Operation], str]:
         """The operations, and what is wrong with them; nothing is, when it is empty."""
@@ -906,22 +912,18 @@ class Graph:
             smaller = self._without(operations)
         except Exception as error:  # whatever torch-pruning makes of an operation that it does not know
             return [], f"torch-pruning cannot remove its channels: {error}"
-        hidden: dict[str, Tensor] | Exception
+        try:
+            removed = _outputs(smaller, self._reference.inputs, self.trace.branches)
+        except Exception as error:
+            return [], f"the model does not run without its channels: {error}"
+        if why := self._reshapes(removed):
+            return [], why
         try:
             hidden = self._hidden(gone, smaller)
         except Exception as error:
-            hidden = error
-        try:
-            removed = _outputs(smaller, self.inputs, {}, self._wide, branches=self.trace.branches, copied=False)
-        except Exception as error:
-            return [], f"the model does not run without its channels: {error}"
-        if isinstance(hidden, Exception):
-            return [], f"its channels cannot be hidden from the layers that read them: {hidden}"
-        if why := self._first_reshaped(hidden, removed):
-            return [], why
-        tolerance = 1e-9 if self._wide else 1e-2
+            return [], f"its channels cannot be hidden from the layers that read them: {error}"
         for place, tensor in hidden.items():
-            if place not in self._random and not _is_close(tensor, removed[place], tolerance):
+            if place not in self._random and not _is_close(tensor, removed[place], self._reference.tolerance):
                 which = "" if place == self.trace.main else f" (the model's {place} differs)"
                 return [], f"removing its channels is not the same as hiding them from the layers that read them{which}"
         return ([], why) if (why := self._problem_in_training(smaller)) else (operations, "")
@@ -931,7 +933,7 @@ class Graph:
         shapes: dict[str, tuple[int, ...]] = {}
         problem = ""
         try:
-            shapes = _shapes_in_training(smaller, self._typed_inputs)
+            shapes = _shapes_in_training(smaller, self._reference.inputs)
             if shapes == self.trace.shapes:
                 return ""
         except Exception as error:
@@ -1135,35 +1137,13 @@ def _sizes(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _outputs(
-    model: nn.Module,
-    inputs: Any,
-    hide: Mapping[_Key, list[int]],
-    wide: bool,
-    *,
-    branches: bool,
-    seed: int | None = None,
-    copied: bool = True,
-    narrow: Mapping[str, tuple[nn.Module, list[int]]] | None = None,
-) -> dict[str, Tensor]:
-    """What a copy of the model gives, with some channels hidden from what reads them.
+def _outputs(model: nn.Module, inputs: Any, branches: bool, seed: int | None = None) -> dict[str, Tensor]:
+    """What a model gives.
 
     Args:
-        narrow: module -> what is to work in its place on the channels that are left, and the others.
         branches: whether to run what train mode alone runs as well.
         seed: of chance; as it is outside, when it is not given.
-        copied: whether to leave the model itself as it is.
     """
-    model = copy.deepcopy(model) if copied else model
-    if wide:
-        model, inputs = model.double(), _double(inputs)
-    for (name, role), gone in hide.items():
-        if role == "in":
-            module = model.get_submodule(name)
-            module.register_forward_pre_hook(_hiding(gone, _channel_axis(module)))
-    for name, (smaller, gone) in (narrow or {}).items():
-        smaller = copy.deepcopy(smaller)
-        _run_narrow(model.get_submodule(name), smaller.double() if wide else smaller, gone)
     with undisturbed(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the model: it gave them when it was traced
         if seed is not None:
@@ -1172,7 +1152,8 @@ def _outputs(
         if branches:
             with training_branches(model):
                 found |= {f"{place}{_TRAINED}": tensor for place, tensor in tensors_in(call(model, inputs))}
-    return {place: tensor.detach() for place, tensor in found.items()}  # parameters among them
+    # Parameters may be among them, and what the model changes in place when it runs again.
+    return {place: tensor.detach().clone() for place, tensor in found.items()}
 
 
 def _double(inputs: Any) -> Any:
@@ -1206,9 +1187,10 @@ def _hiding(channels: list[int], dim: int) -> Any:
     return hook
 
 
-def _run_narrow(module: nn.Module, smaller: nn.Module, gone: list[int]) -> None:
+@contextmanager
+def _narrow(module: nn.Module, smaller: nn.Module, gone: list[int]) -> Iterator[None]:
     """Has a module of fewer channels work in a module's place, on the channels that are left; the others are zero."""
-    whole, own = module.forward, is_own(module)
+    whole, own, before = module.forward, is_own(module), vars(module).get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         axis = _axis_of_channels(module, whole, args, kwargs)
@@ -1222,6 +1204,12 @@ def _run_narrow(module: nn.Module, smaller: nn.Module, gone: list[int]) -> None:
         return given.new_zeros(x.shape).index_copy(axis, left, given)
 
     module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _treats_channels_alike(module: nn.Module, forward: Callable[..., Tensor], axis: int, *args: Any) -> bool:

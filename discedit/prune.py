@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from discedit import _checks
 from discedit._batches import call, device_of, outside_modes, split, undisturbed
-from discedit._budget import BUDGETS, NORMALISATIONS, Choice, Cost, Limits, choose, least_share, normalised
+from discedit._budget import BUDGETS, NORMALISATIONS, Choice, Cost, Limits, choose, normalised, share_of
 from discedit._calibration import batch_norms, calibrated, kept_back, samples_of
 from discedit._compensation import compensated
-from discedit._graph import KINDS, Graph, unseen_message, width_of
+from discedit._graph import KINDS, Components, Graph, unseen_message, width_of
 from discedit._importance import CRITERIA, GIVEN, OF_READERS, Unscored, kinds_of, of_components
 from discedit._measure import count_macs, count_parameters, macs_of_weights
 from discedit._repair import Outputs, repaired, take_back
@@ -269,11 +269,11 @@ def _check_budget(budget: Mapping[str, Any]) -> None:
 
 @dataclass
 class _Step:
-    """An edit, the choice that it made, how many components each layer had and has lost, and what did not run."""
+    """An edit, the choice that it made, what each layer had, how much of it it has lost, and what did not run."""
 
     edit: Edit
     choice: Choice
-    had: dict[str, int]
+    found: dict[str, Components]
     lost: dict[str, int]
     unseen: dict[str, list[str]]  # modules that did not run and may read what was removed, with the layers it is from
 
@@ -315,7 +315,7 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
             helps = "stream" not in options.kinds and graph.find(unfit, KINDS)[0]
             more = " With components='all', channels to which several layers add go as well." if helps else ""
             raise ValueError(f"{op}: no layer can be pruned ({reasons}).{more}")
-        choice = _choice(model, graph, {layer: values[layer] for layer in found}, scores, options)
+        choice = _choice(model, graph, found, {layer: values[layer] for layer in found}, scores, options)
         operations, failed = graph.plan(choice.removed)
         skipped |= {layer: why for layer, why in failed.items() if layer in chosen}
         if not failed.keys() & found.keys():
@@ -355,7 +355,7 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
     return _Step(
         edit,
         choice,
-        {layer: len(parts.rows) for layer, parts in found.items()},
+        found,
         {layer: len(gone) for layer, gone in choice.removed.items()},
         graph.unseen(choice.removed),
     )
@@ -364,6 +364,7 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
 def _choice(
     model: nn.Module,
     graph: Graph,
+    found: Mapping[str, Components],
     values: dict[str, Tensor],
     scores: Scores | Mapping[str, Tensor],
     options: _Options,
@@ -386,7 +387,11 @@ def _choice(
         cost = Cost(footprints, shapes, of_weights, fixed)
     if name in ACROSS:
         values = normalised(values, options.across)
-    return choose(values, cost=cost, limits=limits, **{name: budget})
+    return choose(values, cost=cost, limits=limits, few=_heads(found), **{name: budget})
+
+
+def _heads(found: Mapping[str, Components]) -> set[str]:
+    return {layer for layer, components in found.items() if components.kind == "heads"}
 
 
 def _report(steps: list[_Step], options: _Options) -> None:
@@ -453,14 +458,14 @@ def _in_steps(
         if whole and budget < whole:
             part = round(whole - (whole - budget) * share)
         elif name == "ratio" and done:
-            part = _ratios(budget, share, done[0].had, _lost(done))
+            part = _ratios(budget, share, done[0].found, _lost(done))
         elif name == "ratio" and not isinstance(budget, Mapping):
             part = budget * share
         elif name == "ratio":
             part = {layer: ratio * share for layer, ratio in budget.items()}
         elif name == "global_ratio" and done:
-            had, lost = sum(done[0].had.values()), sum(_lost(done).values())
-            part = max(0, least_share(budget * share, had) - lost) / (had - lost)
+            had, lost = sum(len(parts.rows) for parts in done[0].found.values()), sum(_lost(done).values())
+            part = max(0, share_of(budget * share, had) - lost) / (had - lost)
         elif name == "global_ratio":
             part = budget * share
         done.append(_once(current, scores, replace(options, budget={name: part})))
@@ -494,16 +499,17 @@ def _in_steps(
 
 def _lost(done: list[_Step]) -> dict[str, int]:
     """How many components each layer has lost in these steps."""
-    return {layer: sum(step.lost.get(layer, 0) for step in done) for layer in done[0].had}
+    return {layer: sum(step.lost.get(layer, 0) for step in done) for layer in done[0].found}
 
 
-def _ratios(budget: Any, share: float, had: Mapping[str, int], lost: Mapping[str, int]) -> dict[str, float]:
+def _ratios(budget: Any, share: float, found: Mapping[str, Components], lost: Mapping[str, int]) -> dict[str, float]:
     """The shares of what is left in each layer that make up this share of the whole budget."""
-    found = {}
-    for layer, whole in had.items():
-        ratio = budget.get(layer, 0.0) if isinstance(budget, Mapping) else budget
-        found[layer] = max(0, least_share(ratio * share, whole) - lost[layer]) / (whole - lost[layer])
-    return found
+    shares, heads = {}, _heads(found)
+    for layer, components in found.items():
+        ratio, whole = budget.get(layer, 0.0) if isinstance(budget, Mapping) else budget, len(components.rows)
+        asked = share_of(ratio * share, whole, few=layer in heads)
+        shares[layer] = max(0, asked - lost[layer]) / (whole - lost[layer])
+    return shares
 
 
 def _left(scores: Scores | Mapping[str, Tensor], edit: Edit) -> Scores | Mapping[str, Tensor]:

@@ -140,6 +140,16 @@ def test_budgets_of_components_are_what_they_say(seed):
     assert (got.asked, got.met) == (number, len(taken) == number)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "count", "gone"),
+    [(0.3, 4, 1), (0.34, 3, 1), (0.1, 4, 0), (0.3, 12, 4), (0.5, 3, 2), (0.99, 4, 3), (0.5, 1, 0)],
+)
+def test_of_a_few_large_components_the_nearest_number_goes(ratio, count, gone):
+    choice = choose({"heads": torch.arange(count).float()}, ratio=ratio, limits=Limits(), few=["heads"])
+    assert choice.removed == {"heads": list(range(gone))}
+    assert (choice.met, choice.asked) == (True, gone)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_limits_hold_for_every_budget(seed):
     case = instance(seed)
