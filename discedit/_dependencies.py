@@ -12,24 +12,18 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from discedit._batches import call, device_of, first_tensor, shapes_of, tensors_in, undisturbed
+from discedit._batches import call, tensors_in, undisturbed
+from discedit._trace import IN_TRAINING, ModelTrace, training_branches
 
-_DROPOUTS = (
-    functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
-    functional.feature_alpha_dropout, torch.dropout, torch.feature_dropout, torch.alpha_dropout,
-)  # fmt: skip
 # Operations that may mix channels, or move them, and that torch-pruning takes for others that do not.
 _MIXING = re.compile(
     r"(Unsafe)?View|Reshape|AsStrided|(Unsafe)?Split|Unbind|Stack|Index|Select|Slice|Gather|Scatter|Take|Roll|Flip|"
@@ -46,90 +40,52 @@ class Trace:
 
     Attributes:
         graph: its dependency graph, whose index mappings are settled.
-        order: module -> its place among those that run in eval mode.
-        trained: the modules that run in train mode alone.
+        trained: the modules that were followed in train mode alone.
         used: names of the parameters that the outputs come from.
-        branches: whether other modules run in train mode, or other outputs come out.
-        main: where the logits stand in what the model gives; empty when there are none.
-        shapes: of what the model gives in train mode, by where it stands there; what does not run there gives nothing.
         outputs: what stands for an output in the graph, by identity -> where it stands.
         opaque: what torch-pruning cannot follow, by identity -> why channels there must stay.
         doubtful: what it follows as if it worked channel by channel, which it need not, by identity -> what it is.
     """
 
     graph: Any
-    order: dict[str, int]
     trained: set[str]
     used: set[str]
-    branches: bool
-    main: str
-    shapes: dict[str, tuple[int, ...]]
     outputs: dict[int, str]
     opaque: dict[int, str]
     doubtful: dict[int, str]
 
 
-def traced(model: nn.Module, inputs: Any) -> Trace:
+def followed(known: ModelTrace, inputs: Any) -> Trace:
     """Follows a model whose parameters want gradients; it is in eval mode afterwards, and its buffers are as they were.
+
+    Args:
+        known: of the model, train mode included.
 
     Raises:
         Exception: whatever the model raises, when it does not run.
     """
+    model = known.model
     try:
-        return _Tracer(model, inputs).run()
+        return _Tracer(known, inputs).run()
     except Exception:
         # torch-pruning looks at the outputs of layers while the model runs, and dies of those that are no tensors.
         odd = _odd_layers(model, inputs)
         if not odd:
             raise
-        return _Tracer(model, inputs, odd).run()
-
-
-@contextmanager
-def training_branches(model: nn.Module) -> Iterator[None]:
-    """Train mode as far as it decides what runs; modes as before afterwards.
-
-    torch's own modules stay as they are in eval mode, and dropout does nothing: statistics of batches and random
-    numbers say nothing of what reads which channels, and a batch norm may not run on the example inputs at all.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    device = device_of(model)
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), _WithoutDropout():
-            for module, _ in modes:
-                module.training = not type(module).__module__.startswith(("torch.nn.", "torch.jit."))
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-class _WithoutDropout(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        return func(*args, **kwargs)
+        return _Tracer(known, inputs, odd).run()
 
 
 class _Tracer:
     """One attempt to follow a model; `odd` are layers whose outputs torch-pruning must not look at."""
 
-    def __init__(self, model: nn.Module, inputs: Any, odd: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, known: ModelTrace, inputs: Any, odd: Iterable[nn.Module] = ()) -> None:
         import torch_pruning  # here, so that what only scores does without it
 
-        self.model, self.inputs, self.odd = model, inputs, list(odd)
-        self.names = {module: name for name, module in model.named_modules()}
+        self.trace, self.model, self.inputs, self.odd = known, known.model, inputs, list(odd)
+        self.names = {module: name for name, module in self.model.named_modules()}
         self.graph = torch_pruning.DependencyGraph()
         self.known = _known_types(self.graph)
-        self.order: dict[str, int] = {}
-        self.calls: Counter[str] = Counter()  # of modules, in the pass that runs
-        self.evaluated = self.calls  # and in eval mode
-        self.trained: set[str] = set()
-        self.given: dict[str, Any] = {}  # pass -> the tensors that it gives, by where they stand
-        self.main, self.shapes = "", dict[str, tuple[int, ...]]()
+        self.ran: set[str] = set()  # modules, in either mode
         self.roots: list[Tensor] = []
         self.labels: list[str] = []
         self.owners: dict[Any, nn.Module] = {}  # what computes a module's output -> the module
@@ -173,12 +129,8 @@ class _Tracer:
         used = {name for name, parameter in self.model.named_parameters() if id(parameter) in leaves}
         return Trace(
             graph,
-            self.order,
-            self.trained,
+            self.ran - self.trace.runs.keys(),
             used,
-            "train" in self.given,
-            self.main,
-            self.shapes,
             outputs,
             self.opaque,
             {id(node.module): self._named(node) for node in graph.module2node.values() if self._is_doubtful(node)},
@@ -191,7 +143,7 @@ class _Tracer:
         name = self.names[module]
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-            self.calls[name] += 1
+            self.ran.add(name)
             self.crossings.append((self.within[-1] if self.within else "", _functions((args, kwargs))))
             self.within.append(name)
 
@@ -217,48 +169,19 @@ class _Tracer:
 
     def _forward(self, model: nn.Module, inputs: Any) -> list[Tensor]:
         """The outputs of a pass in eval mode, and of one in train mode where that runs or gives something else."""
-        output = call(model, inputs)
-        self.given["eval"] = dict(tensors_in(output))
-        self.evaluated = self.calls
-        self.order |= {name: place for place, name in enumerate(self.calls)}
-        first, alone = first_tensor(output), len(self.given["eval"]) == 1
-        self.main = next((place for place, tensor in self.given["eval"].items() if alone or tensor is first), "")
-        with torch.no_grad():  # most models do the same in both: another graph would be memory for nothing
-            trained, differs = self._in_train_mode(model, inputs)
-        self.shapes = shapes_of(trained)
-        if differs:
-            known = len(self.crossings)
-            trained, differs = self._in_train_mode(model, inputs)
-            if differs:
-                self.given["train"], self.trained = trained, self.calls.keys() - self.order.keys()
-            else:
-                del self.crossings[known:]
-        for mode, tensors in self.given.items():
-            for place, tensor in tensors.items():
-                if tensor.grad_fn is None:
-                    continue
+        given = dict(tensors_in(call(model, inputs)))
+        if self.trace.branches:
+            try:
+                with training_branches(model):
+                    given |= {f"{place}{IN_TRAINING}": tensor for place, tensor in tensors_in(call(model, inputs))}
+            except Exception:  # with gradients it may not run: then the trial of an edit has to show what it breaks
+                self.within.clear()
+        for place, tensor in given.items():
+            if tensor.grad_fn is not None:
                 # Each of its own: what is an output and is read further on would else be no end of the graph.
-                self.labels.append(place if mode == "eval" else f"{place} in train mode")
+                self.labels.append(place)
                 self.roots.append(tensor * 1)
         return self.roots
-
-    def _in_train_mode(self, model: nn.Module, inputs: Any) -> tuple[dict[str, Tensor], bool]:
-        """What the model gives in train mode, and whether that runs or gives something else; buffers as before."""
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        self.calls = Counter()
-        try:
-            with training_branches(model):
-                given = dict(tensors_in(call(model, inputs)))
-        except Exception:  # what does not run in train mode has no branches there
-            given = {}
-        finally:
-            self.within.clear()
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    if name in buffers and buffer.shape == buffers[name].shape:
-                        buffer.copy_(buffers[name])
-        same = self.calls == self.evaluated and shapes_of(given) == shapes_of(self.given["eval"])
-        return given, bool(given) and not same
 
     def _edges(self) -> dict[Any, list[tuple[Any, int]]]:
         """Each function that the outputs come from -> what it reads, in torch-pruning's order."""

@@ -27,8 +27,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from discedit._batches import call, device_of, map_tensors, moved, shapes_of, tensors_in, undisturbed
-from discedit._dependencies import Untraceable, traced, training_branches
+from discedit._dependencies import Untraceable, followed
 from discedit._forward import input_of, is_own
+from discedit._trace import IN_TRAINING, ModelTrace, training_branches
 from discedit.recipe import Operation, Recipe, architecture_of
 
 KINDS = ("filters", "neurons", "heads", "stream")
@@ -41,7 +42,6 @@ _OUTPUT, _OPAQUE = "output", "opaque"  # sides of what is no module: an output o
 _JOINT = ("all_head_size", "attn_dim", "inner_dim", "val_attn_dim")  # and their width together
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")  # attributes that count them
 _READ = ("in_channels", "in_features", "num_features", "num_channels", "input_size", "embed_dim")  # how many are read
-_TRAINED = " in train mode"  # behind the place of an output
 # Operations of autograd's graph that are no sums of what they read; what is done in place on a view has no name there.
 _NO_SUMS = re.compile("(Mul|Div|Where|Cat)Backward")
 ROUNDING = 1000  # units in the last place of the largest number
@@ -128,10 +128,11 @@ class Graph:
         self.footprints: dict[str, list[tuple[str, int, int]]] = {}
         self.doubtful: dict[str, dict[str, None]] = {}  # layer -> what may not work channel by channel on its way
         try:
-            self.trace = traced(self.shadow, self.inputs)
+            self.known = ModelTrace.of(self.shadow, self.inputs, few=None, training=True)
+            self.trace = followed(self.known, self.inputs)
         except Exception as error:
             raise ValueError(f"{self.op}: the model cannot be traced on example_inputs: {error}") from error
-        self.graph, self.order = self.trace.graph, self.trace.order
+        self.graph, self.order = self.trace.graph, self.known.order
         attention = self._places_of_attention()
         try:
             self.heads, self.unclear = self._find_heads(attention)
@@ -671,7 +672,7 @@ class Graph:
             return None, cut[0]
         outputs = [name for name, role in keys if role == _OUTPUT]
         if not read and outputs:
-            return None, self._changes(min(outputs, key=lambda place: place.endswith(_TRAINED)))
+            return None, self._changes(min(outputs, key=lambda place: place.endswith(IN_TRAINING)))
         if not read:
             return None, f"no layer reads its channels{self._on_the_way(layer)}"
         if outputs and (why := self._reshaped(members[0])):
@@ -826,10 +827,10 @@ class Graph:
     def _reference(self) -> _Reference:
         try:
             model, inputs = copy.deepcopy(self.model).double(), _double(self.inputs)
-            return _Reference(model, inputs, _outputs(model, inputs, self.trace.branches), 1e-9)
+            return _Reference(model, inputs, _outputs(model, inputs, self.known.branches), 1e-9)
         except Exception:
             model = copy.deepcopy(self.model)
-            return _Reference(model, self.inputs, _outputs(model, self.inputs, self.trace.branches), 1e-2)
+            return _Reference(model, self.inputs, _outputs(model, self.inputs, self.known.branches), 1e-2)
 
     def _hidden(self, gone: Mapping[_Key, list[int]], smaller: nn.Module) -> dict[str, Tensor]:
         """What the model gives with components hidden from their readers.
@@ -845,7 +846,7 @@ class Graph:
                     stack.callback(handle.remove)
             for name, lost in self._across(gone).items():
                 stack.enter_context(_narrow(model.get_submodule(name), smaller.get_submodule(name), lost))
-            return _outputs(model, self._reference.inputs, self.trace.branches)
+            return _outputs(model, self._reference.inputs, self.known.branches)
 
     def _across(self, gone: Mapping[_Key, list[int]]) -> dict[str, list[int]]:
         """Modules that may normalise across the channels that they lose, with these: norms, and what has no parts."""
@@ -863,11 +864,11 @@ class Graph:
     @cached_property
     def _random(self) -> set[str]:
         """Outputs in train mode that chance changes, so that their values show nothing."""
-        if not self.trace.branches:
+        if not self.known.branches:
             return set()
         first, second = (_outputs(self._reference.model, self._reference.inputs, True, seed) for seed in (0, 1))
         same = {place for place, tensor in first.items() if _is_close(tensor, second.get(place), 1e-9)}
-        return {place for place in first if place.endswith(_TRAINED) and place not in same}
+        return {place for place in first if place.endswith(IN_TRAINING) and place not in same}
 
     @cached_property
     def _trained(self) -> dict[str, tuple[int, ...]] | None:
@@ -883,14 +884,20 @@ class Graph:
         more = f" and {len(found) - 2} more" if len(found) > 2 else ""
         return f" (torch-pruning may not follow {', '.join(found[:2])}{more})" if found else ""
 
+    @property
+    def _main(self) -> str:
+        """Where the logits stand in what the model gives, or the only output; empty when there is neither."""
+        outputs = self.known.outputs
+        return self.known.logits or (next(iter(outputs)) if len(outputs) == 1 else "")
+
     def _changes(self, place: str) -> str:
-        return f"the model's {'output' if place == self.trace.main else place} would change its shape"
+        return f"the model's {'output' if place == self._main else place} would change its shape"
 
     def _reshaped(self, part: _Members) -> str:
         """Which output of the model one component less would change the shape of; empty when none."""
         try:
             smaller = self._without(self._operations({key: sorted({*gone}) for key, gone in part.items()}))
-            after = _outputs(smaller, self._reference.inputs, self.trace.branches)
+            after = _outputs(smaller, self._reference.inputs, self.known.branches)
         except Exception as error:
             return f"the model does not run without its channels: {error}"
         return self._reshapes(after)
@@ -913,7 +920,7 @@ class Graph:
         except Exception as error:  # whatever torch-pruning makes of an operation that it does not know
             return [], f"torch-pruning cannot remove its channels: {error}"
         try:
-            removed = _outputs(smaller, self._reference.inputs, self.trace.branches)
+            removed = _outputs(smaller, self._reference.inputs, self.known.branches)
         except Exception as error:
             return [], f"the model does not run without its channels: {error}"
         if why := self._reshapes(removed):
@@ -924,7 +931,7 @@ class Graph:
             return [], f"its channels cannot be hidden from the layers that read them: {error}"
         for place, tensor in hidden.items():
             if place not in self._random and not _is_close(tensor, removed[place], self._reference.tolerance):
-                which = "" if place == self.trace.main else f" (the model's {place} differs)"
+                which = "" if place == self._main else f" (the model's {place} differs)"
                 return [], f"removing its channels is not the same as hiding them from the layers that read them{which}"
         return ([], why) if (why := self._problem_in_training(smaller)) else (operations, "")
 
@@ -934,14 +941,14 @@ class Graph:
         problem = ""
         try:
             shapes = _shapes_in_training(smaller, self._reference.inputs)
-            if shapes == self.trace.shapes:
+            if self.known.training is not None and shapes == self.known.training.outputs:
                 return ""
         except Exception as error:
             problem = f"the model does not run in train mode without its channels: {error}"
         if self._trained is None or problem:
             return "" if self._trained is None else problem
         changed = [place for place, shape in self._trained.items() if shapes.get(place) != shape]
-        return self._changes(f"{changed[0]}{_TRAINED}") if changed else ""
+        return self._changes(f"{changed[0]}{IN_TRAINING}") if changed else ""
 
 
 def unseen_message(op: str, unseen: Mapping[str, Iterable[str]]) -> str:
@@ -1151,7 +1158,7 @@ def _outputs(model: nn.Module, inputs: Any, branches: bool, seed: int | None = N
         found = dict(tensors_in(call(model, inputs)))
         if branches:
             with training_branches(model):
-                found |= {f"{place}{_TRAINED}": tensor for place, tensor in tensors_in(call(model, inputs))}
+                found |= {f"{place}{IN_TRAINING}": tensor for place, tensor in tensors_in(call(model, inputs))}
     # Parameters may be among them, and what the model changes in place when it runs again.
     return {place: tensor.detach().clone() for place, tensor in found.items()}
 

@@ -1,13 +1,13 @@
 """What is known of a network: found out once, in one forward pass, and handed on. Whoever edits asks `ModelTrace`.
 
-What runs in train mode alone, and which channels can be removed together, is dear and for pruning alone: see
-`_dependencies` and `_graph`.
+Which channels can be removed together is for pruning alone: see `_dependencies` and `_graph`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
@@ -27,6 +28,7 @@ from discedit._batches import (
     moved,
     narrowed,
     samples_in,
+    shapes_of,
     tensors_in,
     undisturbed,
     version_of,
@@ -44,7 +46,14 @@ POOLINGS = {"max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_av
 SHAPES = {"contiguous", "clone", "float", "to", "view_as", "flatten"}  # the last only where the maps are 1 x 1
 ARITHMETIC = {"add", "mul", "sub", "div", "pow", "__mul__", "__rmul__", "__add__", "__radd__", "__pow__"}
 ONE_BY_ONE = PIECEWISE | SMOOTH | NORMS | DROPOUTS | POOLINGS | SHAPES | ARITHMETIC
+IN_TRAINING = " in train mode"  # behind the place of an output
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+
+
+DROPOUT_FUNCTIONS = (
+    functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
+    functional.feature_alpha_dropout, torch.dropout, torch.feature_dropout, torch.alpha_dropout,
+)  # fmt: skip
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -76,6 +85,30 @@ class Norm:
     takes_constants: bool
 
 
+@dataclass(frozen=True)
+class TrainMode:
+    """What runs in train mode, as far as that decides it: see `training_branches`.
+
+    Attributes:
+        runs: module -> how often it was called.
+        outputs: place in what the model gives -> shape of the tensor there.
+    """
+
+    runs: dict[str, int]
+    outputs: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Any) -> TrainMode | None:
+        """None: the model does not run there."""
+        tracing = Tracing(model, samples_in(inputs))
+        try:
+            with training_branches(model), tracing:
+                output = call(model, inputs)
+        except Exception:  # what does not run in train mode has no branches there
+            return None
+        return cls(tracing.seen.runs, shapes_of(dict(tensors_in(output))))
+
+
 @dataclass
 class ModelTrace:
     """What a forward pass in eval mode shows of a model. Without a pass, it knows what modules are, but not what runs.
@@ -87,6 +120,7 @@ class ModelTrace:
         model: what was traced, without its wrappers.
         samples: that ran; 0: the inputs hold no tensor with samples.
         runs: module -> how often it was called; those that ran, in the order in which they first began.
+        training: what it does in train mode; None: it was not asked, or does not run there.
         rows: module -> rows of the tensor that is its first argument; 0: there is none, or it has one axis.
         head: the convolution or linear layer that gives the logits, be it as a copy or a view; of several, the last.
         classifier: the layer whose components are the classes: the head, or else the last layer that ran, if it has as
@@ -102,6 +136,7 @@ class ModelTrace:
     model: nn.Module
     samples: int = 0
     runs: dict[str, int] = field(default_factory=dict)
+    training: TrainMode | None = None
     rows: dict[str, int] = field(default_factory=dict)
     head: str | None = None
     classifier: str | None = None
@@ -115,14 +150,22 @@ class ModelTrace:
     _why_not_plain: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: Any, few: int | None = FEW) -> ModelTrace:
-        """By a pass over the first few samples of a batch (None: over all), which leaves the model as it was."""
+    def of(cls, model: nn.Module, inputs: Any, few: int | None = FEW, *, training: bool = False) -> ModelTrace:
+        """By a pass over the first few samples of a batch (None: over all), which leaves the model as it was.
+
+        Args:
+            training: whether to look at train mode as well, in a pass of its own.
+        """
         inputs = moved(inputs, device_of(model))
         size = samples_in(inputs)
         tracing = Tracing(model, size if few is None else min(size, few))
-        with undisturbed(model), tracing:
-            output = call(model, narrowed(inputs, size, tracing.seen.samples) if size else inputs)
-        return tracing.trace(output)
+        inputs = narrowed(inputs, size, tracing.seen.samples) if size else inputs
+        with undisturbed(model):
+            with tracing:
+                output = call(model, inputs)
+            trace = tracing.trace(output)
+            trace.training = TrainMode.of(model, inputs) if training else None
+        return trace
 
     def of_copy(self, model: nn.Module) -> ModelTrace:
         """The same of a copy whose weights were edited: what its modules do is asked of its own."""
@@ -134,9 +177,15 @@ class ModelTrace:
         return {name: place for place, name in enumerate(self.runs)}
 
     @property
+    def branches(self) -> bool:
+        """Whether other modules run in train mode, or run more or less often, or other outputs come out."""
+        return self.training is not None and self.training != TrainMode(self.runs, self.outputs)
+
+    @property
     def unused(self) -> list[str]:
-        """Modules that did not run."""
-        return [name for name, _ in self.model.named_modules() if name not in self.runs]
+        """Modules that did not run, in train mode neither where that was looked at."""
+        ran = self.runs.keys() | (self.training.runs.keys() if self.training else ())
+        return [name for name, _ in self.model.named_modules() if name not in ran]
 
     def in_order(self, names: Iterable[str]) -> list[str]:
         """Those that ran, in the order in which they first began."""
@@ -378,3 +427,37 @@ def _is_same(x: Tensor, logits: Tensor) -> bool:
     if not x.numel() or x.numel() != logits.numel() or len(x) != len(logits) or x.device != logits.device:
         return False
     return bool((x.reshape(len(x), -1) == logits.reshape(len(x), -1)).all())
+
+
+@contextmanager
+def training_branches(model: nn.Module) -> Iterator[None]:
+    """Train mode as far as it decides what runs; modes and buffers as before afterwards.
+
+    torch's own modules stay as they are in eval mode, and dropout does nothing: statistics of batches and random
+    numbers say nothing of what reads which channels, and a batch norm may not run on the example inputs at all.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    device = device_of(model)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), _WithoutDropout():
+            for module, _ in modes:
+                module.training = not type(module).__module__.startswith(("torch.nn.", "torch.jit."))
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if buffer.shape == value.shape:
+                    buffer.copy_(value)
+
+
+class _WithoutDropout(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in DROPOUT_FUNCTIONS:
+            return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)

@@ -252,3 +252,28 @@ def test_around_a_pass_that_happens_anyway():
     assert ("1", {"0": "1"}) in seen
     assert (trace.samples, trace.largest, trace.head) == (5, 4 * 6 * 6 * 4, "3")
     assert trace.consumers == {"0": ["3"], "2": ["3"]}
+
+
+def test_what_runs_in_train_mode():
+    def function(net, x):
+        y = net.fc(net.norm(net.conv(x)).mean((2, 3)))
+        return (y, net.branch(y)) if net.training else y
+
+    class Norm(nn.BatchNorm2d):
+        """Of nobody's own making as far as torch knows, so that it learns in train mode."""
+
+    torch.manual_seed(0)
+    layers = {"conv": nn.Conv2d(3, 4, 3), "norm": Norm(4), "fc": nn.Linear(4, 4), "branch": nn.Linear(4, 2)}
+    net = Net(function, **layers, never=nn.Linear(2, 2)).eval()
+    state = copy.deepcopy(net.state_dict())
+    assert ModelTrace.of(net, X).training is None
+    trace = ModelTrace.of(net, X, training=True)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+    assert trace.branches
+    assert trace.training.runs.keys() - trace.runs.keys() == {"branch"}
+    assert trace.training.outputs == {"output[0]": (2, 4), "output[1]": (2, 2)}
+    assert trace.unused == ["never"]
+    assert not ModelTrace.of(classifier(), X, training=True).branches
+    fails = Net(lambda net, x: 1 / 0 if net.training else net.conv(x), conv=nn.Conv2d(3, 4, 3)).eval()
+    trace = ModelTrace.of(fails, X, training=True)
+    assert (trace.training, trace.branches) == (None, False)
