@@ -369,6 +369,7 @@ def _prune(command: Parser) -> None:
         "--layers", type=_value(_names), metavar="A,B,...", help="layers to prune (default: all that can be)"
     )
     group.add_argument("--ignore", type=_value(_names), default=[], metavar="A,B,...", help="layers to leave whole")
+    group.add_argument("--shrink-outputs", action="store_true", help="outputs beside the logits may lose channels")
     group.add_argument("--steps", type=_integer(1, 1000), default=1, metavar="N", help="in N equal steps (default 1)")
     group.add_argument("--rescore", action="store_true", help="score the model anew after each step; needs --data")
     _common(command, "out/prune")

@@ -512,6 +512,7 @@ def prune_command(options: argparse.Namespace, console: Console) -> Result:
             layers=options.layers,
             ignore=options.ignore,
             components=options.components,
+            keep_outputs=not options.shrink_outputs,
             steps=options.steps,
             rescore=rescore if options.rescore else None,
             seed=options.seed,

@@ -102,13 +102,14 @@ class Graph:
         op: what asks, for errors.
         model: unchanged.
         example_inputs: what the model can run on.
+        keep_outputs: whether outputs beside the logits (the first tensor) keep their shapes.
 
     Raises:
         ValueError: the model does not run, or torch-pruning cannot trace it.
     """
 
-    def __init__(self, op: str, model: nn.Module, example_inputs: Any) -> None:
-        self.op, self.model = op, model
+    def __init__(self, op: str, model: nn.Module, example_inputs: Any, *, keep_outputs: bool = True) -> None:
+        self.op, self.model, self.keep_outputs = op, model, keep_outputs
         self.inputs = moved(example_inputs, device_of(model))
         self.shadow = copy.deepcopy(model).eval()
         for parameter in self.shadow.parameters():
@@ -670,7 +671,7 @@ class Graph:
                 return None, why
         if cut := [why for why, role in keys if role == _OPAQUE]:
             return None, cut[0]
-        outputs = [name for name, role in keys if role == _OUTPUT]
+        outputs = [name for name, role in keys if role == _OUTPUT and self._stays(name)]
         if not read and outputs:
             return None, self._changes(min(outputs, key=lambda place: place.endswith(IN_TRAINING)))
         if not read:
@@ -890,8 +891,24 @@ class Graph:
         outputs = self.known.outputs
         return self.known.logits or (next(iter(outputs)) if len(outputs) == 1 else "")
 
+    def _stays(self, place: str) -> bool:
+        """Whether an output must keep its shape."""
+        return self.keep_outputs or place.removesuffix(IN_TRAINING) == self._main
+
+    def _left_of(self, place: str, whole: Tensor, shape: torch.Size, gone: Mapping[_Key, list[int]]) -> Tensor | None:
+        """What is left of an output that loses channels; None where these are not what makes it smaller."""
+        axes = [axis for axis, (one, other) in enumerate(zip(whole.shape, shape, strict=False)) if one != other]
+        if not axes or self._stays(place):
+            return whole
+        left = _left(whole.shape[axes[0]], gone.get((place, _OUTPUT), ()))
+        found = whole.index_select(axes[0], torch.tensor(left, device=whole.device))
+        return found if found.shape == shape else None
+
     def _changes(self, place: str) -> str:
-        return f"the model's {'output' if place == self._main else place} would change its shape"
+        if place == self._main:
+            return "the model's output would change its shape"
+        may = ", which keep_outputs=False allows" if self.op == "prune" and self.keep_outputs else ""
+        return f"the model's {place} would change its shape{may}"
 
     def _reshaped(self, part: _Members) -> str:
         """Which output of the model one component less would change the shape of; empty when none."""
@@ -905,7 +922,7 @@ class Graph:
     def _reshapes(self, after: Mapping[str, Tensor]) -> str:
         """Which output is another than the model's in its shape; empty when none."""
         before = self._reference.outputs
-        changed = [place for place in before if place not in after or before[place].shape != after[place].shape]
+        changed = [p for p in before if p not in after or (self._stays(p) and before[p].shape != after[p].shape)]
         return self._changes(changed[0]) if changed or len(before) != len(after) else ""
 
     def _without(self, operations: list[Operation]) -> nn.Module:
@@ -929,7 +946,10 @@ class Graph:
             hidden = self._hidden(gone, smaller)
         except Exception as error:
             return [], f"its channels cannot be hidden from the layers that read them: {error}"
-        for place, tensor in hidden.items():
+        for place, whole in hidden.items():
+            tensor = self._left_of(place, whole, removed[place].shape, gone)
+            if tensor is None:
+                return [], self._changes(place)
             if place not in self._random and not _is_close(tensor, removed[place], self._reference.tolerance):
                 which = "" if place == self._main else f" (the model's {place} differs)"
                 return [], f"removing its channels is not the same as hiding them from the layers that read them{which}"
@@ -947,7 +967,9 @@ class Graph:
             problem = f"the model does not run in train mode without its channels: {error}"
         if self._trained is None or problem:
             return "" if self._trained is None else problem
-        changed = [place for place, shape in self._trained.items() if shapes.get(place) != shape]
+        changed = [
+            p for p, shape in self._trained.items() if p not in shapes or (shapes[p] != shape and self._stays(p))
+        ]
         return self._changes(f"{changed[0]}{IN_TRAINING}") if changed else ""
 
 

@@ -62,6 +62,7 @@ def prune(
     layers: Iterable[str] | None = None,
     ignore: Iterable[str] = (),
     components: str | Iterable[str] = ("filters", "neurons", "heads"),
+    keep_outputs: bool = True,
     steps: int = 1,
     rescore: Callable[[nn.Module], Scores | Mapping[str, Tensor]] | None = None,
     seed: int = 0,
@@ -132,6 +133,8 @@ def prune(
             (squeeze and excitation, gates) lose the same filters or neurons; convolutions in groups, and group norms,
             lose whole groups. Heads go by the layer of the values or the one that holds all three, other components by
             the first of their layers that runs, and count by the mean over their rows there.
+        keep_outputs: whether all that the model gives keeps its shape; otherwise what stands beside the logits (or the
+            first tensor), such as feature maps, loses the channels that its layers lose.
         steps: in how many equal steps to get there, each with its own choice and repair.
         rescore: scores of the model after each step but the last, e.g. ``lambda m: score(collect_moments(m, loader,
             10))``; by default those of the components that are left.
@@ -171,6 +174,7 @@ def prune(
         layers=None if layers is None else list(layers),
         ignore=list(ignore),
         kinds=kinds_of("prune", components),
+        keep_outputs=keep_outputs,
         seed=seed,
     ).checked(scores)
     steps = _checks.positive_integer("prune", "steps", steps)
@@ -202,6 +206,7 @@ class _Options:
     layers: list[str] | None
     ignore: list[str]
     kinds: tuple[str, ...]
+    keep_outputs: bool
     seed: int
 
     def checked(self, scores: Scores | Mapping[str, Tensor]) -> _Options:
@@ -285,7 +290,7 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
         if layer not in scores:
             raise ValueError(f"{op}: ignore must name layers that scores holds, {layer!r} is none of {list(scores)}.")
     chosen = [layer for layer in known if layer not in options.ignore]
-    graph = Graph(op, model, options.example_inputs)
+    graph = Graph(op, model, options.example_inputs, keep_outputs=options.keep_outputs)
     skipped = {layer: why for layer in chosen if (why := why_not_editable(model, layer))}
     found, unfit = graph.find([layer for layer in chosen if layer not in skipped], options.kinds)
     skipped |= unfit
@@ -425,6 +430,8 @@ def _described(
     }
     if name in ACROSS:
         described["across"] = options.across
+    if not options.keep_outputs:
+        described["keep_outputs"] = False
     if options.criterion == "random":
         described["seed"] = options.seed
     if instead:

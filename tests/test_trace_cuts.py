@@ -324,7 +324,8 @@ def test_every_output_keeps_its_shape(name):
     edit = pruned(net)
     for layer, place in whole.items():
         assert place in edit.skipped[layer]
-        assert edit.skipped[layer].endswith("would change its shape")
+        free = ", which keep_outputs=False allows" if place != "output" else ""
+        assert edit.skipped[layer].endswith(f"would change its shape{free}")
     assert edit.recipe.components
     assert not edit.recipe.components.keys() & whole.keys()
     for before, after in zip(tensors(net(X)), tensors(edit.model(X)), strict=True):
@@ -343,7 +344,50 @@ def test_parameters_among_the_outputs_keep_their_shape():
     net.function = lambda s, x: (maps(s, x)[3], s.head.weight)
     edit = pruned(net)
     assert list(edit.recipe.components) == ["a", "b"]
-    assert edit.skipped["c"] == "the model's output[1] would change its shape"
+    assert edit.skipped["c"] == "the model's output[1] would change its shape, which keep_outputs=False allows"
+
+
+# name -> what the model gives, and what is left of the second output of a whole network whose gone channels are hidden
+SHRINKING = {
+    "pooled": (lambda u, v, w, y: (y, v.mean((2, 3))), lambda out, left: out[:, left]),
+    "maps": (lambda u, v, w, y: (y, v), lambda out, left: out[:, left]),
+    "channels last": (lambda u, v, w, y: (y, v.permute(0, 2, 3, 1)), lambda out, left: out[..., left]),
+}
+
+
+@pytest.mark.parametrize("name", SHRINKING)
+def test_other_outputs_may_shrink(name):
+    function, left_of = SHRINKING[name]
+    net = giving(function)
+    kept, edit = pruned(net), pruned(net, keep_outputs=False)
+    assert list(kept.recipe.components) == ["a", "c"]
+    assert list(edit.recipe.components) == ["a", "b", "c"]
+    assert edit.recipe.settings["keep_outputs"] is False
+    left = {layer: [i for i in range(8) if i not in gone] for layer, gone in edit.recipe.components.items()}
+    with torch.no_grad():
+        for layer, reader in (("a", net.b), ("b", net.c), ("c", net.head)):
+            reader.weight[:, edit.recipe.components[layer]] = 0
+        net.norm.weight[edit.recipe.components["c"]] = 0
+        net.norm.bias[edit.recipe.components["c"]] = 0
+    (logits, out), (smaller_logits, smaller) = net(X), edit.model(X)
+    torch.testing.assert_close(smaller_logits, logits)
+    torch.testing.assert_close(smaller, left_of(out, left["b"]))
+    assert edit.model.c.in_channels == len(left["b"])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda u, v, w, y: (y, v.sum(1)),  # would not be what is left of it
+        lambda u, v, w, y: (y, v.detach()),  # cannot be followed
+        lambda u, v, w, y: (y, v.flatten(1)),  # nor can that, in torch-pruning's graph
+        lambda u, v, w, y: v,  # the first
+    ],
+)
+def test_what_is_not_just_fewer_channels_keeps_its_shape(function):
+    edit = pruned(giving(function), keep_outputs=False)
+    assert list(edit.recipe.components) == ["a", "c"] or not any(edit.recipe.components.get(k) for k in "bc")
+    assert "b" in edit.skipped
 
 
 def test_every_output_is_that_of_hiding():
@@ -432,7 +476,10 @@ def test_branches_of_train_mode_shrink_too(name, samples):
             lambda s, v, y: y + functional.linear(v.mean((2, 3)), s.table),
             "does not run in train mode without its channels",
         ),
-        (lambda s, v, y: (y, v), "the model's output[1] in train mode would change its shape"),
+        (
+            lambda s, v, y: (y, v),
+            "the model's output[1] in train mode would change its shape, which keep_outputs=False",
+        ),
         (lambda s, v, y: (y, s.branch(v).sum(1)), "not the same as hiding them"),
         (lambda s, v, y: (y, v.view(len(v), 8, -1)), "in train mode"),
     ],
