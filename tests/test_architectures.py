@@ -112,7 +112,7 @@ CASES = {
             a=conv(3, 8), b=conv(8, 8), c=conv(8, 8), head=nn.Linear(8, 4),
         ),
         ["b", "c"],
-        {"a": "the model does not run without its channels"},  # 5 of them are no two groups
+        {"a": "removing its channels is not the same as hiding them"},
     ),
     "gated": (
         lambda: Net(gated, a=conv(3, 8), b=conv(4, 6), head=nn.Linear(6, 4)), ["a", "b"], {}
