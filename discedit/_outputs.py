@@ -11,9 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from discedit import _checks
-from discedit._batches import Quota, call, checked_labels, chosen, device_of, first_tensor, moved, split, undisturbed
+from discedit._batches import (
+    Quota,
+    call,
+    checked_labels,
+    chosen,
+    device_of,
+    first_tensor,
+    moved,
+    samples_in,
+    split,
+    undisturbed,
+)
 from discedit._calibration import joined
-from discedit._trace import ModelTrace
+from discedit._trace import ModelTrace, SampleOrder
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,23 @@ class _Reader(ExitStack):
             module = self._model.get_submodule(self._layer)
             self.callback(module.register_forward_hook(self._hook, with_kwargs=True).remove)
             self._hooked = True
+            self._check_order(inputs)
+
+    def _check_order(self, inputs: Any) -> None:
+        """Features must be those of the samples in their order, or they get wrong labels."""
+
+        def run(batch: Any) -> dict[str, Tensor]:
+            call(self._model, batch)
+            read, self._read = self._read, None
+            return {} if read is None else {"features": read}
+
+        with torch.random.fork_rng([]):
+            order = SampleOrder(inputs, samples_in(inputs), run)
+        if order.windows("features") != 1:
+            raise ValueError(
+                f"{self._where}: layer {self._layer!r} must give one row of features for each sample, in the order of "
+                "the batch; its rows are others."
+            )
 
     def _hook(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._read = first_tensor(output if self._output else args or kwargs)

@@ -138,7 +138,7 @@ class Classified:
     @cached_property
     def trace(self) -> ModelTrace:
         """Of the model, on retained samples."""
-        return ModelTrace.of(self.model, _in_turn(self._first("retain", FEW))[0][0])
+        return ModelTrace.of(self.model, _in_turn(self._first("retain", FEW))[0][0], windows=True)
 
     def means(self, places: Mapping[str, str]) -> dict[str, Tensor]:
         """Layer -> mean over retained samples and positions of what the module in that place gives: (channels,).

@@ -23,8 +23,10 @@ from torch.utils.hooks import RemovableHandle
 
 from discedit._batches import (
     call,
+    chosen,
     device_of,
     first_tensor,
+    hooked,
     moved,
     narrowed,
     samples_in,
@@ -36,6 +38,7 @@ from discedit._batches import (
 from discedit._forward import is_affine, takes_constants, why_not_plain
 from discedit._sharded import has_shards, identity, unwrapped
 
+ALIKE = 1e-2  # of the largest number: two batches need not give the same digits
 FEW = 2  # samples that show what runs, and in which order
 # Functions that leave each channel in its place, by the name that torch gives them, whoever calls them.
 PIECEWISE = {"relu", "relu_", "relu6", "leaky_relu", "hardswish", "hardsigmoid", "hardtanh", "threshold", "clamp"}
@@ -122,6 +125,8 @@ class ModelTrace:
         runs: module -> how often it was called; those that ran, in the order in which they first began.
         training: what it does in train mode; None: it was not asked, or does not run there.
         rows: module -> rows of the tensor that is its first argument; 0: there is none, or it has one axis.
+        windows: convolution or linear layer -> rows of that tensor for each sample, where they are the samples in their
+            order, or windows of them; 0: they are not. Found out if asked for.
         head: the convolution or linear layer that gives the logits, be it as a copy or a view; of several, the last.
         classifier: the layer whose components are the classes: the head, or else the last layer that ran, if it has as
             many components as there are logits (a softmax or the mean of a map is behind it).
@@ -138,6 +143,7 @@ class ModelTrace:
     runs: dict[str, int] = field(default_factory=dict)
     training: TrainMode | None = None
     rows: dict[str, int] = field(default_factory=dict)
+    windows: dict[str, int] = field(default_factory=dict)
     head: str | None = None
     classifier: str | None = None
     norms: dict[str, str] = field(default_factory=dict)
@@ -150,12 +156,16 @@ class ModelTrace:
     _why_not_plain: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: Any, few: int | None = FEW, *, training: bool = False) -> ModelTrace:
+    def of(
+        cls, model: nn.Module, inputs: Any, few: int | None = FEW, *, training: bool = False, windows: bool = False
+    ) -> ModelTrace:
         """By a pass over the first few samples of a batch (None: over all), which leaves the model as it was.
 
         Args:
             training: whether to look at train mode as well, in a pass of its own.
+            windows: whether to find out, in two more passes, where rows are samples.
         """
+        whole = inputs
         inputs = moved(inputs, device_of(model))
         size = samples_in(inputs)
         tracing = Tracing(model, size if few is None else min(size, few))
@@ -165,6 +175,8 @@ class ModelTrace:
                 output = call(model, inputs)
             trace = tracing.trace(output)
             trace.training = TrainMode.of(model, inputs) if training else None
+            if windows:
+                trace.windows = _windows(trace, model, moved(whole, device_of(model)))
         return trace
 
     def of_copy(self, model: nn.Module) -> ModelTrace:
@@ -191,11 +203,6 @@ class ModelTrace:
         """Those that ran, in the order in which they first began."""
         wanted = set(names)
         return [name for name in self.runs if name in wanted]
-
-    def is_folded(self, name: str) -> bool:
-        """Whether a module reads several rows for each sample, such as windows or frames that are folded into the
-        batch, or something that has no axis of samples."""
-        return self.rows.get(name, 0) != self.samples
 
     def norm_behind(self, layer: str) -> Norm | None:
         """The norm that the layer's output goes straight into."""
@@ -249,9 +256,85 @@ class ModelTrace:
             return "it runs more than once per forward pass"
         if not self.rows[name]:
             return "it is not called with a tensor of samples as its first argument"
-        if self.is_folded(name):
-            return f"it reads {self.rows[name]} rows for {self.samples} samples, such as windows of them"
+        if not self.windows.get(name):
+            return "the rows that it reads are not the samples in the order of the batch: its first axis is another"
+        if self.windows[name] > 1:
+            return f"it reads {self.windows[name]} rows for each sample, such as windows of it"
         return ""
+
+
+class SampleOrder:
+    """Shows whether the rows of tensors are the samples of a batch, in their order, or windows that lie together.
+
+    The model runs twice on a few samples, the second time with the last of them first: rows must move on alike. Their
+    number alone would not show it: a sequence may be as long as a batch, and samples may be sorted.
+
+    Args:
+        inputs: a batch.
+        samples: in it.
+        run: runs the model; gives tensors by name.
+    """
+
+    def __init__(self, inputs: Any, samples: int, run: Callable[[Any], dict[str, Tensor]]) -> None:
+        def seen(few: list[int]) -> list[dict[str, Tensor]]:
+            return [run(chosen(inputs, torch.tensor(order), samples)) for order in (few, few[-1:] + few[:-1])]
+
+        # Never as many as there are: a sequence of that length would look alike.
+        few = {1: [0, 0], 2: [0, 1, 0], 3: [0, 1, 2, 0]}.get(samples, [0, 1, 2])
+        self._number, fixed = len(few), False
+        state = _random_state()
+        try:
+            self._seen = seen(few)
+        except Exception:  # some models insist on the size of their batches
+            self._number, fixed = samples, True
+            self._seen = seen(list(range(samples)))
+        self._by_chance = not fixed and not torch.equal(_random_state(), state)
+
+    def windows(self, name: str, axis: int = 0) -> int:
+        """Entries along an axis for each sample; 0 where they are not in the order of the samples."""
+        first, second = (identity(seen[name]).detach() if name in seen else None for seen in self._seen)
+        if first is None or second is None or first.ndim <= axis or first.shape != second.shape:
+            return 0
+        first, second = first.movedim(axis, 0), second.movedim(axis, 0)
+        each, rest = divmod(len(first), self._number)
+        if rest or not first.numel():
+            return 0
+        first, second = first.double(), second.double()
+        tolerance = ALIKE * float(first.abs().nan_to_num(0.0, 0.0, 0.0).max())
+
+        def alike(one: Tensor, other: Tensor) -> bool:
+            return torch.allclose(one, other, rtol=ALIKE, atol=tolerance, equal_nan=True)
+
+        return each if alike(first.roll(each, 0), second) or (each == 1 and self._by_chance) else 0
+
+
+def _random_state() -> Tensor:
+    """Of the generators that a model draws from."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states.append(torch.cuda.get_rng_state())
+    return torch.cat(states)
+
+
+def _windows(trace: ModelTrace, model: nn.Module, inputs: Any) -> dict[str, int]:
+    """Of layers, see `ModelTrace`."""
+    layers = {name: trace.model.get_submodule(name) for name, rows in trace.rows.items() if rows}
+    layers = {name: module for name, module in layers.items() if is_layer(module)}
+
+    def run(batch: Any) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+
+        def note(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+            if (x := first_tensor(args)) is not None:
+                seen.setdefault(name, x)
+
+        with hooked([module.register_forward_pre_hook(partial(note, name)) for name, module in layers.items()]):
+            call(model, batch)
+        return seen
+
+    order = SampleOrder(inputs, samples_in(inputs), run)
+    found = {name: order.windows(name) for name in layers}
+    return {name: each if each * trace.samples == trace.rows[name] else 0 for name, each in found.items()}
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from torch.utils.hooks import RemovableHandle
 
 from discedit import _checks
 from discedit._backends import select
-from discedit._batches import call, device_of, first_tensor, map_tensors, moved, outside_inference_mode, samples_in
+from discedit._batches import call, device_of, first_tensor, moved, outside_inference_mode, samples_in
 from discedit._checkpoint import Checkpoint, Progress, digest_of
 from discedit._group import Group, OtherFailed
 from discedit._pass import Pass
 from discedit._sharded import Channels, has_shards, unwrapped
-from discedit._trace import ModelTrace, Tracing, has_channels_last, is_layer
+from discedit._trace import ModelTrace, SampleOrder, Tracing, has_channels_last, is_layer
 from discedit.moments import GREATEST_EXPONENT, READS, Moments, Statistic
 
 OP = "collect_moments"
@@ -92,7 +92,9 @@ def collect_moments(
 
     Returns:
         `Moments`, with one entry per layer in the order of execution. A layer that runs on parts of a sample as if they
-        were samples (windows in Swin, views or frames folded into the batch) is pooled over all of them.
+        were samples (windows in Swin, views or frames folded into the batch) is pooled over all of them. Where samples
+        are the second axis, as in sequence-first layers, or come in another order, is seen from two passes over the
+        first three; what has no order of samples is left out, with a warning.
 
     Raises:
         ValueError: an empty loader, labels that do not fit, no layer to read, an unknown layer name, a layer named in
@@ -364,8 +366,9 @@ class _Place:
         self.layout = _layout(module)
         self.statistics = statistics
         self.backend = backend
+        self.rows, self.can_be_turned = 0, False  # of the first batch; whether its second axis may be that of samples
+        self.samples_second = False  # of (positions, samples, channels)
         self.windows = 1  # parts of a sample, where each comes as a sample of its own
-        self.first = torch.empty(0)  # what the first sample gave, in such windows
         self.planes: Tensor | None = None  # (statistics, samples, channels) of the last batch: the next one's buffer
         self._known: tuple[Any, ...] = ()
         self._axis = 1
@@ -378,12 +381,14 @@ class _Place:
 
     def cut(self, x: Tensor, samples: int) -> None:
         """In the first batch: whether a sample comes in parts (windows, views, frames, heads), each as one."""
+        self.rows = len(x) if x.ndim else 0
+        self.can_be_turned = self.layout == "tokens" and x.ndim == 3 and x.shape[1] == samples
         if self.layout != "auto" and x.ndim > 1 and samples and len(x) != samples and len(x) % samples == 0:
             self.windows = len(x) // samples
-            self.first = x[: self.windows].detach().clone()
 
     def read(self, x: Tensor, samples: int) -> None:
         """Pools a batch of so many samples (0: as many as there are rows)."""
+        x = x.transpose(0, 1) if self.samples_second else x
         if samples and len(x) != samples and (self.windows == 1 or len(x) % samples):
             raise ValueError(
                 f"{OP}: layer {self.name!r} must give as many rows for each sample as in the first batch "
@@ -509,7 +514,7 @@ class _Reader(ExitStack):
         module = self._modules[name.removeprefix(INPUT)]
         place = self._places[name] = _Place(name, module, self._statistics, self._backend)
         place.cut(x, self._samples)
-        if not self.explicit and self._samples and len(x) % self._samples:
+        if self._samples and x.ndim and len(x) % self._samples:
             self._foreign.add(name)
             return False
         if not self.explicit and not place.can_read(x):
@@ -527,34 +532,37 @@ class _Reader(ExitStack):
             output = call(self.model, inputs)
         trace, self._tracing = self._tracing.trace(output), None
         self._repeated = {place for place in self._places if trace.runs[place.removeprefix(INPUT)] > 1}
-        self._check_windows(inputs)
+        self._check_order(inputs)
         self._settle(trace)
+        if any(place.samples_second for place in self._places.values()):
+            self._ran.clear()
+            call(self.model, inputs)  # once more, now that it is known how
         return output
 
-    def _check_windows(self, inputs: Any) -> None:
-        """The windows of a sample must lie together: the first sample alone, twice, must give the first of them twice.
-
-        A layer of which that does not hold, or whose output has no sample axis at all, cannot be read.
-        """
-        cut = [place for place in self._places.values() if place.windows > 1]
-        if not cut:
+    def _check_order(self, inputs: Any) -> None:
+        """Rows must be the samples in their order, or windows of them that lie together; else they get wrong labels."""
+        if not self._samples:
             return
         self._keep(set(self._places))
-        self._probe = {}
-        twice = map_tensors(inputs, lambda t: torch.cat([t[:1]] * 2) if t.ndim and len(t) == self._samples else t)
-        call(self.model, twice)
-        for place in cut:
-            x = self._probe.get(place.name)
-            tolerance = 1e-2 * float(place.first.abs().max())
-            expected = torch.cat([place.first] * 2)
-            if x is None or x.shape != expected.shape or not torch.allclose(x, expected, atol=tolerance):
-                if self.explicit:
+
+        def run(batch: Any) -> dict[str, Tensor]:
+            self._probe = {}
+            call(self.model, batch)
+            return self._probe
+
+        order = SampleOrder(inputs, self._samples, run)
+        self._probe = None
+        for place in self._places.values():
+            if place.name in self._foreign or order.windows(place.name) != place.windows:
+                self._foreign.add(place.name)
+                if place.can_be_turned and order.windows(place.name, axis=1) == 1:
+                    place.samples_second, place.windows = True, 1
+                    self._foreign.discard(place.name)
+                elif self.explicit:
                     raise ValueError(
                         f"{OP}: layers must give one output per sample, or windows that lie together by samples, layer "
-                        f"{place.name!r} gives {place.windows} rows for each sample in another order."
+                        f"{place.name!r} gives {place.rows} rows for {self._samples} samples in another order."
                     )
-                self._foreign.add(place.name)
-        self._probe = None
 
     def take(self) -> Iterator[tuple[str, Tensor]]:
         """The pooled planes of the batch that just ran, by layer; the next batch overwrites them."""
@@ -582,17 +590,17 @@ class _Reader(ExitStack):
         self.places = {layer: place for layer, place in self.places.items() if place not in self._repeated}
         order = [layer for layer in self._order if layer != head]
         foreign = [layer for layer in order if self._place(layer) in self._foreign]
+        why = "their rows are not the samples in the order of the batch, nor windows of them that lie together"
         if foreign:
-            warnings.warn(f"{OP}: left out, because their outputs have no sample axis: {foreign}.", stacklevel=8)
+            warnings.warn(f"{OP}: left out, because {why}: {foreign}.", stacklevel=8)
         order = [layer for layer in order if layer not in foreign]
         self._order = [layer for layer in order if self._place(layer) not in self._unreadable]
         if self.explicit and len(self._order) < len(self.layers):
             missing = sorted(set(self.layers) - set(self._order))
             raise ValueError(f"{OP}: layers must name modules that run in the forward pass, these did not: {missing}.")
         if not order:
-            raise ValueError(
-                f"{OP}: model must have a convolution or linear layer besides its head {head!r}, it has none that runs."
-            )
+            none = "it has none that runs" if not foreign else f"of {foreign}, {why}"
+            raise ValueError(f"{OP}: model must have a convolution or linear layer besides its head {head!r}, {none}.")
         tokenless = [layer for layer in order if layer not in self._order]
         needs = "statistic 'cls' needs an output of shape (samples, tokens, channels)"
         if not self._order:

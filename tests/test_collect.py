@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from helpers import same_bits
+from helpers import Net, same_bits
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -93,10 +93,10 @@ def test_scales_by_layer():
 
 def test_one_forward_pass():
     model, calls = small_model(), []
-    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    handle = model.register_forward_hook(lambda _, args, __: calls.append(len(args[0])))
     collect_moments(model, DataLoader(small_data(), 10), 5)
     handle.remove()
-    assert len(calls) == 4
+    assert calls == [10, 3, 3, 10, 10, 10]  # three samples twice, to see on which axis they are
 
 
 def test_batches_of_any_size_agree():
@@ -246,13 +246,14 @@ def test_cls_reads_the_layers_with_tokens_and_names_the_others(backend, several)
 def test_only_what_is_read_stays_hooked():
     model, hooked = small_model(), []
 
-    def note(*_):
-        hooked.append(
-            [
-                {n for n, m in model.named_modules() if m._forward_hooks},
-                {n for n, m in model.named_modules() if m._forward_pre_hooks},
-            ]
-        )
+    def note(_, args, __):
+        if len(args[0]) == 20:
+            hooked.append(
+                [
+                    {n for n, m in model.named_modules() if m._forward_hooks},
+                    {n for n, m in model.named_modules() if m._forward_pre_hooks},
+                ]
+            )
 
     model.register_forward_hook(note)
     collect_moments(model, DataLoader(small_data(), 20), 5)
@@ -425,7 +426,7 @@ class Windows(nn.Module):
 def test_windows_are_pooled_over_each_sample():
     net = Windows().eval()
     x, labels = torch.randn(12, 8, 3, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 2
-    with pytest.warns(UserWarning, match=r"no sample axis: \['by_window', 'table'\]"):
+    with pytest.warns(UserWarning, match=r"not the samples in the order of the batch, .*: \['by_window', 'table'\]"):
         moments = collect_moments(net, [(x[:7], labels[:7]), (x[7:], labels[7:])], 2)
     assert list(moments) == ["by_sample"]
     with torch.no_grad():
@@ -433,7 +434,7 @@ def test_windows_are_pooled_over_each_sample():
     for k in range(2):
         torch.testing.assert_close(moments["by_sample"].mean[k], expected[labels == k].mean(0))
     assert moments["by_sample"].count.tolist() == [6, 6]
-    with pytest.raises(ValueError, match="'by_window' gives 2 rows for each sample in another order"):
+    with pytest.raises(ValueError, match="'by_window' gives 24 rows for 12 samples in another order"):
         collect_moments(net, [(x, labels)], 2, layers=["by_window"])
 
 
@@ -486,8 +487,65 @@ def test_views_in_another_order_are_left_out(first):
     net = Views(mixed=True).eval()
     x, labels = torch.randn(10, 3, 3, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(10) % 2
     loader = [(x[:first], labels[:first]), (x[first:], labels[first:])]
-    with pytest.warns(UserWarning, match=r"no sample axis: \['conv', 'late'\]"):
+    with pytest.warns(UserWarning, match=r"not the samples in the order of the batch, .*: \['conv', 'late'\]"):
         assert list(collect_moments(net, loader, 2)) == ["neck"]
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 8, 16])
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 8])
+def test_samples_on_the_second_axis(length, batch):
+    """A sequence may be as long as a batch, or several times as long."""
+    torch.manual_seed(0)
+    first = Net(
+        lambda net, x: net.head(net.b(net.a(x).relu()).relu().mean(1)),
+        a=nn.Linear(5, 6), b=nn.Linear(6, 4), head=nn.Linear(4, 2),
+    ).eval()  # fmt: skip
+    second = copy.deepcopy(first)
+    second.function = lambda net, x: net.head(net.b(net.a(x.transpose(0, 1)).relu()).relu().mean(0))
+    x, labels = torch.randn(8, length, 5, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 2
+    loader = list(zip(x.split(batch), labels.split(batch), strict=True))
+    for layers in (None, ["a"]):
+        expected, got = (collect_moments(net, loader, 2, layers=layers) for net in (first, second))
+        assert list(got) == list(expected)
+        for layer, state in expected.items():
+            torch.testing.assert_close(got[layer].mean, state.mean)
+
+
+OUT_OF_ORDER = {
+    "sorted": lambda net, x: net.head(net.a(x[(order := x[:, 0].argsort())]).relu())[order.argsort()],
+    "reversed": lambda net, x: net.head(net.a(x.flip(0)).relu()).flip(0),
+    "each with its mirror image": lambda net, x: (
+        net.head(net.a(torch.cat([x, -x])).relu()).unflatten(0, (2, -1)).sum(0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_ORDER)
+def test_samples_in_another_order_are_left_out(name):
+    torch.manual_seed(0)
+    net = Net(OUT_OF_ORDER[name], a=nn.Linear(5, 6), head=nn.Linear(6, 2)).eval()
+    x, labels = torch.randn(12, 5, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 2
+    with (
+        pytest.warns(UserWarning, match=r"left out, because their rows are not the samples in the order .*: \['a'\]"),
+        pytest.raises(ValueError, match=r"besides its head 'head', of \['a'\], their rows are not the samples"),
+    ):
+        collect_moments(net, [(x, labels)], 2)
+    with pytest.raises(ValueError, match="layer 'a' gives .* in another order"):
+        collect_moments(net, [(x, labels)], 2, layers=["a"])
+
+
+def test_chance_and_batches_of_one_size_are_no_other_order():
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(5, 6), "head": nn.Linear(6, 2)}
+    x, labels = torch.randn(12, 5, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 2
+    noisy = Net(lambda net, x: net.head(net.a(x + torch.randn_like(x)).relu()), **layers).eval()
+    fixed = Net(lambda net, x: net.head(net.a(x.view(6, 5)).relu()), **layers).eval()
+    by_batch = Net(lambda net, x: net.head(net.a(x - x.mean(0)).relu()), **layers).eval()
+    for net in (noisy, fixed, by_batch):
+        assert list(collect_moments(net, zip(x.split(6), labels.split(6), strict=True), 2)) == ["a"]
+    fixed.function = lambda net, x: net.head(net.a(x.view(6, 5).flip(0)).relu())
+    with pytest.raises(ValueError, match="in another order"):
+        collect_moments(fixed, zip(x.split(6), labels.split(6), strict=True), 2, layers=["a"])
 
 
 def test_rows_that_are_no_parts_of_samples_are_refused_by_name():

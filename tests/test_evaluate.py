@@ -500,3 +500,19 @@ def test_on_real_images(cifar, cifar_scores):
     assert 0 < found.relearning["edited"].steps <= 50
     assert found.aus["edited"] > found.aus["original"]
     assert found.cka["edited-original"].forget < found.cka["edited-original"].retain
+
+
+def test_features_in_another_order_than_the_samples_are_refused():
+    """A sequence that is as long as the batch, and samples that are sorted."""
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(5, 6), "head": nn.Linear(6, 2)}
+    loader = [(torch.randn(8, 8, 5), torch.arange(8) % 2)]
+    first = Net(lambda net, x: net.head(net.a(x).relu().mean(1)), **layers).eval()
+    assert gather("evaluate", "test", loader, {"model": first}, 2, features="a")["model"].features.shape == (8, 6)
+    second = Net(lambda net, x: net.head(net.a(x.transpose(0, 1)).relu().mean(0)), **layers).eval()
+    turned = Net(lambda net, x: net.head(net.a(x.mean(1).flip(0)).relu()).flip(0), **layers).eval()
+    for net in (second, turned):
+        with pytest.raises(
+            ValueError, match="layer 'a' must give one row of features for each sample, in the order of"
+        ):
+            gather("evaluate", "test", loader, {"model": net}, 2, features="a")

@@ -174,13 +174,10 @@ def test_windows_folded_into_the_batch():
         return net.fc(windows.unflatten(0, (-1, 2)).mean((1, 3, 4)) + table.mean())
 
     layers = {"windows": nn.Conv2d(3, 4, 3), "table": nn.Linear(2, 4), "fc": nn.Linear(4, 2), "idle": nn.Linear(2, 2)}
-    trace = ModelTrace.of(Net(forward, **layers), X)
-    assert {name: trace.is_folded(name) for name in ("windows", "table", "fc")} == {
-        "windows": True,
-        "table": True,
-        "fc": False,
-    }
-    assert trace.why_not_erased("windows") == "it reads 4 rows for 2 samples, such as windows of them"
+    trace = ModelTrace.of(Net(forward, **layers), X, windows=True)
+    assert trace.windows == {"windows": 2, "table": 0, "fc": 1}
+    assert trace.why_not_erased("windows") == "it reads 2 rows for each sample, such as windows of it"
+    assert trace.why_not_erased("table").startswith("the rows that it reads are not the samples in the order of the")
     assert trace.why_not_erased("fc") == ""
     assert trace.why_not_erased("idle") == "it does not run as a module of its own"
     called = ModelTrace.of(Net(lambda net, x: net.fc(input=x), fc=nn.Linear(6, 2)), X)
