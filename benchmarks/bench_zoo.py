@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,16 +70,32 @@ def equality(row: Row, key: str) -> str:
     return f"{row[prefix + 'difference']:.0e}" if f"{prefix}difference" in row else cell(row, key)
 
 
-def theirs(row: Row) -> tuple[str, str]:
-    """torch-pruning's share and seconds."""
+def theirs(row: Row) -> tuple[str, str, str]:
+    """torch-pruning's share and seconds, and ours with all kinds over theirs."""
     if "tp removed" not in row:
-        return "failed", ""
+        return "failed", "", ""
     runs = "" if row["tp runs"] else ", does not run"
-    return f"{row['tp removed']:.1f} %{runs}", f"{row['tp seconds']:.1f}"
+    return f"{row['tp removed']:.1f} %{runs}", f"{row['tp seconds']:.1f}", f"{slower(row):.0f}" if slower(row) else ""
+
+
+def slower(row: Row) -> float | None:
+    """Seconds of prune with all kinds over torch-pruning's."""
+    return row["all seconds"] / row["tp seconds"] if "all seconds" in row and row.get("tp seconds") else None
 
 
 def table(log: Log) -> str:
-    header = ["network", "parameters", "layers scored", "default", "s", "all", "s", "torch-pruning", "s"]
+    header = [
+        "network",
+        "parameters",
+        "layers scored",
+        "default",
+        "s",
+        "all",
+        "s",
+        "torch-pruning",
+        "s",
+        "all over that",
+    ]
     header += ["differs from hiding by", "trains", "ONNX", "unlearns, without / with data"]
     rows = [header, ["---"] * len(header)]
     for name in NETWORKS:
@@ -128,7 +145,17 @@ def summary(rows: dict[str, Row]) -> list[str]:
         if timed := {name: row[key] for name, row in rows.items() if key in row}:
             slowest = max(timed, key=timed.__getitem__)
             lines.append(f"slowest {title}: {slowest}, {timed[slowest]:.1f} s")
+    if ratios := [ratio for row in rows.values() if (ratio := slower(row))]:
+        lines.append(f"seconds with all kinds over torch-pruning's, in the median: {statistics.median(ratios):.1f}")
     return lines
+
+
+def behind(row: Row) -> str:
+    """Why torch-pruning removes more."""
+    reasons = [f"{why} ({layers} layers, {number:,} parameters)" for why, layers, number in row.get("all skipped", ())]
+    return f"{cell(row, 'all removed', '{:.1f} %')} against {row['tp removed']:.1f} %: left whole: " + (
+        "; ".join(reasons) or "nothing; it cuts within the groups of convolutions, or within heads, here whole ones go"
+    )
 
 
 def why_outside(row: Row) -> str:
@@ -142,7 +169,7 @@ def why_outside(row: Row) -> str:
         )
     reasons = [f"{why} ({layers} layers, {number:,} parameters)" for why, layers, number in row["skipped"]]
     return f"{row['not cut']:.0f} % of the parameters are cut on neither side; left whole: " + (
-        "; ".join(reasons) or "nothing, but shares of few components round down to none"
+        "; ".join(reasons) or "nothing"
     )
 
 
@@ -152,6 +179,9 @@ def markdown(log: Log) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torchvision", "timm", "transformers", "torch-pruning"))
     machines = sorted({row["machine"] for row in rows.values()})
     outside = {name: row for name, row in rows.items() if not BAND[0] <= row.get("removed", -1) <= BAND[1]}
+    fewer = {
+        name: row for name, row in rows.items() if row.get("tp runs") and row.get("all removed", -1) < row["tp removed"]
+    }
     failed = [
         f"- {name}, {key.removesuffix(' error')}: {row[key]}"
         for name, row in rows.items()
@@ -178,6 +208,8 @@ def markdown(log: Log) -> str:
         table(log),
         f"## Outside {BAND[0]} to {BAND[1]} % by default",
         "\n".join(f"- {name}, {cell(row, 'removed', '{:.1f} %')}: {why_outside(row)}" for name, row in outside.items()),
+        "## Less than torch-pruning with all kinds",
+        "\n".join(f"- {name}, {behind(row)}" for name, row in fewer.items()) or "None.",
         "## What failed",
         "\n".join(failed) or "Nothing.",
         "torch-pruning, or what it left:",

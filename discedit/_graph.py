@@ -727,6 +727,9 @@ class Graph:
         computed = getattr(module, "weight", None) is not None and "weight" not in module._parameters
         if width_of(module) is None:
             return "a norm follows it whose weight is computed or shared" if computed or name in self.shared else ""
+        if computed or name in self.shared:
+            what = "weight is computed" if computed else "parameters are shared"
+            return f"its {what}" if role == "out" else f"it feeds {name}, whose {what}"
         odd = isinstance(module, _ConvNd) and (module.transposed or module.groups == module.out_channels)
         # torch-pruning takes a convolution that has as many groups as outputs for a depthwise one.
         if self._differs_alone(key):
@@ -734,9 +737,6 @@ class Graph:
             return f"it {feeds} a {type(module).__name__} that works otherwise without some of its channels"
         if isinstance(module, _ConvNd) and odd and _groups_of(module):
             return f"{'it is' if role == 'out' else 'it feeds'} a {_described(module)}, which cannot be cut"
-        if computed or name in self.shared:
-            what = "weight is computed" if computed else "parameters are shared"
-            return f"its {what}" if role == "out" else f"it feeds {name}, whose {what}"
         return ""
 
     def _differs_alone(self, key: _Key) -> bool:
