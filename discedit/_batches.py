@@ -159,7 +159,15 @@ def split(op: str, batch: Any, index: int, device: torch.device, *, labels_neede
     elif not labels_needed and isinstance(batch, (Tensor, Mapping)):
         inputs = batch
     else:
-        raise ValueError(f"{op}: loader must give (inputs, labels) pairs, batch {index} is a {type(batch).__name__}.")
+        found = f"a {type(batch).__name__}"
+        if isinstance(batch, Mapping):
+            found += f" with {_checks.quoted([str(key) for key in batch])}"
+        elif isinstance(batch, (tuple, list)):
+            found += f" of {len(batch)}"
+        raise ValueError(
+            f"{op}: loader must give (inputs, labels) pairs, or dicts of arguments with 'labels', batch {index} is "
+            f"{found}."
+        )
     return moved(inputs, device), labels
 
 
@@ -180,7 +188,7 @@ def checked_labels(op: str, given: Any, num_classes: int, index: int) -> Tensor:
         _checks.label_range(op, classes, num_classes)
         return classes
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{op}: batch {index}: {error}") from error
+        raise ValueError(f"{op}: batch {index}: {str(error).removeprefix(f'{op}: ')}") from error
 
 
 def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from discedit._state import MAX_STATISTICS, ClassMoments, State, VectorMoments
 
@@ -152,6 +153,28 @@ def classes(op: str, value: Any, num_classes: int) -> list[int]:
     if not indices:
         raise ValueError(f"{op}: classes must name at least one class, it is empty.")
     return indices
+
+
+def module(op: str, model: Any, argument: str = "model") -> None:
+    """What can be looked at and run: a module in Python that holds values."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: {argument} must be a torch.nn.Module, got {_named(model)}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{op}: {argument} must be a module in Python, got a {type(model).__name__}: give the module that it was "
+            "made of."
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        missing = is_lazy(tensor)
+        if tensor.is_meta or missing:
+            what = "has none yet: run it once" if missing else "is on the meta device: move it with to_empty"
+            raise ValueError(f"{op}: {argument} must hold values, {name!r} {what}, and load its weights first.")
+
+
+def _named(value: Any) -> str:
+    """What an argument is: an object by its type, a class or function by its name."""
+    name = getattr(value, "__name__", "")
+    return f"{type(value).__name__} {name}".strip()
 
 
 def positive_integer(op: str, argument: str, value: Any) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from discedit._batches import call, tensors_in, undisturbed
@@ -103,7 +104,7 @@ class _Tracer:
             with (
                 torch.random.fork_rng([]),
                 torch.enable_grad(),
-                _ChannelsFirst(self.concats),
+                _Rewritten(self.concats),
                 warnings.catch_warnings(),
             ):
                 warnings.simplefilter("ignore")
@@ -409,10 +410,12 @@ def _concatenate(node: Any, sizes: list[int], nodes: Mapping[Any, Any]) -> None:
     node.module.offsets = ends
 
 
-class _ChannelsFirst(TorchFunctionMode):
-    """torch-pruning looks for channels on axis 1: concatenations and crops of maps with channels last are done there.
+class _Rewritten(TorchFunctionMode):
+    """Does what torch-pruning cannot follow in a way that it can.
 
-    Swin's patch merging is one. The widths of what is concatenated there are noted.
+    It looks for channels on axis 1: concatenations and crops of maps with channels last, such as Swin's merging of
+    patches, are done there, and the widths of what is concatenated are noted. A gated linear unit becomes the product
+    of two parts.
     """
 
     def __init__(self, sizes: dict[Any, list[int]]) -> None:
@@ -423,6 +426,10 @@ class _ChannelsFirst(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in (functional.glu, torch._C._nn.glu):
+            given = {**dict(zip(("input", "dim"), args, strict=False)), **kwargs}
+            value, gate = given["input"].chunk(2, given.get("dim", -1))
+            return value * gate.sigmoid()
         if func in (torch.cat, torch.concat, torch.concatenate) and "out" not in kwargs:
             given = {**dict(zip(("tensors", "dim"), args, strict=False)), **kwargs}
             parts, dim = given["tensors"], given.get("dim", given.get("axis", 0))

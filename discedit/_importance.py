@@ -71,6 +71,7 @@ def importances(
     kinds = kinds_of(op, components)
     if criterion in OF_READERS and data is None:
         raise ValueError(f"{op}: criterion={criterion!r} needs data to estimate statistics on, got data=None.")
+    _checks.module(op, model)
     model = unwrapped(model)
     graph = Graph(op, model, example_inputs)
     found, _ = graph.find([layer for layer in scores if width_of(model.get_submodule(layer)) is not None], kinds)

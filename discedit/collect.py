@@ -219,6 +219,7 @@ class _Turns:
 def _collect(
     model: nn.Module, loader: Iterable[Any], num_classes: int, options: _Options, turns: _Turns | None
 ) -> Moments:
+    _checks.module(OP, model)
     num_classes = _checks.positive_integer(OP, "num_classes", num_classes)
     _checks.choice(OP, "labels", options.labels, ("given", "predicted"))
     _checks.choice(OP, "read", options.read, READS)
@@ -525,7 +526,9 @@ class _Reader(ExitStack):
     def run(self, inputs: Any) -> Any:
         self._ran.clear()
         self._samples = samples_in(inputs)
-        if self._settled:
+        first = first_tensor(inputs)
+        nothing = first is not None and first.ndim > 0 and not self._samples  # shows nothing of a model
+        if self._settled or nothing:
             return call(self.model, inputs)
         self._tracing = Tracing(self.model, self._samples, self.layers, self._begins, self._ends)
         with self._tracing:

@@ -167,6 +167,9 @@ def evaluate(
     times = _times(op, seconds)
     seed = _seed(op, seed)
     given = {"edited": model, "original": original, "retrained": retrained}
+    for name, one in given.items():
+        if one is not None:
+            _checks.module(op, one, "model" if name == "edited" else name)
     models = {name: unwrapped(one) for name, one in given.items() if one is not None}
     left_out = _Left(op, named)
     _leave_out_without_arguments(left_out, wanted, train is None, models)

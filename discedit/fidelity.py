@@ -369,6 +369,7 @@ def collect_second_moments(
             raise ValueError(f"{OP}: classes needs num_classes, got num_classes=None.")
         num_classes = _checks.positive_integer(OP, "num_classes", num_classes)
         classes = _checks.classes(OP, classes, num_classes)
+    _checks.module(OP, model)
     moments = SecondMoments(kind, positions=positions, classes=classes)
     together = Group(OP, group)
     try:

@@ -154,6 +154,7 @@ def prune(
     reads a pruned layer: He, Zhang and Sun, ICCV 2017. "reconstruction": Hassibi and Stork, NIPS 1992, for groups of
     weights. "modhifi": Kashyap, Murti, Nayak, Narshana and Bhattacharyya, ModHiFi, NeurIPS 2025.
     """
+    _checks.module("prune", model)
     model = unwrapped(model)
     if scores is None:
         scores = Unscored.of(model, example_inputs)
@@ -181,7 +182,13 @@ def prune(
     if rescore is not None and steps == 1:
         raise ValueError("prune: rescore needs steps above 1, got steps=1.")
     check_layers("prune", model, scores, options.layers)
-    macs_before = count_macs(model, example_inputs)
+    try:
+        macs_before = count_macs(model, example_inputs)
+    except Exception as error:  # of the model, whatever it is
+        raise ValueError(
+            f"prune: example_inputs must be a tensor, or a tuple or dict of arguments, that the model can run on; it "
+            f"raised {type(error).__name__}: {error}"
+        ) from error
     made = _in_steps(model, scores, options, steps, rescore)
     macs_after = count_macs(made.model, example_inputs)  # all that can fail comes before the model is changed
     edit = made.recipe.apply(model, inplace=True) if inplace else made

@@ -163,8 +163,9 @@ def unlearn(
     NeurIPS 2025), there a given share of the last layers; "contrast" is not from there. The repair is that of `prune`,
     with the second moments of the forgotten classes as penalty.
     """
-    model = unwrapped(model)
     op = "unlearn"
+    _checks.module(op, model)
+    model = unwrapped(model)
     forget = _checked_classes(scores, classes)
     others = [cls for cls in range(scores.num_classes) if cls not in forget and int(scores.counts[cls])]
     limit = _limit(fraction, top, deviations, damage, forget_accuracy, retain_drop)

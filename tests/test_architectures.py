@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import Net
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from discedit import collect_moments, prune, score, unlearn
@@ -117,6 +118,22 @@ CASES = {
     "gated": (
         lambda: Net(gated, a=conv(3, 8), b=conv(4, 6), head=nn.Linear(6, 4)), ["a", "b"], {}
     ),
+    "gated linear unit": (
+        lambda: Net(
+            lambda s, x: head(s, s.b(functional.glu(s.a(x), 1)).relu()),
+            a=conv(3, 12), b=conv(6, 6), head=nn.Linear(6, 4),
+        ),
+        ["a", "b"],
+        {},
+    ),
+    "gated linear unit of tokens": (
+        lambda: Net(
+            lambda s, x: s.head(s.b(s.glu(s.a(x.flatten(2).transpose(1, 2)))).mean(1)),
+            a=nn.Linear(3, 12), glu=nn.GLU(), b=nn.Linear(6, 6), head=nn.Linear(6, 4),
+        ),
+        ["a", "b"],
+        {},
+    ),
     "fixed view": (
         lambda: Net(
             lambda s, x: s.head(s.b(s.a(x).relu().view(-1, 512)).relu()),
@@ -200,7 +217,7 @@ def test_prune_is_hiding_or_says_why_not(case, request):
     # By hand, on fresh inputs: what the next layer sees of the removed channels is nothing.
     chain = [name for name in ("a", "b", "c", "d", "head") if hasattr(net, name)]
     readers = dict(itertools.pairwise(chain))
-    if request.node.callspec.params["case"] in ("concat", "gated"):
+    if request.node.callspec.params["case"] in ("concat", "gated", "gated linear unit", "gated linear unit of tokens"):
         return  # two layers have one reader, or two channels one input: not a chain
     hidden = copy.deepcopy(net)
     if isinstance(getattr(net, "n", None), nn.LayerNorm):  # over the channels that are left

@@ -342,7 +342,7 @@ X, Y = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
     ("loader", "options", "message"),
     [
         ([], {}, "loader must give at least one batch, it gave none"),
-        ([X], {}, r"loader must give \(inputs, labels\) pairs, batch 0 is a Tensor"),
+        ([X], {}, r"loader must give \(inputs, labels\) pairs, .*, batch 0 is a Tensor"),
         ([(X, Y), (X, Y + 2)], {}, r"batch 1: .*labels must lie in 0..4 \(num_classes=5\), found 5 at position 3"),
         ([(X, Y - 1)], {}, r"batch 0: .*labels must lie in 0..4 .* found -1 at position 0"),
         ([(X, Y.float())], {}, r"batch 0: .*labels must be integers \(class indices\), got float32"),

@@ -407,3 +407,65 @@ def test_a_push_that_fails_leaves_the_stack_as_it_was(monkeypatch):
     assert stack.names == []
     assert stack.model is held
     assert_left(held, before)
+
+
+NO_MODELS = {
+    "a function": (lambda: lambda x: x, TypeError, "model must be a torch.nn.Module, got function"),
+    "a class": (lambda: nn.Linear, TypeError, "model must be a torch.nn.Module, got type Linear"),
+    "scripted": (
+        lambda: torch.jit.script(network()), ValueError, "must be a module in Python, got a RecursiveScriptModule: give"
+    ),
+    "on meta": (
+        lambda: network().to("meta"), ValueError, r"must hold values, '0\.weight' is on the meta device: move it"
+    ),
+    "lazy": (
+        lambda: nn.Sequential(nn.LazyConv2d(4, 3)), ValueError, r"hold values, '0\.weight' has none yet: run it once"
+    ),
+}  # fmt: skip
+ASKED = {
+    "collect": lambda model: discedit.collect_moments(model, DATA, CLASSES),
+    "second moments": lambda model: collect_second_moments(model, DATA),
+    "prune": lambda model: discedit.prune(model, ratio=0.3, example_inputs=X[:2]),
+    "importances": lambda model: discedit.importances(model, {}, "l1", example_inputs=X[:2]),
+    "evaluate": lambda model: discedit.evaluate(model, test=DATA, classes=[1], num_classes=CLASSES),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("ask", ASKED)
+@pytest.mark.parametrize("kind", NO_MODELS)
+def test_what_is_no_model_with_values(kind, ask):
+    make, error, said = NO_MODELS[kind]
+    with pytest.raises(error, match=said):
+        ASKED[ask](make())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [(X[:2, :1], "RuntimeError: Given groups=1"), (X[:2].numpy(), "TypeError"), (DATA, "TypeError: .* arguments")],
+)
+def test_example_inputs_that_the_model_does_not_run_on(inputs, said):
+    model = network()
+    with pytest.raises(
+        ValueError, match=rf"(?s)prune: example_inputs must be .* the model can run on; it raised {said}"
+    ):
+        discedit.prune(model, ratio=0.3, example_inputs=inputs)
+    assert all(torch.equal(tensor, network().state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ({"pixel_values": X, "label": Y}, "a dict with 'pixel_values', 'label'"),
+        ((X, Y, Y), "a tuple of 3"),
+    ],
+)
+def test_batches_without_labels_where_they_are_looked_for(batch, said):
+    with pytest.raises(ValueError, match=f"or dicts of arguments with 'labels', batch 0 is {said}"):
+        discedit.collect_moments(network(), [batch], CLASSES)
+
+
+def test_an_empty_first_batch_shows_nothing():
+    expected = discedit.collect_moments(network(), DATA, CLASSES)
+    got = discedit.collect_moments(network(), [(X[:0], Y[:0]), *DATA], CLASSES)
+    assert all(same_bits(got[layer], state) for layer, state in expected.items())
