@@ -154,7 +154,7 @@ def behind(row: Row) -> str:
     """Why torch-pruning removes more."""
     reasons = [f"{why} ({layers} layers, {number:,} parameters)" for why, layers, number in row.get("all skipped", ())]
     return f"{cell(row, 'all removed', '{:.1f} %')} against {row['tp removed']:.1f} %: left whole: " + (
-        "; ".join(reasons) or "nothing; it cuts within the groups of convolutions, or within heads, here whole ones go"
+        "; ".join(reasons) or "nothing; it takes more of what goes whole here (groups, heads) or is put side by side"
     )
 
 

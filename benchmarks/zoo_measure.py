@@ -104,7 +104,8 @@ def told(error: BaseException) -> str:
     place = (ours or frames)[-1]
     text = " ".join(str(error).split())
     if (start := text.find("no layer can be pruned (")) >= 0:  # which names a reason for each layer
-        reasons = Counter(short(part.partition(": ")[2]) for part in text[start:-2].split("; "))
+        listed = text[start:].removesuffix(".").partition("). With components=")[0].removesuffix(")")
+        reasons = Counter(short(part.partition(": ")[2]) for part in listed.split("; "))
         text = "no layer can be pruned: " + "; ".join(f"{why} ({number})" for why, number in reasons.most_common(6))
     return f"{type(error).__name__}: {text[:600]} ({Path(place.filename).name}:{place.lineno})"
 
