@@ -299,7 +299,7 @@ def markdown(log: Log) -> str:
             "CHIP on 256 images. `random`: mean of three. TVSPrune: its score, least over pairs. ModHiFi-P is "
             "`fidelity` with `compensation`. Since commit 371096a a ratio removes at least that share (5 of 16 filters "
             "at 0.3), before it at most (4 of 16): of ratios other than 0.5, the ViT's 0.1 and 0.3 are newer, its 0.7 "
-            "and all of the ResNets' here are older. ![Plot](prune.png)",
+            "and all of the ResNets' in this table are older. ![Plot](prune.png)",
             ["model", "repair", "criterion", *map(str, RATIOS)],
             rows_of_table(log),
         ),
