@@ -30,7 +30,7 @@ from discedit._batches import call, device_of, map_tensors, moved, shapes_of, te
 from discedit._dependencies import Untraceable, followed
 from discedit._forward import input_of, is_own
 from discedit._trace import IN_TRAINING, ModelTrace, training_branches
-from discedit.recipe import Operation, Recipe, architecture_of
+from discedit.recipe import Operation, architecture_of, reduced
 
 KINDS = ("filters", "neurons", "heads", "stream")
 
@@ -913,7 +913,8 @@ class Graph:
     def _reshaped(self, part: _Members) -> str:
         """Which output of the model one component less would change the shape of; empty when none."""
         try:
-            smaller = self._without(self._operations({key: sorted({*gone}) for key, gone in part.items()}))
+            operations = self._operations({key: sorted({*gone}) for key, gone in part.items()})
+            smaller = reduced(self._reference.model, operations)
             after = _outputs(smaller, self._reference.inputs, self.known.branches)
         except Exception as error:
             return f"the model does not run without its channels: {error}"
@@ -925,15 +926,12 @@ class Graph:
         changed = [p for p in before if p not in after or (self._stays(p) and before[p].shape != after[p].shape)]
         return self._changes(changed[0]) if changed or len(before) != len(after) else ""
 
-    def _without(self, operations: list[Operation]) -> nn.Module:
-        return Recipe("prune", {}, {}, architecture_of(self.model), operations).tried(self._reference.model)
-
     def _trial(self, chosen: Mapping[str, Iterable[int]]) -> tuple[list[Operation], str]:
         """The operations, and what is wrong with them; nothing is, when it is empty."""
         gone = self._removed(chosen)
         try:
             operations = self._operations(gone)
-            smaller = self._without(operations)
+            smaller = reduced(self._reference.model, operations)
         except Exception as error:  # whatever torch-pruning makes of an operation that it does not know
             return [], f"torch-pruning cannot remove its channels: {error}"
         try:

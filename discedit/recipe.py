@@ -110,16 +110,6 @@ class Recipe:
         return edit
 
     @outside_inference_mode
-    def tried(self, model: nn.Module) -> nn.Module:
-        """A copy of the model with this edit, which removes alone; it shares the parameters that stay whole."""
-        self._check_possible(model, undo=False)
-        model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-        slots = _Slots(model)
-        for i, operation in enumerate(self.operations):
-            _apply(model, slots, operation, {}, i)
-        return model
-
-    @outside_inference_mode
     def undo(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
         """Give an edited model its removed and replaced values back, bit for bit.
 
@@ -365,6 +355,16 @@ def copied(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.grad = None
+    return model
+
+
+def reduced(model: nn.Module, operations: list[Operation]) -> nn.Module:
+    """A copy of a model with operations that only remove; it shares the parameters that stay whole."""
+    Recipe("prune", {}, {}, architecture_of(model), operations)._check_possible(model, undo=False)
+    model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    slots = _Slots(model)
+    for i, operation in enumerate(operations):
+        _apply(model, slots, operation, {}, i)
     return model
 
 
