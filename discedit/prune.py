@@ -85,8 +85,8 @@ def prune(
         example_inputs: a tensor, or a tuple or dict of arguments, that the model can run on. Shows what hangs on what
             and checks the removal: real or random inputs, since components that are silent on them pass unchecked.
 
-        ratio: at least this share of each layer's components goes, in [0, 1), but one stays; or layer -> share (others
-            stay whole). Exactly one of these five budgets is given.
+        ratio: at least this share of each layer's components goes, in [0, 1), but one stays; of heads, the nearest
+            number; or layer -> share (others stay whole). Exactly one of these five budgets is given.
         global_ratio: share of all components together.
         threshold: components that are less important than this go.
         parameters: how many parameters may be left: an integer, or a share in (0, 1).
