@@ -85,7 +85,10 @@ class _Tracer:
         self.trace, self.model, self.inputs, self.odd = known, known.model, inputs, list(odd)
         self.names = {module: name for name, module in self.model.named_modules()}
         self.graph = torch_pruning.DependencyGraph()
+        for kind in (nn.GRU, nn.RNN):  # read their inputs as nn.LSTM does, which torch-pruning knows
+            self.graph.register_customized_layer(kind, torch_pruning.pruner.function.LSTMPruner())
         self.known = _known_types(self.graph)
+        self.recurrent = any(isinstance(module, nn.RNNBase) for module in self.names)
         self.ran: set[str] = set()  # modules, in either mode
         self.roots: list[Tensor] = []
         self.labels: list[str] = []
@@ -227,6 +230,8 @@ class _Tracer:
                 self._cut(node, "it multiplies with a parameter, but not by a call of a layer")
             elif _is_own(node.grad_fn) and any(part for _, part in readers.get(id(node), ())):
                 self._cut(node, "it gives several tensors")
+            elif self._is_inside_recurrence(node):
+                node.type = OPTYPE.ELEMENTWISE  # what it does with gates is none of the channels that are read
             elif node.type == OPTYPE.SPLIT:
                 try:
                     _split(node, readers.get(id(node), []))
@@ -263,6 +268,12 @@ class _Tracer:
         if node.module in self.names or not _reads_parameter(node.grad_fn):
             return False
         return not isinstance(self.model.get_submodule(self._stands_in(node)), self.known)
+
+    def _is_inside_recurrence(self, node: Any) -> bool:
+        """Whether it is a step of a recurrent network, of which torch-pruning takes the whole as a layer."""
+        if not self.recurrent or node.module in self.names:
+            return False
+        return isinstance(self.model.get_submodule(self._stands_in(node)), nn.RNNBase)
 
     def _cut(self, node: Any, error: str) -> None:
         """Nothing is followed through the node any more; what reaches it learns why."""
@@ -333,7 +344,7 @@ def _known_types(graph: Any) -> tuple[type, ...]:
     """Modules that torch-pruning takes as a whole."""
     from torch_pruning.ops import type2class
 
-    return tuple(type2class(kind) for kind in graph.REGISTERED_PRUNERS)
+    return (*(type2class(kind) for kind in graph.REGISTERED_PRUNERS), *graph.CUSTOMIZED_PRUNERS)
 
 
 def _odd_layers(model: nn.Module, inputs: Any) -> list[nn.Module]:

@@ -356,7 +356,8 @@ class Graph:
             return None
         if isinstance(node.module, nn.Parameter):
             return name, node.pruning_dim
-        if width_of(node.module) is None or _is_depthwise(node.module):
+        layer_like = width_of(node.module) is not None or isinstance(node.module, nn.RNNBase)
+        if not layer_like or _is_depthwise(node.module):
             return name, "through"
         return name, "out" if self.graph.is_out_channel_pruning_fn(function) else "in"
 
@@ -720,8 +721,10 @@ class Graph:
             return ""
         if isinstance(module, nn.MultiheadAttention):
             return "it feeds a MultiheadAttention, whose forward insists on its width"
+        if isinstance(module, nn.RNNBase) and role != "in":
+            return f"it feeds {name}, a {type(module).__name__}, which can lose inputs alone"
         if isinstance(module, nn.RNNBase):
-            return f"it feeds {name}, a {type(module).__name__}, which cannot be cut"
+            return f"it feeds {name}, whose parameters are shared" if name in self.shared else ""
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
             return "a layer norm over several axes follows it"
         computed = getattr(module, "weight", None) is not None and "weight" not in module._parameters

@@ -101,7 +101,7 @@ def repaired(
     after = trace.of_copy(edited)
     names = []
     begun = False
-    for name in trace.in_order(name for name, module in edited.named_modules() if is_layer(module)):
+    for name in trace.in_order(name for name, module in edited.named_modules() if is_layer(module) or name in readers):
         begun = begun or name in readers
         why = "it runs more than once per forward pass" if trace.runs[name] > 1 else after.why_not_fitted(name)
         if name in ignore:

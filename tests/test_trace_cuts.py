@@ -89,15 +89,6 @@ class NamedConv(nn.Conv2d):
         return {"maps": super().forward(x)}
 
 
-class Recurrent(nn.Module):
-    def __init__(self, kind):
-        super().__init__()
-        self.rnn, self.back = kind(8, 6, batch_first=True), nn.Linear(6, 8)
-
-    def forward(self, x):
-        return self.back(self.rnn(x.flatten(2).transpose(1, 2))[0]).transpose(1, 2).view(x.shape)
-
-
 def shuffled(x, groups=2):
     n, c, h, w = x.shape
     return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
@@ -141,8 +132,6 @@ CUTS = {
     "a Fourier transform over channels": (
         Net(lambda s, x: torch.fft.fft(x, dim=1).real), (8, 8), "b", r"FftR2CBackward0 in part"
     ),
-    "a gated recurrent network": (Recurrent(nn.GRU), (8, 8), "b", r"in part.rnn \(GRU\)"),
-    "a long short-term memory": (Recurrent(nn.LSTM), (8, 8), "b", r"it feeds part.rnn, a LSTM"),
     "what is computed anew": (
         Net(lambda s, x: checkpoint(s.inner, x, use_reentrant=True), inner=conv(8, 8)), (8, 8), "b",
         r"CheckpointFunctionBackward in part",
@@ -600,3 +589,60 @@ def test_unlearning_names_them_too():
     scores = score(collect_moments(net, [(torch.randn(40, 3, 8, 8), torch.arange(40) % 4)], 4))
     with pytest.warns(UserWarning, match="unlearn: example_inputs must run all .*: other as many as b"):
         unlearn(net, scores, classes=[0], layers=["b"], fraction=0.3, sign="any", remove=True, example_inputs=X)
+
+
+RECURRENT = {
+    "long short-term memory": lambda: nn.LSTM(8, 6, batch_first=True),
+    "of two layers, both ways": lambda: nn.LSTM(8, 6, num_layers=2, bidirectional=True, batch_first=True),
+    "gated": lambda: nn.GRU(8, 6, batch_first=True),
+    "gated, both ways": lambda: nn.GRU(8, 6, bidirectional=True, batch_first=True),
+    "plain": lambda: nn.RNN(8, 6, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_networks_lose_inputs(name):
+    torch.manual_seed(0)
+    rnn = RECURRENT[name]()
+    net = Net(
+        lambda s, x: s.head(s.rnn(s.b(s.a(x).relu()).relu().mean(2).transpose(1, 2))[0][:, -1]),
+        a=conv(3, 8), b=conv(8, 8), rnn=rnn, head=nn.Linear(6 * (1 + rnn.bidirectional), 4),
+    ).eval()  # fmt: skip
+    edit = pruned(net)
+    assert {layer: len(gone) for layer, gone in edit.recipe.components.items()} == {"a": 4, "b": 4}
+    assert (edit.model.rnn.input_size, edit.model.rnn.hidden_size) == (4, 6)
+    with torch.no_grad():
+        hidden = copy.deepcopy(net)
+        hidden.b.weight[:, edit.recipe.components["a"]] = 0
+        for parameter in (p for key, p in hidden.rnn.named_parameters() if key.startswith("weight_ih_l0")):
+            parameter[:, edit.recipe.components["b"]] = 0
+        fresh = torch.randn(3, 3, 8, 8)
+        torch.testing.assert_close(edit.model(fresh), hidden(fresh))
+        assert torch.equal(edit.recipe.undo(edit.model)(fresh), net(fresh))
+    edit.model.train()(X).sum().backward()
+    edit = pruned(net, data=[torch.randn(40, 3, 8, 8)])
+    assert edit.recipe.settings["unrepaired"]["rnn"].endswith("only Conv2d and Linear can be fitted")
+
+
+def tokens(x):
+    return x.flatten(2).transpose(1, 2)
+
+
+def test_what_a_recurrent_network_gives_stays_whole():
+    torch.manual_seed(0)
+    rnn = nn.LSTM(8, 6, batch_first=True)
+    net = Net(
+        lambda s, x: s.head(s.c(tokens(s.a(x)) + s.rnn(s.b(tokens(x)))[0]).mean(1)),
+        a=conv(3, 6), b=nn.Linear(3, 8), c=nn.Linear(6, 8), rnn=rnn, head=nn.Linear(8, 4),
+    ).eval()  # fmt: skip
+    edit = pruned(net)
+    assert list(edit.recipe.components) == ["b", "c"]
+    assert edit.model.rnn.hidden_size == 6
+    shared = Net(
+        lambda s, x: s.head(s.rnn(s.b(tokens(x)))[0].mean(1) + s.other(x.new_ones(1, 2, 8))[0].mean(1)),
+        b=nn.Linear(3, 8), rnn=nn.LSTM(8, 6, batch_first=True), other=nn.LSTM(8, 6, batch_first=True),
+        head=nn.Linear(6, 4),
+    ).eval()  # fmt: skip
+    shared.other.weight_ih_l0 = shared.rnn.weight_ih_l0
+    with pytest.raises(ValueError, match="b: it feeds rnn, whose parameters are shared"):
+        pruned(shared)
