@@ -65,12 +65,11 @@ def followed(known: ModelTrace, inputs: Any) -> Trace:
     Raises:
         Exception: whatever the model raises, when it does not run.
     """
-    model = known.model
     try:
         return _Tracer(known, inputs).run()
     except Exception:
         # torch-pruning looks at the outputs of layers while the model runs, and dies of those that are no tensors.
-        odd = _odd_layers(model, inputs)
+        odd = _odd_layers(known.model, inputs)
         if not odd:
             raise
         return _Tracer(known, inputs, odd).run()

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
@@ -44,19 +43,21 @@ FEW = 2  # samples that show what runs, and in which order
 PIECEWISE = {"relu", "relu_", "relu6", "leaky_relu", "hardswish", "hardsigmoid", "hardtanh", "threshold", "clamp"}
 SMOOTH = {"elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh", "softplus", "softsign"}
 NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm"}
-DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
+DROPOUTS = {
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "feature_dropout",
+}
 POOLINGS = {"max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
 SHAPES = {"contiguous", "clone", "float", "to", "view_as", "flatten"}  # the last only where the maps are 1 x 1
 ARITHMETIC = {"add", "mul", "sub", "div", "pow", "__mul__", "__rmul__", "__add__", "__radd__", "__pow__"}
 ONE_BY_ONE = PIECEWISE | SMOOTH | NORMS | DROPOUTS | POOLINGS | SHAPES | ARITHMETIC
 IN_TRAINING = " in train mode"  # behind the place of an output
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
-
-
-DROPOUT_FUNCTIONS = (
-    functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
-    functional.feature_alpha_dropout, torch.dropout, torch.feature_dropout, torch.alpha_dropout,
-)  # fmt: skip
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -165,18 +166,17 @@ class ModelTrace:
             training: whether to look at train mode as well, in a pass of its own.
             windows: whether to find out, in two more passes, where rows are samples.
         """
-        whole = inputs
-        inputs = moved(inputs, device_of(model))
-        size = samples_in(inputs)
+        whole = moved(inputs, device_of(model))
+        size = samples_in(whole)
         tracing = Tracing(model, size if few is None else min(size, few))
-        inputs = narrowed(inputs, size, tracing.seen.samples) if size else inputs
+        inputs = narrowed(whole, size, tracing.seen.samples) if size else whole
         with undisturbed(model):
             with tracing:
                 output = call(model, inputs)
             trace = tracing.trace(output)
             trace.training = TrainMode.of(model, inputs) if training else None
             if windows:
-                trace.windows = _windows(trace, model, moved(whole, device_of(model)))
+                trace.windows = _windows(trace, model, whole)
         return trace
 
     def of_copy(self, model: nn.Module) -> ModelTrace:
@@ -541,6 +541,6 @@ class _WithoutDropout(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in DROPOUT_FUNCTIONS:
+        if getattr(func, "__name__", "") in DROPOUTS:
             return args[0] if args else kwargs["input"]
         return func(*args, **kwargs)
