@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from discedit import _checks
+from discedit._called import LayersCalled
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -72,7 +73,8 @@ def version_of(tensor: Tensor) -> int | None:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients inside, nothing compiled; modes, buffers and random state as they were outside."""
+    """Eval mode without gradients inside, nothing compiled, layers called where functions take their weights; modes,
+    buffers and random state as they were outside."""
     modes = [(module, module.training) for module in model.modules()]
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
@@ -80,7 +82,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices), _without_inference_mode(), torch.no_grad(), _nothing_compiled():
             model.eval()
-            yield
+            with LayersCalled(model):
+                yield
     finally:
         for buffer in kept:
             buffer.put_back()

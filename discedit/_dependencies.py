@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from discedit._batches import call, tensors_in, undisturbed
+from discedit._called import LayersCalled
 from discedit._trace import IN_TRAINING, ModelTrace, training_branches
 
 # Operations that may mix channels, or move them, and that torch-pruning takes for others that do not.
@@ -107,6 +108,7 @@ class _Tracer:
                 torch.random.fork_rng([]),
                 torch.enable_grad(),
                 _Rewritten(self.concats),
+                LayersCalled(self.model, for_graph=True),
                 warnings.catch_warnings(),
             ):
                 warnings.simplefilter("ignore")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from discedit import _checks
 from discedit._batches import call, first_tensor, hooked, undisturbed
+from discedit._called import LayersCalled
 from discedit._forward import as_its_class, input_of
 from discedit._lockstep import Pause, in_lockstep
 from discedit._trace import ModelTrace
@@ -89,7 +90,7 @@ def erased(
 
     def run(inputs: Any, groups: Tensor, seed: int, pause: Pause) -> None:
         place.groups, place.seed, place.pause = groups, seed, pause
-        with torch.no_grad():
+        with torch.no_grad(), LayersCalled(edited):  # this thread has modes of its own
             logits = first_tensor(call(edited, inputs))
         if logits is None or logits.ndim != 2:
             found = "none" if logits is None else f"shape {_checks.shape_of(logits)}"

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from discedit._batches import call, first_tensor, undisturbed, version_of
 from discedit._calibration import PARTS, HeldOut, Positions, Sums, matrix_of, scale_of
+from discedit._called import LayersCalled
 from discedit._lockstep import Pause, in_lockstep
 from discedit._trace import ModelTrace, is_layer
 
@@ -130,7 +131,7 @@ def repaired(
 
 def _pass_after(batch: Any, targets: Mapping[str, _Target], fitted: _Fitted, guards: bool, pause: Pause) -> None:
     after = _After(targets, fitted, guards, pause)
-    with torch.no_grad(), after:
+    with torch.no_grad(), LayersCalled(fitted.model), after:  # this thread has modes of its own
         call(fitted.model, batch)
     assert not after.waiting, f"their outputs were never added: {list(after.waiting)}"
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Each may import those before it. Names are modules of the package; "kernels" is the folder of that name,
 # and "integrations" a package within, whose modules may import each other.
 ORDER = [
-    "_state _checks _budget _batches _stream _files _group distributed _sharded _measure _forward",
+    "_state _checks _budget _called _attention _batches _stream _files _group distributed _sharded _measure _forward",
     "_trace _calibration _contributions _lockstep _repair _optimizers",
     "kernels reference",
     "_backends _library",

@@ -437,14 +437,18 @@ class Bare(nn.Module):
         return self.head(functional.linear(x, self.bare.weight, self.bare.bias).relu())
 
 
-def test_weights_that_are_used_without_their_layer_are_named():
-    """What they read either stays whole or is named as unrepaired; what follows is repaired all the same."""
+def test_weights_that_are_used_without_their_layer_are_repaired():
+    """It is called where the model hands its weight to a function."""
     torch.manual_seed(0)
     model, batches = Bare().eval(), data(6)
     importances = importances_of(model, {"stem": [1], "one": [2, 5]})
     edit = prune(model, importances, threshold=0.5, example_inputs=batches[0][:2], data=batches)
     assert edit.recipe.components["stem"] == [1]
-    assert ("one" in edit.skipped) is not ("bare" in edit.recipe.settings.get("unrepaired", {}))
+    assert edit.recipe.components["one"] == [2, 5]
+    assert "unrepaired" not in edit.recipe.settings
+    left = model.bare.weight[:, [0, 1, 3, 4, 6, 7]]
+    assert edit.model.bare.weight.shape == left.shape
+    assert not torch.equal(edit.model.bare.weight, left)
     assert not torch.equal(edit.model.head.weight, model.head.weight)
 
 

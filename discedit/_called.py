@@ -1,0 +1,186 @@
+"""Layers whose weights a model hands to functions, called as if it had called them, so that hooks see all there is.
+
+Attention does so: `torch.nn.MultiheadAttention` with its output projection, others where they put a bias together.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_ATTENTION = functional.multi_head_attention_forward
+_PARAMETERS = inspect.signature(_ATTENTION)
+_DEEP = 16  # frames between a function and the module that calls it
+
+
+class LayersCalled(TorchFunctionMode):
+    """Entered around passes of a model: `functional.linear` with the weight of a linear layer is a call of the layer.
+
+    Args:
+        for_graph: whether the graph of autograd is looked at: a bias that is not the layer's own is then added behind
+            it, and a `MultiheadAttention` runs as a whole.
+    """
+
+    def __init__(self, model: nn.Module, *, for_graph: bool = False) -> None:
+        super().__init__()
+        self.for_graph = for_graph
+        self._model = model
+        self._layers: dict[int, nn.Linear] = {}  # by the identity of their weights
+
+    def _layer_of(self, weight: Any) -> nn.Linear | None:
+        """The layer that has this weight now: edits replace weights."""
+        if not isinstance(weight, nn.Parameter):
+            return None
+        for known in (True, False):
+            if not known:
+                layers = (module for module in self._model.modules() if isinstance(module, nn.Linear))
+                plain = (layer for layer in layers if type(layer).forward is nn.Linear.forward)
+                self._layers = {id(layer._parameters.get("weight")): layer for layer in plain}
+            layer = self._layers.get(id(weight))
+            if layer is not None and layer._parameters.get("weight") is weight:
+                return layer
+        return None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+            called = _is_called(given["weight"], sys._getframe(1))
+            layer = None if called else self._layer_of(given["weight"])
+            if layer is not None:
+                bias = given.get("bias")
+                apart = self.for_graph and bias is not layer.bias and bias is not None
+                with _bias_of(layer, None if apart else bias):
+                    output = layer(given["input"])
+                return output + bias if apart else output
+        elif func is _ATTENTION and not self.for_graph:
+            module = _caller(sys._getframe(1))
+            if isinstance(module, nn.MultiheadAttention) and not why_not_explicit(module):
+                given = _PARAMETERS.bind(*args, **kwargs).arguments
+                kept = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+                options = {name: given[name] for name in kept if name in given}
+                # Inside, this mode does not act; the module itself calls its output projection.
+                return attend(module, *args[:3], batch_first=False, **options)
+        return func(*args, **kwargs)
+
+
+def why_not_explicit(module: nn.MultiheadAttention) -> str:
+    """Why `attend` is not the same as the module; empty when it is."""
+    if module.bias_k is not None or module.add_zero_attn:
+        return "it adds keys of its own to those that it is given"
+    return ""
+
+
+def attend(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+    *,
+    batch_first: bool | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What `torch.nn.MultiheadAttention` gives, for any number of heads of any width, with its layers called.
+
+    Args:
+        module: with `num_heads`; the width of its heads is that of its projections over their number.
+        batch_first: in place of the module's own.
+        Others: as torch has them; an attn_mask of three axes has one entry per sample and head.
+    """
+    batched = query.ndim == 3
+    first = module.batch_first if batch_first is None else batch_first
+    if not batched:
+        query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    elif not first:
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    separate = module.in_proj_weight is None
+    biases = (None, None, None) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    weights: Sequence[Tensor] = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    if not separate:
+        weights = module.in_proj_weight.chunk(3)
+    q, k, v = (
+        torch.unflatten(functional.linear(x, weight, bias), -1, (module.num_heads, -1)).transpose(1, 2)
+        for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+    )
+    if is_causal and attn_mask is None:
+        raise ValueError("MultiheadAttention: is_causal needs an attn_mask, got None.")
+    causal = is_causal and key_padding_mask is None and not need_weights
+    mask = None if causal else _mask(attn_mask, key_padding_mask, q)
+    dropout = module.dropout if module.training else 0.0
+    shares: Tensor | None = None
+    if need_weights:
+        products = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        shares = (products if mask is None else products + mask).softmax(-1)
+        shares = functional.dropout(shares, dropout) if dropout else shares
+        mixed = shares @ v
+        shares = shares.mean(1) if average_attn_weights else shares
+    else:
+        mixed = functional.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+    output: Tensor = module.out_proj(mixed.transpose(1, 2).flatten(2))
+    if not batched:
+        return output.squeeze(0), None if shares is None else shares.squeeze(0)
+    return output if first else output.transpose(0, 1), shares
+
+
+def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """Both masks as numbers to add, for (samples, heads, queries, keys)."""
+
+    def numbers(mask: Tensor) -> Tensor:
+        return torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf) if mask.dtype is torch.bool else mask
+
+    found: Tensor | None = None
+    if attn_mask is not None:
+        found = numbers(attn_mask)
+        found = torch.unflatten(found, 0, (len(q), q.shape[1])) if found.ndim == 3 else found
+    if key_padding_mask is not None:
+        padding = numbers(key_padding_mask)[:, None, None, :]
+        found = padding if found is None else found + padding
+    return found
+
+
+def _is_called(weight: Tensor, frame: FrameType | None) -> bool:
+    """Whether a layer with this weight, in whose forward the function stands, is the one that runs."""
+    module = _caller(frame)
+    return module is not None and module._parameters.get("weight") is weight
+
+
+def _caller(frame: FrameType | None) -> nn.Module | None:
+    """The module in whose method a function was called, perhaps by other functions."""
+    for _ in range(_DEEP):
+        if frame is None:
+            return None
+        names = frame.f_code.co_varnames
+        first = frame.f_locals.get(names[0]) if names and frame.f_code.co_argcount else None
+        if isinstance(first, nn.Module):
+            return first
+        frame = frame.f_back
+    return None
+
+
+@contextmanager
+def _bias_of(layer: nn.Linear, bias: Tensor | None) -> Iterator[None]:
+    own = layer._parameters["bias"]
+    if bias is own:
+        yield
+        return
+    layer._parameters["bias"] = bias  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        layer._parameters["bias"] = own
