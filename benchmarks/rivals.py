@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from discedit import _checks
 from discedit._batches import call, device_of, first_tensor, map_tensors, moved, split
+from discedit._trace import width_of
 from discedit.presets import preset
-from discedit.prune import width_of
 
 TORCH_PRUNING: dict[str, Any] = {
     "magnitude": torch_pruning.importance.MagnitudeImportance,

@@ -49,7 +49,7 @@ import benchmarks._vision  # noqa: F401  (before transformers)
 from benchmarks import held_out
 from discedit import zoo
 from discedit._batches import call, device_of, first_tensor, split, undisturbed
-from discedit._graph import width_of
+from discedit._trace import width_of
 from discedit.evaluate import accuracy_per_class, adaptive_unlearning_score
 from discedit.presets import preset
 from discedit.recipe import Edit, Operation, Recipe, architecture_of

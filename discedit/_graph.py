@@ -15,7 +15,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -26,10 +26,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from discedit._batches import call, device_of, map_tensors, moved, shapes_of, tensors_in, undisturbed
+from discedit import _attention
+from discedit._batches import call, device_of, hooked, map_tensors, moved, shapes_of, tensors_in, undisturbed
+from discedit._called import why_not_explicit
 from discedit._dependencies import Untraceable, followed
 from discedit._forward import input_of, is_own
-from discedit._trace import IN_TRAINING, ModelTrace, training_branches
+from discedit._trace import IN_TRAINING, ModelTrace, training_branches, width_of
 from discedit.recipe import Operation, architecture_of, reduced
 
 KINDS = ("filters", "neurons", "heads", "stream")
@@ -46,6 +48,7 @@ _READ = ("in_channels", "in_features", "num_features", "num_channels", "input_si
 _NO_SUMS = re.compile("(Mul|Div|Where|Cat)Backward")
 ROUNDING = 1000  # units in the last place of the largest number
 _SHAPES = re.compile("(Unsafe)?(View|Reshape|Flatten|Transpose|Permute|Squeeze|Unsqueeze|Clone)")
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of a MultiheadAttention
 _FOLDED = "its channels are split or folded further on, so that none can go alone"
 
 
@@ -71,12 +74,25 @@ class Components:
 
 @dataclass(frozen=True)
 class _Heads:
-    """Attention: the layer that stands for it, the one that reads it, channels per head there, what each head takes."""
+    """Attention whose heads can go.
 
+    Attributes:
+        place: the module that counts the heads.
+        layer: what stands for them: the layer that gives values, or a MultiheadAttention.
+        reader: the layer that reads them.
+        width: channels per head there.
+        members: what each head takes.
+        spec: of the forward that the attention needs with fewer heads, with the module's name; None: its own will do.
+        why: it is not known whether the attention needs another.
+    """
+
+    place: str
     layer: str
     reader: str
     width: int
     members: list[_Members]
+    spec: tuple[str, dict[str, Any]] | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,11 +150,7 @@ class Graph:
         except Exception as error:
             raise ValueError(f"{self.op}: the model cannot be traced on example_inputs: {error}") from error
         self.graph, self.order = self.trace.graph, self.known.order
-        attention = self._places_of_attention()
-        try:
-            self.heads, self.unclear = self._find_heads(attention)
-        except Exception:  # whatever a model makes of NaN
-            self.heads, self.unclear = [], attention
+        self.heads, self.unclear = self._find_heads(self._places_of_attention())
 
     def find(self, layers: Iterable[str], kinds: Iterable[str]) -> tuple[dict[str, Components], dict[str, str]]:
         """What can be removed, as far as the trace tells, from these layers.
@@ -194,11 +206,16 @@ class Graph:
         return {name: gone for (name, role), gone in removed.items() if role == "out" and name in self.order}
 
     def rows(self, layer: str) -> dict[str, list[list[int]]]:
-        """The layers that produce a layer's components, each with the rows of every component."""
+        """The weights that produce a layer's components, each with the rows of every component."""
         parts = self._found(layer)
         if parts.kind == "heads":
-            return {layer: [list(rows) for rows in parts.rows]}
-        return {name: [members[self._own(name)] for members in self._members_of(layer)] for name in parts.layers}
+            if not isinstance(self.shadow.get_submodule(layer), nn.MultiheadAttention):
+                return {f"{layer}.weight": [list(rows) for rows in parts.rows]}
+            members = next(heads.members for heads in self.heads if heads.layer == layer)
+            weight = next(key for key in members[0] if key[0] in (f"{layer}.in_proj_weight", f"{layer}.v_proj_weight"))
+            return {weight[0]: [part[weight] for part in members]}
+        members = self._members_of(layer)
+        return {f"{name}.weight": [part[self._own(name)] for part in members] for name in parts.layers}
 
     def footprint(self, layer: str) -> list[tuple[str, int, int]]:
         """What one component of a layer takes from each parameter and buffer that shrinks with it.
@@ -238,7 +255,8 @@ class Graph:
         alone = self._failing({layer: indices for layer, indices in chosen.items() if indices}, problem)
         failed: dict[str, str] = {}
         for layer, why in alone.items():
-            failed |= dict.fromkeys(self._found(layer).layers, f"{why}{self._on_the_way(layer)}")
+            more = next((heads.why for heads in self.heads if heads.layer == layer), self._on_the_way(layer))
+            failed |= dict.fromkeys(self._found(layer).layers, f"{why}{more}")
         rest = {layer: indices for layer, indices in chosen.items() if layer not in failed}
         if failed:
             operations, problem = self._trial(rest)
@@ -329,7 +347,7 @@ class Graph:
             if not new:
                 continue
             known.update(new)
-            if place := self._place(node, function, layer):
+            for place in self._places(node, function, layer):
                 for index in sorted(new):
                     found[new[index].root_idx].setdefault(place, []).append(index)
             for dependency in node.dependencies:
@@ -341,8 +359,15 @@ class Graph:
         self.nodes.setdefault(key, set()).update(node for node, _ in reached)
         return list(found.values())
 
-    def _place(self, node: Any, function: Any, layer: str) -> _Key | None:
+    def _places(self, node: Any, function: Any, layer: str) -> list[_Key]:
         """What a node of torch-pruning's graph stands for; on the way of a layer's channels."""
+        place = self._place(node, function, layer)
+        if place is not None and isinstance(node.module, nn.MultiheadAttention):
+            # It reads channels of a stream and gives as many; torch-pruning takes the heads along, which can stay.
+            return [(place[0], "in"), (f"{place[0]}.out_proj", "out")]
+        return [] if place is None else [place]
+
+    def _place(self, node: Any, function: Any, layer: str) -> _Key | None:
         from torch_pruning.ops import OPTYPE
 
         if (what := self.trace.doubtful.get(id(node.module))) is not None:
@@ -458,6 +483,8 @@ class Graph:
                     continue
                 seen.add(one)
                 name = self.names.get(id(one.module))
+                if isinstance(one.module, nn.MultiheadAttention):
+                    name = f"{name}.out_proj"
                 if name in produced:
                     found.add(name)
                 elif one in behind:
@@ -476,12 +503,15 @@ class Graph:
         return False
 
     def _places_of_attention(self) -> dict[str, str]:
-        """The linear layers in modules that count heads, each with the innermost of these."""
-        counts = [name for name, module in self.shadow.named_modules() if _count_of_heads(module)]
+        """The layers in modules that count heads, each with the innermost of these."""
+        multihead = nn.MultiheadAttention  # whose own layer reads heads alone
+        modules = {n: module for n, module in self.shadow.named_modules() if not isinstance(module, multihead)}
+        counts = [name for name, module in modules.items() if _count_of_heads(module)]
         return {
             name: max(around, key=len)
             for name, module in self.shadow.named_modules()
-            if isinstance(module, nn.Linear) and name in self.order
+            if name in self.order
+            and (isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and module.groups == 1))
             if (around := [place for place in counts if _is_inside(name, place)])
         }
 
@@ -498,21 +528,38 @@ class Graph:
         for name, place in places.items():
             size, count = self._size((name, "out")), counts[place]
             if size % count == 0 and not self._problem((name, "out")):
-                thirds = [size // 3, size // 3 * 2] if size % (3 * count) == 0 else []
                 edge = [size // count - 1, size // count]  # between the first two heads, where they lie one by one
-                probes[place] += [((name, "out"), start) for start in dict.fromkeys((0, *thirds, *edge))]
+                probes[place] += [((name, "out"), start) for start in dict.fromkeys((*_starts(size, count), *edge))]
+        for name, place in places.items():  # one number per head, from a module that counts them as well
+            outer = [
+                n for n in counts if _is_inside(place, n) and n != place and self._size((name, "out")) == counts[n]
+            ]
+            for other in outer:
+                probes[other].append(((name, "out"), 0))
+        rows = {place: {self._size(key) for key, _ in found} for place, found in probes.items()}
         for name, tensor in self.tensors.items():
-            owner = self.shadow.get_submodule(name.rpartition(".")[0])
-            if module2type(owner) == OPTYPE.ELEMENTWISE and tensor.is_floating_point():
+            owner = name.rpartition(".")[0]
+            module = self.shadow.get_submodule(owner)
+            if isinstance(module, nn.MultiheadAttention) and owner in counts and owner not in self.shared:
+                probes[owner] += [((name, 0), start) for start in _starts(len(tensor), counts[owner])]
+            elif module2type(module) == OPTYPE.ELEMENTWISE and tensor.is_floating_point():
                 around = [place for place in counts if _is_inside(name, place)]
                 beside = [place for place in counts if _is_inside(name, place.rpartition(".")[0])]
                 for place in around or beside:  # tables of biases may belong to the block
                     dims = [dim for dim, size in enumerate(tensor.shape) if size == counts[place]]
+                    if tensor.ndim == 1 and place in around:  # biases that layers are handed
+                        dims = [0] if len(tensor) in rows[place] | {s // 3 for s in rows[place]} else dims
                     probes[place] += [((name, dim), 0) for dim in dims]
         reached: dict[_Probe, dict[str, list[int]]] = {}
-        for turn in range(max(map(len, probes.values()), default=0)):
-            now = [found[turn] for found in probes.values() if turn < len(found)]
-            reached |= dict.fromkeys(now, self._reached(now))
+        depths = {place: sum(_is_inside(place, other) for other in counts) for place in counts}
+        for depth in set(depths.values()):  # one in another reaches the same
+            here = [probes[place] for place in counts if depths[place] == depth]
+            for turn in range(max(map(len, here))):
+                now = [found[turn] for found in here if turn < len(found)]
+                try:
+                    reached |= dict.fromkeys(now, self._reached(now))
+                except Exception:  # whatever a model makes of NaN
+                    return [], places
         heads = {place: self._heads_of(place, probes[place], reached, count) for place, count in counts.items()}
         unclear = {name: place for name, place in places.items() if heads[place] is None}
         return [found for found in heads.values() if found is not None], unclear
@@ -560,13 +607,14 @@ class Graph:
         readers: dict[str, list[_Probe]] = {}
         for probe in probes:
             (name, role), index = probe
-            if role == "out" and index % max(1, self._size(probe[0]) // 3):
+            if role == "out" and index not in _starts(self._size(probe[0]), count):
                 continue
             owner = name.rpartition(".")[0] if isinstance(role, int) else name
             start = self.order.get(owner, self._turn(place))  # tables may be read without a call of their module
             for reader in sorted((name for name in reached[probe] if self._turn(name) > start), key=self._turn):
-                width, rest = divmod(self._size((reader, "in")), count)
-                if not rest and reached[probe][reader] in ([0], list(range(width))):
+                size = self._size((reader, "in"))
+                head = [list(range(size // count)), list(range(0, size, count))]  # one by one, or interleaved
+                if size % count == 0 and reached[probe][reader] in ([0], *head):
                     readers.setdefault(reader, []).append(probe)
                     break
         for reader, found in readers.items():
@@ -579,7 +627,10 @@ class Graph:
                 seen = [reached.get((key, index), {}).get(reader) for index in (0, edge - 1, edge)]
                 return width > 1 and seen == [list(range(width)), [width - 1], list(range(width, 2 * width))]
 
-            blocks: dict[_Key, Tensor] = {(reader, "in"): torch.arange(size).view(count, -1)}
+            channels = torch.arange(size)
+            apart = width > 1 and any(reached[probe][reader][1:2] == [count] for probe in found)
+            channels = channels.view(-1, count).T if apart else channels.view(count, -1)
+            blocks: dict[_Key, Tensor] = {(reader, "in"): channels}
             values, parts = [], 0
             for key, start in found:
                 rows = torch.arange(self._size(key))
@@ -588,21 +639,63 @@ class Graph:
                     parts += 3
                     values.append(key[0])
                     continue
-                fused = key[1] == "out" and len(rows) == 3 * size
-                if fused and not all((key, third) in found for third in (0, size, 2 * size)):
+                gives = key[1] == "out" or key[0].startswith(tuple(f"{place}.{name}" for name in _PROJECTIONS))
+                fused = len(rows) // size if gives or key[0].startswith(f"{place}.in_proj") else 1
+                if len(rows) not in (size, 2 * size, 3 * size):
+                    fused = 1
+                if gives and not all((key, part * size) in found for part in range(fused)):
                     return None
-                blocks[key] = rows.view(3, count, -1).transpose(0, 1).flatten(1) if fused else rows.view(count, -1)
-                if key[1] == "out":
+                blocks[key] = rows.view(fused, count, -1).transpose(0, 1).flatten(1)
+                if gives:
                     parts += 1
-                    if len(reached[key, start][reader]) == 1 and len(rows) in (size, 3 * size):
-                        values.append(key[0])
+                    if len(reached[key, start][reader]) == 1 and len(rows) == fused * size:
+                        values.append(key[0] if key[1] == "out" else place)
             for key in [key for key in blocks if key[1] == "out"]:
                 if norm := self._batch_norm_behind(key[0]):
                     blocks[norm, "through"] = blocks[key]
             if parts >= 3 and values:
                 members = [{key: block[head].tolist() for key, block in blocks.items()} for head in range(count)]
-                return _Heads(min(values, key=self._turn), reader, size // count, members)
+                return self._with_spec(_Heads(place, min(values, key=self._turn), reader, size // count, members))
         return None
+
+    def _with_spec(self, heads: _Heads) -> _Heads:
+        """With what the attention's forward must be told, where it takes the heads' width for that of its input."""
+        module = self.shadow.get_submodule(heads.place)
+        if isinstance(module, nn.MultiheadAttention):
+            place, layers = heads.place, []
+        else:
+            layers = [name for name, role in heads.members[0] if role == "out"]
+            place = _common(layers)
+            module = self.shadow.get_submodule(place)
+        if not _is_inside(heads.reader, place) or place not in self._given:
+            return heads
+        own = [name.removeprefix(f"{place}.") if place else name for name in (*layers, heads.reader)]
+        last = not isinstance(self.shadow.get_submodule(heads.reader), _ConvNd)
+        try:
+            spec = _attention.spec_of(module, own[:-1], own[-1], self._given[place], last)
+        except _attention.Untraceable as error:  # then its own forward will do, or the trial shows that it does not
+            return replace(
+                heads, why=f"; if {place or 'the model'} takes the width of its heads for that of its input: {error}"
+            )
+        return heads if spec is None else replace(heads, spec=(place, spec))
+
+    @cached_property
+    def _given(self) -> dict[str, dict[str, Any]]:
+        """Modules that have others inside -> the arguments of their forward in the last call."""
+        given: dict[str, dict[str, Any]] = {}
+
+        def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            with suppress(TypeError, ValueError):  # a forward without a signature
+                given[name] = _attention.arguments_of(module, args, kwargs)
+
+        handles = [
+            module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+            for name, module in self.shadow.named_modules()
+            if next(module.children(), None) is not None and not isinstance(module, torch.jit.ScriptModule)
+        ]
+        with hooked(handles), undisturbed(self.shadow):
+            call(self.shadow, self.inputs)
+        return given
 
     def _batch_norm_behind(self, layer: str) -> str | None:
         """The batch norm that reads a layer's rows, perhaps in another shape."""
@@ -632,9 +725,10 @@ class Graph:
 
     def _judge(self, layer: str) -> tuple[Components | None, str]:
         module = self.shadow.get_submodule(layer)
-        inside = [self.shadow.get_submodule(layer[:i]) for i, letter in enumerate(layer) if letter == "."]
-        if any(isinstance(parent, nn.MultiheadAttention) for parent in inside):
-            return None, "it is inside a MultiheadAttention, whose forward insists on its width"
+        if isinstance(module, nn.MultiheadAttention):
+            return self._judge_multihead(layer)
+        if isinstance(self.shadow.get_submodule(layer.rpartition(".")[0]), nn.MultiheadAttention):
+            return None, f"what it gives is what {layer.rpartition('.')[0]} gives, in a stream"
         if layer in self.trace.trained:
             return None, "it runs in train mode alone, so that nothing shows what its components are worth"
         if layer not in self.order:
@@ -691,6 +785,17 @@ class Graph:
         followers = tuple(name for name in through if width_of(self.shadow.get_submodule(name)) is not None)
         return Components(layer, kind, rows, layers, followers), ""
 
+    def _judge_multihead(self, layer: str) -> tuple[Components | None, str]:
+        for heads in self.heads:
+            if heads.layer == layer:
+                if heads.spec is None:
+                    return None, "its forward insists on its width"
+                channels = tuple(tuple(part[heads.reader, "in"]) for part in heads.members)
+                return Components(layer, "heads", channels, (layer,)), ""
+        if layer in self.shared:
+            return None, "its parameters are shared"
+        return None, "it has one head alone, or it does not run, or adds keys of its own to those that it is given"
+
     def _is_even(self, members: list[_Members]) -> bool:
         """Whether the components are alike, apart, and all that the layers have."""
         counts = [{key: len(gone) for key, gone in part.items() if key[1] != _OUTPUT} for part in members]
@@ -720,7 +825,9 @@ class Graph:
         if module is None:
             return ""
         if isinstance(module, nn.MultiheadAttention):
-            return "it feeds a MultiheadAttention, whose forward insists on its width"
+            if name in self.shared or not module._qkv_same_embed_dim or why_not_explicit(module):
+                return f"it feeds {name}, a MultiheadAttention with shared parameters, or keys or widths of their own"
+            return ""
         if isinstance(module, nn.RNNBase) and role != "in":
             return f"it feeds {name}, a {type(module).__name__}, which can lose inputs alone"
         if isinstance(module, nn.RNNBase):
@@ -795,6 +902,11 @@ class Graph:
                     _cut_groups(module, gone, removed.get((name, "in"), gone))
                 continue
             _cut_further(module, role, gone)
+            if isinstance(module, nn.MultiheadAttention):
+                module.in_proj_weight.data = module.in_proj_weight.data[:, _left(module.embed_dim, gone)]
+                module.embed_dim -= len(gone)
+                module.kdim = module.vdim = module.embed_dim
+                continue
             pruner = self.graph.get_pruner_of_module(module)
             (pruner.prune_in_channels if role == "in" else pruner.prune_out_channels)(module, gone)
         for name, module in copies.items():
@@ -806,20 +918,44 @@ class Graph:
         for heads in self.heads:
             if (heads.reader, "in") in removed:
                 changes |= self._head_attributes(heads, len(removed[heads.reader, "in"]))
+            layers = {name for name, role in heads.members[0] if role == "out"}
+            # Without channels of its input, its width is no longer that of all heads either.
+            if heads.spec is not None and any(key[1] == "in" and key[0] in (heads.reader, *layers) for key in removed):
+                changes |= self._forward_changes(*heads.spec)
+        for name, module in copies.items():
+            if isinstance(module, nn.MultiheadAttention):
+                changes |= self._forward_changes(name, {"reader": "out_proj"})
         return keeps + [
             Operation("attribute", module, name=attribute, before=before, value=value)
             for (module, attribute), (before, value) in changes.items()
         ]
 
-    def _head_attributes(self, heads: _Heads, gone: int) -> dict[tuple[str, str], tuple[int, int]]:
+    def _forward_changes(self, name: str, spec: dict[str, Any]) -> dict[tuple[str, str], tuple[Any, Any]]:
+        """What gives attention a forward of another width, and keeps torch's encoders from doing without it."""
+        changes: dict[tuple[str, str], tuple[Any, Any]] = {}
+        for place in [name[:i] for i, letter in enumerate(name) if letter == "."]:
+            around = self.model.get_submodule(place)
+            if isinstance(around, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+                for inner, layer in around.named_modules(prefix=place):
+                    # 0: neither relu nor gelu, so that its fast path, which knows one width alone, is not taken.
+                    if isinstance(layer, nn.TransformerEncoderLayer) and layer.activation_relu_or_gelu:
+                        changes[inner, "activation_relu_or_gelu"] = (layer.activation_relu_or_gelu, 0)
+        changes[name, "forward"] = (_attention.forward_of(self.model.get_submodule(name)), spec)
+        return changes
+
+    def _head_attributes(self, heads: _Heads, gone: int) -> dict[tuple[str, str], tuple[Any, Any]]:
         """Counts of heads and their joint width, kept by the attention's module or those in it."""
-        paths = [name.split(".") for name, role in heads.members[0] if not isinstance(role, int)]
-        common = [first[0] for first in itertools.takewhile(lambda s: len(set(s)) == 1, zip(*paths, strict=False))]
+        names = [name for name, role in heads.members[0] if not isinstance(role, int)]
+        common = _common([*names, f"{heads.place}."] if heads.layer == heads.place else names)
         count = len(heads.members)
-        found = {}
-        for name, module in self.model.get_submodule(".".join(common)).named_modules(prefix=".".join(common)):
+        found: dict[tuple[str, str], tuple[Any, Any]] = {}
+        for name, module in self.model.get_submodule(common).named_modules(prefix=common):
             for attribute, value in vars(module).items():
-                if type(value) is not int or attribute.startswith("_"):
+                if attribute.startswith("_"):
+                    continue
+                if isinstance(value, tuple) and value[-1:] == (count,) and attribute.endswith("shape"):  # of biases
+                    found[name, attribute] = (list(value), [*value[:-1], count - gone // heads.width])
+                if type(value) is not int:
                     continue
                 if value == count and attribute.endswith("heads"):
                     found[name, attribute] = (value, value - gone // heads.width)
@@ -846,7 +982,8 @@ class Graph:
             for (name, role), lost in gone.items():
                 if role == "in":
                     module = model.get_submodule(name)
-                    handle = module.register_forward_pre_hook(_hiding(lost, _channel_axis(module)))
+                    several = 3 if isinstance(module, nn.MultiheadAttention) else 1
+                    handle = module.register_forward_pre_hook(_hiding(lost, _channel_axis(module), several))
                     stack.callback(handle.remove)
             for name, lost in self._across(gone).items():
                 stack.enter_context(_narrow(model.get_submodule(name), smaller.get_submodule(name), lost))
@@ -985,16 +1122,21 @@ def unseen_message(op: str, unseen: Mapping[str, Iterable[str]]) -> str:
     )
 
 
+def _starts(size: int, count: int) -> list[int]:
+    """The first rows of what may be queries, keys and values of some heads in one tensor, or two of them."""
+    parts = [parts for parts in (1, 2, 3) if size % (parts * count) == 0]
+    return sorted({size // n * part for n in parts for part in range(n)})
+
+
+def _common(names: list[str]) -> str:
+    """The innermost module in which all of these are."""
+    paths = [name.split(".")[:-1] for name in names]
+    return ".".join(first[0] for first in itertools.takewhile(lambda s: len(set(s)) == 1, zip(*paths, strict=False)))
+
+
 def _some(names: list[str], separator: str) -> str:
     more = [f"{len(names) - 3} more"] if len(names) > 4 else []
     return separator.join(names[:3] + more if more else names)
-
-
-def width_of(module: nn.Module) -> int | None:
-    """Number of output rows of a layer that can be edited, else None."""
-    if isinstance(module, _ConvNd):
-        return module.out_channels
-    return module.out_features if isinstance(module, nn.Linear) else None
 
 
 def _shares(others: list[str]) -> str:
@@ -1117,7 +1259,7 @@ def _channel_axis(module: nn.Module) -> int:
 
 
 def _count_of_heads(module: nn.Module) -> int:
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, nn.MultiheadAttention) and why_not_explicit(module):
         return 0
     counts = [vars(module).get(name) for name in _HEADS]
     return next((count for count in counts if type(count) is int and count > 1), 0)
@@ -1210,9 +1352,12 @@ def _is_close(one: Tensor, other: Tensor | None, tolerance: float) -> bool:
     return not one.numel() or float(off.max()) <= tolerance * float(size.max()) + 1e-12
 
 
-def _hiding(channels: list[int], dim: int) -> Any:
+def _hiding(channels: list[int], dim: int, several: int) -> Any:
+    """A hook that hides channels of the first few arguments."""
+
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].index_fill(dim, torch.tensor(channels, device=args[0].device), 0), *args[1:])
+        index = torch.tensor(channels, device=args[0].device)
+        return (*(x.index_fill(dim, index, 0) for x in args[:several]), *args[several:])
 
     return hook
 

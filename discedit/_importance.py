@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from discedit import _checks
 from discedit._batches import call, hooked, outside_modes, undisturbed
 from discedit._calibration import PARTS, Fit, Positions, Sums, calibrated, matrix_of, scale_of
-from discedit._graph import KINDS, Components, Graph, width_of
+from discedit._graph import KINDS, Components, Graph
 from discedit._sharded import unwrapped
-from discedit._trace import ModelTrace
+from discedit._trace import ModelTrace, components_in
 from discedit.scores import REDUCTIONS, Scores
 
 OF_WEIGHTS = ("l1", "l2", "random")
@@ -36,7 +36,7 @@ class Unscored(dict[str, Tensor]):
             head = ModelTrace.of(model, inputs, few=None).head
         except Exception:  # the graph says what is wrong
             head = None
-        widths = {name: width_of(module) for name, module in model.named_modules() if name != head}
+        widths = {name: components_in(module) for name, module in model.named_modules() if name != head}
         return cls({name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items() if width})
 
 
@@ -74,7 +74,7 @@ def importances(
     _checks.module(op, model)
     model = unwrapped(model)
     graph = Graph(op, model, example_inputs)
-    found, _ = graph.find([layer for layer in scores if width_of(model.get_submodule(layer)) is not None], kinds)
+    found, _ = graph.find([layer for layer in scores if components_in(model.get_submodule(layer)) is not None], kinds)
     inputs: Any = None
     trace = ModelTrace(model)
     if criterion in OF_READERS and data is not None:
@@ -151,8 +151,9 @@ def _of_weights(model: nn.Module, graph: Graph, parts: Components, power: int) -
     """Norms of the weights that give each component."""
     total = torch.zeros(len(parts.rows), dtype=torch.float64)
     for name, rows in graph.rows(parts.layer).items():
-        module: Any = model.get_submodule(name)
-        weight: Tensor = module.weight.detach()
+        place, _, tensor = name.rpartition(".")
+        module = model.get_submodule(place)
+        weight: Tensor = getattr(module, tensor).detach()
         weight = weight.transpose(0, 1) if getattr(module, "transposed", False) else weight
         sums = weight.flatten(1).double().abs().pow(power).sum(1).cpu()
         total += sums[torch.tensor(rows)].sum(1)

@@ -34,6 +34,7 @@ from discedit._batches import (
     undisturbed,
     version_of,
 )
+from discedit._called import why_not_explicit
 from discedit._forward import is_affine, takes_constants, why_not_plain
 from discedit._sharded import has_shards, identity, unwrapped
 
@@ -62,6 +63,21 @@ ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 def is_layer(module: nn.Module) -> bool:
     return isinstance(module, (_ConvNd, nn.Linear))
+
+
+def width_of(module: nn.Module) -> int | None:
+    """Number of output rows of a layer that can be edited, else None."""
+    if isinstance(module, _ConvNd):
+        return module.out_channels
+    return module.out_features if isinstance(module, nn.Linear) else None
+
+
+def components_in(module: nn.Module) -> int | None:
+    """Number of components that can be scored: output rows of a layer, or channels that the heads of a
+    `MultiheadAttention` hand to its output projection; None where there are none."""
+    if isinstance(module, nn.MultiheadAttention):
+        return None if why_not_explicit(module) else module.out_proj.in_features
+    return width_of(module)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -134,6 +150,7 @@ class ModelTrace:
         norms: layer -> the norm that its output goes straight into, where each runs once.
         consumers: layer -> the layers that read its components, channel by channel.
         sums: layers whose output, or that of the norm behind, is added to something.
+        borrowed: layers that a function runs, with another bias than their own.
         outputs: place in what the model gives -> shape of the tensor there.
         logits: the place of the logits; empty when there are none.
         largest: bytes per sample of the largest output of a module.
@@ -150,6 +167,7 @@ class ModelTrace:
     norms: dict[str, str] = field(default_factory=dict)
     consumers: dict[str, list[str]] = field(default_factory=dict)
     sums: set[str] = field(default_factory=set)
+    borrowed: set[str] = field(default_factory=set)
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     logits: str = ""
     largest: int = 1
@@ -225,6 +243,8 @@ class ModelTrace:
 
     def why_not_plain(self, name: str) -> str:
         """Why a layer's output is not what its class makes of its weight and bias; empty when it is."""
+        if name in self.borrowed:
+            return "a function uses its weight, with a bias of its own making"
         if name not in self._why_not_plain:
             self._why_not_plain[name] = why_not_plain(self.model.get_submodule(name))
         return self._why_not_plain[name]
@@ -384,6 +404,8 @@ class Tracing(TorchFunctionMode):
         self._vectors: list[tuple[str, Tensor, int | None]] = []  # outputs that may be the logits
         self._known: dict[int, _Known] = {}  # by identity
         self._handles: list[RemovableHandle] = []
+        modules = self.seen.model.named_modules()
+        self._biases = {name: module._parameters.get("bias") for name, module in modules if is_layer(module)}
 
     def __enter__(self) -> Any:
         for name, module in self.seen.model.named_modules():
@@ -421,10 +443,15 @@ class Tracing(TorchFunctionMode):
         x, seen = first_tensor(args), self.seen
         seen.runs[name] = seen.runs.get(name, 0) + 1
         seen.rows.setdefault(name, len(x) if x is not None and x.ndim > 1 else 0)
+        around = name.rpartition(".")[0]
+        if x is not None and isinstance(self.seen.model.get_submodule(around), nn.MultiheadAttention):
+            self._keep((around,), x, last=True)
         known = None if x is None else self._of(x)
         if known is not None and is_norm(module):
             for layer in known.given_by:
                 seen.norms.setdefault(layer, name)
+        if is_layer(module) and module._parameters.get("bias") is not self._biases.get(name):
+            seen.borrowed.add(name)
         if x is not None and is_layer(module):
             for layer in self.layers_of(x, last=has_channels_last(module)):
                 readers = seen.consumers.setdefault(layer, [])

@@ -25,7 +25,7 @@ from discedit._checkpoint import Checkpoint, Progress, digest_of
 from discedit._group import Group, OtherFailed
 from discedit._pass import Pass
 from discedit._sharded import Channels, has_shards, unwrapped
-from discedit._trace import ModelTrace, SampleOrder, Tracing, has_channels_last, is_layer
+from discedit._trace import ModelTrace, SampleOrder, Tracing, components_in, has_channels_last, is_layer
 from discedit.moments import GREATEST_EXPONENT, READS, Moments, Statistic
 
 OP = "collect_moments"
@@ -430,7 +430,7 @@ class _Reader(ExitStack):
         self.explicit = layers is not None
         self.layers: dict[str, nn.Module]
         if layers is None:
-            self.layers = {name: module for name, module in modules.items() if is_layer(module)}
+            self.layers = {name: module for name, module in modules.items() if components_in(module)}
             if not self.layers:
                 raise ValueError(
                     f"{OP}: model must have a convolution or linear layer, {type(model).__name__} has none."
@@ -471,10 +471,13 @@ class _Reader(ExitStack):
 
     def _begins(self, name: str, module: nn.Module, x: Tensor | None) -> None:
         """In the first batch: a module is about to read x, perhaps the components of layers."""
-        if x is None or self.read != "consumer" or not is_layer(module):
+        if x is None or not is_layer(module):
             return
         assert self._tracing is not None
-        for source in self._tracing.layers_of(x, last=has_channels_last(module)):
+        sources = self._tracing.layers_of(x, last=has_channels_last(module))
+        if self.read != "consumer":  # what heads give is seen there alone
+            sources = tuple(source for source in sources if isinstance(self._modules[source], nn.MultiheadAttention))
+        for source in sources:
             if source in self.layers and not self.places.get(source, "").startswith(INPUT):
                 self.places[source] = INPUT + name
         self._at(INPUT + name, x)
@@ -592,6 +595,7 @@ class _Reader(ExitStack):
         # What runs twice serves several layers: no single one may be read or edited there.
         self.places = {layer: place for layer, place in self.places.items() if place not in self._repeated}
         order = [layer for layer in self._order if layer != head]
+        order = [n for n in order if n in self.places or not isinstance(self._modules[n], nn.MultiheadAttention)]
         foreign = [layer for layer in order if self._place(layer) in self._foreign]
         why = "their rows are not the samples in the order of the batch, nor windows of them that lie together"
         if foreign:
@@ -620,7 +624,7 @@ class _Reader(ExitStack):
 
 def _layout(module: nn.Module) -> str:
     """Where a module's output has its channels; for a module of unknown kind `ops.pool` refuses to guess."""
-    if has_channels_last(module):
+    if has_channels_last(module) or isinstance(module, nn.MultiheadAttention):
         return "tokens"
     return "nchw" if isinstance(module, (_ConvNd, _NormBase, nn.GroupNorm)) else "auto"
 

@@ -16,12 +16,12 @@ from discedit._batches import call, device_of, outside_modes, split, undisturbed
 from discedit._budget import BUDGETS, NORMALISATIONS, Choice, Cost, Limits, choose, normalised, share_of
 from discedit._calibration import batch_norms, calibrated, kept_back, samples_of
 from discedit._compensation import compensated
-from discedit._graph import KINDS, Components, Graph, unseen_message, width_of
+from discedit._graph import KINDS, Components, Graph, unseen_message
 from discedit._importance import CRITERIA, GIVEN, OF_READERS, Unscored, kinds_of, of_components
 from discedit._measure import count_macs, count_parameters, macs_of_weights
 from discedit._repair import Outputs, repaired, take_back
 from discedit._sharded import unwrapped
-from discedit._trace import ModelTrace
+from discedit._trace import ModelTrace, components_in, width_of
 from discedit.recipe import Edit, Operation, Recipe, architecture_of, joined
 from discedit.scores import REDUCTIONS, Scores
 
@@ -298,7 +298,7 @@ def _once(model: nn.Module, scores: Scores | Mapping[str, Tensor], options: _Opt
             raise ValueError(f"{op}: ignore must name layers that scores holds, {layer!r} is none of {list(scores)}.")
     chosen = [layer for layer in known if layer not in options.ignore]
     graph = Graph(op, model, options.example_inputs, keep_outputs=options.keep_outputs)
-    skipped = {layer: why for layer in chosen if (why := why_not_editable(model, layer))}
+    skipped = {layer: why for layer in chosen if (why := why_not_cut(model, layer))}
     found, unfit = graph.find([layer for layer in chosen if layer not in skipped], options.kinds)
     skipped |= unfit
     if not {"parameters", "macs"}.isdisjoint(options.budget):
@@ -531,6 +531,9 @@ def _left(scores: Scores | Mapping[str, Tensor], edit: Edit) -> Scores | Mapping
     kept = {}
     for operation in edit.recipe.operations:
         layer, _, tensor = operation.target.rpartition(".")
+        heads, _, projection = layer.rpartition(".")
+        if operation.kind == "keep" and projection == "out_proj" and heads in scores and operation.dim == 1:
+            kept[heads] = torch.tensor(operation.index)
         if operation.kind == "keep" and layer in scores and tensor == "weight":
             transposed = getattr(edit.model.get_submodule(layer), "transposed", False)
             if operation.dim == int(transposed):
@@ -552,13 +555,19 @@ def check_layers(op: str, model: nn.Module, scores: Mapping[str, Tensor], layers
             raise ValueError(f"{op}: layers must name layers that scores holds, {layer!r} is none of {list(scores)}.")
         if layer not in modules:
             raise ValueError(f"{op}: scores must come from this model: it has no layer {layer!r}.")
-        width = width_of(modules[layer])
+        width = components_in(modules[layer])
         if width is not None and width != len(scores[layer]):
             raise ValueError(
                 f"{op}: scores must come from this model: layer {layer!r} has {width} components, its scores "
                 f"{len(scores[layer])}."
             )
     return chosen
+
+
+def why_not_cut(model: nn.Module, layer: str) -> str:
+    """Why a layer cannot lose components; empty when it can, as far as itself goes."""
+    multihead = isinstance(model.get_submodule(layer), nn.MultiheadAttention)
+    return "" if multihead else why_not_editable(model, layer)
 
 
 def why_not_editable(model: nn.Module, layer: str) -> str:

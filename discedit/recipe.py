@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from discedit import _files
+from discedit import _attention, _files
 from discedit._batches import outside_inference_mode
 from discedit._measure import count_parameters
 from discedit._optimizers import RESTORED, OptimizerT, carried, parameters_of, watch
 from discedit._sharded import unwrapped
 
 KINDS = ("keep", "fill", "scale", "add", "set", "attribute")
+FORWARD = "forward"  # among the attributes
 WITH_VALUES = ("add", "set")  # kinds that write values of the recipe's own
 
 
@@ -41,7 +42,8 @@ class Operation:
     - kind "scale": multiply by `value` what is at `index` along `dim` of the tensor `target`.
     - kind "add": add the recipe's own values to what is at `index` along `dim` of the tensor `target`.
     - kind "set": replace the tensor `target` by the recipe's own values.
-    - kind "attribute": change the attribute `name` of the module `target` from `before` to `value`.
+    - kind "attribute": change the attribute `name` of the module `target` from `before` to `value`; "forward": what
+      attention must be told to run with fewer heads, None for its class's own.
     """
 
     kind: str
@@ -473,7 +475,7 @@ class _Changes:
             return
         if operation.kind == "attribute":
             module = self.model.get_submodule(operation.target)
-            self.backs.append(partial(setattr, module, operation.name, getattr(module, operation.name)))
+            self.backs.append(partial(_set, module, operation.name, attribute_of(module, operation.name)))
             return
         tensor = self.slots.get(operation.target)
         if operation.kind == "keep":  # leaves the tensor alone and puts another one in its place
@@ -539,8 +541,8 @@ def _attribute_owner(model: nn.Module, operation: Operation, expected: Any) -> n
         module = model.get_submodule(operation.target)
     except AttributeError as error:
         raise ValueError(f"Recipe: the model has no module {operation.target!r}.") from error
-    found = getattr(module, operation.name, None)
-    if (list(found) if isinstance(found, tuple) else found) != expected:
+    found = attribute_of(module, operation.name)
+    if found != expected:
         raise ValueError(
             f"Recipe: attribute {operation.name!r} of module {operation.target!r} must be {expected!r}, "
             f"it is {found!r}."
@@ -549,9 +551,22 @@ def _attribute_owner(model: nn.Module, operation: Operation, expected: Any) -> n
 
 
 def _set_attribute(model: nn.Module, operation: Operation, expected: Any, value: Any) -> None:
-    module = _attribute_owner(model, operation, expected)
-    was_tuple = isinstance(getattr(module, operation.name), tuple)
-    setattr(module, operation.name, tuple(value) if was_tuple else value)
+    _set(_attribute_owner(model, operation, expected), operation.name, value)
+
+
+def attribute_of(module: nn.Module, name: str) -> Any:
+    """A module's attribute, as recipes have it: a list for a tuple."""
+    if name == FORWARD:
+        return _attention.forward_of(module)
+    value = getattr(module, name, None)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    if name == FORWARD:
+        _attention.set_forward(module, value)
+    else:
+        setattr(module, name, tuple(value) if isinstance(getattr(module, name), tuple) else value)
 
 
 @torch.no_grad()
@@ -643,7 +658,12 @@ def _operation(entry: Any, architecture: dict[str, Any], position: int, path: Pa
     if operation.kind == "attribute":
         if not isinstance(operation.name, str) or operation.name.startswith("_"):
             raise refuse("must name a public attribute")
-        if not _is_size(operation.before) or not _is_size(operation.value):
+        if operation.name == FORWARD:
+            if any(
+                value is not None and not _attention.is_spec(value) for value in (operation.before, operation.value)
+            ):
+                raise refuse(f"must tell attention how to run, got {operation.before!r}, {operation.value!r}")
+        elif not _is_size(operation.before) or not _is_size(operation.value):
             raise refuse(f"must change an integer or a list of integers, got {operation.before!r}, {operation.value!r}")
         return operation
     shape = architecture.get(operation.target)

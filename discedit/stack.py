@@ -17,18 +17,21 @@ from torch.nn.modules.conv import _ConvNd
 from discedit import _files
 from discedit._optimizers import watch
 from discedit.recipe import (
+    FORWARD,
     KINDS,
     WITH_VALUES,
     Edit,
     Operation,
     Recipe,
     architecture_of,
+    attribute_of,
     check_architecture,
     copied,
     named_tensors,
 )
 
 FILE = "stack.json"
+SWITCHES = (FORWARD, "activation_relu_or_gelu")  # attributes that count nothing
 # Which axis of its weight an attribute of a layer counts; the other way round in a transposed convolution.
 AXES = {
     **dict.fromkeys(("out_features", "out_channels", "num_features", "num_channels", "num_embeddings"), 0),
@@ -525,6 +528,9 @@ class _Translation:
     def _attribute(self, operation: Operation) -> None:
         """A count follows the tensors that it counts."""
         found = _attribute(self.model, operation)
+        if operation.name in SWITCHES:
+            self.operations.append(replace(operation, before=found))
+            return
         befores, values, present = (_entries(part) for part in (operation.before, operation.value, found))
         known = len(befores) == len(values) == len(present)
         new: list[int] = []
@@ -625,5 +631,4 @@ def _attribute(model: nn.Module, operation: Operation) -> Any:
         module = model.get_submodule(operation.target)
     except AttributeError as error:
         raise ValueError(f"Stack: a recipe changes module {operation.target!r}, which the model lacks.") from error
-    value = getattr(module, operation.name, None)
-    return list(value) if isinstance(value, tuple) else value
+    return attribute_of(module, operation.name)

@@ -485,13 +485,6 @@ def wide_layer_norm():
 
 UNCLEAR = "it belongs to the attention of attention, whose heads cannot be told apart"
 REFUSED = {  # network, and the reasons by layer
-    "multihead attention": (
-        multihead,
-        {
-            "embed": "it feeds a MultiheadAttention, whose forward insists on its width",
-            "attention.out_proj": "it is inside a MultiheadAttention, whose forward insists on its width",
-        },
-    ),
     "attention with shared keys": (
         lambda: attention(SharedKeys, 2),
         dict.fromkeys((f"attention.{name}" for name in ("query", "key", "value")), UNCLEAR),
@@ -563,7 +556,12 @@ def test_a_gate_goes_with_what_it_gates():
 
 
 def test_other_layers_beside_multihead_attention():
-    assert list(found(multihead())[0]) == ["a", "b"]
+    got, skipped = found(multihead(), kinds=("neurons",))
+    assert list(got) == ["a", "b"]
+    assert skipped["embed"] == "it shares its channels with attention.out_proj"
+    got, _ = found(multihead())
+    assert got["embed"].kind == "stream"
+    assert got["embed"].layers == ("embed", "attention.out_proj")
 
 
 def test_shortcuts_padded_with_zeros_are_refused():

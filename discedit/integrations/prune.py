@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod, custom_from_mask
 
 from discedit import _checks
-from discedit._graph import width_of
+from discedit._trace import width_of
 from discedit.integrations._channels import of_layer, per_channel
 from discedit.scores import OVER_CLASSES, Scores
 

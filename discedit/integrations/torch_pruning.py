@@ -13,7 +13,7 @@ from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
 from discedit import _checks
 from discedit._batches import device_of
-from discedit._graph import width_of
+from discedit._trace import width_of
 from discedit.integrations._channels import per_channel
 from discedit.scores import Scores
 

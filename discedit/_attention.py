@@ -1,0 +1,294 @@
+"""Attention that runs with fewer heads than its forward insists on.
+
+`torch.nn.MultiheadAttention`, and much attention written by hand, takes the width of its heads for that of its input:
+``reshape(B, N, C)``, ``C // num_heads``. Here such a module gets a forward in which that width is the one that its
+output projection reads. It stays what it was otherwise: a module of a subclass of its class, with its parameters and
+attributes, which runs under autograd, is copied, pickled, compiled and exported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from discedit._called import attend, why_not_explicit
+
+_SIZES = {"reshape", "view", "unflatten", "split", "split_with_sizes"}  # methods that are given widths
+
+
+class Untraceable(ValueError):
+    """Why a module's forward cannot be followed."""
+
+
+class NarrowAttention(nn.Module):
+    """What a module is, beside its own class, while its forward is another."""
+
+    narrow_spec: dict[str, Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        width = width_of_heads(self, self.narrow_spec["reader"])
+        made = self.__dict__.get("_narrow")
+        if made is None or made[0] != width:
+            made = self._made()
+        return made[1 if self.training else 2](self, *args, **kwargs)
+
+    def _made(self) -> tuple[Any, ...]:
+        """The width, and the forward in train and in eval mode."""
+        made = (width_of_heads(self, self.narrow_spec["reader"]), *_forwards(self, self.narrow_spec)[:2])
+        self.__dict__["_narrow"] = made
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name != "_narrow"}
+        return _rebuilt, (_base_of(self), self.narrow_spec), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._made()  # now, so that nothing has to follow it when the module is compiled
+
+
+def _rebuilt(base: type[nn.Module], spec: dict[str, Any]) -> nn.Module:
+    narrow = _class_of(base, spec)
+    return narrow.__new__(narrow)
+
+
+def _class_of(base: type[nn.Module], spec: dict[str, Any]) -> type[nn.Module]:
+    # Methods of NarrowAttention come first, all else from the module's class.
+    return type(base.__name__, (NarrowAttention, base), {"narrow_spec": spec, "__module__": base.__module__})
+
+
+def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the forward of a module is called with, by name.
+
+    Raises:
+        TypeError, ValueError: it has no signature, or another one.
+    """
+    return dict(list(inspect.signature(_base_of(module).forward).bind(module, *args, **kwargs).arguments.items())[1:])
+
+
+def _base_of(module: nn.Module) -> type[nn.Module]:
+    return type(module).__mro__[2] if isinstance(module, NarrowAttention) else type(module)
+
+
+def width_of_heads(module: nn.Module, reader: str) -> int:
+    """How many channels the layer that reads the heads of a module reads."""
+    layer: Any = module.get_submodule(reader)
+    return int(layer.weight.shape[1])
+
+
+def forward_of(module: nn.Module) -> dict[str, Any] | None:
+    """What `set_forward` was given; None: the module has the forward of its class."""
+    return module.narrow_spec if isinstance(module, NarrowAttention) else None
+
+
+def set_forward(module: nn.Module, spec: dict[str, Any] | None) -> None:
+    """Gives a module a forward for heads of any number, or (None) its own again; see `spec_of`."""
+    base = _base_of(module)
+    module.__dict__.pop("_narrow", None)
+    module.__class__ = base if spec is None else _class_of(base, spec)
+
+
+def spec_of(
+    module: nn.Module, layers: list[str], reader: str, given: Mapping[str, Any], channels_last: bool
+) -> dict[str, Any] | None:
+    """What a forward for another number of heads needs to know; None where the module's own can stay.
+
+    Args:
+        module: the attention.
+        layers: that give queries, keys and values, by their names in it.
+        reader: the layer that reads the heads, by its name in it.
+        given: arguments of the forward, by name, in a call.
+        channels_last: whether the layers' channels are on the last axis; otherwise on axis 1.
+
+    Raises:
+        Untraceable: its forward cannot be followed.
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        if why := why_not_explicit(module):
+            raise Untraceable(why)
+        return {"reader": reader}
+    tensors = [value for value in given.values() if isinstance(value, Tensor)]
+    if not tensors:
+        raise Untraceable("it is called without a tensor")
+    before = forward_of(module)
+    spec = {
+        "layers": layers,
+        "reader": reader,
+        "whole": width_of_heads(module, reader) if before is None else before["whole"],
+        "given": [name for name, value in given.items() if value is not None],
+        "ndim": tensors[0].ndim,
+        "channels_last": channels_last,
+    }
+    return spec if _forwards(module, spec)[2] else None
+
+
+def is_spec(value: Any) -> bool:
+    """Whether a value of a file can be what `spec_of` gives."""
+    if not isinstance(value, dict) or not isinstance(value.get("reader"), str):
+        return False
+    if set(value) == {"reader"}:
+        return True
+    names = [value.get("layers"), value.get("given")]
+    return (
+        set(value) == {"layers", "reader", "whole", "given", "ndim", "channels_last"}
+        and all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in names)
+        and all(type(value[name]) is int for name in ("whole", "ndim"))
+        and type(value["channels_last"]) is bool
+    )
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # or what is made of buffers would be a constant
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _forwards(module: nn.Module, spec: Mapping[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any], bool]:
+    """A module's forward in train and in eval mode, and whether it is another than that of its class."""
+    if "layers" not in spec:
+        return attend, attend, True
+    found = [_Narrowed(module, spec, training) for training in (True, False)]
+    return found[0].forward, found[1].forward, found[1].changed
+
+
+class _Narrowed:
+    """A module's forward, followed, with the width of the heads in place of that of the input.
+
+    The width is a number that the forward reads from the shape of its input (or of what does not come from the heads)
+    and hands to what is made of the heads, up to the layer that reads them.
+    """
+
+    def __init__(self, module: nn.Module, spec: Mapping[str, Any], training: bool) -> None:
+        self.spec = spec
+        self.width = width_of_heads(module, spec["reader"])
+        self.changed = False
+        base = _base_of(module)
+        clone = base.__new__(base)
+        clone.__dict__.update({name: value for name, value in module.__dict__.items() if name != "_narrow"})
+        clone.__dict__["training"] = training
+        before = dict(clone.__dict__)
+        parameters = inspect.signature(base.forward).parameters
+        fixed = {
+            name: parameter.default
+            for name, parameter in list(parameters.items())[1:]
+            if name not in spec["given"] and parameter.default is not parameter.empty
+        }
+        try:
+            self.graph = _Tracer().trace(clone, concrete_args=fixed)
+        except Exception as error:  # whatever a forward makes of what has no value yet
+            raise Untraceable(f"torch.fx cannot follow its forward ({error})") from error
+        if any(before.get(name) is not value for name, value in clone.__dict__.items()):
+            raise Untraceable("its forward keeps what it finds for the next call")
+        for node, name in zip((n for n in self.graph.nodes if n.op == "placeholder"), [*parameters][1:], strict=True):
+            node.target = name  # torch.fx numbers those that are fixed
+        self._rewrite()
+        code = self.graph.python_code("self")
+        scope = dict(code.globals)
+        exec(compile(code.src, f"<{base.__name__}.forward>", "exec"), scope)
+        self.forward: Callable[..., Any] = scope["forward"]
+
+    def _rewrite(self) -> None:
+        inside = self._inside()
+        known: dict[fx.Node, Any] = {}
+        for node in list(self.graph.nodes):
+            if node not in inside:
+                continue
+
+            def told(source: fx.Node, node: fx.Node = node) -> Any:
+                return self._told(source, inside, known, node)
+
+            args, kwargs = fx.map_arg((node.args, node.kwargs), told)
+            if (node.op == "call_method" and node.target in _SIZES) or node.target in (torch.reshape, torch.split):
+                args, kwargs = fx.node.map_aggregate((args, kwargs), self._size)
+            self.changed |= (args, kwargs) != (node.args, node.kwargs)
+            node.args, node.kwargs = args, kwargs
+
+    def _size(self, size: Any) -> Any:
+        """A size that the module keeps: the width is the same number for it, whatever it stands for."""
+        if type(size) is not int or size != self.spec["whole"]:
+            return size
+        self.changed = True
+        return self.width
+
+    def _inside(self) -> set[fx.Node]:
+        """What is made of the heads, until they are read."""
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if not self._calls(node, self.spec["reader"]) and (
+                self._calls(node, *self.spec["layers"]) or any(source in found for source in node.all_input_nodes)
+            ):
+                found.add(node)
+        return self._before_reader(found)
+
+    def _before_reader(self, nodes: set[fx.Node]) -> set[fx.Node]:
+        """Those that the reader comes from: shapes behind it are those of the input again."""
+        found: set[fx.Node] = set()
+        stack = [node for node in self.graph.nodes if self._calls(node, self.spec["reader"])]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source in nodes and source not in found:
+                    found.add(source)
+                    stack.append(source)
+        return found
+
+    def _calls(self, node: fx.Node, *layers: str) -> bool:
+        """Whether a node calls one of these layers, be it with others or by a function that is handed its weight."""
+        called = self._called(node)
+        return bool(called) and any(layer == called or layer.startswith(f"{called}.") for layer in layers)
+
+    def _called(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return str(node.target)
+        if node.op == "call_function" and node.target is nn.functional.linear:
+            weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+            if isinstance(weight, fx.Node) and weight.op == "get_attr":
+                return str(weight.target).removesuffix(".weight")
+        return ""
+
+    def _told(self, node: fx.Node, inside: set[fx.Node], known: dict[fx.Node, Any], user: fx.Node) -> Any:
+        """What a node that is no part of the heads becomes there: itself, unless it is made of the width."""
+        if node in inside:
+            return node
+        if node not in known:
+            known[node] = node
+            if self._is_width(node):
+                known[node] = self.width
+            elif node.op == "call_function" and node.target in _ARITHMETIC:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._told(n, inside, known, user))
+                if (args, kwargs) != (node.args, node.kwargs):
+                    function: Any = node.target
+                    if not any(isinstance(arg, fx.Node) for arg in args):
+                        known[node] = function(*args, **kwargs)
+                    else:
+                        with self.graph.inserting_after(node):
+                            known[node] = self.graph.call_function(function, args, kwargs)
+        return known[node]
+
+    def _is_width(self, node: fx.Node) -> bool:
+        """Whether a node is the number of channels of a tensor."""
+        index: Any = None
+        if node.op == "call_function" and node.target is operator.getitem:
+            source, index = node.args
+            if not isinstance(source, fx.Node) or not _is_shape(source):
+                return False
+        elif node.op == "call_method" and node.target == "size":
+            index = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        if type(index) is not int:
+            return False
+        axis = self.spec["ndim"] - 1 if self.spec["channels_last"] else 1
+        return bool(index % self.spec["ndim"] == axis)
+
+
+_ARITHMETIC = {operator.floordiv, operator.truediv, operator.mul, operator.add, operator.sub, operator.pow, int, float}
+
+
+def _is_shape(node: fx.Node) -> bool:
+    if node.op == "call_function" and node.target is getattr:
+        return bool(node.args[1] == "shape")
+    return node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs

@@ -1,0 +1,361 @@
+"""Attention whose forward takes the width of its heads for that of its input, and layers whose weights are handed to
+functions: both are pruned like any other."""
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from helpers import Net
+from torch import nn
+from torch.nn import functional
+
+from discedit import Recipe, Stack, collect_moments, prune, score
+from discedit._batches import undisturbed
+from discedit._called import attend
+from discedit._measure import count_macs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WIDTH, HEADS = 12, 4
+
+
+class Attention(nn.Module):
+    def __init__(self, conv=False, drop=0.0):
+        super().__init__()
+        self.num_heads, self.dim, self.drop = HEADS, WIDTH, drop
+        self.qkv = nn.Conv2d(WIDTH, 3 * WIDTH, 1) if conv else nn.Linear(WIDTH, 3 * WIDTH)
+        self.proj = nn.Conv2d(WIDTH, WIDTH, 1) if conv else nn.Linear(WIDTH, WIDTH)
+
+    def mixed(self, q, k, v):
+        shares = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        return functional.dropout(shares, self.drop, self.training) @ v
+
+
+class OfShape(Attention):
+    def forward(self, x, mask=None):
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(self.mixed(q, k, v).transpose(1, 2).reshape(B, N, C))
+
+
+class OfSize(Attention):
+    def forward(self, x):
+        width = x.size(-1)
+        q, k, v = self.qkv(x).split(width, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.num_heads, width // self.num_heads)).transpose(1, 2) for t in (q, k, v))
+        return self.proj(self.mixed(q, k, v).transpose(1, 2).flatten(2).view(x.size(0), -1, width))
+
+
+class OfAttribute(Attention):
+    def forward(self, x):
+        q, k, v = torch.split(self.qkv(x), self.dim, -1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        return self.proj(self.mixed(q, k, v).transpose(1, 2).reshape(x.shape[0], x.shape[1], self.dim))
+
+
+class Interleaved(Attention):
+    def forward(self, x):
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(self.mixed(q, k, v).permute(0, 2, 3, 1).reshape(B, N, C))
+
+
+class OwnBias(Attention):
+    """Hands the weight to a function, with a bias put together."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.randn(WIDTH)), nn.Parameter(torch.randn(WIDTH))
+        self.register_buffer("k_bias", torch.zeros(WIDTH), persistent=False)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        qkv = functional.linear(x, self.qkv.weight, bias).reshape(B, N, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(self.mixed(q, k, v).transpose(1, 2).reshape(B, N, C))
+
+
+class KeysAndValues(Attention):
+    """One layer for both, and windows before and behind, in which the input's own width stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+        del self.qkv
+
+    def forward(self, x):
+        B, N, C = x.shape
+        x = x.view(B, 2, N // 2, C).reshape(2 * B, N // 2, C)
+        head = C // self.num_heads
+        q = self.q(x).reshape(2 * B, N // 2, self.num_heads, head).transpose(1, 2)
+        k, v = self.kv(x).reshape(2 * B, N // 2, 2, self.num_heads, head).permute(2, 0, 3, 1, 4).unbind(0)
+        x = self.proj(self.mixed(q, k, v).transpose(1, 2).reshape(2 * B, N // 2, C))
+        return x.view(B, 2, N // 2, C).reshape(B, N, C)
+
+
+class Maps(Attention):
+    def __init__(self):
+        super().__init__(conv=True)
+
+    def forward(self, x):
+        x = x.transpose(1, 2).unflatten(2, (2, -1))
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(x).reshape(B, 3, self.num_heads, C // self.num_heads, H * W).unbind(1)
+        x = self.mixed(q.transpose(-2, -1), k.transpose(-2, -1), v.transpose(-2, -1)).transpose(-2, -1)
+        return self.proj(x.reshape(B, C, H, W)).flatten(2).transpose(1, 2)
+
+
+def net(attention):
+    torch.manual_seed(0)
+
+    def run(s, x):
+        tokens = s.embed(x)
+        return s.head((tokens + s.attention(tokens)).mean(1))
+
+    return Net(
+        run,
+        embed=nn.Linear(5, WIDTH), attention=attention(), head=nn.Linear(WIDTH, 3),
+    ).eval()  # fmt: skip
+
+
+X = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))
+FORMS = [OfShape, OfSize, OfAttribute, Interleaved, OwnBias, KeysAndValues, Maps]
+
+
+def without(model, edit, reader):
+    """The whole model with zeros in the columns that the reader lost."""
+    model = copy.deepcopy(model)
+    weight = model.get_submodule(reader).weight
+    kept = list(range(weight.shape[1]))
+    for operation in edit.recipe.operations:
+        if operation.target == f"{reader}.weight" and operation.kind == "keep" and operation.dim == 1:
+            kept = [kept[index] for index in operation.index]
+    gone = [channel for channel in range(weight.shape[1]) if channel not in kept]
+    weight.data[:, gone] = 0
+    return model, len(gone)
+
+
+def is_close(a, b):
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("components", ["heads", "all"])
+def test_heads_go_from_forwards_that_insist_on_their_width(form, components):
+    model = net(form)
+    edit = prune(model, None, ratio=0.5, example_inputs=X, criterion="l1", components=components)
+    if components == "heads":
+        masked, gone = without(model, edit, "attention.proj")
+        assert gone == WIDTH // 2
+        assert is_close(edit.model(X), masked(X))
+        assert not is_close(edit.model(X), model(X))
+    else:
+        assert edit.model.head.in_features == WIDTH // 2
+    for inputs in (X[:3], torch.randn(2, 8, 5)):  # another batch, another length
+        assert torch.equal(copy.deepcopy(edit.model)(inputs), edit.model(inputs))
+    edit.model.train()(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in edit.model.parameters())
+    restored = edit.recipe.undo(edit.model.eval())
+    assert torch.equal(restored(X), model(X))
+    assert type(restored.attention) is form
+
+
+@pytest.mark.parametrize("form", [OfShape, OwnBias])
+def test_narrow_attention_is_saved_and_exported(form, tmp_path):
+    model = net(form)
+    edit = prune(model, None, ratio=0.5, example_inputs=X, criterion="l1")
+    expected = edit.model(X)
+    assert isinstance(edit.model.attention, form)
+    edit.recipe.save(tmp_path / "recipe")
+    again = Recipe.load(tmp_path / "recipe").apply(net(form)).model
+    again.load_state_dict(edit.model.state_dict())
+    assert torch.equal(again(X), expected)
+    buffer = io.BytesIO()
+    torch.save(edit.model.attention, buffer)
+    buffer.seek(0)
+    tokens = torch.randn(2, 6, WIDTH)
+    assert torch.equal(torch.load(buffer, weights_only=False)(tokens), edit.model.attention(tokens))
+    for module in (edit.model.attention, copy.deepcopy(edit.model.attention)):
+        exported = torch.export.export(module, (tokens,)).module()
+        assert is_close(exported(tokens), edit.model.attention(tokens))
+
+
+def test_dropout_of_attention_goes_on_in_train_mode():
+    model = net(lambda: OfShape(drop=0.5))
+    edit = prune(model, None, ratio=0.5, example_inputs=X, criterion="l1")
+    assert torch.equal(edit.model(X), edit.model(X))
+    edit.model.train()
+    assert not torch.equal(edit.model(X), edit.model(X))
+
+
+def test_arguments_that_were_not_given_are_not_taken_in_silence():
+    edit = prune(net(OfShape), None, ratio=0.5, example_inputs=X, criterion="l1")
+    tokens = torch.randn(2, 6, WIDTH)
+    edit.model.attention(tokens, mask=None)
+    with pytest.raises(AssertionError, match="mask"):
+        edit.model.attention(tokens, mask=torch.ones(6, 6))
+
+
+def test_a_forward_that_cannot_be_followed_is_refused_with_the_reason():
+    class Odd(OfShape):
+        def forward(self, x, mask=None):
+            return super().forward(x) if len(x) % 2 == 0 else super().forward(x[:1])
+
+    with pytest.raises(ValueError, match="takes the width of its heads for that of its input: torch.fx cannot follow"):
+        prune(net(Odd), None, ratio=0.5, example_inputs=X, criterion="l1", components="heads")
+
+
+def test_heads_go_in_steps_and_come_back():
+    model = net(OfShape)
+    edit = prune(model, None, ratio=0.75, steps=3, example_inputs=X, criterion="l1", components="heads")
+    assert edit.model.attention.num_heads == 1
+    masked, _ = without(model, edit, "attention.proj")
+    assert is_close(edit.model(X), masked(X))
+    assert torch.equal(edit.recipe.undo(edit.model)(X), model(X))
+
+
+def test_edits_of_attention_stack():
+    model, stack = net(OfShape), Stack(net(OfShape))
+    stack.push("half", prune(model, None, ratio=0.5, example_inputs=X, criterion="l1", components="heads"))
+    stack.push("more", prune(stack.model, None, ratio=0.5, example_inputs=X, criterion="l1", components="heads"))
+    assert stack.model.attention.num_heads == 1
+    assert stack.model(X).isfinite().all()
+    stack.remove("half")
+    assert stack.model.attention.num_heads == 3
+    weight = stack.model.attention.proj.weight
+    assert weight.shape == (WIDTH, 9)
+    assert stack.model(X).isfinite().all()
+    stack.remove("more")
+    assert torch.equal(stack.model(X), model(X))
+
+
+def encoder(batch_first=True, norm_first=False):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 20, batch_first=batch_first, norm_first=norm_first)
+
+    def run(s, x):
+        tokens = s.embed(x)
+        tokens = s.encoder(tokens if batch_first else tokens.transpose(0, 1))
+        return s.head(tokens.mean(1 if batch_first else 0))
+
+    return Net(
+        run, embed=nn.Linear(5, WIDTH), encoder=nn.TransformerEncoder(layer, 2), head=nn.Linear(WIDTH, 3)
+    ).eval()  # fmt: skip
+
+
+class Cross(nn.Module):
+    """Queries of one width, keys and values of another."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.embed, self.other, self.head = nn.Linear(5, WIDTH), nn.Linear(5, 8), nn.Linear(WIDTH, 3)
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, kdim=8, vdim=8, batch_first=True, **options)
+
+    def forward(self, x):
+        other = self.other(x)
+        return self.head(self.attention(self.embed(x), other, other, need_weights=False)[0].mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("make", [encoder, lambda: encoder(False), lambda: encoder(norm_first=True), Cross])
+def test_multihead_attention_loses_heads(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    edit = prune(model, None, ratio=0.5, example_inputs=X, criterion="l1", components="heads")
+    readers = [name for name, module in model.named_modules() if name.endswith("out_proj")]
+    masked = model
+    for reader in readers:
+        masked, gone = without(masked, edit, reader)
+        assert gone == WIDTH // 2
+    # With gradients and without: torch's fast path, which knows one width alone, must not be taken.
+    assert is_close(edit.model(X), masked(X))
+    assert not is_close(edit.model(X), model(X))
+    with torch.inference_mode():
+        assert is_close(edit.model(X), masked(X))
+    assert count_macs(edit.model, X) < count_macs(model, X)
+    assert torch.equal(edit.recipe.undo(edit.model)(X), model(X))
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_streams_go_through_multihead_attention():
+    model = encoder(norm_first=True)
+    edit = prune(model, None, ratio=0.5, example_inputs=X, criterion="l1", components="all")
+    assert not edit.skipped
+    assert edit.model.embed.out_features == edit.model.head.in_features == WIDTH // 2
+    assert edit.model.encoder.layers[0].self_attn.in_proj_weight.shape == (3 * WIDTH // 2, WIDTH // 2)
+    padding = torch.zeros(4, 6, dtype=torch.bool)
+    padding[0, 3:] = True
+    edit.model.encoder(edit.model.embed(X), src_key_padding_mask=padding)
+    edit.model.train()(X).sum().backward()
+
+
+def test_multihead_attention_with_keys_of_its_own_stays_whole():
+    with pytest.raises(ValueError, match="no layer can be pruned .*it feeds attention, a MultiheadAttention with"):
+        prune(Cross(add_bias_kv=True).eval(), None, ratio=0.5, example_inputs=X, criterion="l1")
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("read", ["output", "consumer"])
+def test_heads_of_multihead_attention_are_scored_where_they_are_read(read):
+    """The scores are those of what the output projection reads, whichever place is read elsewhere."""
+    model = encoder()
+    batches = [(torch.randn(8, 6, 5), torch.arange(8) % 2) for _ in range(3)]
+    moments = collect_moments(model, batches, num_classes=2, read=read)
+    layer = "encoder.layers.0.self_attn"
+    seen = []
+    handle = model.get_submodule(f"{layer}.out_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with undisturbed(model):
+        for inputs, _ in batches:
+            model(inputs)
+    handle.remove()
+    means = torch.cat(seen).mean(1).double()
+    labels = torch.cat([labels for _, labels in batches])
+    expected = torch.stack([means[labels == c].mean(0) for c in range(2)])
+    assert torch.allclose(moments[layer].mean, expected, atol=1e-6)
+    scores = score(moments)
+    assert scores[layer].shape == (WIDTH, 2)
+    edit = prune(model, scores, ratio=0.5, example_inputs=X, criterion="min", components="heads")
+    heads = scores.reduce("min")[layer].view(HEADS, -1).mean(1)
+    assert edit.recipe.components[layer] == sorted(
+        row for head in heads.argsort()[: HEADS // 2].tolist() for row in range(head * 3, head * 3 + 3)
+    )
+
+
+def test_layers_that_functions_are_handed_are_scored():
+    """As if the model had called them, with the bias that it hands over."""
+    model = net(OwnBias)
+    batches = [(torch.randn(8, 6, 5), torch.arange(8) % 2) for _ in range(2)]
+    moments = collect_moments(model, batches, num_classes=2, read="output")
+    attention = model.attention
+    bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+    found = torch.cat([functional.linear(model.embed(x), attention.qkv.weight, bias).mean(1) for x, _ in batches])
+    labels = torch.cat([labels for _, labels in batches])
+    expected = torch.stack([found[labels == c].double().mean(0) for c in range(2)])
+    assert torch.allclose(moments["attention.qkv"].mean, expected, atol=1e-6)
+    assert attention.qkv.bias is None
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("other", [None, 8])
+def test_attend_is_what_torch_gives(batch_first, other):
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(WIDTH, HEADS, kdim=other, vdim=other, batch_first=batch_first).double()
+    query, key = torch.randn(3, 5, WIDTH).double(), torch.randn(3, 7, other or WIDTH).double()
+    if not batch_first:
+        query, key = query.transpose(0, 1), key.transpose(0, 1)
+    padding = torch.zeros(3, 7).double()
+    padding[0, 3:] = -torch.inf
+    masks = (None, torch.randn(5, 7).double(), torch.randn(3 * HEADS, 5, 7).double())
+    for weights, average, mask, pad in itertools.product((True, False), (True, False), masks, (None, padding)):
+        options = {"need_weights": weights, "attn_mask": mask, "average_attn_weights": average}
+        theirs = layer(query, key, key, key_padding_mask=pad, **options)
+        ours = attend(layer, query, key, key, key_padding_mask=pad, **options)
+        assert torch.allclose(ours[0], theirs[0])
+        assert (ours[1] is None) == (theirs[1] is None)
+        assert ours[1] is None or torch.allclose(ours[1], theirs[1])
+    one = attend(layer, query[:, 0], key[:, 0], key[:, 0])[0]  # a single sequence
+    assert torch.allclose(one, layer(query[:, 0], key[:, 0], key[:, 0])[0])
