@@ -8,9 +8,10 @@ attributes, which runs under autograd, is copied, pickled, compiled and exported
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -120,7 +121,11 @@ def spec_of(
         "layers": layers,
         "reader": reader,
         "whole": width_of_heads(module, reader) if before is None else before["whole"],
-        "given": [name for name, value in given.items() if value is not None],
+        "given": {
+            name: len(value) if isinstance(value, (tuple, list)) else 0
+            for name, value in given.items()
+            if value is not None
+        },
         "ndim": tensors[0].ndim,
         "channels_last": channels_last,
     }
@@ -133,20 +138,61 @@ def is_spec(value: Any) -> bool:
         return False
     if set(value) == {"reader"}:
         return True
-    names = [value.get("layers"), value.get("given")]
+    layers, given = value.get("layers"), value.get("given")
     return (
         set(value) == {"layers", "reader", "whole", "given", "ndim", "channels_last"}
-        and all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in names)
+        and isinstance(layers, list)
+        and all(isinstance(name, str) for name in layers)
+        and isinstance(given, dict)
+        and all(type(length) is int for length in given.values())
         and all(type(value[name]) is int for name in ("whole", "ndim"))
         and type(value["channels_last"]) is bool
     )
 
 
+def _copied(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    """Whether it is the same object, or a container of the same objects."""
+    if isinstance(before, dict):
+        return now.keys() == before.keys() and all(now[key] is value for key, value in before.items())
+    if isinstance(before, (list, set)):
+        return len(now) == len(before) and all(one is other for one, other in zip(now, before, strict=True))
+    return now is before
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # or what is made of buffers would be a constant
 
+    def __init__(self, lengths: Mapping[str, int]) -> None:
+        super().__init__()
+        self.lengths = lengths  # of arguments that are tuples
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        length: Any = self.lengths.get(str(node.target)) if node.op == "placeholder" else None
+        if node.op == "call_method" and node.target == "chunk":
+            length = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
+        return _Tuple(node, self, length) if type(length) is int and length else super().proxy(node)
+
+
+class _Tuple(fx.Proxy):
+    """Stands for a tuple of known length."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, length: int) -> None:
+        super().__init__(node, tracer)
+        self.__dict__["_length"] = length
+
+    def __len__(self) -> int:
+        return int(self.__dict__["_length"])
+
+    def __iter__(self) -> Iterator[Any]:
+        part: Any = super().__getitem__  # type: ignore[misc]
+        return iter([part(index) for index in range(len(self))])
 
 
 def _forwards(module: nn.Module, spec: Mapping[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any], bool]:
@@ -169,10 +215,9 @@ class _Narrowed:
         self.width = width_of_heads(module, spec["reader"])
         self.changed = False
         base = _base_of(module)
-        clone = base.__new__(base)
-        clone.__dict__.update({name: value for name, value in module.__dict__.items() if name != "_narrow"})
-        clone.__dict__["training"] = training
-        before = dict(clone.__dict__)
+        clone = base.__new__(base)  # with containers of its own, which a forward may write to
+        state = {name: value for name, value in module.__dict__.items() if name != "_narrow"} | {"training": training}
+        clone.__dict__.update({name: _copied(value) for name, value in state.items()})
         parameters = inspect.signature(base.forward).parameters
         fixed = {
             name: parameter.default
@@ -180,10 +225,12 @@ class _Narrowed:
             if name not in spec["given"] and parameter.default is not parameter.empty
         }
         try:
-            self.graph = _Tracer().trace(clone, concrete_args=fixed)
+            self.graph = _Tracer(spec["given"]).trace(clone, concrete_args=fixed)
         except Exception as error:  # whatever a forward makes of what has no value yet
             raise Untraceable(f"torch.fx cannot follow its forward ({error})") from error
-        if any(before.get(name) is not value for name, value in clone.__dict__.items()):
+        if clone.__dict__.keys() != state.keys() or not all(
+            _is_same(clone.__dict__[name], state[name]) for name in state
+        ):
             raise Untraceable("its forward keeps what it finds for the next call")
         for node, name in zip((n for n in self.graph.nodes if n.op == "placeholder"), [*parameters][1:], strict=True):
             node.target = name  # torch.fx numbers those that are fixed

@@ -138,6 +138,7 @@ class Graph:
         self.shared = {owner for owners in places.values() if len(owners) > 1 for owner in owners}
         self.members: dict[str, list[_Members]] = {}
         self.parts: dict[_Key, list[_Members]] = {}
+        self.joined: dict[frozenset[_Key], list[_Members]] = {}  # of both sides of convolutions in groups
         self.widths: dict[_Key, int] = {}
         self.differs: dict[_Key, bool] = {}
         self.nodes: dict[_Key, set[Any]] = {}  # of torch-pruning's graph, on the way of a layer's channels
@@ -439,15 +440,20 @@ class Graph:
         if layer in self.members:
             return self.members[layer]
         own = self._own(layer)
-        parts = list(self._parts(own))
-        sides = {own}
-        while more := self._sides(parts) - sides:
+        parts = self._parts(own)
+        sides: set[_Key] = {own}
+        beside: list[_Members] = []
+        while more := self._sides([*parts, *beside]) - sides:
             for side in sorted(more):
-                parts += self._parts(side)
+                beside += self._parts(side)
                 self.nodes[own] |= self.nodes[side]
             sides |= more
-        if any(map(self._width_of_group, {key for part in parts for key in part})):
-            parts = [part for part in _joined(parts, self._width_of_group) if own in part]
+        if any(map(self._width_of_group, {key for part in (*parts, *beside) for key in part})):
+            around = frozenset(sides - {own})  # which the other layers of a stream have as well
+            if around not in self.joined:
+                self.joined[around] = _joined(beside, self._width_of_group)
+            parts = _joined([*self.joined[around], *parts], self._width_of_group)
+            parts = [part for part in parts if own in part]
             parts.sort(key=lambda part: part[own])
         self.members[layer] = parts
         return parts
@@ -1177,22 +1183,26 @@ def _described(module: _ConvNd) -> str:
 
 def _joined(parts: Iterable[_Members], width_of_group: Callable[[_Key], int]) -> list[_Members]:
     """Components that share channels, or reach the same group of channels, on whichever side, made one."""
-    known: dict[tuple[str, Any, int], int] = {}  # what goes together -> the component that it is in by now
-    found: dict[int, dict[_Key, set[int]]] = {}
+    parts = list(parts)
+    leader = list(range(len(parts)))  # of what goes together, as far as is known; a part leads to itself in the end
 
-    def places(key: _Key, gone: Iterable[int]) -> set[tuple[str, Any, int]]:
-        width = width_of_group(key)
-        return {(key[0], "group", index // width) if width else (*key, index) for index in gone}
+    def led_by(number: int) -> int:
+        while leader[number] != number:
+            leader[number] = number = leader[leader[number]]
+        return number
 
+    owners: dict[Any, dict[int, int]] = {}  # where -> channel, or group of channels -> a part that has it
     for number, part in enumerate(parts):
-        mine = {key: set(gone) for key, gone in part.items()}
-        reached = set().union(*(places(key, gone) for key, gone in part.items()))
-        for other in {known[place] for place in reached if place in known}:
-            for key, gone in found.pop(other).items():
-                reached |= places(key, gone)
-                mine.setdefault(key, set()).update(gone)
-        known |= dict.fromkeys(reached, number)
-        found[number] = mine
+        for key, gone in part.items():
+            width = width_of_group(key)
+            known = owners.setdefault((key[0], "group") if width else key, {})
+            for place in {index // width for index in gone} if width else gone:
+                leader[led_by(known.setdefault(place, number))] = led_by(number)
+    found: dict[int, dict[_Key, set[int]]] = {}
+    for number, part in enumerate(parts):
+        mine = found.setdefault(led_by(number), {})
+        for key, gone in part.items():
+            mine.setdefault(key, set()).update(gone)
     return [{key: sorted(gone) for key, gone in part.items()} for part in found.values()]
 
 

@@ -51,7 +51,7 @@ class OfSize(Attention):
 class OfAttribute(Attention):
     def forward(self, x):
         q, k, v = torch.split(self.qkv(x), self.dim, -1)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         return self.proj(self.mixed(q, k, v).transpose(1, 2).reshape(x.shape[0], x.shape[1], self.dim))
 
 
@@ -97,6 +97,26 @@ class KeysAndValues(Attention):
         return x.view(B, 2, N // 2, C).reshape(B, N, C)
 
 
+class OfMap(nn.Module):
+    """Is told the size of its map, a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = self.Inner()
+
+    def forward(self, x):
+        return self.attention(x, (2, x.shape[1] // 2))
+
+    class Inner(Attention):
+        def forward(self, x, size):
+            B, N, C = x.shape
+            x = x.transpose(1, 2).reshape(B, C, *size).flatten(2).transpose(1, 2)
+            q, k, v = (
+                t.reshape(B, N, self.num_heads, C // self.num_heads).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)
+            )
+            return self.proj(self.mixed(q, k, v).transpose(1, 2).reshape(B, N, C))
+
+
 class Maps(Attention):
     def __init__(self):
         super().__init__(conv=True)
@@ -123,7 +143,7 @@ def net(attention):
 
 
 X = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))
-FORMS = [OfShape, OfSize, OfAttribute, Interleaved, OwnBias, KeysAndValues, Maps]
+FORMS = [OfShape, OfSize, OfAttribute, Interleaved, OwnBias, KeysAndValues, OfMap, Maps]
 
 
 def without(model, edit, reader):
@@ -149,7 +169,8 @@ def test_heads_go_from_forwards_that_insist_on_their_width(form, components):
     model = net(form)
     edit = prune(model, None, ratio=0.5, example_inputs=X, criterion="l1", components=components)
     if components == "heads":
-        masked, gone = without(model, edit, "attention.proj")
+        inside = "attention.attention" if form is OfMap else "attention"
+        masked, gone = without(model, edit, f"{inside}.proj")
         assert gone == WIDTH // 2
         assert is_close(edit.model(X), masked(X))
         assert not is_close(edit.model(X), model(X))
@@ -207,6 +228,23 @@ def test_a_forward_that_cannot_be_followed_is_refused_with_the_reason():
 
     with pytest.raises(ValueError, match="takes the width of its heads for that of its input: torch.fx cannot follow"):
         prune(net(Odd), None, ratio=0.5, example_inputs=X, criterion="l1", components="heads")
+
+
+def test_a_forward_that_keeps_something_is_refused_and_keeps_nothing_of_ours():
+    class Keeps(OfShape):
+        def __init__(self):
+            super().__init__()
+            self.cache = {}
+
+        def forward(self, x):
+            if "mean" not in self.cache:
+                self.cache["mean"] = self.qkv.weight.mean()
+            return super().forward(x) + self.cache["mean"]
+
+    model = net(Keeps)
+    with pytest.raises(ValueError, match="its forward keeps what it finds for the next call"):
+        prune(model, None, ratio=0.5, example_inputs=X, criterion="l1", components="heads")
+    assert all(type(kept) is torch.Tensor for kept in model.attention.cache.values())
 
 
 def test_heads_go_in_steps_and_come_back():
