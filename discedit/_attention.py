@@ -45,7 +45,9 @@ class NarrowAttention(nn.Module):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {name: value for name, value in self.__dict__.items() if name != "_narrow"}
+        own = getattr(_base_of(self), "__getstate__", None)  # of objects in general from Python 3.11 on
+        state = dict(self.__dict__ if own is None else own(self))
+        state.pop("_narrow", None)
         return _rebuilt, (_base_of(self), self.narrow_spec), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,6 +111,8 @@ def spec_of(
     Raises:
         Untraceable: its forward cannot be followed.
     """
+    if "forward" in module.__dict__:
+        raise Untraceable("its forward is not that of its class")
     if isinstance(module, nn.MultiheadAttention):
         if why := why_not_explicit(module):
             raise Untraceable(why)
@@ -215,16 +219,16 @@ class _Narrowed:
         self.width = width_of_heads(module, spec["reader"])
         self.changed = False
         base = _base_of(module)
-        clone = base.__new__(base)  # with containers of its own, which a forward may write to
         state = {name: value for name, value in module.__dict__.items() if name != "_narrow"} | {"training": training}
-        clone.__dict__.update({name: _copied(value) for name, value in state.items()})
-        parameters = inspect.signature(base.forward).parameters
-        fixed = {
-            name: parameter.default
-            for name, parameter in list(parameters.items())[1:]
-            if name not in spec["given"] and parameter.default is not parameter.empty
-        }
         try:
+            clone = base.__new__(base)  # with containers of its own, which a forward may write to
+            clone.__dict__.update({name: _copied(value) for name, value in state.items()})
+            parameters = inspect.signature(base.forward).parameters
+            fixed = {
+                name: parameter.default
+                for name, parameter in list(parameters.items())[1:]
+                if name not in spec["given"] and parameter.default is not parameter.empty
+            }
             self.graph = _Tracer(spec["given"]).trace(clone, concrete_args=fixed)
         except Exception as error:  # whatever a forward makes of what has no value yet
             raise Untraceable(f"torch.fx cannot follow its forward ({error})") from error

@@ -146,6 +146,11 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) 
 
     found: Tensor | None = None
     if attn_mask is not None:
+        if attn_mask.ndim == 3 and len(attn_mask) != len(q) * q.shape[1]:
+            raise ValueError(
+                "MultiheadAttention: an attn_mask of three axes must have one entry per sample and head, "
+                f"{len(q)} x {q.shape[1]}, got {len(attn_mask)}."
+            )
         found = numbers(attn_mask)
         found = torch.unflatten(found, 0, (len(q), q.shape[1])) if found.ndim == 3 else found
     if key_padding_mask is not None:

@@ -49,6 +49,7 @@ _NO_SUMS = re.compile("(Mul|Div|Where|Cat)Backward")
 ROUNDING = 1000  # units in the last place of the largest number
 _SHAPES = re.compile("(Unsafe)?(View|Reshape|Flatten|Transpose|Permute|Squeeze|Unsqueeze|Clone)")
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of a MultiheadAttention
+_INPUTS = ("input", "query", "key", "value")  # of layers, by name
 _FOLDED = "its channels are split or folded further on, so that none can go alone"
 
 
@@ -680,8 +681,9 @@ class Graph:
         try:
             spec = _attention.spec_of(module, own[:-1], own[-1], self._given[place], last)
         except _attention.Untraceable as error:  # then its own forward will do, or the trial shows that it does not
+            where = place or "the model"
             return replace(
-                heads, why=f"; if {place or 'the model'} takes the width of its heads for that of its input: {error}"
+                heads, why=f"; where {where} takes the heads' width for that of its input, write -1: {error}"
             )
         return heads if spec is None else replace(heads, spec=(place, spec))
 
@@ -989,7 +991,9 @@ class Graph:
                 if role == "in":
                     module = model.get_submodule(name)
                     several = 3 if isinstance(module, nn.MultiheadAttention) else 1
-                    handle = module.register_forward_pre_hook(_hiding(lost, _channel_axis(module), several))
+                    handle = module.register_forward_pre_hook(
+                        _hiding(lost, _channel_axis(module), several), with_kwargs=True
+                    )
                     stack.callback(handle.remove)
             for name, lost in self._across(gone).items():
                 stack.enter_context(_narrow(model.get_submodule(name), smaller.get_submodule(name), lost))
@@ -1363,11 +1367,14 @@ def _is_close(one: Tensor, other: Tensor | None, tolerance: float) -> bool:
 
 
 def _hiding(channels: list[int], dim: int, several: int) -> Any:
-    """A hook that hides channels of the first few arguments."""
+    """A hook that hides channels of the first few arguments, or of those that have their names."""
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        index = torch.tensor(channels, device=args[0].device)
-        return (*(x.index_fill(dim, index, 0) for x in args[:several]), *args[several:])
+    def without(x: Tensor) -> Tensor:
+        return x.index_fill(dim, torch.tensor(channels, device=x.device), 0)
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        named = {name: without(value) if name in _INPUTS else value for name, value in kwargs.items()}
+        return (*map(without, args[:several]), *args[several:]), named
 
     return hook
 

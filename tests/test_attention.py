@@ -226,7 +226,9 @@ def test_a_forward_that_cannot_be_followed_is_refused_with_the_reason():
         def forward(self, x, mask=None):
             return super().forward(x) if len(x) % 2 == 0 else super().forward(x[:1])
 
-    with pytest.raises(ValueError, match="takes the width of its heads for that of its input: torch.fx cannot follow"):
+    with pytest.raises(
+        ValueError, match="takes the heads' width for that of its input, write -1: torch.fx cannot follow"
+    ):
         prune(net(Odd), None, ratio=0.5, example_inputs=X, criterion="l1", components="heads")
 
 
