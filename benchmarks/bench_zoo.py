@@ -153,8 +153,13 @@ def summary(rows: dict[str, Row]) -> list[str]:
 def behind(row: Row) -> str:
     """Why torch-pruning removes more."""
     reasons = [f"{why} ({layers} layers, {number:,} parameters)" for why, layers, number in row.get("all skipped", ())]
-    return f"{cell(row, 'all removed', '{:.1f} %')} against {row['tp removed']:.1f} %: left whole: " + (
-        "; ".join(reasons) or "nothing; it takes more of what goes whole here (groups, heads) or is put side by side"
+    shares = f"{cell(row, 'all removed', '{:.1f} %')} against {row['tp removed']:.1f} %"
+    if reasons:
+        return f"{shares}: left whole: {'; '.join(reasons)}"
+    over = row["tp over"]
+    return (
+        f"{shares}: left whole: nothing; of {over['layers']} layers it takes more outputs than the ratio asks for, of "
+        f"one {over['most']:.0f} %: from within groups and heads, which go whole here, and from what is put side by side"
     )
 
 

@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import logging
+import math
 import re
 import signal
 import time
@@ -81,6 +82,19 @@ def count(net: nn.Module) -> int:
 
 def share_removed(before: nn.Module, after: nn.Module) -> float:
     return round(100 * (1 - count(after) / count(before)), 2)
+
+
+def over_the_ratio(before: nn.Module, after: nn.Module) -> dict[str, float]:
+    """Layers of which more outputs went than the ratio asks for, rounded up, and the largest share of one layer's."""
+    shares, over = [0.0], 0
+    left = dict(after.named_modules())
+    for name, module in before.named_modules():
+        for width in ("out_channels", "out_features"):
+            if isinstance(whole := getattr(module, width, None), int) and whole:
+                gone = whole - getattr(left[name], width)
+                shares.append(gone / whole)
+                over += gone > math.ceil(RATIO * whole - 1e-9)
+    return {"layers": over, "most": round(100 * max(shares), 1)}
 
 
 @contextmanager
@@ -341,6 +355,7 @@ def torch_pruning(net: nn.Module, x: Tensor) -> dict[str, Any]:
     if hasattr(smaller, "hidden_dim") and hasattr(smaller, "conv_proj"):
         smaller.hidden_dim = smaller.conv_proj.out_channels
     found["tp removed"] = share_removed(net, smaller)
+    found["tp over"] = over_the_ratio(net, smaller)
     try:
         with torch.no_grad():
             found["tp runs"] = tuple(logits(smaller, x).shape) == (len(x), CLASSES)
