@@ -158,8 +158,8 @@ def behind(row: Row) -> str:
         return f"{shares}: left whole: {'; '.join(reasons)}"
     over = row["tp over"]
     return (
-        f"{shares}: left whole: nothing; of {over['layers']} layers it takes more outputs than the ratio asks for, of "
-        f"one {over['most']:.0f} %: from within groups and heads, which go whole here, and from what is put side by side"
+        f"{shares}: left whole: nothing; of {over['layers']} layers it takes more outputs than the ratio asks for, up "
+        f"to {over['most']:.0f} %: from within groups and heads, which go whole here, or where channels are joined"
     )
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from discedit._called import attend, why_not_explicit
 
@@ -117,6 +119,8 @@ def spec_of(
         if why := why_not_explicit(module):
             raise Untraceable(why)
         return {"reader": reader}
+    if _base_of(module).__module__ == "torchvision.models.swin_transformer":
+        return {"reader": reader}
     tensors = [value for value in given.values() if isinstance(value, Tensor)]
     if not tensors:
         raise Untraceable("it is called without a tensor")
@@ -134,6 +138,60 @@ def spec_of(
         "channels_last": channels_last,
     }
     return spec if _forwards(module, spec)[2] else None
+
+
+def shifted_windows(module: Any, x: Tensor) -> Tensor:
+    """What torchvision's `ShiftedWindowAttention` and its V2 give, for any number of heads of any width.
+
+    Args:
+        module: with `window_size`, `shift_size`, `num_heads`, `qkv`, `proj` and its table of biases.
+        x: (samples, height, width, channels).
+    """
+    sizes = x.shape[1:3]
+    padded = [size + -size % window for size, window in zip(sizes, module.window_size, strict=True)]
+    shifts = [
+        0 if window >= size else shift
+        for shift, window, size in zip(module.shift_size, module.window_size, padded, strict=True)
+    ]
+    x = functional.pad(x, (0, 0, 0, padded[1] - sizes[1], 0, padded[0] - sizes[0]))
+    x = _cut(x.roll([-shift for shift in shifts], (1, 2)), module.window_size)
+    q, k, v = torch.unflatten(_projected(module, x), -1, (3, module.num_heads, -1)).movedim(-2, -4).unbind(-2)
+    scale = getattr(module, "logit_scale", None)
+    if scale is None:
+        products = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    else:  # V2: cosines
+        products = functional.normalize(q, dim=-1) @ functional.normalize(k, dim=-1).transpose(-1, -2)
+        products = products * scale.clamp(max=math.log(100.0)).exp()
+    products = products + module.get_relative_position_bias()
+    if any(shifts):  # what lies side by side in a window, but not in the map, does not mix
+        parts = torch.zeros(1, *padded, 1, device=x.device)
+        for axis, (size, window, shift) in enumerate(zip(padded, module.window_size, shifts, strict=True), start=1):
+            border = torch.arange(size, device=x.device)
+            place = (border >= size - window).float() + ((border >= size - shift).float() if shift else 0)
+            parts = 3 * parts + place.view([-1 if dim == axis else 1 for dim in range(4)])
+        parts = _cut(parts, module.window_size)
+        apart = (parts != parts.transpose(-1, -2)).unsqueeze(-3).to(products.dtype)
+        products = products - 100.0 * apart
+    shares = functional.dropout(products.softmax(-1), module.attention_dropout, module.training)
+    x = functional.dropout(module.proj((shares @ v).transpose(-2, -3).flatten(-2)), module.dropout, module.training)
+    x = torch.unflatten(x, 3, tuple(module.window_size)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return x.roll(shifts, (1, 2))[:, : sizes[0], : sizes[1]]
+
+
+def _cut(x: Tensor, window: list[int]) -> Tensor:
+    """(samples, height, width, channels) -> (samples, rows of windows, windows, places, channels)."""
+    x = torch.unflatten(torch.unflatten(x, 2, (-1, window[1])), 1, (-1, window[0]))
+    return x.transpose(2, 3).flatten(3, 4)
+
+
+def _projected(module: Any, x: Tensor) -> Tensor:
+    bias = module.qkv.bias
+    if bias is None or getattr(module, "logit_scale", None) is None:
+        projected: Tensor = module.qkv(x)
+        return projected
+    third = len(bias) // 3  # V2 does without biases of keys
+    bias = torch.cat((bias[:third], torch.zeros_like(bias[:third]), bias[2 * third :]))
+    return functional.linear(x, module.qkv.weight, bias)
 
 
 def is_spec(value: Any) -> bool:
@@ -202,7 +260,8 @@ class _Tuple(fx.Proxy):
 def _forwards(module: nn.Module, spec: Mapping[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any], bool]:
     """A module's forward in train and in eval mode, and whether it is another than that of its class."""
     if "layers" not in spec:
-        return attend, attend, True
+        forward = attend if isinstance(module, nn.MultiheadAttention) else shifted_windows
+        return forward, forward, True
     found = [_Narrowed(module, spec, training) for training in (True, False)]
     return found[0].forward, found[1].forward, found[1].changed
 

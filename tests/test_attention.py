@@ -10,8 +10,10 @@ import torch
 from helpers import Net
 from torch import nn
 from torch.nn import functional
+from torchvision.models import swin_transformer
 
 from discedit import Recipe, Stack, collect_moments, prune, score
+from discedit._attention import shifted_windows
 from discedit._batches import undisturbed
 from discedit._called import attend
 from discedit._measure import count_macs
@@ -377,6 +379,34 @@ def test_layers_that_functions_are_handed_are_scored():
     expected = torch.stack([found[labels == c].double().mean(0) for c in range(2)])
     assert torch.allclose(moments["attention.qkv"].mean, expected, atol=1e-6)
     assert attention.qkv.bias is None
+
+
+@pytest.mark.parametrize("version", ["", "V2"])
+@pytest.mark.parametrize("shift", [[0, 0], [1, 2]])
+def test_shifted_windows_are_what_torchvision_gives(version, shift):
+    torch.manual_seed(0)
+    layer = getattr(swin_transformer, f"ShiftedWindowAttention{version}")(WIDTH, [3, 5], shift, HEADS).double().eval()
+    for parameter in layer.parameters():
+        parameter.data.normal_()
+    for size in ((3, 5), (6, 10), (7, 11), (2, 2)):
+        x = torch.randn(2, *size, WIDTH).double()
+        assert torch.allclose(shifted_windows(layer, x), layer(x))
+
+
+@pytest.mark.parametrize("version", ["", "V2"])
+def test_windows_of_torchvision_lose_heads(version):
+    block = getattr(swin_transformer, f"SwinTransformerBlock{version}")
+    torch.manual_seed(0)
+    model = Net(
+        lambda s, x: s.head(s.block(s.embed(x.view(4, 6, 1, 5))).mean((1, 2))),
+        embed=nn.Linear(5, WIDTH), block=block(WIDTH, HEADS, [3, 3], [1, 1], stochastic_depth_prob=0.0),
+        head=nn.Linear(WIDTH, 3),
+    ).eval()  # fmt: skip
+    edit = prune(model, None, ratio=0.5, example_inputs=X, criterion="l1", components="heads")
+    masked, gone = without(model, edit, "block.attn.proj")
+    assert gone == WIDTH // 2
+    assert is_close(edit.model(X), masked(X))
+    assert not is_close(edit.model(X), model(X))
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
