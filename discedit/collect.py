@@ -67,7 +67,8 @@ def collect_moments(
             axis of linear and layer-norm outputs, axis 1 otherwise.
         read: where the components of a layer are read. "consumer": as the first convolution or linear layer gets them
             that reads them channel by channel, so after the activation and what else is between; where there is none
-            (the sum of a residual stream, attention), as by "norm". "norm": at the layer's output or, where that goes
+            (the sum of a residual stream, attention), as by "norm". What the heads of an `nn.MultiheadAttention` give
+            is always read where its output projection reads it. "norm": at the layer's output or, where that goes
             straight into a batch norm with running statistics, at the norm's output (an affine map per channel, so the
             scores of the mean are the same; the sign of the norm's weight counts). "output": always at its output.
         statistic: what a feature map is reduced to, as for `discedit.ops.pool`: "mean", "sum", "l2", "rms", "absmax",

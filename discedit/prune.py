@@ -131,8 +131,9 @@ def prune(
             their rows of query, key and value and all else that belongs to them; "stream", channels to which several
             layers add (residual streams), which all lose the same; or "all". Layers whose outputs are multiplied
             (squeeze and excitation, gates) lose the same filters or neurons; convolutions in groups, and group norms,
-            lose whole groups. Heads go by the layer of the values or the one that holds all three, other components by
-            the first of their layers that runs, and count by the mean over their rows there.
+            lose whole groups. Heads go by the layer of the values or the one that holds all three (or an
+            `nn.MultiheadAttention`), other components by the first of their layers that runs, and count by the mean
+            over their rows there.
         keep_outputs: whether all that the model gives keeps its shape; otherwise what stands beside the logits (or the
             first tensor), such as feature maps, loses the channels that its layers lose.
         steps: in how many equal steps to get there, each with its own choice and repair.

@@ -4,6 +4,7 @@ functions: both are pruned like any other."""
 import copy
 import io
 import itertools
+import json
 
 import pytest
 import torch
@@ -205,6 +206,17 @@ def test_narrow_attention_is_saved_and_exported(form, tmp_path):
     for module in (edit.model.attention, copy.deepcopy(edit.model.attention)):
         exported = torch.export.export(module, (tokens,)).module()
         assert is_close(exported(tokens), edit.model.attention(tokens))
+
+
+@pytest.mark.parametrize("value", ["forward", {"reader": 3}, {"reader": "proj", "code": "print()"}])
+def test_a_damaged_recipe_is_refused(value, tmp_path):
+    prune(net(OfShape), None, ratio=0.5, example_inputs=X, criterion="l1").recipe.save(tmp_path / "recipe")
+    header = json.loads((tmp_path / "recipe.json").read_text())
+    [operation] = [operation for operation in header["operations"] if operation.get("name") == "forward"]
+    operation["value"] = value
+    (tmp_path / "recipe.json").write_text(json.dumps(header))
+    with pytest.raises(ValueError, match=r"is damaged: operation \d+ must tell attention how to run"):
+        Recipe.load(tmp_path / "recipe")
 
 
 def test_dropout_of_attention_goes_on_in_train_mode():
