@@ -92,10 +92,22 @@ def forward_of(module: nn.Module) -> dict[str, Any] | None:
 
 
 def set_forward(module: nn.Module, spec: dict[str, Any] | None) -> None:
-    """Gives a module a forward for heads of any number, or (None) its own again; see `spec_of`."""
+    """Gives a module a forward for heads of any number, or (None) its own again; see `spec_of`.
+
+    Raises:
+        ValueError: the module lacks a layer of which the spec speaks, or its forward cannot be followed.
+    """
+    layers = [] if spec is None else [*spec.get("layers", ()), spec["reader"]]
+    known = dict(module.named_modules())
+    if missing := [layer for layer in layers if layer not in known]:
+        raise ValueError(
+            f"Recipe: the attention {type(module).__name__} must have a layer {missing[0]!r}, it has none."
+        )
     base = _base_of(module)
     module.__dict__.pop("_narrow", None)
     module.__class__ = base if spec is None else _class_of(base, spec)
+    if isinstance(module, NarrowAttention):
+        module._made()
 
 
 def spec_of(

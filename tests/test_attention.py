@@ -192,6 +192,9 @@ def test_heads_go_from_forwards_that_insist_on_their_width(form, components):
 def test_narrow_attention_is_saved_and_exported(form, tmp_path):
     model = net(form)
     edit = prune(model, None, ratio=0.5, example_inputs=X, criterion="l1")
+    tokens = torch.randn(2, 6, WIDTH)
+    exported = torch.export.export(edit.model.attention, (tokens,)).module()  # which was never called
+    assert is_close(exported(tokens), edit.model.attention(tokens))
     expected = edit.model(X)
     assert isinstance(edit.model.attention, form)
     edit.recipe.save(tmp_path / "recipe")
@@ -201,11 +204,9 @@ def test_narrow_attention_is_saved_and_exported(form, tmp_path):
     buffer = io.BytesIO()
     torch.save(edit.model.attention, buffer)
     buffer.seek(0)
-    tokens = torch.randn(2, 6, WIDTH)
     assert torch.equal(torch.load(buffer, weights_only=False)(tokens), edit.model.attention(tokens))
-    for module in (edit.model.attention, copy.deepcopy(edit.model.attention)):
-        exported = torch.export.export(module, (tokens,)).module()
-        assert is_close(exported(tokens), edit.model.attention(tokens))
+    exported = torch.export.export(copy.deepcopy(edit.model.attention), (tokens,)).module()
+    assert is_close(exported(tokens), edit.model.attention(tokens))
 
 
 @pytest.mark.parametrize("value", ["forward", {"reader": 3}, {"reader": "proj", "code": "print()"}])
@@ -217,6 +218,18 @@ def test_a_damaged_recipe_is_refused(value, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(header))
     with pytest.raises(ValueError, match=r"is damaged: operation \d+ must tell attention how to run"):
         Recipe.load(tmp_path / "recipe")
+
+
+def test_a_recipe_for_other_attention_leaves_the_model_as_it_was():
+    """The same shapes, another name of a layer."""
+    recipe = prune(net(OfShape), None, ratio=0.5, example_inputs=X, criterion="l1").recipe
+    [operation] = [operation for operation in recipe.operations if operation.name == "forward"]
+    operation.value["reader"] = "out"
+    model = net(OfShape)
+    before = model(X)
+    with pytest.raises(ValueError, match="the attention OfShape must have a layer 'out', it has none"):
+        recipe.apply(model, inplace=True)
+    assert torch.equal(model(X), before)
 
 
 def test_dropout_of_attention_goes_on_in_train_mode():
