@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,13 +34,17 @@ def _constant(model: nn.Module) -> Iterator[None]:
     """Parameters that want no gradients: the counter would set hooks on those that are handed to modules, which fails
     where no gradients are computed."""
     wanted = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
+
+    def want(gradients: bool) -> None:
+        for parameter in wanted:  # of a model that was made in inference mode, only there
+            with torch.inference_mode() if parameter.is_inference() else nullcontext():
+                parameter.requires_grad_(gradients)
+
+    want(False)
     try:
         yield
     finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+        want(True)
 
 
 def macs_of_weights(model: nn.Module, example_inputs: Any) -> tuple[dict[str, float], float]:

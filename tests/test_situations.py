@@ -169,6 +169,13 @@ def test_gradients_that_the_caller_has_turned_off_stay_off():
     assert not any(seen)
 
 
+def test_a_model_made_in_inference_mode(expected):
+    with torch.inference_mode():
+        model = copy.deepcopy(network())
+    assert next(model.parameters()).is_inference()
+    assert_same(everything(model), expected)
+
+
 def test_inputs_made_in_inference_mode(expected):
     with torch.inference_mode():
         x = X.clone()
