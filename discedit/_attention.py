@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from discedit._called import attend, why_not_explicit
+from discedit._called import attend, class_of, why_not_explicit
 
 _SIZES = {"reshape", "view", "unflatten", "split", "split_with_sizes"}  # methods that are given widths
 
@@ -47,10 +47,10 @@ class NarrowAttention(nn.Module):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        own = getattr(_base_of(self), "__getstate__", None)  # of objects in general from Python 3.11 on
+        own = getattr(class_of(self), "__getstate__", None)  # of objects in general from Python 3.11 on
         state = dict(self.__dict__ if own is None else own(self))
         state.pop("_narrow", None)
-        return _rebuilt, (_base_of(self), self.narrow_spec), state
+        return _rebuilt, (class_of(self), self.narrow_spec), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -73,11 +73,7 @@ def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     Raises:
         TypeError, ValueError: it has no signature, or another one.
     """
-    return dict(list(inspect.signature(_base_of(module).forward).bind(module, *args, **kwargs).arguments.items())[1:])
-
-
-def _base_of(module: nn.Module) -> type[nn.Module]:
-    return type(module).__mro__[2] if isinstance(module, NarrowAttention) else type(module)
+    return dict(list(inspect.signature(class_of(module).forward).bind(module, *args, **kwargs).arguments.items())[1:])
 
 
 def width_of_heads(module: nn.Module, reader: str) -> int:
@@ -103,7 +99,7 @@ def set_forward(module: nn.Module, spec: dict[str, Any] | None) -> None:
         raise ValueError(
             f"Recipe: the attention {type(module).__name__} must have a layer {missing[0]!r}, it has none."
         )
-    base = _base_of(module)
+    base = class_of(module)
     module.__dict__.pop("_narrow", None)
     module.__class__ = base if spec is None else _class_of(base, spec)
     if isinstance(module, NarrowAttention):
@@ -131,7 +127,7 @@ def spec_of(
         if why := why_not_explicit(module):
             raise Untraceable(why)
         return {"reader": reader}
-    if _base_of(module).__module__ == "torchvision.models.swin_transformer":
+    if class_of(module).__module__ == "torchvision.models.swin_transformer":
         return {"reader": reader}
     tensors = [value for value in given.values() if isinstance(value, Tensor)]
     if not tensors:
@@ -289,7 +285,7 @@ class _Narrowed:
         self.spec = spec
         self.width = width_of_heads(module, spec["reader"])
         self.changed = False
-        base = _base_of(module)
+        base = class_of(module)
         state = {name: value for name, value in module.__dict__.items() if name != "_narrow"} | {"training": training}
         try:
             clone = base.__new__(base)  # with containers of its own, which a forward may write to

@@ -75,8 +75,16 @@ class LayersCalled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """A module's class, or that which it had before it was given a forward for other widths (`_attention`)."""
+    cls = type(module)
+    return cls.__mro__[2] if hasattr(cls, "narrow_spec") else cls
+
+
 def why_not_explicit(module: nn.MultiheadAttention) -> str:
     """Why `attend` is not the same as the module; empty when it is."""
+    if class_of(module).forward is not nn.MultiheadAttention.forward or "forward" in module.__dict__:
+        return "its forward is not that of torch's class"
     if module.bias_k is not None or module.add_zero_attn:
         return "it adds keys of its own to those that it is given"
     return ""

@@ -734,7 +734,7 @@ class Graph:
     def _judge(self, layer: str) -> tuple[Components | None, str]:
         module = self.shadow.get_submodule(layer)
         if isinstance(module, nn.MultiheadAttention):
-            return self._judge_multihead(layer)
+            return self._judge_multihead(layer, module)
         if isinstance(self.shadow.get_submodule(layer.rpartition(".")[0]), nn.MultiheadAttention):
             return None, f"what it gives is what {layer.rpartition('.')[0]} gives, in a stream"
         if layer in self.trace.trained:
@@ -793,7 +793,7 @@ class Graph:
         followers = tuple(name for name in through if width_of(self.shadow.get_submodule(name)) is not None)
         return Components(layer, kind, rows, layers, followers), ""
 
-    def _judge_multihead(self, layer: str) -> tuple[Components | None, str]:
+    def _judge_multihead(self, layer: str, module: nn.MultiheadAttention) -> tuple[Components | None, str]:
         for heads in self.heads:
             if heads.layer == layer:
                 if heads.spec is None:
@@ -802,7 +802,8 @@ class Graph:
                 return Components(layer, "heads", channels, (layer,)), ""
         if layer in self.shared:
             return None, "its parameters are shared"
-        return None, "it has one head alone, or it does not run, or adds keys of its own to those that it is given"
+        why = why_not_explicit(module) or "it has one head alone, or what its heads reach cannot be told apart"
+        return None, why
 
     def _is_even(self, members: list[_Members]) -> bool:
         """Whether the components are alike, apart, and all that the layers have."""
@@ -834,7 +835,8 @@ class Graph:
             return ""
         if isinstance(module, nn.MultiheadAttention):
             if name in self.shared or not module._qkv_same_embed_dim or why_not_explicit(module):
-                return f"it feeds {name}, a MultiheadAttention with shared parameters, or keys or widths of their own"
+                why = why_not_explicit(module) or "its parameters are shared, or keys have a width of their own"
+                return f"it feeds {name}, a MultiheadAttention that must stay as it is: {why}"
             return ""
         if isinstance(module, nn.RNNBase) and role != "in":
             return f"it feeds {name}, a {type(module).__name__}, which can lose inputs alone"

@@ -361,8 +361,22 @@ def test_streams_go_through_multihead_attention():
 
 
 def test_multihead_attention_with_keys_of_its_own_stays_whole():
-    with pytest.raises(ValueError, match="no layer can be pruned .*it feeds attention, a MultiheadAttention with"):
+    with pytest.raises(ValueError, match="no layer can be pruned .*must stay as it is: it adds keys of its own"):
         prune(Cross(add_bias_kv=True).eval(), None, ratio=0.5, example_inputs=X, criterion="l1")
+
+
+def test_multihead_attention_with_a_forward_of_its_own_stays_whole():
+    class Doubled(nn.MultiheadAttention):
+        def forward(self, query, key, value, **options):
+            return super().forward(2 * query, key, value, **options)
+
+    model = Cross().eval()
+    model.attention = Doubled(WIDTH, HEADS, kdim=8, vdim=8, batch_first=True).eval()
+    expected = model(X)
+    with undisturbed(model):
+        assert torch.equal(model(X), expected)
+    with pytest.raises(ValueError, match="no layer can be pruned .*its forward is not that of torch's class"):
+        prune(model, None, ratio=0.5, example_inputs=X, criterion="l1")
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
