@@ -49,6 +49,7 @@ _NO_SUMS = re.compile("(Mul|Div|Where|Cat)Backward")
 ROUNDING = 1000  # units in the last place of the largest number
 _SHAPES = re.compile("(Unsafe)?(View|Reshape|Flatten|Transpose|Permute|Squeeze|Unsqueeze|Clone)")
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of a MultiheadAttention
+_WIDTH = re.compile("dim|width|size|channels|features|planes|hidden|d_model")  # attributes that count channels
 _INPUTS = ("input", "query", "key", "value")  # of layers, by name
 _FOLDED = "its channels are split or folded further on, so that none can go alone"
 
@@ -217,7 +218,8 @@ class Graph:
             weight = next(key for key in members[0] if key[0] in (f"{layer}.in_proj_weight", f"{layer}.v_proj_weight"))
             return {weight[0]: [part[weight] for part in members]}
         members = self._members_of(layer)
-        return {f"{name}.weight": [part[self._own(name)] for part in members] for name in parts.layers}
+        places = {f"{name}.weight": self._own(name) for name in parts.layers}
+        return {weight: [part[place] for part in members] for weight, place in places.items()}
 
     def footprint(self, layer: str) -> list[tuple[str, int, int]]:
         """What one component of a layer takes from each parameter and buffer that shrinks with it.
@@ -1089,7 +1091,12 @@ class Graph:
         try:
             removed = _outputs(smaller, self._reference.inputs, self.known.branches)
         except Exception as error:
-            return [], f"the model does not run without its channels: {error}"
+            operations += self._kept_widths(gone, operations)
+            try:
+                smaller = reduced(self._reference.model, operations)
+                removed = _outputs(smaller, self._reference.inputs, self.known.branches)
+            except Exception:
+                return [], f"the model does not run without its channels: {error}"
         if why := self._reshapes(removed):
             return [], why
         try:
@@ -1104,6 +1111,23 @@ class Graph:
                 which = "" if place == self._main else f" (the model's {place} differs)"
                 return [], f"removing its channels is not the same as hiding them from the layers that read them{which}"
         return ([], why) if (why := self._problem_in_training(smaller)) else (operations, "")
+
+    def _kept_widths(self, gone: Mapping[_Key, list[int]], operations: list[Operation]) -> list[Operation]:
+        """Changes of numbers that modules around the layers keep of the channels that go, by which they may reshape."""
+        known = {(operation.target, operation.name) for operation in operations}
+        widths: dict[int, set[int]] = {}
+        around = {""}
+        for key, lost in gone.items():
+            if key[1] == "out":
+                widths.setdefault(self._size(key), set()).add(self._size(key) - len(lost))
+                around |= {key[0][:i] for i, letter in enumerate(key[0]) if letter == "."}
+        return [
+            Operation("attribute", place, name=name, before=value, value=min(widths[value]))
+            for place in sorted(around)
+            for name, value in vars(self.model.get_submodule(place)).items()
+            if type(value) is int and len(widths.get(value, ())) == 1 and _WIDTH.search(name)
+            if not name.startswith("_") and (place, name) not in known
+        ]
 
     def _problem_in_training(self, smaller: nn.Module) -> str:
         """Why a smaller model does not run in train mode as the model itself does; empty when it does, or neither."""

@@ -646,3 +646,26 @@ def test_what_a_recurrent_network_gives_stays_whole():
     shared.other.weight_ih_l0 = shared.rnn.weight_ih_l0
     with pytest.raises(ValueError, match="b: it feeds rnn, whose parameters are shared"):
         pruned(shared)
+
+
+def test_numbers_that_a_network_keeps_of_its_channels_follow_them():
+    """Only where the network would not run with those that it has, and only those of the channels that go."""
+    torch.manual_seed(0)
+    net = Net(
+        lambda s, x: s.head(s.a(x).reshape(len(x), s.hidden_dim, -1).mean(2)),
+        a=conv(3, 6), head=nn.Linear(6, 4),
+    ).eval()  # fmt: skip
+    net.hidden_dim, net.batch = 6, 6
+    whole = net(X)
+    edit = pruned(net, ratio=0.5)
+    assert (edit.model.hidden_dim, edit.model.batch) == (3, 6)
+    kept = next(op.index for op in edit.recipe.operations if op.target == "head.weight")
+    masked = torch.zeros_like(net.head.weight).index_copy(1, torch.tensor(kept), net.head.weight[:, list(kept)])
+    expected = functional.linear(net.a(X).flatten(2).mean(2), masked, net.head.bias)
+    torch.testing.assert_close(edit.model(X), expected)
+    restored = edit.recipe.undo(edit.model)
+    assert restored.hidden_dim == 6
+    assert torch.equal(restored(X), whole)
+    unused = Net(lambda s, x: head(s, s.a(x)), a=conv(3, 6), head=nn.Linear(6, 4)).eval()
+    unused.hidden_dim = 6
+    assert pruned(unused, ratio=0.5).model.hidden_dim == 6
