@@ -72,7 +72,7 @@ def version_of(tensor: Tensor) -> int | None:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[LayersCalled]:
     """Eval mode without gradients inside, nothing compiled, layers called where functions take their weights; modes,
     buffers and random state as they were outside."""
     modes = [(module, module.training) for module in model.modules()]
@@ -82,8 +82,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices), _without_inference_mode(), torch.no_grad(), _nothing_compiled():
             model.eval()
-            with LayersCalled(model):
-                yield
+            with LayersCalled(model) as calls:
+                yield calls
     finally:
         for buffer in kept:
             buffer.put_back()

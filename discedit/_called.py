@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 _ATTENTION = functional.multi_head_attention_forward
 _PARAMETERS = inspect.signature(_ATTENTION)
@@ -34,7 +34,24 @@ class LayersCalled(TorchFunctionMode):
         super().__init__()
         self.for_graph = for_graph
         self._model = model
+        self._acted = self._entered = False
         self._layers: dict[int, nn.Linear] = {}  # by the identity of their weights
+
+    def __enter__(self) -> LayersCalled:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._entered = True
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._entered:
+            self._entered = False
+            super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def rest(self) -> None:
+        """Leaves at once where nothing that ran so far needed it: each function that runs costs some microseconds."""
+        modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        if not self._acted and modes and modes[-1] is self:  # not where the loader has entered one of its own
+            self.__exit__(None, None, None)
 
     def _layer_of(self, weight: Any) -> nn.Linear | None:
         """The layer that has this weight now: edits replace weights."""
@@ -59,6 +76,7 @@ class LayersCalled(TorchFunctionMode):
             called = _is_called(given["weight"], sys._getframe(1))
             layer = None if called else self._layer_of(given["weight"])
             if layer is not None:
+                self._acted = True
                 bias = given.get("bias")
                 apart = self.for_graph and bias is not layer.bias and bias is not None
                 with _bias_of(layer, None if apart else bias):
@@ -70,7 +88,7 @@ class LayersCalled(TorchFunctionMode):
                 given = _PARAMETERS.bind(*args, **kwargs).arguments
                 kept = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
                 options = {name: given[name] for name in kept if name in given}
-                # Inside, this mode does not act; the module itself calls its output projection.
+                self._acted = True  # inside, it does not; the module itself calls its output projection
                 return attend(module, *args[:3], batch_first=False, **options)
         return func(*args, **kwargs)
 

@@ -79,7 +79,7 @@ class Pass(ABC):
         together = not self.group.alone and runs_together(self.model)
         last: Any = None  # inputs for a pass that does not count
         begun = False
-        with undisturbed(self.model), self._hooks, closing(self._batches()) as batches:
+        with undisturbed(self.model) as calls, self._hooks, closing(self._batches()) as batches:
             while True:
                 batch = next(batches, None)
                 if together:
@@ -99,6 +99,8 @@ class Pass(ABC):
                     continue
                 last, labels, counted = batch
                 self.fold(last, labels, counted)
+                if samples_in(last):
+                    calls.rest()
                 self.progress.batches += 1
                 self.progress.samples += counted
                 if self.checkpoint is not None and self.checkpoint.due():

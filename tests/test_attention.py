@@ -11,6 +11,7 @@ import torch
 from helpers import Net
 from torch import nn
 from torch.nn import functional
+from torch.overrides import _get_current_function_mode_stack
 from torchvision.models import swin_transformer
 
 from discedit import Recipe, Stack, collect_moments, prune, score
@@ -418,6 +419,21 @@ def test_layers_that_functions_are_handed_are_scored():
     expected = torch.stack([found[labels == c].double().mean(0) for c in range(2)])
     assert torch.allclose(moments["attention.qkv"].mean, expected, atol=1e-6)
     assert attention.qkv.bias is None
+
+
+@pytest.mark.parametrize(("form", "needed"), [(OwnBias, True), (OfShape, False)])
+def test_functions_are_watched_only_where_they_are_handed_weights(form, needed):
+    """Each function that runs meanwhile costs microseconds."""
+    modes = []
+
+    def loader():
+        for _ in range(3):
+            modes.append(len(_get_current_function_mode_stack()))
+            yield torch.randn(8, 6, 5), torch.arange(8) % 2
+
+    collect_moments(net(form), loader(), num_classes=2)
+    assert modes == [1, int(needed), int(needed)]
+    assert not _get_current_function_mode_stack()
 
 
 @pytest.mark.parametrize("version", ["", "V2"])
