@@ -42,7 +42,7 @@ class NarrowAttention(nn.Module):
 
     def _made(self) -> tuple[Any, ...]:
         """The width, and the forward in train and in eval mode."""
-        made = (width_of_heads(self, self.narrow_spec["reader"]), *_forwards(self, self.narrow_spec)[:2])
+        made = (width_of_heads(self, self.narrow_spec["reader"]), *_forwards(self, self.narrow_spec))
         self.__dict__["_narrow"] = made
         return made
 
@@ -107,7 +107,12 @@ def set_forward(module: nn.Module, spec: dict[str, Any] | None) -> None:
 
 
 def spec_of(
-    module: nn.Module, layers: list[str], reader: str, given: Mapping[str, Any], channels_last: bool
+    module: nn.Module,
+    layers: list[str],
+    reader: str,
+    given: Mapping[str, Any],
+    channels_last: bool,
+    attributes: Mapping[str, Any],
 ) -> dict[str, Any] | None:
     """What a forward for another number of heads needs to know; None where the module's own can stay.
 
@@ -117,6 +122,7 @@ def spec_of(
         reader: the layer that reads the heads, by its name in it.
         given: arguments of the forward, by name, in a call.
         channels_last: whether the layers' channels are on the last axis; otherwise on axis 1.
+        attributes: of the module, as they are with a head less.
 
     Raises:
         Untraceable: its forward cannot be followed.
@@ -145,7 +151,7 @@ def spec_of(
         "ndim": tensors[0].ndim,
         "channels_last": channels_last,
     }
-    return spec if _forwards(module, spec)[2] else None
+    return spec if _Narrowed(module, spec, training=False, attributes=attributes).changed else None
 
 
 def shifted_windows(module: Any, x: Tensor) -> Tensor:
@@ -265,13 +271,12 @@ class _Tuple(fx.Proxy):
         return iter([part(index) for index in range(len(self))])
 
 
-def _forwards(module: nn.Module, spec: Mapping[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any], bool]:
-    """A module's forward in train and in eval mode, and whether it is another than that of its class."""
+def _forwards(module: nn.Module, spec: Mapping[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A module's forward in train and in eval mode."""
     if "layers" not in spec:
         forward = attend if isinstance(module, nn.MultiheadAttention) else shifted_windows
-        return forward, forward, True
-    found = [_Narrowed(module, spec, training) for training in (True, False)]
-    return found[0].forward, found[1].forward, found[1].changed
+        return forward, forward
+    return _Narrowed(module, spec, training=True).forward, _Narrowed(module, spec, training=False).forward
 
 
 class _Narrowed:
@@ -281,12 +286,15 @@ class _Narrowed:
     and hands to what is made of the heads, up to the layer that reads them.
     """
 
-    def __init__(self, module: nn.Module, spec: Mapping[str, Any], training: bool) -> None:
+    def __init__(
+        self, module: nn.Module, spec: Mapping[str, Any], *, training: bool, attributes: Mapping[str, Any] | None = None
+    ) -> None:
         self.spec = spec
         self.width = width_of_heads(module, spec["reader"])
         self.changed = False
         base = class_of(module)
         state = {name: value for name, value in module.__dict__.items() if name != "_narrow"} | {"training": training}
+        state |= attributes or {}
         try:
             clone = base.__new__(base)  # with containers of its own, which a forward may write to
             clone.__dict__.update({name: _copied(value) for name, value in state.items()})

@@ -679,9 +679,11 @@ class Graph:
         if not _is_inside(heads.reader, place) or place not in self._given:
             return heads
         own = [name.removeprefix(f"{place}.") if place else name for name in (*layers, heads.reader)]
+        changes = self._head_attributes(heads, heads.width)
+        attributes = {attribute: value for (name, attribute), (_, value) in changes.items() if name == place}
         last = not isinstance(self.shadow.get_submodule(heads.reader), _ConvNd)
         try:
-            spec = _attention.spec_of(module, own[:-1], own[-1], self._given[place], last)
+            spec = _attention.spec_of(module, own[:-1], own[-1], self._given[place], last, attributes)
         except _attention.Untraceable as error:  # then its own forward will do, or the trial shows that it does not
             where = place or "the model"
             return replace(

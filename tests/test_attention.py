@@ -241,6 +241,22 @@ def test_dropout_of_attention_goes_on_in_train_mode():
     assert not torch.equal(edit.model(X), edit.model(X))
 
 
+def test_attention_whose_numbers_follow_keeps_its_class():
+    class Follows(Attention):
+        def __init__(self):
+            super().__init__()
+            self.attn_dim = WIDTH
+
+        def forward(self, x):
+            B, N, C = x.shape
+            q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            return self.proj(self.mixed(q, k, v).transpose(1, 2).reshape(B, N, self.attn_dim))
+
+    edit = prune(net(Follows), None, ratio=0.5, example_inputs=X, criterion="l1", components="heads")
+    assert edit.model.attention.attn_dim == WIDTH // 2
+    assert type(edit.model.attention) is Follows
+
+
 def test_arguments_that_were_not_given_are_not_taken_in_silence():
     edit = prune(net(OfShape), None, ratio=0.5, example_inputs=X, criterion="l1")
     tokens = torch.randn(2, 6, WIDTH)
