@@ -248,7 +248,7 @@ def test_attention_whose_numbers_follow_keeps_its_class():
             self.attn_dim = WIDTH
 
         def forward(self, x):
-            B, N, C = x.shape
+            B, N, _ = x.shape
             q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
             return self.proj(self.mixed(q, k, v).transpose(1, 2).reshape(B, N, self.attn_dim))
 
