@@ -46,7 +46,8 @@ class Trace:
         used: names of the parameters that the outputs come from.
         outputs: what stands for an output in the graph, by identity -> where it stands.
         opaque: what torch-pruning cannot follow, by identity -> why channels there must stay.
-        doubtful: what it follows as if it worked channel by channel, which it need not, by identity -> what it is.
+        doubtful: what it follows as if it worked channel by channel, which it need not, by identity -> what it is, and
+            the module in which it stands.
     """
 
     graph: Any
@@ -54,7 +55,7 @@ class Trace:
     used: set[str]
     outputs: dict[int, str]
     opaque: dict[int, str]
-    doubtful: dict[int, str]
+    doubtful: dict[int, tuple[str, str]]
 
 
 def followed(known: ModelTrace, inputs: Any) -> Trace:
@@ -138,7 +139,11 @@ class _Tracer:
             used,
             outputs,
             self.opaque,
-            {id(node.module): self._named(node) for node in graph.module2node.values() if self._is_doubtful(node)},
+            {
+                id(node.module): (self._named(node), self._stands_in(node))
+                for node in graph.module2node.values()
+                if self._is_doubtful(node)
+            },
         )
 
     def _watched(self, module: nn.Module) -> list[Any]:

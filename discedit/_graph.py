@@ -146,7 +146,8 @@ class Graph:
         self.nodes: dict[_Key, set[Any]] = {}  # of torch-pruning's graph, on the way of a layer's channels
         self.inspected: dict[str, tuple[Components | None, str]] = {}
         self.footprints: dict[str, list[tuple[str, int, int]]] = {}
-        self.doubtful: dict[str, dict[str, None]] = {}  # layer -> what may not work channel by channel on its way
+        # Layer -> what may not work channel by channel on its way, and the modules in which that stands.
+        self.doubtful: dict[str, dict[str, str]] = {}
         try:
             self.known = ModelTrace.of(self.shadow, self.inputs, few=None, training=True)
             self.trace = followed(self.known, self.inputs)
@@ -374,8 +375,9 @@ class Graph:
     def _place(self, node: Any, function: Any, layer: str) -> _Key | None:
         from torch_pruning.ops import OPTYPE
 
-        if (what := self.trace.doubtful.get(id(node.module))) is not None:
-            self.doubtful.setdefault(layer, {})[what] = None
+        if id(node.module) in self.trace.doubtful:
+            what, where = self.trace.doubtful[id(node.module)]
+            self.doubtful.setdefault(layer, {})[what] = where
         if id(node.module) in self.trace.opaque:
             return self.trace.opaque[id(node.module)], _OPAQUE
         if node.type == OPTYPE.OUTPUT:
@@ -1115,15 +1117,23 @@ class Graph:
         return ([], why) if (why := self._problem_in_training(smaller)) else (operations, "")
 
     def _kept_widths(self, gone: Mapping[_Key, list[int]], operations: list[Operation]) -> list[Operation]:
-        """Changes of numbers that modules around the layers keep of the channels that go, by which they may reshape."""
+        """Changes of what modules around the layers, or on the way of their channels, keep of these: numbers, by which
+        they may reshape, and buffers, such as the filters of a blur."""
         known = {(operation.target, operation.name) for operation in operations}
         widths: dict[int, set[int]] = {}
         around = {""}
+        buffers: dict[str, Operation] = {}
         for key, lost in gone.items():
             if key[1] == "out":
-                widths.setdefault(self._size(key), set()).add(self._size(key) - len(lost))
+                size = self._size(key)
+                widths.setdefault(size, set()).add(size - len(lost))
                 around |= {key[0][:i] for i, letter in enumerate(key[0]) if letter == "."}
-        return [
+                for place in {*self.doubtful.get(key[0], {}).values()} - {""}:
+                    for name, buffer in self.model.get_submodule(place).named_buffers(place, recurse=False):
+                        if buffer.ndim and len(buffer) == size:
+                            around.add(place)
+                            buffers[name] = Operation("keep", name, index=tuple(_left(size, lost)))
+        return [*buffers.values()] + [
             Operation("attribute", place, name=name, before=value, value=min(widths[value]))
             for place in sorted(around)
             for name, value in vars(self.model.get_submodule(place)).items()

@@ -669,3 +669,27 @@ def test_numbers_that_a_network_keeps_of_its_channels_follow_them():
     unused = Net(lambda s, x: head(s, s.a(x)), a=conv(3, 6), head=nn.Linear(6, 4)).eval()
     unused.hidden_dim = 6
     assert pruned(unused, ratio=0.5).model.hidden_dim == 6
+
+
+class Blur(nn.Module):
+    """A filter for each channel, in a buffer, and their number."""
+
+    def __init__(self, channels, alike):
+        super().__init__()
+        self.channels = channels
+        filters = torch.ones(1, 1, 3, 3) / 9 if alike else torch.rand(channels, 1, 3, 3)
+        self.register_buffer("filters", filters.expand(channels, 1, 3, 3).clone(), persistent=False)
+
+    def forward(self, x):
+        return functional.conv2d(x, self.filters, stride=2, groups=self.channels)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_filters_in_buffers_go_with_their_channels(alike):
+    net = around(Blur(8, alike))
+    edit = pruned(net)
+    assert edit.model.part.channels == len(edit.model.part.filters) == edit.model.b.out_channels == 4
+    kept = next(op.index for op in edit.recipe.operations if op.target == "b.weight" and op.dim == 0)
+    assert torch.equal(edit.model.part.filters, net.part.filters[list(kept)])
+    restored = edit.recipe.undo(edit.model)
+    assert torch.equal(restored(X), net(X))
