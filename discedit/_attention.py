@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from discedit._called import attend, class_of, why_not_explicit
 
+_WINDOWS = "torchvision.models.swin_transformer.ShiftedWindowAttention"  # and V2
 _SIZES = {"reshape", "view", "unflatten", "split", "split_with_sizes"}  # methods that are given widths
 
 
@@ -133,7 +134,7 @@ def spec_of(
         if why := why_not_explicit(module):
             raise Untraceable(why)
         return {"reader": reader}
-    if class_of(module).__module__ == "torchvision.models.swin_transformer":
+    if f"{class_of(module).__module__}.{class_of(module).__name__}".startswith(_WINDOWS):
         return {"reader": reader}
     tensors = [value for value in given.values() if isinstance(value, Tensor)]
     if not tensors:
@@ -305,18 +306,23 @@ class _Narrowed:
                 if name not in spec["given"] and parameter.default is not parameter.empty
             }
             self.graph = _Tracer(spec["given"]).trace(clone, concrete_args=fixed)
+            places = [node for node in self.graph.nodes if node.op == "placeholder"]
+            for node, name in zip(places, [*parameters][1:], strict=True):
+                if name in fixed:
+                    node.target = name  # torch.fx numbers those that are fixed
         except Exception as error:  # whatever a forward makes of what has no value yet
             raise Untraceable(f"torch.fx cannot follow its forward ({error})") from error
         if clone.__dict__.keys() != state.keys() or not all(
             _is_same(clone.__dict__[name], state[name]) for name in state
         ):
             raise Untraceable("its forward keeps what it finds for the next call")
-        for node, name in zip((n for n in self.graph.nodes if n.op == "placeholder"), [*parameters][1:], strict=True):
-            node.target = name  # torch.fx numbers those that are fixed
         self._rewrite()
         code = self.graph.python_code("self")
         scope = dict(code.globals)
-        exec(compile(code.src, f"<{base.__name__}.forward>", "exec"), scope)
+        try:
+            exec(compile(code.src, f"<{base.__name__}.forward>", "exec"), scope)
+        except SyntaxError as error:  # arguments in an order that torch.fx does not keep
+            raise Untraceable(f"torch.fx cannot follow its forward ({error})") from error
         self.forward: Callable[..., Any] = scope["forward"]
 
     def _rewrite(self) -> None:

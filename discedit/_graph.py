@@ -686,7 +686,7 @@ class Graph:
         last = not isinstance(self.shadow.get_submodule(heads.reader), _ConvNd)
         try:
             spec = _attention.spec_of(module, own[:-1], own[-1], self._given[place], last, attributes)
-        except _attention.Untraceable as error:  # then its own forward will do, or the trial shows that it does not
+        except Exception as error:  # whatever: its own forward may do, or the trial shows that it does not
             where = place or "the model"
             return replace(
                 heads, why=f"; where {where} takes the heads' width for that of its input, write -1: {error}"
@@ -713,7 +713,8 @@ class Graph:
 
     def _batch_norm_behind(self, layer: str) -> str | None:
         """The batch norm that reads a layer's rows, perhaps in another shape."""
-        nodes = [self.graph.module2node[self.shadow.get_submodule(layer)]]
+        module = self.shadow.get_submodule(layer)
+        nodes = [self.graph.module2node[module]] if module in self.graph.module2node else []
         while nodes:
             nodes = [node for before in nodes for node in before.outputs]
             for node in nodes:

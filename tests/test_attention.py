@@ -265,6 +265,29 @@ def test_arguments_that_were_not_given_are_not_taken_in_silence():
         edit.model.attention(tokens, mask=torch.ones(6, 6))
 
 
+class TakesAnything(OfShape):
+    def forward(self, x, *more, mask=None, **options):
+        return super().forward(x)
+
+
+class WithoutGradients(OfShape):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("form", "why"),
+    [
+        (TakesAnything, "write -1: torch.fx cannot follow its forward"),
+        (WithoutGradients, "torch-pruning's trace does not reach it"),
+    ],
+)
+def test_odd_forwards_keep_their_heads(form, why):
+    with pytest.raises(ValueError, match=f"prune: no layer can be pruned .*attention.qkv: [^;]*(; where [^;]*)?{why}"):
+        prune(net(form), None, ratio=0.5, example_inputs=X, criterion="l1", components="heads")
+
+
 def test_a_forward_that_cannot_be_followed_is_refused_with_the_reason():
     class Odd(OfShape):
         def forward(self, x, mask=None):
