@@ -328,13 +328,13 @@ class _Narrowed:
     def _rewrite(self) -> None:
         inside = self._inside()
         known: dict[fx.Node, Any] = {}
+
+        def told(source: fx.Node) -> Any:
+            return self._told(source, inside, known)
+
         for node in list(self.graph.nodes):
             if node not in inside:
                 continue
-
-            def told(source: fx.Node, node: fx.Node = node) -> Any:
-                return self._told(source, inside, known, node)
-
             args, kwargs = fx.map_arg((node.args, node.kwargs), told)
             if (node.op == "call_method" and node.target in _SIZES) or node.target in (torch.reshape, torch.split):
                 args, kwargs = fx.node.map_aggregate((args, kwargs), self._size)
@@ -383,7 +383,7 @@ class _Narrowed:
                 return str(weight.target).removesuffix(".weight")
         return ""
 
-    def _told(self, node: fx.Node, inside: set[fx.Node], known: dict[fx.Node, Any], user: fx.Node) -> Any:
+    def _told(self, node: fx.Node, inside: set[fx.Node], known: dict[fx.Node, Any]) -> Any:
         """What a node that is no part of the heads becomes there: itself, unless it is made of the width."""
         if node in inside:
             return node
@@ -392,7 +392,7 @@ class _Narrowed:
             if self._is_width(node):
                 known[node] = self.width
             elif node.op == "call_function" and node.target in _ARITHMETIC:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._told(n, inside, known, user))
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._told(n, inside, known))
                 if (args, kwargs) != (node.args, node.kwargs):
                     function: Any = node.target
                     if not any(isinstance(arg, fx.Node) for arg in args):

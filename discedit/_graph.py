@@ -1096,12 +1096,16 @@ class Graph:
         try:
             removed = _outputs(smaller, self._reference.inputs, self.known.branches)
         except Exception as error:
-            operations += self._kept_widths(gone, operations)
+            why = f"the model does not run without its channels: {error}"
+            kept = self._kept_widths(gone, operations)
+            if not kept:
+                return [], why
+            operations += kept
             try:
                 smaller = reduced(self._reference.model, operations)
                 removed = _outputs(smaller, self._reference.inputs, self.known.branches)
             except Exception:
-                return [], f"the model does not run without its channels: {error}"
+                return [], why
         if why := self._reshapes(removed):
             return [], why
         try:
