@@ -149,9 +149,13 @@ class CMakeBuild(build_ext):
 
 # Metadata lives in pyproject.toml; what depends on the folder layout and the build lives here.
 setup(
-    packages=["discedit", "discedit.integrations", "discedit.kernels"],
+    packages=[
+        *(f"discedit.{path.parent.name}" for path in sorted(ROOT.glob("discedit/*/__init__.py"))),
+        "discedit",
+        "discedit.kernels",
+    ],
     package_dir={"discedit": "discedit", "discedit.kernels": "kernels"},
-    package_data={"discedit": ["py.typed", "*.pyi", "report.html", "report.css"]},
+    package_data={"discedit": ["py.typed", "*.pyi"], "discedit.reporting": ["*.html", "*.css"]},
     ext_modules=[Extension("discedit._cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

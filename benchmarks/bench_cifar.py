@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks._common import machine, paired_ratio
 from discedit import Moments, collect_moments, score, unlearn, zoo
-from discedit.evaluate import accuracy_per_class
+from discedit.evaluation.evaluate import accuracy_per_class
 
 UNLEARN: list[tuple[str, dict[str, Any]]] = [
     ("default (up, 6 % of the last third)", {}),

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks._common import PlainRead, Table, against, best_of
 from benchmarks.idioms import CLASSES, LAYOUTS, STATISTICS, feature_map, pooling, sums_per_class
 from discedit import ops, reference
-from discedit._backends import select
+from discedit.backends import select
 
 SHAPES = {"56x56x256": (64, 256, 56, 56), "14x14x1024": (256, 1024, 14, 14), "197x768": (256, 768, 197)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from benchmarks._common import Log, seconds
 from benchmarks.bench_prune import Bench, outcome
 from benchmarks.networks import build
-from discedit._batches import call, undisturbed
-from discedit.fidelity import (
+from discedit.model.forward import call, undisturbed
+from discedit.selection.fidelity import (
     KINDS,
     SecondMoments,
     collect_second_moments,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks._common import Table, best_of, in_a_fresh_process
 from discedit import ops
-from discedit._state import ClassMoments
+from discedit.common.state import ClassMoments
 
 TABLE = Table(
     "pairwise_min",

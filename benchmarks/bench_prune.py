@@ -31,8 +31,8 @@ from benchmarks._common import Log, paired_ratio, seconds
 from benchmarks.latency import latency_ratio
 from benchmarks.rivals import chip, torch_pruning_importance, tvsprune
 from discedit import Edit, Scores, collect_moments, importances, prune, score, zoo
-from discedit._measure import count_macs
-from discedit.evaluate import accuracy_per_class
+from discedit.evaluation.evaluate import accuracy_per_class
+from discedit.model.size import count_macs
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "prune.json"

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import _common
 from discedit import Moments, collect_moments, score, zoo
-from discedit.distributed import ShardSampler
+from discedit.moments.distributed import ShardSampler
 
 HERE = Path(__file__).parent
 MODELS = {"resnet20": "ResNet20", "resnet56": "ResNet56"}

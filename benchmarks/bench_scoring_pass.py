@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import discedit
 from benchmarks._common import Table, in_a_fresh_process, seconds
 from benchmarks.networks import build
-from discedit._batches import call, undisturbed
+from discedit.model.forward import call, undisturbed
 
 TIME = Table(
     "scoring_pass",

@@ -33,15 +33,15 @@ from torch.utils.data import TensorDataset
 from benchmarks import _common, bench_prune, held_out
 from benchmarks.unlearning_rivals import METHODS, retrained, retrained_file, tuned
 from discedit import Edit, Moments, Scores, collect_moments, evaluate, score, unlearn, zoo
-from discedit._calibration import batch_norms
-from discedit._graph import Graph
-from discedit._importance import fidelities
-from discedit._recovery import Kept, batchnorm_recall
-from discedit._retain import Classified
-from discedit.evaluate import accuracy_per_class
+from discedit.editing.prune import why_not_editable
+from discedit.editing.unlearn import _units as editable_units
+from discedit.evaluation.evaluate import accuracy_per_class
+from discedit.evaluation.relearning import Kept, batchnorm_recall
+from discedit.graph.pruning_graph import Graph
+from discedit.moments.calibration import batch_norms
+from discedit.moments.forget_retain import Classified
 from discedit.presets import preset
-from discedit.prune import why_not_editable
-from discedit.unlearn import _units as editable_units
+from discedit.selection.importance import fidelities
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from benchmarks._common import Table, machine, seconds
-from discedit import _checks, ops
-from discedit._state import ClassMoments, State, VectorMoments
+from discedit import ops
+from discedit.common import validation
+from discedit.common.state import ClassMoments, State, VectorMoments
 
 PAGE = Path(__file__).with_name("bounds.md")
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -640,9 +641,9 @@ class Cell(NamedTuple):
 
 def cells() -> Iterator[Cell]:
     """Wherever bound and witness fit."""
-    for bound in _checks.BOUNDS:
+    for bound in validation.BOUNDS:
         yield Cell(bound, "linear", 1)
-        if bound not in _checks.OF_ONE_NUMBER:
+        if bound not in validation.OF_ONE_NUMBER:
             yield Cell(bound, "quadratic", 2)
             yield from (Cell(bound, "vector", d) for d in (2, 4, 8))
 
@@ -790,8 +791,8 @@ def operations() -> Callable[[Cell, State], str]:
     def count(cell: Cell, state: State) -> str:
         options, classes = OPTIONS.get(cell.bound, {}), state.num_classes
         pairs = state.channels * classes * (classes - 1) // 2
-        rule = _checks.rule("bench_validity", cell.bound, options, state, cell.witness, pairs)
-        head = [_checks.BOUNDS.index(cell.bound), rule.radius, rule.log_term, rule.low, rule.high]
+        rule = validation.rule("bench_validity", cell.bound, options, state, cell.witness, pairs)
+        head = [validation.BOUNDS.index(cell.bound), rule.radius, rule.log_term, rule.low, rule.high]
         head += [cell.d if cell.witness == "vector" else 0, cell.witness == "quadratic", pairs]
         rows = [part.reshape(-1, classes, state.channels) for part in state.tensors()[1:]]
         laws = torch.cat([state.count.double()[None, :, None].expand(1, classes, state.channels), *rows])

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks._common import paired_ratio, seconds
-from discedit._batches import call, undisturbed
+from discedit.model.forward import call, undisturbed
 
 
 def latency_ratio(

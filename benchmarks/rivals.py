@@ -17,9 +17,9 @@ import torch_pruning
 from torch import Tensor, nn
 from torch.nn import functional
 
-from discedit import _checks
-from discedit._batches import call, device_of, first_tensor, map_tensors, moved, split
-from discedit._trace import width_of
+from discedit.common import validation
+from discedit.model.forward import call, device_of, first_tensor, map_tensors, moved, split
+from discedit.model.trace import width_of
 from discedit.presets import preset
 
 TORCH_PRUNING: dict[str, Any] = {
@@ -81,7 +81,7 @@ def chip(
         taken = 0
         for layer, total in totals.items():
             if layer not in maps or maps[layer].shape[1] != len(total):
-                got = _checks.shape_of(maps[layer]) if layer in maps else "nothing"
+                got = validation.shape_of(maps[layer]) if layer in maps else "nothing"
                 raise ValueError(
                     f"chip: readers must read the {len(total)} channels of their layers, {readers[layer]!r} for "
                     f"{layer!r} reads {got} (channels on axis 1)."
@@ -131,7 +131,7 @@ def torch_pruning_importance(
     ICLR 2021; "bn_scale" after Liu et al., ICCV 2017. Read in the code of torch-pruning 1.6.1.
     """
     op = "torch_pruning_importance"
-    _checks.choice(op, "name", name, TORCH_PRUNING)
+    validation.choice(op, "name", name, TORCH_PRUNING)
     copied = copy.deepcopy(model).requires_grad_(True).eval()
     graph = torch_pruning.DependencyGraph()
     with torch.random.fork_rng([]), torch.enable_grad():

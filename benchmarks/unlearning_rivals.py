@@ -48,12 +48,12 @@ from torch.utils.data import TensorDataset
 import benchmarks._vision  # noqa: F401  (before transformers)
 from benchmarks import held_out
 from discedit import zoo
-from discedit._batches import call, device_of, first_tensor, split, undisturbed
-from discedit._trace import width_of
-from discedit.evaluate import accuracy_per_class, adaptive_unlearning_score
+from discedit.evaluation.evaluate import accuracy_per_class, adaptive_unlearning_score
+from discedit.model.forward import call, device_of, first_tensor, split, undisturbed
+from discedit.model.trace import width_of
 from discedit.presets import preset
-from discedit.recipe import Edit, Operation, Recipe, architecture_of
-from discedit.scores import Scores
+from discedit.recipes.recipe import Edit, Operation, Recipe, architecture_of
+from discedit.scoring.scores import Scores
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Tensors = dict[str, Tensor]

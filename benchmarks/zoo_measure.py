@@ -35,7 +35,7 @@ import benchmarks._vision  # noqa: F401  (before transformers)
 import discedit
 from benchmarks.zoo_networks import CLASSES, MARK, NARROWED, NEITHER, NETWORKS
 from discedit import Edit, Recipe, Scores
-from discedit._importance import KINDS
+from discedit.selection.importance import KINDS
 
 RATIO = 0.3
 STEP_SECONDS = 150

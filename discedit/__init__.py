@@ -8,20 +8,22 @@ Forward passes only: no gradients, no loss, no training set.
     forgetful = discedit.unlearn(model, scores, classes=[3]).model
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from types import ModuleType as _Module
 
-from discedit import huggingface, ops, presets, uncertainty
-from discedit._importance import importances
-from discedit.collect import collect_blocks, collect_moments
-from discedit.evaluate import Evaluation, evaluate
-from discedit.moments import Moments
+from discedit import fidelity, ops, presets, uncertainty
+from discedit.editing.prune import prune
+from discedit.editing.unlearn import unlearn
+from discedit.evaluation.evaluate import Evaluation, evaluate
+from discedit.moments.collect import collect_blocks, collect_moments
+from discedit.moments.moments import Moments
 from discedit.presets import preset
-from discedit.prune import prune
-from discedit.recipe import Edit, Recipe
-from discedit.report import report
-from discedit.scores import Scores, score
-from discedit.stack import Stack
-from discedit.unlearn import unlearn
+from discedit.recipes.recipe import Edit, Recipe
+from discedit.recipes.stack import Stack
+from discedit.reporting.report import report
+from discedit.scoring.scores import Scores, score
+from discedit.selection.importance import importances
 
 __version__ = _version("discedit")
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "collect_blocks",
     "collect_moments",
     "evaluate",
+    "fidelity",
     "huggingface",
     "importances",
     "ops",
@@ -45,3 +48,12 @@ __all__ = [
     "uncertainty",
     "unlearn",
 ]
+
+_ELSEWHERE = {"huggingface": "discedit.integrations.huggingface", "reference": "discedit.backends.reference"}
+
+
+def __getattr__(name: str) -> _Module:
+    """Modules that most programs never need, imported when they are asked for."""
+    if name in _ELSEWHERE:
+        return _import_module(_ELSEWHERE[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

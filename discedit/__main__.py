@@ -2,6 +2,6 @@
 
 import sys
 
-from discedit.cli import main
+from discedit.cli.main import main
 
 sys.exit(main())

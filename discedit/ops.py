@@ -13,10 +13,10 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor
 
-from discedit import _checks
-from discedit._backends import select
-from discedit._library import compared, record, traced
-from discedit._state import ClassMoments, State, VectorMoments
+from discedit.backends import select
+from discedit.backends.library import compared, record, traced
+from discedit.common import validation
+from discedit.common.state import ClassMoments, State, VectorMoments
 
 __all__ = [
     "ClassMoments",
@@ -75,8 +75,8 @@ def pool(x: Tensor, *, statistic: str | Names = "mean", layout: str = "auto", ba
     tensor([[[1.5000, 3.0000, 0.7500],
              [1.0000, 7.0000, 0.5000]]], dtype=torch.float64)
     """
-    names = _checks.statistics("pool", statistic)
-    x, axis = _checks.feature_map("pool", x, layout, names)
+    names = validation.statistics("pool", statistic)
+    x, axis = validation.feature_map("pool", x, layout, names)
     planes: Tensor
     planes = record("pool", backend, x, axis, names) if traced(x) else select("pool", backend, x.device)(x, axis, names)
     # Not planes[0], for which torch wants the driver of a device that a fake tensor only pretends to be on.
@@ -167,12 +167,12 @@ def class_moments(
               [0., 1.]]]], dtype=torch.float64)
     """
     op = "class_moments"
-    num_classes = _checks.positive_integer(op, "num_classes", num_classes)
-    names = _checks.statistics(op, statistic)
-    _checks.witness(op, witness, statistic, scale)
-    scale = _checks.scale(op, scale) if witness == "exp" else 0.0
-    x, axis = _checks.feature_map(op, x, layout, names)
-    labels = _checks.labels(op, labels, x)
+    num_classes = validation.positive_integer(op, "num_classes", num_classes)
+    names = validation.statistics(op, statistic)
+    validation.witness(op, witness, statistic, scale)
+    scale = validation.scale(op, scale) if witness == "exp" else 0.0
+    x, axis = validation.feature_map(op, x, layout, names)
+    labels = validation.labels(op, labels, x)
     mean: tuple[int, ...] = (num_classes, x.shape[axis])
     kind: type[State] = ClassMoments
     if witness == "vector":
@@ -183,10 +183,10 @@ def class_moments(
             return kind(*record(op, backend, x, axis, names, scale, labels, num_classes, kind is VectorMoments))
         state = kind.with_mean(mean, x.device)
     else:
-        state = _checks.state(op, "out", out)
+        state = validation.state(op, "out", out)
         if type(state) is not kind or state.mean.shape != mean or state.device != x.device:
-            wanted = _checks.description(kind, mean, x.device)
-            raise ValueError(f"{op}: out must be {wanted}, it is {_checks.described(state)}.")
+            wanted = validation.description(kind, mean, x.device)
+            raise ValueError(f"{op}: out must be {wanted}, it is {validation.described(state)}.")
     if traced(x, labels, *state.tensors()):
         record("class_moments_", backend, state.tensors(), x, axis, names, scale, labels)
     else:
@@ -219,12 +219,12 @@ def merge_moments(a: Kind, b: Kind, *, backend: str = "auto") -> Kind:
     >>> merge_moments(left, right).m2
     tensor([[2.]], dtype=torch.float64)
     """
-    _checks.state("merge_moments", "a", a)
-    _checks.state("merge_moments", "b", b)
+    validation.state("merge_moments", "a", a)
+    validation.state("merge_moments", "b", b)
     if type(a) is not type(b) or a.mean.shape != b.mean.shape or a.device != b.device:
         raise ValueError(
-            f"merge_moments: a and b must have the same kind, shape and device: a is {_checks.described(a)}, "
-            f"b is {_checks.described(b)}."
+            f"merge_moments: a and b must have the same kind, shape and device: a is {validation.described(a)}, "
+            f"b is {validation.described(b)}."
         )
     if traced(*a.tensors(), *b.tensors()):
         return type(a)(*record("merge_moments", backend, a.tensors(), b.tensors()))
@@ -289,18 +289,18 @@ def patch_moments(
              [1.0000, 2.0000]]], dtype=torch.float64)
     """
     op = "patch_moments"
-    x = _checks.image_map(op, x)
-    window = _checks.window(op, x, kernel_size, stride, padding, dilation)
+    x = validation.image_map(op, x)
+    window = validation.window(op, x, kernel_size, stride, padding, dilation)
     rows, columns = window.outputs(x)
     places = rows * columns
     if positions is not None:
-        positions = _checks.positions(op, positions, x)
+        positions = validation.positions(op, positions, x)
         places = positions.shape[0]
     if traced(x) or (positions is not None and traced(positions)):
         mean, scatter = record(op, backend, x, *window, positions)
     else:
         if positions is not None:
-            _checks.position_range(op, positions, (rows, columns))
+            validation.position_range(op, positions, (rows, columns))
         mean, scatter = select(op, backend, x.device)(x, window, positions)
     return x.shape[0] * places, mean, scatter
 
@@ -400,9 +400,9 @@ def robust_bound(
     tensor(0.5000)
     """
     op = "robust_bound"
-    _checks.law_pairs(op, mean1, cov1, mean2, cov2)
-    rho = _checks.at_least_zero(op, "rho", rho)
-    ball1, ball2 = _checks.radius(op, "radius1", radius1, mean1), _checks.radius(op, "radius2", radius2, mean1)
+    validation.law_pairs(op, mean1, cov1, mean2, cov2)
+    rho = validation.at_least_zero(op, "rho", rho)
+    ball1, ball2 = validation.radius(op, "radius1", radius1, mean1), validation.radius(op, "radius2", radius2, mean1)
     laws = mean1, cov1, mean2, cov2
     bound: Tensor
     if traced(*laws, ball1, ball2):
@@ -410,7 +410,7 @@ def robust_bound(
     else:
         for argument, given, ball in (("radius1", radius1, ball1), ("radius2", radius2, ball2)):
             if isinstance(given, Tensor):
-                _checks.radius_range(op, argument, ball)
+                validation.radius_range(op, argument, ball)
         with torch.no_grad():
             bound = select(op, backend, mean1.device)(*laws, ball1 + ball2, rho)
     return bound.to(mean1.dtype)
@@ -481,20 +481,20 @@ def witness_bound(
     tensor(0.2500)
     """
     op = "witness_bound"
-    _checks.witness_moments(op, mean1, second1, mean2, second2)
+    validation.witness_moments(op, mean1, second1, mean2, second2)
     moments = mean1, second1, mean2, second2
     bound: Tensor
     if traced(*moments):
         bound = record(op, backend, *(moment.detach() for moment in moments), published)
     else:
-        _checks.second_moments(op, *moments)
+        validation.second_moments(op, *moments)
         with torch.no_grad():
             bound = select(op, backend, mean1.device)(*moments, published)
     return bound.to(mean1.dtype)
 
 
 def _bound(op: str, mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, backend: str) -> Tensor:
-    _checks.law_pairs(op.replace("_published", ""), mean1, cov1, mean2, cov2)
+    validation.law_pairs(op.replace("_published", ""), mean1, cov1, mean2, cov2)
     laws = mean1, cov1, mean2, cov2
     bound: Tensor
     if traced(*laws):
@@ -641,10 +641,10 @@ def pairwise_mean(
 
 
 def _scored(op: str, moments: State, bound: str, witness: str | None, backend: str, options: dict[str, Any]) -> Any:
-    _checks.state(op, "moments", moments)
-    _checks.choice(op, "bound", bound, _checks.BOUNDS)
-    features = _checks.witness_of(op, moments, witness, bound)
-    asked = _checks.asked(op, bound, options, witness)
+    validation.state(op, "moments", moments)
+    validation.choice(op, "bound", bound, validation.BOUNDS)
+    features = validation.witness_of(op, moments, witness, bound)
+    asked = validation.asked(op, bound, options, witness)
     if traced(*moments.tensors()):
         return record(op, backend, moments.tensors(), features, *asked)
     return compared(op, moments, features, asked, backend)

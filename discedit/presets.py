@@ -39,13 +39,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from discedit import _checks
-from discedit.collect import collect_moments
-from discedit.moments import Statistic
-from discedit.prune import prune
-from discedit.recipe import Edit, joined
-from discedit.scores import Scores, score
-from discedit.unlearn import unlearn
+from discedit.common import validation
+from discedit.editing.prune import prune
+from discedit.editing.unlearn import unlearn
+from discedit.moments.collect import collect_moments
+from discedit.moments.moments import Statistic
+from discedit.recipes.recipe import Edit, joined
+from discedit.scoring.scores import Scores, score
 
 SELECTIONS = ("lowest", "below", "highest")
 
@@ -86,8 +86,8 @@ class Preset:
     read: str = "norm"
 
     def __post_init__(self) -> None:
-        _checks.choice("Preset", "selection", self.selection, SELECTIONS)
-        if not _checks.is_number(self.amount) or not 0 <= self.amount < 1:
+        validation.choice("Preset", "selection", self.selection, SELECTIONS)
+        if not validation.is_number(self.amount) or not 0 <= self.amount < 1:
             raise ValueError(f"Preset: amount must be a number in [0, 1), got {self.amount!r}.")
 
     def score(
@@ -331,7 +331,7 @@ def preset(name: str) -> Preset:
     >>> preset("tvsprune").bound
     'hellinger'
     """
-    return PRESETS[_checks.choice("preset", "name", name, PRESETS)]
+    return PRESETS[validation.choice("preset", "name", name, PRESETS)]
 
 
 def ldiff(scores: Scores, threshold: float, *, reduction: str = "pairwise_min") -> dict[str, float]:
@@ -406,7 +406,7 @@ def tvsprune_iterative(
     algorithm = PRESETS["tvsprune"] if algorithm is None else algorithm
     if algorithm.selection != "below":
         raise ValueError(f"{op}: algorithm must have the selection 'below', it has {algorithm.selection!r}.")
-    if not _checks.is_number(step) or not 0 < step < math.inf:
+    if not validation.is_number(step) or not 0 < step < math.inf:
         raise ValueError(f"{op}: step must be a finite number above 0, got {step!r}.")
     before = accuracy(model)
     if not before >= floor:
@@ -440,5 +440,5 @@ def _below(values: Tensor, share: float, threshold: float | None) -> int:
 
 
 def _checked_threshold(op: str, value: Any) -> None:
-    if not _checks.is_number(value) or not 0 <= value <= 1:
+    if not validation.is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"{op}: threshold must be a number in [0, 1], got {value!r}.")

@@ -19,13 +19,12 @@ OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/*.md", "benchmarks/*.p
 ACROSS = re.DOTALL | re.MULTILINE
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 CODE = re.compile(r"^( *)```.*?^\1```$|\[[^\]]*\]\([^)]*\)|^#.*?$|`([A-Za-z_][\w.]*)`", ACROSS)
-# What the reference holds, by all names that a reader may call it: "pool", "ops.pool", "discedit.ops.pool". A function
-# that hides its module, such as discedit.prune, has the module's name.
+# What the reference holds, by all names that a reader may call it: "pool", "ops.pool", "discedit.ops.pool".
 REFERENCE = {
     ".".join(parts[first:]): name
     for page in sorted((DOCS / "reference").glob("*.md"))
     for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
-    for parts in [re.sub(r"\b(\w+)\.\1$", r"\1", name).split(".")]
+    for parts in [name.split(".")]
     for first in range(len(parts))
 }
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import discedit
 from discedit import zoo
-from discedit.evaluate import accuracy_per_class
+from discedit.evaluation.evaluate import accuracy_per_class
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--digit", type=int, default=3, choices=range(10), help="the class to forget")

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discedit._state import ClassMoments, State, VectorMoments
+from discedit.common.state import ClassMoments, State, VectorMoments
 from discedit.kernels._launch import COMPILE, power_of_two
 
 # ---- traits ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discedit._state import State, VectorMoments
+from discedit.common.state import State, VectorMoments
 from discedit.kernels._launch import COMPILE
 from discedit.kernels.bounds import ROUNDING_OF_MOMENTS, bound_in_the_plane, bound_on_the_line, larger, positive_part
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from discedit import ops
-from discedit._backends import triton_interprets
-from discedit._state import ClassMoments, State, VectorMoments
+from discedit.backends import triton_interprets
+from discedit.common.state import ClassMoments, State, VectorMoments
 
 BACKENDS = ["cpp", "reference"]
 # What has `pool` and `class_moments` on CPU tensors. Where there is a GPU, Triton compiles for it: tests/test_gpu.py.

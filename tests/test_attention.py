@@ -15,10 +15,10 @@ from torch.overrides import _get_current_function_mode_stack
 from torchvision.models import swin_transformer
 
 from discedit import Recipe, Stack, collect_moments, prune, score
-from discedit._attention import shifted_windows
-from discedit._batches import undisturbed
-from discedit._called import attend
-from discedit._measure import count_macs
+from discedit.model.attention import shifted_windows
+from discedit.model.forward import undisturbed
+from discedit.model.functional import attend
+from discedit.model.size import count_macs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

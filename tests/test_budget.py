@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from discedit._budget import Choice, Cost, Limits, choose, normalised
-from discedit._measure import count_macs
+from discedit.model.size import count_macs
+from discedit.selection.budget import Choice, Cost, Limits, choose, normalised
 
 INF = math.inf
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from discedit import _calibration
-from discedit._calibration import Positions, Sums, calibration, matrix_of
+from discedit.moments import calibration as module
+from discedit.moments.calibration import Positions, Sums, calibration, matrix_of
 
 LAYERS = [
     *(
@@ -51,8 +51,8 @@ def seeded(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("chunk", [2**25, 2000], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_rows_of_a_convolution_give_its_output(layer, chunk, monkeypatch):
-    monkeypatch.setattr(_calibration, "CHUNK", chunk)
-    monkeypatch.setattr(_calibration, "ROWS_PER_UNKNOWN", 10**6)  # every position
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(module, "ROWS_PER_UNKNOWN", 10**6)  # every position
     x = seeded(7, 4, 12, 13)
     output = layer(x).detach()
     positions = drawn(layer, output)
@@ -102,7 +102,7 @@ def test_narrow_types_are_widened_without_loss(layer, shape, dtype):
 
 
 def test_positions_differ_between_samples_but_not_between_widths(monkeypatch):
-    monkeypatch.setattr(_calibration, "ROWS_PER_UNKNOWN", 8)
+    monkeypatch.setattr(module, "ROWS_PER_UNKNOWN", 8)
     narrow = drawn(nn.Conv2d(2, 3, 1), torch.zeros(8, 3, 10, 10))
     again = drawn(nn.Conv2d(2, 5, 1), torch.zeros(8, 5, 10, 10))
     other = drawn(nn.Conv2d(2, 3, 1), torch.zeros(8, 3, 10, 10), seed=4)
@@ -118,7 +118,7 @@ def moments_of(rows, y, step=7):
     positions = Positions(layer, 0)
     positions.draw(y)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_calibration, "CHUNK", step * rows.shape[1])
+        patch.setattr(module, "CHUNK", step * rows.shape[1])
         each = max(step, 2 * rows.shape[1])  # fewer rows at a time would not be worth a sum
         assert len(list(positions.of_input(rows))) == -(-len(rows) // each) > 1
         sums = Sums()
@@ -150,7 +150,7 @@ def test_moments_are_those_of_float64(offset, spread):
 @pytest.mark.parametrize("unknowns", [1, 255, 256, 257, 515])
 def test_half_of_a_symmetric_product_is_the_whole(unknowns):
     rows = seeded(40, unknowns)
-    torch.testing.assert_close(_calibration.gram_of(rows), rows.T @ rows, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(calibration.gram_of(rows), rows.T @ rows, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("ridge", [1e-6, 1e-3, 10.0])
@@ -193,7 +193,7 @@ def test_solve_without_variance_keeps_the_weights():
 def test_solve_of_moments_that_are_not_finite_comes_to_an_end():
     """In a process of its own, since a loop without end could not be told from inside."""
     code = (
-        "import torch; from discedit._calibration import Fit; n = torch.full((2, 2), float('nan')).double()\n"
+        "import torch; from discedit.moments.calibration import Fit; n = torch.full((2, 2), float('nan')).double()\n"
         "try: Fit(n[0], n[0], n, n, n[0]).solve('prune', torch.zeros(2, 2).double(), 1e-3)\n"
         "except (ValueError, RuntimeError): pass"
     )
@@ -250,7 +250,7 @@ def test_a_batch_of_another_form_ends_it(other):
 
 
 def test_no_more_samples_than_the_limit(monkeypatch):
-    monkeypatch.setattr(_calibration, "SAMPLES", 7)
+    monkeypatch.setattr(module, "SAMPLES", 7)
     taken = []
 
     def batches():
@@ -265,9 +265,9 @@ def test_no_more_samples_than_the_limit(monkeypatch):
 
 def test_no_more_samples_than_the_memory_allows(monkeypatch):
     """The largest feature map of `net` has 4 floats."""
-    monkeypatch.setattr(_calibration, "MEMORY", 5 * _calibration.MAPS * 4 * 4)
+    monkeypatch.setattr(module, "MEMORY", 5 * calibration.MAPS * 4 * 4)
     assert len(calibration("prune", net(), [seeded(4, 3, seed=n) for n in range(5)])[0]) == 5
-    monkeypatch.setattr(_calibration, "MEMORY", 1)
+    monkeypatch.setattr(module, "MEMORY", 1)
     (inputs,) = calibration("prune", net(), [seeded(4, 3)])
     assert torch.equal(inputs, seeded(4, 3)[:1])
 
@@ -289,13 +289,13 @@ def test_an_empty_batch_is_passed_over():
 
 def test_parts_of_one_size_in_order(monkeypatch):
     """The largest feature map of `net` has 4 floats for each sample."""
-    monkeypatch.setattr(_calibration, "MAP", 4 * 4 * 3)
+    monkeypatch.setattr(module, "MAP", 4 * 4 * 3)
     batches = [{"x": seeded(5, 3, seed=n), "scale": torch.ones(2)} for n in range(2)]
     parts = calibration("prune", Named(), batches)
     whole = torch.cat([batch["x"] for batch in batches])
     assert torch.equal(torch.cat([part["x"] for part in parts]), whole)
     assert all(torch.equal(part["scale"], torch.ones(2)) for part in parts)
-    monkeypatch.setattr(_calibration, "PARTS", 2)
+    monkeypatch.setattr(module, "PARTS", 2)
     assert [len(part) for part in calibration("prune", net(), [whole[:7]])] == [4, 3]
 
 

@@ -11,7 +11,9 @@ import torch
 from test_distributed import assert_same, dataset, launch, network, results
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
-from discedit import Moments, _checkpoint, _files, collect_blocks, collect_moments
+from discedit import Moments, collect_blocks, collect_moments
+from discedit.common import files as _files
+from discedit.moments import checkpoint
 
 
 class Stop(Exception):
@@ -203,7 +205,7 @@ def test_a_full_disk_loses_no_earlier_state(tmp_path, monkeypatch):
 
 def test_states_are_as_far_apart_as_asked(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(_checkpoint.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
     batches = list(DataLoader(dataset(), batch_size=10))
     saved = []
     monkeypatch.setattr(_files, "write_atomically", lambda path, data: saved.append((path.name, clock[0], len(data))))

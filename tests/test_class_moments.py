@@ -14,7 +14,7 @@ from helpers import (
 )
 
 from discedit import ops
-from discedit._state import ClassMoments, VectorMoments
+from discedit.common.state import ClassMoments, VectorMoments
 
 # What a GPU does without a word, the interpreter of Triton warns of through NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")

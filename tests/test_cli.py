@@ -6,7 +6,6 @@ import re
 import socket
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import discedit
-from discedit import Moments, Recipe, Scores, Stack, _images, zoo
-from discedit.cli import main
-from discedit.evaluate import accuracy_per_class
+from discedit import Moments, Recipe, Scores, Stack, zoo
+from discedit.cli import data as _images
+from discedit.cli.main import main
+from discedit.evaluation.evaluate import accuracy_per_class
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = ["--model", "discedit.zoo:DigitsNet"]
@@ -303,7 +303,7 @@ def test_report_hands_over_what_the_runs_hold(place, scored, edited, tmp_path, m
         (path.parent / "scores.png").write_bytes(b"png")
         return [path, path.parent / "scores.png"]
 
-    monkeypatch.setitem(sys.modules, "discedit.report", types.SimpleNamespace(report=report))
+    monkeypatch.setattr("discedit.cli.commands.report", report)
     runs = [str(folder) for folder in (*edited, scored)]
     assert main(["report", *runs, "--title", "Digits", "--pngs", "--out", str(tmp_path / "page"), "--quiet"]) == 0
     assert same_scores(seen["scores"], digit_scores)
@@ -422,13 +422,13 @@ def test_interrupted_is_130_and_a_bug_is_an_exception(place, tmp_path, monkeypat
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("discedit._commands.collect_moments", interrupt)
+    monkeypatch.setattr("discedit.cli.commands.collect_moments", interrupt)
     assert main(["score", *with_data(place), "--out", str(tmp_path / "run")]) == 130
 
     def fail(*_, **__):
         raise AssertionError("of our own making")
 
-    monkeypatch.setattr("discedit._commands.collect_moments", fail)
+    monkeypatch.setattr("discedit.cli.commands.collect_moments", fail)
     with pytest.raises(AssertionError):
         main(["score", *with_data(place), "--out", str(tmp_path / "run"), "--json"])
     assert "of our own making" in json.loads(capsys.readouterr().out)["error"]
@@ -438,7 +438,7 @@ def test_a_failing_group_is_4(place, tmp_path, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("[gloo] Connection closed by peer")
 
-    monkeypatch.setattr("discedit._commands.collect_moments", fail)
+    monkeypatch.setattr("discedit.cli.commands.collect_moments", fail)
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -457,7 +457,7 @@ def test_every_sample_goes_to_one_rank(place, tmp_path, monkeypatch):
         shares.append(torch.cat([x for x, _ in loader]))
         raise RuntimeError("gloo ends here")
 
-    monkeypatch.setattr("discedit._commands.collect_moments", collect)
+    monkeypatch.setattr("discedit.cli.commands.collect_moments", collect)
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
     monkeypatch.setenv("WORLD_SIZE", "3")
     for data in (str(place / "train.npz"), "discedit.zoo:digits()[0]"):

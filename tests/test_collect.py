@@ -8,7 +8,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import discedit
-from discedit import collect, collect_moments, ops, zoo
+from discedit import collect_moments, ops, zoo
+from discedit.moments import collect
 
 
 def small_model():

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Subset, TensorDataset  # noqa: F401  (for the scripts)
 
 from discedit import Moments, collect_blocks, collect_moments, zoo
-from discedit._group import Group, pack, unpack
-from discedit.distributed import ShardSampler, dropped_samples, own_samples
-from discedit.fidelity import SecondMoments, collect_second_moments
+from discedit.moments.distributed import ShardSampler, dropped_samples, own_samples
+from discedit.moments.group import Group, pack, unpack
+from discedit.selection.fidelity import SecondMoments, collect_second_moments
 
 
 def network():

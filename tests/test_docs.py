@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from discedit import cli, collect, ops, presets, scores, uncertainty, zoo
+from discedit import ops, presets, zoo
+from discedit.cli import main as cli
+from discedit.evaluation import evaluate
+from discedit.moments import collect
+from discedit.reporting import report
+from discedit.scoring import scores, uncertainty
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "docs").rglob("*.md"))}
 LANGUAGES = {"python", "bash", "text", "bibtex", "json", "toml"}  # of blocks: Python by another name would not run
-# The package gives these names to the functions.
-evaluate, report = (import_module(f"discedit.{name}") for name in ("evaluate", "report"))
 
 
 @pytest.mark.parametrize(

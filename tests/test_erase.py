@@ -12,17 +12,18 @@ from helpers import Net
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from discedit import Recipe, Stack, _erase, collect_moments, ops, prune, score, unlearn, zoo
-from discedit._erase import RIDGE, erased
-from discedit._trace import ModelTrace
-from discedit.evaluate import accuracy_per_class
+from discedit import Recipe, Stack, collect_moments, ops, prune, score, unlearn, zoo
+from discedit.editing import concept_erasure
+from discedit.editing.concept_erasure import RIDGE, erased
+from discedit.evaluation.evaluate import accuracy_per_class
+from discedit.model.trace import ModelTrace
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
 ]
 
-MODULE = importlib.import_module("discedit.unlearn")  # by whose name the package has a function
+MODULE = importlib.import_module("discedit.editing.unlearn")
 EACH, REST, MOST_OF_REST = 128, 256, 1024  # samples that directions are found on, as docs say
 
 
@@ -322,8 +323,8 @@ def test_several_parts_are_as_one(name):
 
 def test_means_are_over_all_positions_where_covariances_are_over_some(monkeypatch):
     """So that nothing of the difference is left, however few are looked at."""
-    monkeypatch.setattr(_erase, "LEAST_ROWS", 100)
-    monkeypatch.setattr(_erase, "ROWS_PER_CHANNEL", 1)
+    monkeypatch.setattr(concept_erasure, "LEAST_ROWS", 100)
+    monkeypatch.setattr(concept_erasure, "ROWS_PER_CHANNEL", 1)
     model, x, labels = reader("1 x 1")
     edited, result = erase(model, ["layer"], [(x[:50], labels[:50]), (x[50:], labels[50:])], [2])
     before, after = (gap(given_by(net, "layer", x), labels, [2]) for net in (model, edited))
@@ -1162,11 +1163,11 @@ def test_rounding_that_leaves_a_part_of_what_is_erased():
     old[0, 0] -= old.sum() - 0.1
     old = old.bfloat16().double()
     new = old - old.sum() / 64
-    assert not _erase._why_not_erased(layer, old, new, difference, 0.0)
+    assert not concept_erasure._why_not_erased(layer, old, new, difference, 0.0)
     layer.bfloat16()
-    why = _erase._why_not_erased(layer, old, new.bfloat16().double(), difference, 0.0)
+    why = concept_erasure._why_not_erased(layer, old, new.bfloat16().double(), difference, 0.0)
     assert why.startswith("its weights, in bfloat16, miss what erasing is to change by ")
-    assert not _erase._why_not_erased(layer, old, old, torch.zeros(64, 1).double(), 0.0)
+    assert not concept_erasure._why_not_erased(layer, old, old, torch.zeros(64, 1).double(), 0.0)
 
 
 @pytest.mark.filterwarnings("ignore:unlearn")
@@ -1174,9 +1175,9 @@ def test_rounding_that_leaves_a_part_of_what_is_erased():
 def test_a_layer_from_which_nothing_is_erased_stays_as_it_was(inplace, trained, digit_scores, monkeypatch):
     model, train, _ = trained
     mine = copy.deepcopy(model)
-    found = _erase._why_not_erased
+    found = concept_erasure._why_not_erased
     monkeypatch.setattr(
-        _erase,
+        concept_erasure,
         "_why_not_erased",
         lambda layer, *rest: "of rounding" if layer.out_features == 10 else found(layer, *rest),
     )

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import discedit
 from discedit import zoo
-from discedit._attacks import (
+from discedit.evaluation.evaluate import METRICS, accuracy_per_class, adaptive_unlearning_score
+from discedit.evaluation.membership import (
     Attack,
     entropy_attack,
     learned_attack,
@@ -24,9 +25,8 @@ from discedit._attacks import (
     quantile_attack,
     scikit_learn_at_work,
 )
-from discedit._outputs import Outputs, gather
-from discedit._probes import linear_cka
-from discedit.evaluate import METRICS, accuracy_per_class, adaptive_unlearning_score
+from discedit.evaluation.outputs import Outputs, gather
+from discedit.evaluation.probes import linear_cka
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -404,7 +404,7 @@ def test_logits_that_are_not_numbers(trained):
 
 
 def test_without_scikit_learn_the_error_says_what_to_install(trained, monkeypatch):
-    monkeypatch.setattr(sys.modules["discedit.evaluate"], "find_spec", lambda name: None)  # the name is the function
+    monkeypatch.setattr(sys.modules["discedit.evaluation.evaluate"], "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'discedit\[evaluate\]'"):
         report(*trained)
     report(*trained, metrics="accuracy")

@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks import bench_validity as oracles
 from discedit import ops, zoo
-from discedit._state import ClassMoments
+from discedit.common.state import ClassMoments
 
 OF_LAWS = {
     "fisher": ops.fisher_bound,

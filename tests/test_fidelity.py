@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from discedit import fidelity, zoo
-from discedit.fidelity import (
+from discedit.selection.fidelity import (
     SecondMoments,
     collect_second_moments,
     compensation,

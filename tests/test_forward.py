@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import discedit
-from discedit._forward import is_affine, takes_constants, why_not_plain
+from discedit.model.layers import is_affine, takes_constants, why_not_plain
 
 
 class SamePadding(nn.Conv2d):

@@ -19,8 +19,8 @@ from test_patch_moments import WINDOWS, assert_right, batch
 from torch import nn
 
 import discedit
-from discedit import _backends, ops
-from discedit.fidelity import collect_second_moments
+from discedit import backends, ops
+from discedit.selection.fidelity import collect_second_moments
 
 # Asked for before the first product on the device: torch looks once.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -40,7 +40,7 @@ VECTOR = {"statistic": ("mean", "max", "l2"), "witness": "vector"}
 
 
 def needs(backend, op, large=False):
-    reason = _backends.why_not(backend, op, DEVICE)
+    reason = backends.why_not(backend, op, DEVICE)
     if large and not reason and backend == "triton" and DEVICE.type == "cpu":
         reason = "too large for its interpreter"
     if reason:
@@ -135,7 +135,7 @@ def test_class_moments_small(poison, backend, name, options):
 @pytest.mark.parametrize("bound", ["fisher", "minimax"])
 def test_bounds_small(poison, backend, dimension, bound):
     op = f"{bound}_bound"
-    reason = _backends.why_not(backend, op, DEVICE, dimension)
+    reason = backends.why_not(backend, op, DEVICE, dimension)
     if reason:
         pytest.skip(reason)
     generator = torch.Generator().manual_seed(0)

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional
 
 from discedit import prune, zoo
-from discedit._graph import KINDS, Components, Graph
-from discedit.scores import Scores
+from discedit.graph.pruning_graph import KINDS, Components, Graph
+from discedit.scoring.scores import Scores
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from discedit import Edit, Recipe, collect_moments, huggingface, prune, score, unlearn, zoo
-from discedit._measure import count_parameters
-from discedit.recipe import Operation, architecture_of
+from discedit.model.size import count_parameters
+from discedit.recipes.recipe import Operation, architecture_of
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,8 +7,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from discedit import zoo
-from discedit._images import Archive, Batches, Folder, fitted, number_classes, open_data, parse_size
-from discedit._sources import InputError, Preprocessing
+from discedit.cli.data import Archive, Batches, Folder, fitted, number_classes, open_data, parse_size
+from discedit.cli.models import InputError, Preprocessing
 
 
 def pixels(height, width, channels=3, seed=0):

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from discedit import Scores, _calibration, importances, prune
-from discedit._importance import RIDGE
-from discedit._trace import ModelTrace
-from discedit.prune import BEST_WITH
+from discedit import Scores, importances, prune
+from discedit.editing.prune import BEST_WITH
+from discedit.model.trace import ModelTrace
+from discedit.moments import calibration
+from discedit.selection.importance import RIDGE
 
 KINDS = ("filters", "neurons")
 SETTINGS = {"bound": "minimax", "witness": "linear", "statistic": "mean", "norms": {}}
@@ -17,7 +18,7 @@ SETTINGS = {"bound": "minimax", "witness": "linear", "statistic": "mean", "norms
 @pytest.fixture(autouse=True)
 def _every_position(monkeypatch):
     """Then what is computed here, on all of them, must be what comes out."""
-    monkeypatch.setattr(_calibration, "ROWS_PER_UNKNOWN", 10**6)
+    monkeypatch.setattr(calibration, "ROWS_PER_UNKNOWN", 10**6)
 
 
 def seeded(*shape, seed=0):

@@ -79,7 +79,7 @@ def without_compiler(tmp_path_factory):
 def test_the_wheel_holds_everything(built):
     names = {str(path.relative_to(built)) for path in built.rglob("*") if path.is_file()}
     assert {"discedit/py.typed", "discedit/_cpu.pyi", "discedit/kernels/__init__.py", "discedit/_build.json"} <= names
-    assert {"discedit/report.html", "discedit/report.css"} <= names
+    assert {"discedit/reporting/report.html", "discedit/reporting/report.css"} <= names
     assert any(name.startswith("discedit/_cpu.") and name.endswith((".so", ".pyd")) for name in names)
     assert not any(name.startswith(("tests", "benchmarks", "kernels", "csrc")) for name in names)
     note = json.loads((built / "discedit" / "_build.json").read_text())
@@ -112,7 +112,7 @@ def test_installs_without_a_compiler_and_says_so(without_compiler):
     assert (unpacked / "discedit").is_dir(), said
     assert "no C++ compiler found when discedit was installed (looked for no-such-compiler)" in said
     assert not list((unpacked / "discedit").glob("_cpu.*so"))
-    report = run_in(unpacked, "from discedit.cli import main; main(['doctor'])")
+    report = run_in(unpacked, "from discedit.cli.main import main; main(['doctor'])")
     assert "cpp        cannot run  not built: no C++ compiler found when discedit was installed" in report
     assert "reference  runs" in report
 

@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from discedit import _backends, _library, ops
+from discedit import backends, ops
+from discedit.backends import library
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEVERAL = ("mean", "max", "l2")
@@ -206,7 +207,7 @@ def recorded(case: Case) -> bool:
 
 
 RECORDED = [case for case in CASES if recorded(case)]
-ONE_OF_EACH = [next(case for case in CASES if case.op == op) for op in _backends.OPS]
+ONE_OF_EACH = [next(case for case in CASES if case.op == op) for op in backends.OPS]
 
 
 def copied(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -237,14 +238,14 @@ def no_kernels(monkeypatch):
     def select(op: str, *_: Any) -> Any:
         raise AssertionError(f"{op} of fake tensors reached its implementation")
 
-    for module in (ops, _library):
+    for module in (ops, library):
         monkeypatch.setattr(module, "select", select)
 
 
 def test_every_op_has_a_case_and_a_schema():
-    assert {case.op for case in CASES} == set(_backends.OPS)
-    assert {"ClassMoments", "VectorMoments", *_backends.OPS} == set(ops.__all__)
-    for op in _backends.OPS:
+    assert {case.op for case in CASES} == set(backends.OPS)
+    assert {"ClassMoments", "VectorMoments", *backends.OPS} == set(ops.__all__)
+    for op in backends.OPS:
         (schema,) = torch._C._jit_get_schemas_for_operator(f"discedit::{op}")
         assert not schema.is_mutable
     (schema,) = torch._C._jit_get_schemas_for_operator("discedit::class_moments_")
@@ -337,7 +338,7 @@ def test_opcheck(case, monkeypatch):
 
     def record(op: str, backend: str, *arguments: Any) -> Any:
         given.append((getattr(torch.ops.discedit, op).default, (*arguments, backend)))
-        return _library.record(op, backend, *arguments)
+        return library.record(op, backend, *arguments)
 
     monkeypatch.setattr(ops, "traced", lambda *_: True)
     monkeypatch.setattr(ops, "record", record)

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from discedit._lockstep import in_lockstep
+from discedit.repair.lockstep import in_lockstep
 
 
 def test_everybody_comes_to_a_place_before_anybody_goes_on():

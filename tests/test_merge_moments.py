@@ -5,7 +5,7 @@ import torch
 from helpers import BACKENDS, poisoned_vector, same_bits
 
 from discedit import ops
-from discedit._state import ClassMoments, VectorMoments
+from discedit.common.state import ClassMoments, VectorMoments
 
 CLASSES = 4
 VECTOR = {"statistic": ("mean", "max", "l2"), "witness": "vector"}

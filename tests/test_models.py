@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from discedit import prune
-from discedit.recipe import Recipe
-from discedit.scores import Scores
+from discedit.recipes.recipe import Recipe
+from discedit.scoring.scores import Scores
 
 transformers = pytest.importorskip("transformers")
 torchvision = pytest.importorskip("torchvision")

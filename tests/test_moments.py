@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import BACKENDS, same_bits
 
-from discedit import Moments, _files, ops, score
+from discedit import Moments, ops, score
+from discedit.common import files
 
 KINDS = {
     "quadratic": {},
@@ -348,6 +349,6 @@ def test_a_file_that_holds_more_is_refused(tmp_path, what):
     header, tensors = moments.contents()
     more = {"header field": header, "tensor": tensors}[what]
     more["extra"] = torch.ones(1) if what == "tensor" else 1
-    _files.save_tensors(tmp_path / "m.safetensors", "moments", header, tensors)
+    files.save_tensors(tmp_path / "m.safetensors", "moments", header, tensors)
     with pytest.raises(ValueError, match=f"holds the unknown {what} 'extra'"):
         Moments.load(tmp_path / "m.safetensors")

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from discedit import _optimizers, collect_moments, prune, score, unlearn
+from discedit import collect_moments, prune, score, unlearn
+from discedit.recipes import optimizers
 
 CLASSES = 3
 X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
@@ -305,25 +306,25 @@ def test_a_compiled_step():
 
 def test_old_models_are_not_kept_alive():
     gc.collect()
-    watched = len(_optimizers._replaced), len(_optimizers._copies)
+    watched = len(optimizers._replaced), len(optimizers._copies)
     model, other = network(), network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     edits = [pruned(model, inplace=True), pruned(other)]
-    assert len(_optimizers._replaced) == watched[0] + 5
-    assert len(_optimizers._copies) >= watched[1] + 6
+    assert len(optimizers._replaced) == watched[0] + 5
+    assert len(optimizers._copies) >= watched[1] + 6
     del optimizer, other
     gc.collect()
-    assert len(_optimizers._replaced) == watched[0]
+    assert len(optimizers._replaced) == watched[0]
     del model, edits
     gc.collect()
-    assert len(_optimizers._copies) == watched[1]
+    assert len(optimizers._copies) == watched[1]
 
 
 def test_the_hooks_are_registered_once():
     for _ in range(2):
         pruned(network())
     registered = [*_global_optimizer_pre_hooks.values(), *_global_optimizer_post_hooks.values()]
-    assert registered.count(_optimizers._refuse_replaced) == registered.count(_optimizers._refuse_originals) == 1
+    assert registered.count(optimizers._refuse_replaced) == registered.count(optimizers._refuse_originals) == 1
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda edit: pickle.loads(pickle.dumps(edit))])

@@ -5,7 +5,7 @@ import torch
 from helpers import BACKENDS, bound_of_samples, poisoned_vector, scalar_features
 
 from discedit import ops
-from discedit._state import ClassMoments
+from discedit.common.state import ClassMoments
 
 BOUNDS = ("fisher", "minimax")
 CASES = [(bound, witness) for bound in BOUNDS for witness in ("linear", "quadratic", "exp", "vector")]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from helpers import BACKENDS, before_the_end_of_memory, hostile_maps
 
-from discedit import _checks, ops, reference, zoo
-from discedit._backends import IMPLEMENTATIONS, select
+from discedit import ops, reference, zoo
+from discedit.backends import IMPLEMENTATIONS, select
+from discedit.common import validation
 
 EPSILON = torch.finfo(torch.float64).eps
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -32,7 +33,7 @@ WINDOWS = {
 
 
 def window(x, kernel_size, stride=1, padding=0, dilation=1):
-    return _checks.window("patch_moments", x, kernel_size, stride, padding, dilation)
+    return validation.window("patch_moments", x, kernel_size, stride, padding, dilation)
 
 
 def patches(x, kernel_size, positions=None, **options):

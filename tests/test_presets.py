@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from discedit import Recipe, collect_moments, ops, presets, prune, score, zoo
-from discedit.evaluate import accuracy_per_class
+from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.presets import DISCEDIT_SP, DISCEDIT_U, PRESETS, TVSPRUNE, WITNESSPRUNE, ldiff, preset
 from discedit.presets import tvsprune_iterative as iterative
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from discedit import Recipe, collect_moments, prune, score, zoo
-from discedit._measure import count_macs, count_parameters
-from discedit.evaluate import accuracy_per_class
+from discedit.evaluation.evaluate import accuracy_per_class
+from discedit.model.size import count_macs, count_parameters
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from discedit import Recipe, prune, unlearn, zoo
-from discedit.recipe import KINDS, Operation, architecture_of
+from discedit.recipes.recipe import KINDS, Operation, architecture_of
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -86,7 +86,7 @@ def test_scaling_and_adding(edits, trained):
 
 
 def test_scaling_and_adding_along_any_axis_and_in_half():
-    from discedit.recipe import Operation, architecture_of
+    from discedit.recipes.recipe import Operation, architecture_of
 
     model = nn.Linear(3, 2).bfloat16()
     operations = [
@@ -171,7 +171,7 @@ def test_shared_tensors_change_in_every_place():
             self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
             self.b.weight = self.a.weight
 
-    from discedit.recipe import Operation, architecture_of
+    from discedit.recipes.recipe import Operation, architecture_of
 
     model = Tied()
     keep = Operation("keep", "a.weight", dim=0, index=(0, 2))
@@ -386,7 +386,7 @@ def test_what_fails_in_the_middle_changes_nothing(step, monkeypatch):
     objects = dict([*model.named_parameters(), *model.named_buffers()])
     before = {name: tensor.clone() for name, tensor in objects.items()}
     shown = repr(model)
-    module = sys.modules["discedit.recipe"]
+    module = sys.modules["discedit.recipes.recipe"]
     done = getattr(module, step)
     for last in range(len(recipe.operations)):
         count = iter(range(len(recipe.operations)))

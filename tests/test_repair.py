@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from discedit import Moments, Recipe, _calibration, _repair, collect_moments, prune, score, zoo
-from discedit._trace import ModelTrace
-from discedit.evaluate import accuracy_per_class
+from discedit import Moments, Recipe, collect_moments, prune, score, zoo
+from discedit.evaluation.evaluate import accuracy_per_class
+from discedit.model.trace import ModelTrace
+from discedit.moments import calibration
+from discedit.repair import least_squares
 
 REPAIRS = ("mean", "least_squares")
 
@@ -230,7 +232,7 @@ SUMS = ("out + x", "x + out", "out += x", "x += out", "out.add_(x)", "torch.add"
 @pytest.fixture
 def no_ridge(monkeypatch):
     """Where the other components say all that is gone, only the ridge keeps the repair from being exact."""
-    monkeypatch.setattr(_repair, "RIDGE", 1e-8)
+    monkeypatch.setattr(least_squares, "RIDGE", 1e-8)
 
 
 @pytest.fixture(scope="module")
@@ -521,12 +523,12 @@ def test_nothing_else_of_the_model_changes(images):
 def test_parts_give_what_one_batch_gives(how, images, monkeypatch):
     """Every position is looked at, so that both fit the same rows."""
     batches, x = images
-    monkeypatch.setattr(_calibration, "LEAST_PER_UNKNOWN", 10**9)
+    monkeypatch.setattr(calibration, "LEAST_PER_UNKNOWN", 10**9)
     found = {}
     for parts in (1, 5):
-        monkeypatch.setattr(_calibration, "PARTS", parts)
-        monkeypatch.setattr(_calibration, "MAP", 1)
-        assert len(_calibration.calibration("prune", residual(how), batches)) == parts
+        monkeypatch.setattr(calibration, "PARTS", parts)
+        monkeypatch.setattr(calibration, "MAP", 1)
+        assert len(calibration.calibration("prune", residual(how), batches)) == parts
         found[parts] = without(residual(how), INNER, batches).model
     for name, tensor in found[1].state_dict().items():
         torch.testing.assert_close(found[5].state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
@@ -537,10 +539,10 @@ def test_parts_give_what_one_batch_gives(how, images, monkeypatch):
 
 def test_outputs_stay_in_order_where_memory_is_used_again():
     """A tensor may lie where one lay that is gone; of two that are added, the later one is what a fit is for."""
-    watch = _repair._Watch(ModelTrace(nn.Identity()), {})
+    watch = least_squares._Watch(ModelTrace(nn.Identity()), {})
     gone = weakref.ref(torch.ones(1))
     first, later = torch.ones(1), torch.zeros(1)
-    watch.outputs[id(later)] = _repair._Output("gone", gone, 0, False)
+    watch.outputs[id(later)] = least_squares._Output("gone", gone, 0, False)
     watch.note("first", first, normed=False)
     watch.note("later", later, normed=False)
     assert [output.layer for output in watch.outputs.values()] == ["first", "later"]
@@ -598,9 +600,9 @@ def test_samples_of_the_fit_stay_the_same_where_there_are_others(more):
     first, behind = torch.arange(1024.0)[:, None], torch.arange(1024.0, 1024 + more)[:, None]
     model = nn.Linear(1, 1)
     data = [first[:1000], torch.cat([first[1000:], behind])]
-    parts, _, further = _calibration.calibrated("prune", model, data, further=True)
+    parts, _, further = calibration.calibrated("prune", model, data, further=True)
     assert torch.equal(torch.cat(parts), first)
-    fitted, held_out = _calibration.kept_back("prune", parts, further)
+    fitted, held_out = calibration.kept_back("prune", parts, further)
     if more:
         assert torch.equal(torch.cat(fitted), first)
         assert torch.equal(held_out.inputs, behind)
@@ -614,7 +616,7 @@ def test_a_single_sample_serves_both():
     model, x = of_two_inputs(), two_inputs(1, 1)
     edit = prune(model, importances_of(model, {"0": [0]}), threshold=0.5, example_inputs=x, data=[x])
     assert "unrepaired" not in edit.recipe.settings
-    assert _repair._named(_calibration.kept_back("prune", [x], None)[1]) == "1 sample"
+    assert least_squares._named(calibration.kept_back("prune", [x], None)[1]) == "1 sample"
 
 
 def test_samples_of_the_check_that_are_not_finite():
@@ -629,7 +631,7 @@ def test_what_aims_at_a_sum_is_judged_by_it(how, images, monkeypatch):
     """A layer whose fit went wrong is put back, also where its output is added in place, and others are not."""
     batches, x = images
     model = residual(how)
-    meet = _repair._Fitted.meet
+    meet = least_squares._Fitted.meet
 
     def spoiled(self, name):
         meet(self, name)
@@ -638,7 +640,7 @@ def test_what_aims_at_a_sum_is_judged_by_it(how, images, monkeypatch):
             self.result.set(name, f"{name}.weight", weight, 3 * weight)
 
     plain = without(model, INNER, batches, repair="none").model
-    monkeypatch.setattr(_repair._Fitted, "meet", spoiled)
+    monkeypatch.setattr(least_squares._Fitted, "meet", spoiled)
     edit = without(model, INNER, batches)
     assert next(iter(edit.recipe.settings["unrepaired"])) == "blocks.0.conv2"
     assert torch.equal(edit.model.blocks[0].conv2.weight, plain.blocks[0].conv2.weight)
@@ -653,14 +655,14 @@ def test_a_shared_output_that_is_put_back(first, images, monkeypatch):
     batches, _ = images
     torch.manual_seed(0)
     model = ReadTwice(first).eval()
-    meet = _repair._Fitted.meet
+    meet = least_squares._Fitted.meet
 
     def spoiled(self, name):
         meet(self, name)
         if name == "conv2":
             self.result.set(name, "conv2.weight", self.model.conv2.weight, 3 * self.model.conv2.weight)
 
-    monkeypatch.setattr(_repair._Fitted, "meet", spoiled)
+    monkeypatch.setattr(least_squares._Fitted, "meet", spoiled)
     edit = without(model, {"conv1": [3]}, batches)
     assert "conv2" in edit.recipe.settings["unrepaired"]
     assert torch.equal(edit.model.conv2.bias, model.conv2.bias)

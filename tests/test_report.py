@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from discedit import Moments, Recipe, Scores, _colours, _sections, prune, report, score, unlearn, zoo
-from discedit._measure import accuracy_per_class
+from discedit import Moments, Recipe, Scores, prune, report, score, unlearn, zoo
+from discedit.model.size import accuracy_per_class
+from discedit.reporting import colours, sections
 
-TEMPLATES = [Path(_sections.__file__).with_name(f"report.{suffix}") for suffix in ("html", "css")]
+TEMPLATES = [Path(sections.__file__).with_name(f"report.{suffix}") for suffix in ("html", "css")]
 pytestmark = pytest.mark.usefixtures("one_thread")
 SECTIONS = ["about", "scores", "edits", "accuracy", "curve", "classes", "settings"]
 VOID = {"meta", "link", "br", "path", "use", "line", "rect", "circle", "polyline"}
@@ -279,7 +280,7 @@ def test_dots_are_where_the_accuracies_are(page, run):
 
 
 def test_curve_points_are_where_the_numbers_are(run):
-    found = _sections.curve(run["curve"])
+    found = sections.curve(run["curve"])
     assert [chart["label"] for chart in found["charts"]] == ["parameters left", "multiply-accumulates left"]
     for chart, key in zip(found["charts"], ("parameters", "macs"), strict=True):
         (x0, low), (x1, high) = chart["across"][0], chart["across"][-1]
@@ -298,7 +299,7 @@ def test_curve_points_are_where_the_numbers_are(run):
 
 @pytest.mark.parametrize("values", [[0.5], [0.0], [1.0], [0.0, 1.0], [0.913, 0.914], [0.2, 0.85], [0.41, 1.0]], ids=str)
 def test_ticks_hold_the_values(values):
-    ticks = _sections._ticks(values)
+    ticks = sections._ticks(values)
     assert 2 <= len(ticks) <= 7
     assert 0 <= ticks[0] <= min(values) <= max(values) <= ticks[-1] <= 1
     assert np.ptp(np.diff(ticks)) < 1e-9
@@ -342,7 +343,7 @@ def test_a_recipe_of_foreign_settings(tmp_path):
 
 def test_settings_are_flat_rows():
     settings = {"seed": 0, "of": {"deep": {"x": None, "empty": {}}, "list": [1, "é"]}, "text": "as it is"}
-    assert _sections.table(settings) == [
+    assert sections.table(settings) == [
         ("seed", "0"), ("of.deep.x", "null"), ("of.deep.empty", "{}"), ("of.list", '[1, "é"]'), ("text", "as it is"),
     ]  # fmt: skip
 
@@ -599,19 +600,19 @@ def test_pngs_without_matplotlib_name_the_extra(tmp_path, monkeypatch):
 
 
 def test_names():
-    names = _sections.Names(["vit.layers.0.fc", "vit.layers.1.fc", "vit.layers.1.attention.query"], ["a"])
+    names = sections.Names(["vit.layers.0.fc", "vit.layers.1.fc", "vit.layers.1.attention.query"], ["a"])
     assert names.prefix == "vit.layers."
     assert names.layer("vit.layers.1.fc") == "1.fc"
-    assert _sections.Names(["conv1", "layer1.conv"], ["a"]).prefix == ""
-    assert _sections.Names(["only.one"], ["a"]).prefix == ""
-    short = _sections.shortened("a" * 50 + "b" * 50, 30)
+    assert sections.Names(["conv1", "layer1.conv"], ["a"]).prefix == ""
+    assert sections.Names(["only.one"], ["a"]).prefix == ""
+    short = sections.shortened("a" * 50 + "b" * 50, 30)
     assert (len(short), short[0], short[10], short[-1]) == (30, "a", "…", "b")
-    assert _sections.ranges([7, 1, 2, 3, 9]) == [(1, 3), (7, 7), (9, 9)]
-    assert [list(group) for group in _sections.groups(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert _sections.groups(0, 3) == []
-    assert _sections.listed(list("abc")) == "a, b and c"
-    assert _sections.listed(list("abcd"), 2) == "a, b and 2 more"
-    assert _sections.points(-0.00001) == "0.0"
+    assert sections.ranges([7, 1, 2, 3, 9]) == [(1, 3), (7, 7), (9, 9)]
+    assert [list(group) for group in sections.groups(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert sections.groups(0, 3) == []
+    assert sections.listed(list("abc")) == "a, b and c"
+    assert sections.listed(list("abcd"), 2) == "a, b and 2 more"
+    assert sections.points(-0.00001) == "0.0"
 
 
 # Machado, Oliveira and Fernandes 2009, severity 1: what those see who lack one kind of cone, in linear light.
@@ -624,9 +625,9 @@ BLIND = {
 
 @pytest.mark.parametrize("eyes", [None, *BLIND])
 def test_steps_of_the_scale_look_equal(eyes):
-    light = np.stack([_colours._decoded(colour) for colour in _colours.scale()])
+    light = np.stack([colours._decoded(colour) for colour in colours.scale()])
     seen = light if eyes is None else (light @ np.array(BLIND[eyes]).T).clip(0, 1)
-    lab = np.cbrt(seen @ np.linalg.inv(_colours.TO_RGB).T) @ np.linalg.inv(_colours.TO_ROOTS).T
+    lab = np.cbrt(seen @ np.linalg.inv(colours.TO_RGB).T) @ np.linalg.inv(colours.TO_ROOTS).T
     steps = np.linalg.norm(np.diff(lab, axis=0), axis=1)
     spread = steps.max() / steps.min()
     assert spread < (1.2 if eyes is None else 2.2)
@@ -634,12 +635,12 @@ def test_steps_of_the_scale_look_equal(eyes):
 
 
 def test_numbers_on_colours_can_be_read():
-    for colour in _colours.scale():
+    for colour in colours.scale():
         ink, ground = (0.2126, 0.7152, 0.0722) @ np.stack(
-            [_colours._decoded(_colours.ink(colour)), _colours._decoded(colour)], axis=1
+            [colours._decoded(colours.ink(colour)), colours._decoded(colour)], axis=1
         )
         assert (max(ink, ground) + 0.05) / (min(ink, ground) + 0.05) >= 4.5
-    assert [_colours.step(value) for value in (0.0, 0.024, 0.026, 1.0, math.nan)] == [0, 0, 1, 20, None]
+    assert [colours.step(value) for value in (0.0, 0.024, 0.026, 1.0, math.nan)] == [0, 0, 1, 20, None]
 
 
 @pytest.fixture(scope="module")
@@ -698,7 +699,7 @@ def test_colours_in_the_browser_are_those_of_the_scale(tab, written, page):
     for dark in (False, True):
         tab.open(written, width=1280, dark=dark)
         found = tab.evaluate(f"getComputedStyle(document.querySelector('td.{wanted}')).backgroundColor")
-        scale = _colours.scale()[:: -1 if dark else 1]
+        scale = colours.scale()[:: -1 if dark else 1]
         colour = scale[int(wanted[1:])]
         assert json.loads(found.replace("rgb(", "[").replace(")", "]")) == [
             int(colour[i : i + 2], 16) for i in (1, 3, 5)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from discedit import _calibration, _retain, zoo
-from discedit._batches import Quota
-from discedit._retain import Classified
+from discedit import zoo
+from discedit.model.forward import Quota
+from discedit.moments import calibration, forget_retain
+from discedit.moments.forget_retain import Classified
 
 MODEL = zoo.DigitsNet().eval()
 
@@ -40,7 +41,7 @@ def test_every_sample_is_of_one_kind():
 
 def test_keeps_no_more_than_it_says_and_reads_no_further(monkeypatch):
     """Also of a loader that is sorted by class, of which the first samples would be one class."""
-    monkeypatch.setattr(_retain, "KEPT", {"forget": 4, "retain": 18})
+    monkeypatch.setattr(forget_retain, "KEPT", {"forget": 4, "retain": 18})
     data, _ = batches(torch.arange(10).repeat_interleave(20), 16)
     parted = Classified("op", MODEL, data, [3], 10)
     kept = {kind: torch.cat([labels for _, labels in parted.batches[kind]]) for kind in ("forget", "retain")}
@@ -105,7 +106,7 @@ def test_labels_go_with_their_samples(sizes, order):
 
 def test_labels_go_with_their_samples_in_several_parts(monkeypatch):
     labels = torch.arange(200) % 10
-    monkeypatch.setattr(_calibration, "MAP", 64 * 64 * 4 * 30)  # of 30 samples, in this network
+    monkeypatch.setattr(calibration, "MAP", 64 * 64 * 4 * 30)  # of 30 samples, in this network
     parted = Classified("op", MODEL, numbered(labels, [7, 30]), [3], 10)
     parts = parted.labelled("retain", 90)
     assert len(parts) > 1
@@ -118,9 +119,9 @@ def test_labels_go_with_their_samples_in_several_parts(monkeypatch):
 def cut_short(cut, order, monkeypatch):
     """Labels of 45 of 180 samples, all that a limit allows, and whether they are their own."""
     if cut == "samples":
-        monkeypatch.setattr(_calibration, "SAMPLES", 45)
+        monkeypatch.setattr(calibration, "SAMPLES", 45)
     else:
-        monkeypatch.setattr(_calibration, "MEMORY", _calibration.MAPS * 64 * 64 * 4 * 45)
+        monkeypatch.setattr(calibration, "MEMORY", calibration.MAPS * 64 * 64 * 4 * 45)
     labels = torch.arange(200) % 10 if order == "mixed" else torch.arange(10).repeat_interleave(20)
     parts = Classified("op", MODEL, numbered(labels, [7, 30]), [3], 10).labelled("retain", 180)
     given = torch.cat([given for _, given in parts])
@@ -223,7 +224,7 @@ def test_head_and_means():
         for name in ("bn2", "fc1")
     ]
     kept, labels = (torch.cat(parts) for parts in zip(*parted.batches["retain"], strict=True))
-    share = -(-_retain.MEANS // 9)
+    share = -(-forget_retain.MEANS // 9)
     retained = torch.cat([kept[labels == cls][:share] for cls in range(10) if cls != 3])
     with torch.no_grad():
         MODEL(retained)

@@ -10,8 +10,8 @@ import vision_ops  # noqa: F401
 from torch import nn
 
 from discedit import unlearn
-from discedit._selection import rank, retain_damage, taken
-from discedit.scores import Scores
+from discedit.scoring.scores import Scores
+from discedit.selection.ranking import rank, retain_damage, taken
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

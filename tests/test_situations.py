@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import discedit
-from discedit.fidelity import collect_second_moments
+from discedit.selection.fidelity import collect_second_moments
 
 CLASSES = 4
 X = torch.randn(48, 2, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -408,7 +408,7 @@ def test_a_push_that_fails_leaves_the_stack_as_it_was(monkeypatch):
     def failing(*_):
         raise MemoryError("no more")
 
-    monkeypatch.setattr("discedit.recipe._apply", failing)
+    monkeypatch.setattr("discedit.recipes.recipe._apply", failing)
     with pytest.raises(MemoryError):
         stack.push("pruned", edit)
     assert stack.names == []

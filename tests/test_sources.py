@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from discedit import zoo
-from discedit._sources import InputError, called, load_weights, open_model
+from discedit.cli.models import InputError, called, load_weights, open_model
 
 
 def test_factories_with_literal_arguments(tmp_path, monkeypatch):
@@ -70,7 +70,7 @@ def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("package", ["timm", "transformers"])
 def test_what_to_install_is_said(package, monkeypatch):
-    monkeypatch.setattr("discedit._sources.find_spec", lambda name: None)
+    monkeypatch.setattr("discedit.cli.models.find_spec", lambda name: None)
     with pytest.raises(InputError, match=rf"needs {package}, which is not installed: pip install 'discedit\[cli\]'"):
         open_model({"timm": "timm:resnet10t", "transformers": "hf:somewhere"}[package])
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional
 
 from discedit import Recipe, Stack, prune, unlearn, zoo
-from discedit import stack as module_under_test
-from discedit._graph import Graph
-from discedit.recipe import Operation, architecture_of
+from discedit.graph.pruning_graph import Graph
+from discedit.recipes import stack as module_under_test
+from discedit.recipes.recipe import Operation, architecture_of
 
 X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 ROWS = {"a": 6, "b": 5, "c": 7}  # of the small network

@@ -10,7 +10,7 @@ from helpers import Net
 from torch import nn
 from torch.nn import functional as F
 
-from discedit._trace import ModelTrace, Tracing
+from discedit.model.trace import ModelTrace, Tracing
 
 X = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -218,7 +218,7 @@ def test_layers_that_are_not_plain_say_so(monkeypatch):
     trace = ModelTrace(nn.Sequential(*layers, LoRA(4)))  # which needs no pass
     assert [bool(trace.why_not_plain(name)) for name in "0123"] == [False, True, True, True]
     assert "it is a LoRA" in trace.why_not_read("3")
-    monkeypatch.setattr("discedit._trace.why_not_plain", None)  # it is asked once
+    monkeypatch.setattr("discedit.model.trace.why_not_plain", None)  # it is asked once
     assert trace.why_not_plain("0") == ""
 
 

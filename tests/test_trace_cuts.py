@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from discedit import collect_moments, prune, score, unlearn
-from discedit._graph import KINDS, Graph
+from discedit.graph.pruning_graph import KINDS, Graph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

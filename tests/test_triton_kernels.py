@@ -15,8 +15,8 @@ from helpers import hostile_maps, poisoned_state, poisoned_vector, same_bits
 from test_patch_moments import CONSTANTS, NOT_FINITE, WINDOWS, assert_constant, assert_right, assert_stays, batch
 
 from discedit import ops
-from discedit._backends import triton_interprets
-from discedit._state import ClassMoments
+from discedit.backends import triton_interprets
+from discedit.common.state import ClassMoments
 
 triton = pytest.importorskip("triton")
 pool = pytest.importorskip("discedit.kernels.pool")

@@ -8,7 +8,7 @@ from torch import nn
 
 import discedit
 from discedit import ops, uncertainty
-from discedit._state import VectorMoments
+from discedit.common.state import VectorMoments
 
 NAMES = ("mean", "max", "l2")
 
@@ -26,7 +26,7 @@ def vectors(samples, dimension, classes=2, channels=3, seed=0):
     state = VectorMoments.empty(dimension, classes, channels)
     pooled = torch.randn(dimension, samples * classes, channels, generator=generator, dtype=torch.float64)
     pooled[-1] = pooled[-1] * 5 + pooled[0]
-    discedit._backends.IMPLEMENTATIONS["reference"]["fold_moments"](
+    discedit.backends.IMPLEMENTATIONS["reference"]["fold_moments"](
         pooled, 0.0, torch.arange(samples * classes) % classes, state
     )
     return state, pooled
@@ -233,7 +233,7 @@ def test_automatic_shrinkage_is_closer_to_the_truth():
     truth = factor @ factor.T
     state = VectorMoments.empty(d, 1, 400)
     pooled = torch.einsum("ij,jnc->inc", factor, torch.randn(d, n, 400, generator=generator, dtype=torch.float64))
-    discedit._backends.IMPLEMENTATIONS["reference"]["fold_moments"](
+    discedit.backends.IMPLEMENTATIONS["reference"]["fold_moments"](
         pooled, 0.0, torch.zeros(n, dtype=torch.int64), state
     )
     plain, shrunk = (s.covariance()[0] * n / (n - 1) - truth for s in (state, uncertainty.shrink(state)))
@@ -245,7 +245,7 @@ def test_shrinkage_does_not_depend_on_units_and_leaves_constants():
     units = torch.tensor([1.0, 1e-3, 50.0, 1.0], dtype=torch.float64)
     other = VectorMoments.empty(4, 2, 3)
     pooled[3] = 7.0
-    fold = discedit._backends.IMPLEMENTATIONS["reference"]["fold_moments"]
+    fold = discedit.backends.IMPLEMENTATIONS["reference"]["fold_moments"]
     constant = VectorMoments.empty(4, 2, 3)
     fold(pooled, 0.0, torch.arange(6) % 2, constant)
     fold(pooled * units[:, None, None], 0.0, torch.arange(6) % 2, other)

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from discedit import Moments, Recipe, collect_moments, score, unlearn, zoo
-from discedit._retain import MEANS
-from discedit.evaluate import accuracy_per_class
+from discedit.evaluation.evaluate import accuracy_per_class
+from discedit.moments.forget_retain import MEANS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -37,7 +37,7 @@ from benchmarks.unlearning_rivals import (
     tuned,
 )
 from discedit import unlearn, zoo
-from discedit.evaluate import accuracy_per_class, adaptive_unlearning_score
+from discedit.evaluation.evaluate import accuracy_per_class, adaptive_unlearning_score
 
 transformers = pytest.importorskip("transformers")
 

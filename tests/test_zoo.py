@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from discedit import zoo
-from discedit._measure import count_macs, count_parameters
-from discedit.evaluate import accuracy_per_class
+from discedit.evaluation.evaluate import accuracy_per_class
+from discedit.model.size import count_macs, count_parameters
 
 
 @pytest.mark.data

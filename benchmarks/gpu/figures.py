@@ -23,11 +23,11 @@ from benchmarks.gpu.device import Clock, Gpu, Host
 from benchmarks.idioms import CLASSES, PATCHES, STATISTICS, feature_map, pooling, sums_per_class
 from benchmarks.idioms import patch_moments as patch_idioms
 from benchmarks.networks import ResNet, VisionTransformer, build
-from discedit import _backends, ops, reference
-from discedit._batches import call, undisturbed
-from discedit._checks import Rule
-from discedit._state import ClassMoments, VectorMoments
-from discedit.fidelity import collect_second_moments
+from discedit import backends, ops, reference
+from discedit.common.state import ClassMoments, VectorMoments
+from discedit.common.validation import Rule
+from discedit.model.forward import call, undisturbed
+from discedit.selection.fidelity import collect_second_moments
 
 KERNELS = ("cuda", "triton")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -145,7 +145,7 @@ class Bench:
         return self._kept[1]
 
     def backends(self, op: str) -> list[str]:
-        return [name for name in KERNELS if not _backends.why_not(name, op, self.device)]
+        return [name for name in KERNELS if not backends.why_not(name, op, self.device)]
 
 
 def close(ours: Any, theirs: Any, rtol: float, of_largest: float = 0.0) -> None:
@@ -163,7 +163,7 @@ def close(ours: Any, theirs: Any, rtol: float, of_largest: float = 0.0) -> None:
 def smoke(bench: Bench) -> Iterator[Case]:
     """That all kernels run here; one check of every op on every backend that has it, and of a whole pass."""
     yield Case({"op": "backends"}, partial(_all_there, bench))
-    for op in _backends.OPS:
+    for op in backends.OPS:
         for backend in bench.backends(op):
             yield Case({"op": op, "backend": backend}, partial(_checked, bench, op, backend))
     yield Case({"op": "collect_moments, score"}, partial(_checked_pass, bench))
@@ -171,7 +171,7 @@ def smoke(bench: Bench) -> Iterator[Case]:
 
 def _all_there(bench: Bench) -> Row:
     """A backend that cannot run would be missing from every table without a word."""
-    reasons = {name: _backends.why_not(name, "pool", bench.device) for name in KERNELS}
+    reasons = {name: backends.why_not(name, "pool", bench.device) for name in KERNELS}
     assert not any(reasons.values()), f"a backend cannot run: {reasons}"
     return {}
 

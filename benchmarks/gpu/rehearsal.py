@@ -33,17 +33,17 @@ def install() -> None:
     """Where `VARIABLE` names a folder: its module takes the place of discedit._cuda, and takes CPU tensors."""
     if VARIABLE not in os.environ:
         return
-    from discedit import _backends
+    from discedit import backends
 
     module = _loaded(next(Path(os.environ[VARIABLE]).glob(f"{NAME}*")))
-    why_not = _backends.why_not
+    why_not = backends.why_not
 
     def why_not_here(backend: str, op: str, device: object, *facts: object, **more: object) -> str:
         reason = why_not(backend, op, device, *facts, **more)
         return "" if backend == "cuda" and reason.startswith("it takes tensors of an NVIDIA GPU") else reason
 
-    _backends.cuda_module = lambda: (module, "")
-    _backends.why_not = why_not_here
+    backends.cuda_module = lambda: (module, "")
+    backends.why_not = why_not_here
 
 
 def _loaded(path: Path) -> ModuleType:

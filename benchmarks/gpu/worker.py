@@ -28,9 +28,9 @@ def main() -> None:
         try:
             from benchmarks.gpu import figures
             from benchmarks.gpu.device import Gpu, Host
-            from discedit import _backends
+            from discedit import backends
 
-            modules = {"cpu": _backends.cpu_module()[1], "cuda": _backends.cuda_module()[1]}
+            modules = {"cpu": backends.cpu_module()[1], "cuda": backends.cuda_module()[1]}
             rehearsal.install()
             rehearsed = rehearsal.VARIABLE in os.environ
             bench = figures.Bench(Host(), figures.TINY) if rehearsed else figures.Bench(Gpu(), figures.FULL)

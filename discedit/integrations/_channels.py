@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from discedit import _checks
-from discedit.scores import OVER_CLASSES, Scores
+from discedit.common import validation
+from discedit.scoring.scores import OVER_CLASSES, Scores
 
 
 def per_channel(op: str, scores: Scores | Mapping[str, Tensor], reduction: str) -> dict[str, Tensor]:
@@ -26,7 +26,7 @@ def per_channel(op: str, scores: Scores | Mapping[str, Tensor], reduction: str) 
         raise TypeError(
             f"{op}: scores must be Scores or a mapping of layer names to tensors, got {type(scores).__name__}."
         )
-    _checks.choice(op, "reduction", reduction, OVER_CLASSES)
+    validation.choice(op, "reduction", reduction, OVER_CLASSES)
     if not scores:
         raise ValueError(f"{op}: scores must hold at least one layer, it is empty.")
     return {layer: of_layer(op, f"scores[{layer!r}]", values, reduction) for layer, values in scores.items()}
@@ -38,7 +38,7 @@ def of_layer(op: str, argument: str, values: Tensor, reduction: str) -> Tensor:
         raise TypeError(f"{op}: {argument} must be a torch.Tensor, got {type(values).__name__}.")
     if values.ndim not in (1, 2):
         raise ValueError(
-            f"{op}: {argument} must have shape (channels,) or (channels, classes), got {_checks.shape_of(values)}."
+            f"{op}: {argument} must have shape (channels,) or (channels, classes), got {validation.shape_of(values)}."
         )
     reduced = values.detach().cpu().double()
     if values.ndim == 2:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod, custom_from_mask
 
-from discedit import _checks
-from discedit._trace import width_of
+from discedit.common import validation
 from discedit.integrations._channels import of_layer, per_channel
-from discedit.scores import OVER_CLASSES, Scores
+from discedit.model.trace import width_of
+from discedit.scoring.scores import OVER_CLASSES, Scores
 
 
 class DiscEditStructured(BasePruningMethod):
@@ -60,11 +60,11 @@ class DiscEditStructured(BasePruningMethod):
         if not isinstance(parameter, Tensor) or parameter.ndim < 2:
             raise ValueError(f"{op}: name must be a parameter of at least two axes, got {name!r} of {module}.")
         if not -parameter.ndim <= dim < parameter.ndim:
-            raise ValueError(f"{op}: dim must be an axis of {name!r}, {_checks.shape_of(parameter)}, got {dim}.")
+            raise ValueError(f"{op}: dim must be an axis of {name!r}, {validation.shape_of(parameter)}, got {dim}.")
         if scores.shape != (parameter.shape[dim],):
             raise ValueError(
                 f"{op}: scores must be one for each of the {parameter.shape[dim]} channels on axis {dim} of {name!r}, "
-                f"got shape {_checks.shape_of(scores)}."
+                f"got shape {validation.shape_of(scores)}."
             )
         axes = [1] * parameter.ndim
         axes[dim] = -1
@@ -103,7 +103,7 @@ def discedit_structured(
     tensor([1., 0., 0., 1.])
     """
     op = "discedit_structured"
-    _checks.choice(op, "reduction", reduction, OVER_CLASSES)
+    validation.choice(op, "reduction", reduction, OVER_CLASSES)
     DiscEditStructured.apply(module, name, amount, of_layer(op, "scores", scores, reduction), dim)
     return module
 
@@ -220,9 +220,9 @@ def _heard(module: Any) -> Tensor:
 
 
 def _amount(op: str, value: Any) -> int | float:
-    number = _checks.index(value)
+    number = validation.index(value)
     if number is not None and number >= 0:
         return number
-    if not _checks.is_number(value) or isinstance(value, int) or not 0 <= value <= 1:
+    if not validation.is_number(value) or isinstance(value, int) or not 0 <= value <= 1:
         raise ValueError(f"{op}: amount must be a share in 0..1 or a number of channels, got {value!r}.")
     return float(value)

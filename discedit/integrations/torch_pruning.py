@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
-from discedit import _checks
-from discedit._batches import device_of
-from discedit._trace import width_of
+from discedit.common import validation
 from discedit.integrations._channels import per_channel
-from discedit.scores import Scores
+from discedit.model.forward import device_of
+from discedit.model.trace import width_of
+from discedit.scoring.scores import Scores
 
 # torch-pruning's name -> what scatter_reduce calls it. "first" and "gate" take one layer in place of all.
 OVER_LAYERS = {"mean": "mean", "sum": "sum", "max": "amax", "prod": "prod", "first": "mean", "gate": "mean"}
@@ -76,9 +76,9 @@ class DiscEditImportance(GroupMagnitudeImportance):  # type: ignore[misc]
         normalizer: str | Callable[[Tensor], Tensor] | None = "mean",
         fallback: Callable[[Any], Tensor | None] | None = None,
     ) -> None:
-        _checks.choice(OP, "group_reduction", group_reduction, OVER_LAYERS)
+        validation.choice(OP, "group_reduction", group_reduction, OVER_LAYERS)
         if isinstance(normalizer, str):
-            _checks.choice(OP, "normalizer", "mean" if _is_sentinel(normalizer) else normalizer, NORMALIZERS)
+            validation.choice(OP, "normalizer", "mean" if _is_sentinel(normalizer) else normalizer, NORMALIZERS)
         super().__init__(group_reduction=group_reduction, normalizer=normalizer)
         self.model = model
         self.fallback = fallback

@@ -1,0 +1,1 @@
+"""`prune` and `unlearn`: a selection, made as a recipe, and repaired."""

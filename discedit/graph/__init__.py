@@ -1,0 +1,1 @@
+"""Which channels belong together, and whether their removal is what hiding them would be."""

@@ -1,0 +1,486 @@
+"""torch-pruning's dependency graph of a model, with what it cannot follow cut out of it.
+
+torch-pruning 1.6.1 gives a network up as a whole when one operation in it has a form that it does not know. Here the
+graph is put together step by step: an operation at which a step fails is cut out and named, so that the channels that
+enter or leave it stay whole and the rest can be followed. Parts of a split and of a concatenation are told apart by the
+edges of autograd's graph, not by the order in which torch-pruning comes by. Every output of the model ends the graph,
+and where other modules run in train mode, their pass is followed as well.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from discedit.model.forward import call, tensors_in, undisturbed
+from discedit.model.functional import LayersCalled
+from discedit.model.trace import IN_TRAINING, ModelTrace, training_branches
+
+# Operations that may mix channels, or move them, and that torch-pruning takes for others that do not.
+_MIXING = re.compile(
+    r"(Unsafe)?View|Reshape|AsStrided|(Unsafe)?Split|Unbind|Stack|Index|Select|Slice|Gather|Scatter|Take|Roll|Flip|"
+    r"Sort|Topk|Repeat|Unfold|Pixel|Fft|Cum|Glu|.*Shuffle|Bmm|Mm|Addmm|Mv|Dot|Convolution|Mkldnn|Constant|Permute|Transpose|Rnn|Lstm|Gru"
+)
+_PRODUCTS = re.compile("(Addmm|Mm|Bmm|Baddbmm|Addbmm|Mv|Addmv|Linear|(Mkldnn)?Convolution|MkldnnLinear)Backward")
+_SAME = re.compile("(T|Transpose|Permute|View|UnsafeView|Reshape|ReshapeAlias|Unsqueeze|Expand|ToCopy|Clone)Backward")
+_SIGNED = 2**64  # autograd keeps a negative axis as an unsigned number
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What torch-pruning makes of a model.
+
+    Attributes:
+        graph: its dependency graph, whose index mappings are settled.
+        trained: the modules that were followed in train mode alone.
+        used: names of the parameters that the outputs come from.
+        outputs: what stands for an output in the graph, by identity -> where it stands.
+        opaque: what torch-pruning cannot follow, by identity -> why channels there must stay.
+        doubtful: what it follows as if it worked channel by channel, which it need not, by identity -> what it is, and
+            the module in which it stands.
+    """
+
+    graph: Any
+    trained: set[str]
+    used: set[str]
+    outputs: dict[int, str]
+    opaque: dict[int, str]
+    doubtful: dict[int, tuple[str, str]]
+
+
+def followed(known: ModelTrace, inputs: Any) -> Trace:
+    """Follows a model whose parameters want gradients; it is in eval mode afterwards, and its buffers are as they were.
+
+    Args:
+        known: of the model, train mode included.
+
+    Raises:
+        Exception: whatever the model raises, when it does not run.
+    """
+    try:
+        return _Tracer(known, inputs).run()
+    except Exception:
+        # torch-pruning looks at the outputs of layers while the model runs, and dies of those that are no tensors.
+        odd = _odd_layers(known.model, inputs)
+        if not odd:
+            raise
+        return _Tracer(known, inputs, odd).run()
+
+
+class _Tracer:
+    """One attempt to follow a model; `odd` are layers whose outputs torch-pruning must not look at."""
+
+    def __init__(self, known: ModelTrace, inputs: Any, odd: Iterable[nn.Module] = ()) -> None:
+        import torch_pruning  # here, so that what only scores does without it
+
+        self.trace, self.model, self.inputs, self.odd = known, known.model, inputs, list(odd)
+        self.names = {module: name for name, module in self.model.named_modules()}
+        self.graph = torch_pruning.DependencyGraph()
+        for kind in (nn.GRU, nn.RNN):  # read their inputs as nn.LSTM does, which torch-pruning knows
+            self.graph.register_customized_layer(kind, torch_pruning.pruner.function.LSTMPruner())
+        self.known = _known_types(self.graph)
+        self.recurrent = any(isinstance(module, nn.RNNBase) for module in self.names)
+        self.ran: set[str] = set()  # modules, in either mode
+        self.roots: list[Tensor] = []
+        self.labels: list[str] = []
+        self.owners: dict[Any, nn.Module] = {}  # what computes a module's output -> the module
+        self.crossings: list[tuple[str, list[Any]]] = []  # module -> what had been computed in it by now
+        self.within: list[str] = []
+        self.concats: dict[Any, list[int]] = {}
+        self.opaque: dict[int, str] = {}
+        self.places: dict[Any, str] | None = None
+
+    def run(self) -> Trace:
+        graph = self.graph
+        hooks = {module: set(module._forward_hooks) for module in self.model.modules()}
+        handles = [handle for module in self.model.modules() for handle in self._watched(module)]
+        try:
+            with (
+                torch.random.fork_rng([]),
+                torch.enable_grad(),
+                _Rewritten(self.concats),
+                LayersCalled(self.model, for_graph=True),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")
+                self._build()
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, known in hooks.items():  # torch-pruning leaves its own behind when the model raises
+                for key in module._forward_hooks.keys() - known:
+                    del module._forward_hooks[key]
+        edges = self._edges()
+        nodes = {node.grad_fn: node for node in graph.module2node.values()}
+        nodes |= {function: graph.module2node[m] for function, m in self.owners.items() if m in graph.module2node}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._settle(edges, nodes)
+        outputs = {}
+        for root, label in zip(self.roots, self.labels, strict=True):
+            if (node := nodes.get(root.grad_fn)) is not None:
+                outputs[id(node.module)] = label
+        # A module in several places of the pass, or a layer whose parameters another function reads, is used as well.
+        leaves = {id(function.variable) for function in edges if hasattr(function, "variable")}
+        used = {name for name, parameter in self.model.named_parameters() if id(parameter) in leaves}
+        return Trace(
+            graph,
+            self.ran - self.trace.runs.keys(),
+            used,
+            outputs,
+            self.opaque,
+            {
+                id(node.module): (self._named(node), self._stands_in(node))
+                for node in graph.module2node.values()
+                if self._is_doubtful(node)
+            },
+        )
+
+    def _watched(self, module: nn.Module) -> list[Any]:
+        """Hooks that note in which order modules run, and what is computed in which."""
+        if isinstance(module, torch.jit.ScriptModule):  # takes none
+            return []
+        name = self.names[module]
+
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            self.ran.add(name)
+            self.crossings.append((self.within[-1] if self.within else "", _functions((args, kwargs))))
+            self.within.append(name)
+
+        def leave(_: nn.Module, __: Any, output: Any) -> None:
+            while self.within and self.within.pop() != name:
+                pass  # left by an exception
+            functions = _functions(output)
+            self.crossings.append((name, functions))
+            if functions and isinstance(module, self.known):
+                self.owners[functions[0]] = module
+
+        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+
+    def _build(self) -> None:
+        """What torch-pruning's `build_dependency` does before it looks at shapes."""
+        graph = self.graph
+        graph.verbose, graph.model, graph.ignored_params = False, self.model, []
+        graph._module2name = dict(self.names)
+        graph.IGNORED_LAYERS_IN_TRACING.extend(self.odd)
+        graph._param_to_name, graph.unwrapped_parameters = graph._detect_unwrapped_parameters(None)
+        graph.module2node = graph._trace(self.model, self.inputs, self._forward, output_transform=None)
+        graph._build_dependency(graph.module2node)
+
+    def _forward(self, model: nn.Module, inputs: Any) -> list[Tensor]:
+        """The outputs of a pass in eval mode, and of one in train mode where that runs or gives something else."""
+        given = dict(tensors_in(call(model, inputs)))
+        if self.trace.branches:
+            try:
+                with training_branches(model):
+                    given |= {f"{place}{IN_TRAINING}": tensor for place, tensor in tensors_in(call(model, inputs))}
+            except Exception:  # with gradients it may not run: then the trial of an edit has to show what it breaks
+                self.within.clear()
+        for place, tensor in given.items():
+            if tensor.grad_fn is not None:
+                # Each of its own: what is an output and is read further on would else be no end of the graph.
+                self.labels.append(place)
+                self.roots.append(tensor * 1)
+        return self.roots
+
+    def _edges(self) -> dict[Any, list[tuple[Any, int]]]:
+        """Each function that the outputs come from -> what it reads, in torch-pruning's order."""
+        edges: dict[Any, list[tuple[Any, int]]] = {}
+        for root in self.roots:
+            stack = [root.grad_fn]
+            while stack:
+                function = stack.pop()
+                if function in edges:
+                    continue
+                edges[function] = [edge for edge in getattr(function, "next_functions", ()) if edge[0] is not None]
+                stack += [source for source, _ in edges[function]]
+        return edges
+
+    def _settle(self, edges: Mapping[Any, list[tuple[Any, int]]], nodes: Mapping[Any, Any]) -> None:
+        """Index mappings of all operations, once and for all; what fails is cut out."""
+        from torch_pruning.dependency import index_mapping, shape_infer
+        from torch_pruning.ops import OPTYPE
+
+        update = {
+            OPTYPE.CONCAT: index_mapping.update_concat_index_mapping,
+            OPTYPE.RESHAPE: index_mapping.update_reshape_index_mapping,
+            OPTYPE.UNBIND: index_mapping.update_unbind_index_mapping,
+            OPTYPE.EXPAND: index_mapping.update_expand_index_mapping,
+            OPTYPE.SLICE: index_mapping.update_slice_index_mapping,
+        }
+        graph = self.graph
+        everything = list(graph.module2node.values())
+        for node in everything:
+            node.enable_index_mapping = True  # torch-pruning gives it up behind tokens that are parameters
+            if node.type == OPTYPE.OUTPUT:
+                node.module.shape = None  # its second axis need not be that of channels
+        readers: dict[int, list[tuple[Any, int]]] = {}  # a node -> what reads it, and which of its parts
+        for function, sources in edges.items():
+            for source, part in sources:
+                if function in nodes and source in nodes:
+                    readers.setdefault(id(nodes[source]), []).append((nodes[function], part))
+        for node in everything:
+            if self.odd and self._stands_in(node) in {self.names[module] for module in self.odd}:
+                self._cut(node, "the layer's output is not one tensor")
+            elif self._is_product_of_its_own(node):
+                self._cut(node, "it multiplies with a parameter, but not by a call of a layer")
+            elif _is_own(node.grad_fn) and any(part for _, part in readers.get(id(node), ())):
+                self._cut(node, "it gives several tensors")
+            elif self._is_inside_recurrence(node):
+                node.type = OPTYPE.ELEMENTWISE  # what it does with gates is none of the channels that are read
+            elif node.type == OPTYPE.SPLIT:
+                try:
+                    _split(node, readers.get(id(node), []))
+                except Exception as error:
+                    self._cut(node, str(error))
+        for _ in range(2):  # what is known of one helps with others
+            for node in everything:
+                if id(node.module) in self.opaque or node.type not in update:
+                    continue
+                try:
+                    sizes = self.concats.get(node.grad_fn) if node.type == OPTYPE.CONCAT else None
+                    if sizes and shape_infer.infer_in_channels_recursively(graph, node, [0]) in (None, sum(sizes)):
+                        _concatenate(node, sizes, nodes)
+                    else:
+                        update[node.type](graph, node)
+                except Exception as error:  # whatever torch-pruning makes of an operation that it does not know
+                    self._cut(node, str(error))
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        widest = max((size for tensor in tensors for size in tensor.shape), default=0)
+        for node in everything:
+            for dependency in node.dependencies:
+                first, second = dependency.index_mapping
+                if isinstance(second, index_mapping._ConcatIndexMapping) and second.reverse:
+                    # On the way back from a concatenation, what became of its parts before it comes after it.
+                    dependency.index_mapping = [second, first]
+                blame = partial(self._why, node if node.type in (*update, OPTYPE.SPLIT) else dependency.target)
+                dependency.index_mapping = _Bounded(dependency.index_mapping, widest, blame)
+        for node in everything:
+            if node.type in (*update, OPTYPE.SPLIT):
+                node.type = OPTYPE.ELEMENTWISE  # or torch-pruning would work all of it out anew for each group
+
+    def _is_product_of_its_own(self, node: Any) -> bool:
+        """Whether it is a product with a parameter that is no part of a layer's call."""
+        if node.module in self.names or not _reads_parameter(node.grad_fn):
+            return False
+        return not isinstance(self.model.get_submodule(self._stands_in(node)), self.known)
+
+    def _is_inside_recurrence(self, node: Any) -> bool:
+        """Whether it is a step of a recurrent network, of which torch-pruning takes the whole as a layer."""
+        if not self.recurrent or node.module in self.names:
+            return False
+        return isinstance(self.model.get_submodule(self._stands_in(node)), nn.RNNBase)
+
+    def _cut(self, node: Any, error: str) -> None:
+        """Nothing is followed through the node any more; what reaches it learns why."""
+        from torch_pruning.ops import OPTYPE
+
+        self.opaque[id(node.module)] = self._why(node, error)
+        for neighbour in (*node.inputs, *node.outputs):
+            for dependency in neighbour.dependencies:
+                if dependency.target is node:
+                    dependency.index_mapping = [None, None]
+        node.dependencies = []
+        node.type = OPTYPE.ELEMENTWISE
+
+    def _why(self, node: Any, error: str) -> str:
+        return f"torch-pruning cannot follow its channels through {self._named(node)}: {error}"
+
+    def _named(self, node: Any) -> str:
+        """An operation, by its name in autograd, and the module in which it stands."""
+        construct = type(node.module).__name__ if node.grad_fn is None else node.grad_fn.name()
+        place = self._stands_in(node)
+        where = f"{place} ({type(self.model.get_submodule(place)).__name__})" if place else "the model's forward"
+        return f"{construct} in {where}"
+
+    def _is_doubtful(self, node: Any) -> bool:
+        if node.grad_fn is None or node.module in self.names or isinstance(node.module, nn.Parameter):
+            return False
+        return _is_own(node.grad_fn) or bool(_MIXING.match(node.grad_fn.name()))
+
+    def _stands_in(self, node: Any) -> str:
+        """The module in which an operation stands."""
+        if node.module in self.names:
+            return str(self.names[node.module])
+        if self.places is None:
+            self.places = {}
+            for name, functions in self.crossings:
+                stack = list(functions)
+                while stack:
+                    function = stack.pop()
+                    if function not in self.places:
+                        self.places[function] = name
+                        stack += [source for source, _ in function.next_functions if source is not None]
+        return self.places.get(node.grad_fn, "")
+
+
+def _functions(value: Any) -> list[Any]:
+    """What computed the tensors in there."""
+    return [tensor.grad_fn for _, tensor in tensors_in(value) if tensor.grad_fn is not None]
+
+
+def _is_own(function: Any) -> bool:
+    """Whether it is a `torch.autograd.Function` in Python."""
+    return isinstance(function, torch.autograd.function.BackwardCFunction)
+
+
+def _reads_parameter(function: Any) -> bool:
+    """Whether it is a product with a parameter, be it viewed or cast: torch-pruning takes it for one by channels."""
+    if function is None or not _PRODUCTS.match(function.name()):
+        return False
+    for source, _ in function.next_functions:
+        while source is not None and _SAME.match(source.name()) and len(source.next_functions) == 1:
+            source = source.next_functions[0][0]
+        if source is not None and hasattr(source, "variable") and source.variable.ndim > 1:
+            return True
+    return False
+
+
+def _known_types(graph: Any) -> tuple[type, ...]:
+    """Modules that torch-pruning takes as a whole."""
+    from torch_pruning.ops import type2class
+
+    return (*(type2class(kind) for kind in graph.REGISTERED_PRUNERS), *graph.CUSTOMIZED_PRUNERS)
+
+
+def _odd_layers(model: nn.Module, inputs: Any) -> list[nn.Module]:
+    """Layers that give something else than the tensor, or the tuple of tensors, that torch-pruning expects."""
+    import torch_pruning
+
+    known = _known_types(torch_pruning.DependencyGraph())
+    found: dict[nn.Module, None] = {}
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output and not isinstance(module, nn.Linear) else output
+        if not isinstance(first, (Tensor, nn.utils.rnn.PackedSequence)):
+            found[module] = None
+
+    handles = [module.register_forward_hook(leave) for module in model.modules() if isinstance(module, known)]
+    try:
+        with undisturbed(model):
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found)
+
+
+def _axis(function: Any, ndim: int) -> int:
+    """The axis that a function works along, counted from the front."""
+    dim = int(function._saved_dim)
+    return dim - _SIGNED + ndim if dim >= _SIGNED // 2 else dim
+
+
+def _split(node: Any, readers: list[tuple[Any, int]]) -> None:
+    """Index mappings between the parts of a split and what reads each, as far as it splits channels."""
+    from torch_pruning.dependency.index_mapping import _SplitIndexMapping
+
+    function = node.grad_fn
+    shape = tuple(getattr(function, "_saved_self_sym_sizes", ()))
+    if not shape or not hasattr(function, "_saved_dim"):
+        raise ValueError("what it splits is not known")
+    axis = _axis(function, len(shape))
+    if (axis != 1 and axis != len(shape) - 1) or (axis > 1 and len(shape) > 3 and function._saved_dim == axis):
+        return  # windows, heads or positions
+    if hasattr(function, "_saved_split_sizes"):
+        sizes = [int(size) for size in function._saved_split_sizes]
+    else:
+        step = int(function._saved_split_size)
+        sizes = [min(step, shape[axis] - start) for start in range(0, shape[axis], max(step, 1))]
+    ends = list(itertools.accumulate(sizes, initial=0))
+    parts: dict[int, Iterator[int]] = {}
+    for reader in {id(reader): reader for reader, _ in readers}.values():
+        parts[id(reader)] = iter([part for other, part in readers if other is reader])
+        own = [part for other, part in readers if other is reader]
+        for dependency, part in zip([d for d in node.dependencies if d.target is reader], own, strict=True):
+            dependency.index_mapping[0] = _SplitIndexMapping(offset=ends[part : part + 2])
+        for dependency, part in zip([d for d in reader.dependencies if d.target is node], own, strict=True):
+            dependency.index_mapping[0] = _SplitIndexMapping(offset=ends[part : part + 2], reverse=True)
+    node.module.split_sizes = [sizes[next(parts[id(reader)])] for reader in node.outputs]  # as shapes are looked for
+    node.module.offsets = list(itertools.accumulate(node.module.split_sizes, initial=0))
+
+
+def _concatenate(node: Any, sizes: list[int], nodes: Mapping[Any, Any]) -> None:
+    """Index mappings of a concatenation of known widths, constants among them."""
+    from torch_pruning.dependency.index_mapping import _ConcatIndexMapping
+
+    ends = list(itertools.accumulate(sizes, initial=0))
+    spans: dict[int, tuple[Any, list[list[int]]]] = {}
+    for index, (source, _) in enumerate(node.grad_fn.next_functions):
+        if source is not None and source in nodes:
+            spans.setdefault(id(nodes[source]), (nodes[source], []))[1].append(ends[index : index + 2])
+    for source, own in spans.values():
+        for dependency, span in zip([d for d in node.dependencies if d.target is source], own, strict=True):
+            dependency.index_mapping[1] = _ConcatIndexMapping(offset=span, reverse=True)
+        for dependency, span in zip([d for d in source.dependencies if d.target is node], own, strict=True):
+            dependency.index_mapping[1] = _ConcatIndexMapping(offset=span)
+    node.module.offsets = ends
+
+
+class _Rewritten(TorchFunctionMode):
+    """Does what torch-pruning cannot follow in a way that it can.
+
+    It looks for channels on axis 1: concatenations and crops of maps with channels last, such as Swin's merging of
+    patches, are done there, and the widths of what is concatenated are noted. A gated linear unit becomes the product
+    of two parts.
+    """
+
+    def __init__(self, sizes: dict[Any, list[int]]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (functional.glu, torch._C._nn.glu):
+            given = {**dict(zip(("input", "dim"), args, strict=False)), **kwargs}
+            value, gate = given["input"].chunk(2, given.get("dim", -1))
+            return value * gate.sigmoid()
+        if func in (torch.cat, torch.concat, torch.concatenate) and "out" not in kwargs:
+            given = {**dict(zip(("tensors", "dim"), args, strict=False)), **kwargs}
+            parts, dim = given["tensors"], given.get("dim", given.get("axis", 0))
+            last = isinstance(dim, int) and parts[0].ndim > 2 and dim in (-1, parts[0].ndim - 1)
+            joined = torch.cat([part.movedim(-1, 1) for part in parts], 1) if last else func(*args, **kwargs)
+            if (joined.ndim in (2, 4, 5) and dim in (1, 1 - joined.ndim)) or last:
+                self.sizes[joined.grad_fn] = [part.shape[-1 if last else 1] for part in parts]
+            return joined.movedim(1, -1).contiguous() if last else joined
+        if func is Tensor.__getitem__ and args[0].ndim == 4 and isinstance(args[1], tuple):
+            index = [slice(None) if part is Ellipsis else part for part in args[1]]
+            if len(index) == 4 and all(isinstance(part, slice) for part in index) and index[-1] == slice(None):
+                return args[0].movedim(-1, 1)[index[0], :, index[1], index[2]].movedim(1, -1)
+        return func(*args, **kwargs)
+
+
+class _Bounded(list[Any]):
+    """A dependency's index mappings; torch-pruning takes some views for others and would let indices grow for ever."""
+
+    def __init__(self, mappings: Iterable[Any], limit: int, blame: Callable[[str], str]) -> None:
+        super().__init__(mappings)
+        self.limit, self.blame = limit, blame
+
+    def __iter__(self) -> Iterator[Any]:
+        return (mapping and partial(self._checked, mapping) for mapping in super().__iter__())
+
+    def _checked(self, mapping: Callable[[Any], Any], indices: Any) -> Any:
+        try:
+            mapped = mapping(indices)
+        except Exception as error:
+            raise Untraceable(self.blame(str(error))) from error
+        if any(not 0 <= index.idx < self.limit for index in mapped):
+            raise Untraceable(self.blame("its indices grow without end"))
+        return mapped
+
+
+class Untraceable(ValueError):
+    """Why channels cannot be followed."""

@@ -1,0 +1,309 @@
+"""Running a model over batches of any usual form without leaving a trace in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.hooks import RemovableHandle
+
+from discedit.common import validation
+from discedit.model.functional import LayersCalled
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+_CACHES = ("past_key_values", "past_key_value", "cache_params")  # state for the next call, whose shape follows heads
+_DEPTH = 16  # how far nests of outputs are looked into
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def outside_inference_mode(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """`function`, which works inside `torch.inference_mode` as it does outside: what is made there has no versions, by
+    which changes in place are seen, and could never be trained."""
+
+    @wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with _without_inference_mode():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def outside_modes(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """As `outside_inference_mode`, and outside autocast: in its products, closed forms would lose their digits."""
+
+    @wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with _without_inference_mode(), without_autocast():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _without_inference_mode() -> AbstractContextManager[Any]:
+    """Where there is none, nothing: leaving inference mode turns gradients on, which the caller may have turned off."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """A number that rises with every change in place; None where torch keeps none (a part of the model that runs in
+    inference mode)."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[LayersCalled]:
+    """Eval mode without gradients inside, nothing compiled, layers called where functions take their weights; modes,
+    buffers and random state as they were outside."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = device_of(model)
+    devices = [device] if device.type == "cuda" else []
+    kept = list(_Kept.all_of(model))
+    try:
+        with torch.random.fork_rng(devices), _without_inference_mode(), torch.no_grad(), _nothing_compiled():
+            model.eval()
+            with LayersCalled(model) as calls:
+                yield calls
+    finally:
+        for buffer in kept:
+            buffer.put_back()
+        # Through train(), parents first, because some modules do work there; then the flags, whatever that left.
+        for module, mode in modes:
+            if module.training != mode:
+                module.train(mode)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that were set are removed afterwards, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _nothing_compiled() -> AbstractContextManager[Any]:
+    """Hooks, by which everything here is found out, are not seen by code that was compiled without them."""
+    if "torch._dynamo" not in sys.modules:  # then nothing has been compiled
+        return nullcontext()
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
+
+
+class _Kept:
+    """A buffer as it is now. Some modules learn in eval mode, too: observers of quantisation, caches, codebooks.
+
+    Running statistics of norms do not change there, and are what closed forms set on purpose.
+    """
+
+    def __init__(self, module: nn.Module, name: str, buffer: Tensor) -> None:
+        self._module, self._name, self._buffer = module, name, buffer
+        self._version = version_of(buffer)
+        self._value = buffer.detach().clone()
+
+    @classmethod
+    def all_of(cls, model: nn.Module) -> Iterator[_Kept]:
+        for module in model.modules():
+            if not isinstance(module, _NormBase):
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        yield cls(module, name, buffer)
+
+    def put_back(self) -> None:
+        """The same tensor, with the same values and shape."""
+        if self._name in self._module._buffers:
+            self._module._buffers[self._name] = self._buffer
+        if version_of(self._buffer) == self._version and self._buffer.shape == self._value.shape:
+            return
+        with torch.no_grad():
+            if self._buffer.shape == self._value.shape:
+                self._buffer.copy_(self._value)
+            else:
+                self._buffer.set_(self._value)  # type: ignore[call-overload]
+
+
+def split(op: str, batch: Any, index: int, device: torch.device, *, labels_needed: bool) -> tuple[Any, Any]:
+    """Inputs on the model's device, and labels (None where there are none and none are needed).
+
+    A pair is always (inputs, labels).
+    """
+    inputs: Any
+    labels: Any = None
+    if isinstance(batch, Mapping) and "labels" in batch:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        labels = batch["labels"]
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, labels = batch
+    elif not labels_needed and isinstance(batch, (tuple, list)) and len(batch) == 1:
+        inputs = batch[0]
+    elif not labels_needed and isinstance(batch, (Tensor, Mapping)):
+        inputs = batch
+    else:
+        found = f"a {type(batch).__name__}"
+        if isinstance(batch, Mapping):
+            found += f" with {validation.quoted([str(key) for key in batch])}"
+        elif isinstance(batch, (tuple, list)):
+            found += f" of {len(batch)}"
+        raise ValueError(
+            f"{op}: loader must give (inputs, labels) pairs, or dicts of arguments with 'labels', batch {index} is "
+            f"{found}."
+        )
+    return moved(inputs, device), labels
+
+
+def checked_labels(op: str, given: Any, num_classes: int, index: int) -> Tensor:
+    """The labels as a tensor whose type and range are right; an error names the batch."""
+    what = f"{op}: batch {index}: labels must hold one class index (an integer) per sample"
+    if isinstance(given, Mapping):
+        raise ValueError(f"{what}, got a {type(given).__name__} with {validation.quoted([str(key) for key in given])}.")
+    first = given[0] if isinstance(given, (list, tuple)) and given else None
+    if isinstance(given, str) or isinstance(first, (str, bytes, Mapping)):
+        shown = repr(given if isinstance(given, str) else first)
+        raise ValueError(f"{what}, got a {type(given).__name__} that begins with {shown[:60]}.")
+    try:
+        classes = torch.as_tensor(given)
+        if classes.ndim != 1:
+            raise ValueError(f"labels must hold one class index per sample, got shape {validation.shape_of(classes)}.")
+        classes = validation.labels(op, classes, classes)
+        validation.label_range(op, classes, num_classes)
+        return classes
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{op}: batch {index}: {str(error).removeprefix(f'{op}: ')}") from error
+
+
+def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same nest of tuples and dicts (lists become tuples), with the function applied to every tensor in it."""
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, Mapping):
+        return {name: map_tensors(value, function) for name, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(map_tensors(value, function) for value in inputs)
+    return inputs
+
+
+def chosen(inputs: Any, index: Tensor, samples: int) -> Any:
+    """The same nest for some of the samples; what has no sample axis stays as it is."""
+    return map_tensors(inputs, lambda t: t[index.to(t.device)] if t.ndim and len(t) == samples else t)
+
+
+def narrowed(inputs: Any, size: int, few: int, start: int = 0) -> Any:
+    """Some samples of a batch; tensors without its sample axis stay whole."""
+    return map_tensors(inputs, lambda x: x[start : start + few] if x.ndim and len(x) == size else x)
+
+
+class Quota:
+    """The first samples of each class: how many more of each are wanted; of classes that are not named, none."""
+
+    def __init__(self, of_class: Mapping[int, int]) -> None:
+        self._left = dict(of_class)
+
+    def take(self, labels: Tensor) -> Tensor:
+        """Places of the samples that are wanted, in order, on the CPU; they count from then on."""
+        places = []
+        for place, label in enumerate(labels.tolist()):
+            if self._left.get(label, 0) > 0:
+                self._left[label] -= 1
+                places.append(place)
+        return torch.tensor(places, dtype=torch.int64)
+
+    def full(self) -> bool:
+        return not any(self._left.values())
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    """On a GPU without waiting for the copy, which its stream waits for; on the CPU nobody else would."""
+    return map_tensors(inputs, lambda tensor: _plain(tensor).to(device, non_blocking=device.type == "cuda"))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor itself: a subclass that only carries something along (an image's kind, a path) would hand it on to
+    everything that is made of it. Subclasses with a memory of their own (distributed ones) stay what they are."""
+    if tensor.is_inference():
+        tensor = tensor.clone()
+    own_memory = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return tensor if type(tensor) is Tensor or own_memory else tensor.as_subclass(Tensor)
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """The module itself is called, never its forward, so that wrappers and hooks work."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The tensor of a module's output: itself, its `logits`, or the first of a tuple or mapping."""
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    return None
+
+
+def samples_in(inputs: Any) -> int:
+    """Size of the first axis of the first tensor; 0 where there is none."""
+    first = first_tensor(inputs)
+    return len(first) if first is not None and first.ndim else 0
+
+
+def tensors_in(output: Any, place: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in what a model gives, however nested, each with where it stands there."""
+    return _tensors_in(output, place, set())
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {place: tuple(tensor.shape) for place, tensor in tensors.items()}
+
+
+def _tensors_in(output: Any, place: str, seen: set[int], depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(output, Tensor):
+        yield place, output
+        return
+    if output is None or isinstance(output, (str, bytes, int, float, complex, type, nn.Module)) or id(output) in seen:
+        return
+    if depth > _DEPTH:
+        return
+    seen.add(id(output))
+    parts: Iterable[tuple[str, Any]] = ()
+    if isinstance(output, Mapping):
+        parts = [(f"{place}[{key!r}]", value) for key, value in output.items() if key not in _CACHES]
+    elif isinstance(output, tuple) and hasattr(output, "_fields"):
+        parts = [(f"{place}.{name}", value) for name, value in zip(output._fields, output, strict=True)]
+    elif isinstance(output, (list, tuple, set, frozenset)):
+        parts = [(f"{place}[{index}]", value) for index, value in enumerate(output)]
+    elif dataclasses.is_dataclass(output):
+        parts = [(f"{place}.{f.name}", getattr(output, f.name, None)) for f in dataclasses.fields(output)]
+    elif hasattr(output, "__dict__"):
+        parts = [(f"{place}.{name}", value) for name, value in vars(output).items()]
+    for inner, value in parts:
+        if inner.rpartition(".")[2] not in _CACHES:
+            yield from _tensors_in(value, inner, seen, depth + 1)

@@ -1,0 +1,103 @@
+"""Size of a model (parameters, multiply-accumulates) and its accuracy, class by class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from discedit.common import validation
+from discedit.model.forward import call, checked_labels, device_of, first_tensor, hooked, moved, split, undisturbed
+
+OP = "accuracy_per_class"
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> int:
+    """Multiply-accumulates of one forward pass: half of what torch's own counter gives for matrix work."""
+    from torch.utils.flop_counter import FlopCounterMode  # a third of a second to import: only who counts pays
+
+    with undisturbed(model), _constant(model), FlopCounterMode(display=False) as counter:
+        call(model, moved(example_inputs, device_of(model)))
+    return int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def _constant(model: nn.Module) -> Iterator[None]:
+    """Parameters that want no gradients: the counter would set hooks on those that are handed to modules, which fails
+    where no gradients are computed."""
+    wanted = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
+
+    def want(gradients: bool) -> None:
+        for parameter in wanted:  # of a model that was made in inference mode, only there
+            with torch.inference_mode() if parameter.is_inference() else nullcontext():
+                parameter.requires_grad_(gradients)
+
+    want(False)
+    try:
+        yield
+    finally:
+        want(True)
+
+
+def macs_of_weights(model: nn.Module, example_inputs: Any) -> tuple[dict[str, float], float]:
+    """Multiply-accumulates of one forward pass by the weight that they are proportional to, and all others."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    found: dict[str, float] = {}
+    with undisturbed(model), _constant(model), FlopCounterMode(display=False) as counter:
+        handles = []
+        for name, module in model.named_modules():
+            if isinstance(module, (_ConvNd, nn.Linear)) and "weight" in module._parameters:
+                before: list[float] = []
+
+                def enter(_: nn.Module, __: Any, before: list[float] = before) -> None:
+                    before.append(counter.get_total_flops())
+
+                def leave(_: nn.Module, __: Any, ___: Any, before: list[float] = before, name: str = name) -> None:
+                    macs = (counter.get_total_flops() - before.pop()) / 2
+                    found[f"{name}.weight"] = found.get(f"{name}.weight", 0.0) + macs
+
+                handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        with hooked(handles):
+            call(model, moved(example_inputs, device_of(model)))
+    return found, counter.get_total_flops() / 2 - sum(found.values())
+
+
+def accuracy_per_class(model: nn.Module, loader: Iterable[Any], num_classes: int) -> Tensor:
+    """Share of each class's samples that the model classifies rightly.
+
+    Args:
+        model: a classifier; its mode and torch's random state are left as they were.
+        loader: any iterable of (inputs, labels).
+
+    Returns:
+        Shape (num_classes,), float64, in [0, 1]; NaN for a class without samples.
+
+    Raises:
+        ValueError: an empty loader, labels that do not fit, or a model without logits.
+    """
+    right = torch.zeros(num_classes, dtype=torch.float64)
+    total = torch.zeros(num_classes, dtype=torch.float64)
+    device = device_of(model)
+    with undisturbed(model):
+        for index, batch in enumerate(loader):
+            inputs, labels = split(OP, batch, index, device, labels_needed=True)
+            logits = first_tensor(call(model, inputs))
+            classes = checked_labels(OP, labels, num_classes, index).cpu()
+            if logits is None or logits.ndim != 2 or len(logits) != len(classes):
+                found = "none" if logits is None else f"shape {validation.shape_of(logits)}"
+                raise ValueError(f"{OP}: batch {index}: model must give logits for {len(classes)} labels, got {found}.")
+            hit = logits.argmax(1).cpu() == classes
+            total += torch.bincount(classes, minlength=num_classes)
+            right += torch.bincount(classes[hit], minlength=num_classes)
+    if not total.any():
+        raise ValueError(f"{OP}: loader must give at least one sample, it gave none.")
+    return right / total

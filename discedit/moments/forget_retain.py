@@ -1,0 +1,194 @@
+"""Labelled data split into the samples of the classes to forget and those of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from discedit.model.forward import Quota, call, checked_labels, chosen, device_of, hooked, split, undisturbed
+from discedit.model.size import accuracy_per_class
+from discedit.model.trace import FEW, ModelTrace
+from discedit.moments.calibration import SAMPLES, HeldOut, calibration, fits, held_out_of, joined, kept_back, samples_of
+
+MEANS = 256  # samples that means are taken over
+KEPT = {"forget": 1024, "retain": 4096}  # samples that are held in memory, as many of each class
+
+
+class Classified:
+    """Batches of two kinds: "forget" and "retain", of each kind the first `KEPT` samples, spread evenly over classes.
+
+    Args:
+        op: what asks, for errors.
+        data: (inputs, labels); read once, and no further than needed.
+        forget: classes.
+
+    Raises:
+        ValueError: no batch, labels that do not fit, or no sample of a kind.
+    """
+
+    def __init__(self, op: str, model: nn.Module, data: Iterable[Any], forget: list[int], num_classes: int) -> None:
+        self.op, self.model, self.num_classes = op, model, num_classes
+        self.forget = forget
+        share = {"forget": -(-KEPT["forget"] // len(forget))}
+        share["retain"] = -(-KEPT["retain"] // max(1, num_classes - len(forget)))
+        quota = Quota({cls: share["forget" if cls in forget else "retain"] for cls in range(num_classes)})
+        self._labelled: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
+        self._few: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
+        self._apart: dict[str, tuple[list[Any], HeldOut]] = {}
+        self._means: dict[tuple[tuple[str, str], ...], dict[str, Tensor]] = {}
+        found: dict[str, list[tuple[Any, Tensor]]] = {"forget": [], "retain": []}
+        device = device_of(model)
+        for index, batch in enumerate(data):
+            inputs, given = split(op, batch, index, device, labels_needed=True)
+            labels = checked_labels(op, given, num_classes, index).cpu().long()
+            samples = samples_of(op, inputs)
+            if samples != len(labels):
+                raise ValueError(
+                    f"{op}: data must give one label per sample, batch {index} has {samples} samples and {len(labels)} "
+                    f"labels."
+                )
+            wanted = quota.take(labels)
+            among = torch.isin(labels[wanted], torch.tensor(forget))
+            for kind, places in (("forget", wanted[among]), ("retain", wanted[~among])):
+                if len(places):
+                    found[kind].append((chosen(inputs, places, len(labels)), labels[places]))
+            if quota.full():
+                break
+        for kind, batches in found.items():
+            if not batches:
+                what = f"the classes {forget}" if kind == "forget" else f"classes other than {forget}"
+                raise ValueError(f"{op}: data must hold samples of {what}, it holds none.")
+        self.batches = found
+
+    def accuracy(self, model: nn.Module, kind: str, most: int | None = None) -> float:
+        """Mean over the classes of a kind, in [0, 1], of all samples or of so many of each class together."""
+        batches = self.batches[kind] if most is None else self._first(kind, most)
+        found = accuracy_per_class(model, batches, self.num_classes)
+        return float(found[~found.isnan()].mean())
+
+    def parts(self, kind: str) -> list[Any]:
+        """Samples of a kind, as many of each class, in parts, as a repair takes them."""
+        return [inputs for inputs, _ in self.labelled(kind, SAMPLES)]
+
+    def kept_back(self, kind: str) -> tuple[list[Any], HeldOut]:
+        """Samples of a kind as a repair takes them, and others to check it on."""
+        if kind not in self._apart:
+            parts = self.parts(kind)
+            number = held_out_of(sum(samples_of(self.op, part) for part in parts))
+            self._apart[kind] = kept_back(self.op, parts, self._behind(kind, number))
+        return self._apart[kind]
+
+    def _behind(self, kind: str, number: int) -> Any:
+        """So many samples, or fewer, as many of each class, behind those that `parts` takes; None where there are none.
+
+        Of batches that cannot be joined, the first.
+        """
+        classes = {label for _, labels in self.batches[kind] for label in labels.tolist()}
+        before, quota = (Quota(dict.fromkeys(classes, -(-most // len(classes)))) for most in (SAMPLES, number))
+        few = []
+        for inputs, labels in self.batches[kind]:
+            left = torch.ones(len(labels), dtype=torch.bool)
+            left[before.take(labels)] = False
+            places = left.nonzero()[:, 0]
+            places = places[quota.take(labels[places])]
+            if len(places):
+                few.append((chosen(inputs, places, len(labels)), labels[places]))
+        if not few:
+            return None
+        inputs, labels = _in_turn(few)[0]
+        return chosen(inputs, torch.arange(min(number, len(labels))), len(labels))
+
+    def last(self, number: int) -> list[Any]:
+        """So many samples of each kind, the last ones, which little else looks at."""
+        found = []
+        for batches in self.batches.values():
+            inputs, labels = batches[-1]
+            found.append(chosen(inputs, torch.arange(max(0, len(labels) - number), len(labels)), len(labels)))
+        return found
+
+    def labelled(self, kind: str, most: int) -> list[tuple[Any, Tensor]]:
+        """So many samples of a kind, as many of each class, with their labels, in parts."""
+        key = (kind, most)
+        if key not in self._labelled:
+            few = _in_turn(self._first(kind, most))
+            inputs = calibration(self.op, self.model, few, self.trace)  # perhaps not of all
+            sizes = [samples_of(self.op, part) for part in inputs]
+            labels = torch.split(torch.cat([labels for _, labels in few])[: sum(sizes)], sizes)
+            self._labelled[key] = list(zip(inputs, labels, strict=True))
+        return self._labelled[key]
+
+    def _first(self, kind: str, most: int) -> list[tuple[Any, Tensor]]:
+        """The first samples of each class, as many of each as make up so many together."""
+        key = (kind, most)
+        if key not in self._few:
+            classes = {label for _, labels in self.batches[kind] for label in labels.tolist()}
+            quota = Quota(dict.fromkeys(classes, -(-most // len(classes))))
+            few = []
+            for inputs, labels in self.batches[kind]:
+                places = quota.take(labels)
+                if len(places):
+                    few.append((chosen(inputs, places, len(labels)), labels[places]))
+            self._few[key] = few
+        return self._few[key]
+
+    @cached_property
+    def trace(self) -> ModelTrace:
+        """Of the model, on retained samples."""
+        return ModelTrace.of(self.model, _in_turn(self._first("retain", FEW))[0][0], windows=True)
+
+    def means(self, places: Mapping[str, str]) -> dict[str, Tensor]:
+        """Layer -> mean over retained samples and positions of what the module in that place gives: (channels,).
+
+        Computed once for the same places.
+        """
+        key = tuple(places.items())
+        if key not in self._means:
+            self._means[key] = self._measured(places)
+        return self._means[key]
+
+    def _measured(self, places: Mapping[str, str]) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        number: dict[str, int] = {}
+
+        def note(layer: str) -> Any:
+            # By the layer: there are layer norms over the channels of maps that a convolution gives.
+            last = isinstance(self.model.get_submodule(layer), nn.Linear)
+
+            def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+                axis = output.ndim - 1 if last else 1
+                dims = [dim for dim in range(output.ndim) if dim != axis]
+                sums[layer] = sums.get(layer, torch.zeros(())) + output.sum(dims, dtype=torch.float64)
+                number[layer] = number.get(layer, 0) + output.numel() // output.shape[axis]
+
+            return hook
+
+        handles = [
+            self.model.get_submodule(place).register_forward_hook(note(layer)) for layer, place in places.items()
+        ]
+        with hooked(handles), undisturbed(self.model):
+            for inputs, _ in self._first("retain", MEANS):
+                call(self.model, inputs)
+        return {layer: (total / number[layer]).cpu() for layer, total in sums.items()}
+
+
+def _in_turn(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
+    """One batch, its classes in turn: however few of its first samples are used, they are as many of each.
+
+    Batches that cannot be joined stay as they are.
+    """
+    first, labels = batches[0]
+    if not all(fits(first, inputs) for inputs, _ in batches):
+        return batches
+    whole = joined([inputs for inputs, _ in batches], len(labels))
+    labels = torch.cat([labels for _, labels in batches])
+    seen: dict[int, int] = {}
+    turns = []
+    for label in labels.tolist():
+        turns.append(seen.get(label, 0))
+        seen[label] = turns[-1] + 1
+    order = torch.tensor(turns).argsort(stable=True)
+    return [(chosen(whole, order, len(labels)), labels[order])]

@@ -1,0 +1,329 @@
+"""`Moments`: the per-class moments of every layer of a model, mergeable and saved without pickle."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from discedit import ops
+from discedit.backends import select
+from discedit.common import files, validation
+from discedit.common.state import ClassMoments, State, VectorMoments
+from discedit.moments.group import WORLD, Group
+
+Statistic = str | tuple[str, ...]
+Scale = float | dict[str, float] | None
+READS = ("consumer", "norm", "output")  # where `collect_moments` reads a layer
+READ_ONCE = "norm"  # what files say that do not name it
+GREATEST_EXPONENT = 350.0  # of exp(-scale t), whose square must stay within the range of float64
+
+
+class Moments(Mapping[str, State]):
+    """Class-conditional moments of the components of a model's layers: a mapping from layer name to the layer's state.
+
+    A state is a `ClassMoments` or, for the witness "vector", a `VectorMoments`.
+    `collect_moments` makes one from a model and data; `update` makes one from feature maps of any origin.
+
+    Args:
+        num_classes: number of classes.
+        statistic: what a feature map is reduced to, as for `discedit.ops.pool`: "mean", "sum", "l2", "rms", "absmax",
+            "max", "positive_fraction" or "cls"; for the witness "vector" a tuple or list of several.
+        witness: "quadratic" or "linear" (the state is that of the statistic t, and serves both), "exp" (that of
+            exp(-scale t)) or "vector".
+        scale: for "exp" alone, a finite number above 0, or a mapping from layer name to one.
+        read: where `collect_moments` read the layers; moments that were read elsewhere do not merge.
+        backend: as in `discedit.ops`.
+
+    Attributes:
+        num_classes, statistic, witness, scale, read: as given; several statistics are a tuple.
+        norms: for a layer whose output goes straight into a normalisation, the name of that normalisation. Edits reach
+            both.
+
+    Raises:
+        TypeError, ValueError: an argument is not one of its choices, or statistic or scale does not fit the witness.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        statistic: Statistic | list[str] = "mean",
+        witness: str = "quadratic",
+        scale: float | Mapping[str, float] | None = None,
+        read: str = "consumer",
+        backend: str = "auto",
+    ) -> None:
+        op = "Moments"
+        self.num_classes = validation.positive_integer(op, "num_classes", num_classes)
+        self._statistics = validation.statistics(op, statistic)
+        validation.witness(op, witness, statistic, scale)
+        self.statistic: Statistic = statistic if isinstance(statistic, str) else self._statistics
+        self.witness = witness
+        self.scale: Scale = None
+        if isinstance(scale, Mapping):
+            self.scale = {layer: validation.scale(op, value) for layer, value in scale.items()}
+        elif witness == "exp":
+            self.scale = validation.scale(op, scale)
+        self.read = validation.choice(op, "read", read, READS)
+        self.backend = backend
+        self.norms: dict[str, str] = {}
+        self._layers: dict[str, State] = {}
+
+    # A mapping of tensors has no equality of its own: identity, as for other owners of tensors.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __getitem__(self, layer: str) -> State:
+        return self._layers[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        channels = sum(state.channels for state in self.values())
+        return f"Moments({len(self)} layers, {channels} channels, {self.num_classes} classes, {self.samples} samples)"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that the numbers depend on."""
+        return {
+            "num_classes": self.num_classes,
+            "statistic": self.statistic,
+            "witness": self.witness,
+            "scale": self.scale,
+            "read": self.read,
+        }
+
+    @property
+    def samples(self) -> int:
+        """Samples seen by the layer that saw most."""
+        return max((int(state.count.sum()) for state in self.values()), default=0)
+
+    def update(self, layer: str, x: Tensor, labels: Tensor, *, layout: str = "auto") -> None:
+        """Merge one batch of a layer's feature maps.
+
+        Args:
+            layer: name of the layer; a new name starts a new state.
+            x, layout: feature map, as for `discedit.ops.pool`.
+            labels: class index of each sample, shape (samples,), on the device of x.
+
+        Raises:
+            ValueError: labels or shape do not fit, a statistic is NaN or infinite (NaN in a map makes it so, Inf unless
+                the statistic passes it over, as "max" does -Inf), exp(-scale t) is too large, or a mapping of scales
+                lacks the layer. The state is then unchanged.
+        """
+        try:
+            pooled = ops.pool(x, statistic=self.statistic, layout=layout, backend=self.backend)
+            self.fold(layer, pooled, labels)
+        except ValueError as error:
+            raise ValueError(f"layer {layer!r}: {error}") from error
+
+    def fold(self, layer: str, pooled: Tensor, labels: Tensor) -> None:
+        """Merge one batch of a layer's pooled features: `update` after pooling.
+
+        Args:
+            layer: name of the layer; a new name starts a new state.
+            pooled: as `discedit.ops.pool` gives it for this object's statistic: shape (samples, channels), or (samples,
+                channels, statistics) for several; float64.
+            labels: class index of each sample, shape (samples,), on the device of pooled.
+
+        Raises:
+            ValueError: as `update`.
+        """
+        validation.tensor("Moments.fold", "pooled", pooled, (torch.float64,))
+        several = not isinstance(self.statistic, str)
+        if pooled.ndim != (3 if several else 2) or (several and pooled.shape[2] != len(self._statistics)):
+            form = f"(samples, channels, {len(self._statistics)})" if several else "(samples, channels)"
+            raise ValueError(
+                f"pooled must have shape {form} for statistic={self.statistic!r}, got {validation.shape_of(pooled)}."
+            )
+        pooled = pooled.detach()
+        self.fold_planes(layer, pooled.permute(2, 0, 1) if several else pooled[None], labels)
+
+    def fold_planes(self, layer: str, planes: Tensor, labels: Tensor, *, checked: bool = False) -> None:
+        """`fold` from the layout of the kernels: one plane per statistic, shape (statistics, samples, channels).
+
+        ``checked`` leaves the values to the caller, to whom `sentinel` tells whether they are sound.
+        """
+        labels = validation.labels("class_moments", labels, planes[0])
+        scale = self._scale_of(layer)
+        if not checked:
+            _check_range(planes, scale)
+        state = self._layers.get(layer)
+        if state is None:
+            state = self._kind.with_mean(self._mean_shape(planes.shape[2]), planes.device)
+        elif state.channels != planes.shape[2] or state.device != planes.device:
+            raise ValueError(
+                f"pooled must have {state.channels} channels on {state.device} like the batches before, got "
+                f"{planes.shape[2]} on {planes.device}."
+            )
+        select("fold_moments", self.backend, planes.device)(planes.contiguous(), scale, labels, state)
+        self._layers[layer] = state
+
+    def sentinel(self, layer: str, planes: Tensor) -> Tensor:
+        """One number, on the device of the planes, that is not finite where `fold` would refuse them."""
+        if planes.numel() == 0:
+            return planes.new_zeros(())
+        greatest, scale = planes.abs().amax(), self._scale_of(layer)
+        if scale:
+            greatest = greatest.masked_fill(planes.amin() * scale < -GREATEST_EXPONENT, torch.nan)
+        return greatest
+
+    def _scale_of(self, layer: str) -> float:
+        """The scale of a layer; 0 for every witness but "exp"."""
+        if not isinstance(self.scale, dict):
+            return self.scale or 0.0
+        if layer not in self.scale:
+            raise ValueError(f"scale must name every layer, layer {layer!r} is not among {list(self.scale)}.")
+        return self.scale[layer]
+
+    def _mean_shape(self, channels: int) -> tuple[int, ...]:
+        plane = (self.num_classes, channels)
+        return (len(self._statistics), *plane) if self.witness == "vector" else plane
+
+    @property
+    def _kind(self) -> type[State]:
+        return VectorMoments if self.witness == "vector" else ClassMoments
+
+    def merge(self, other: Moments) -> Moments:
+        """Add the samples of `other` to this object, which is returned. Layers that only one side has are kept.
+
+        Raises:
+            ValueError: the two differ in classes, statistic, witness, scale or in where layers were read, or in a
+                layer's channels. Nothing is then merged.
+        """
+        mine, theirs = self.settings, other.settings
+        different = [name for name in mine if mine[name] != theirs[name]]
+        if different:
+            wanted, found = (", ".join(f"{name}={of[name]!r}" for name in different) for of in (mine, theirs))
+            raise ValueError(f"Moments.merge: other must have {wanted} like this object, it has {found}.")
+        merged = {}
+        for layer, state in other.items():
+            try:
+                own = self._layers.get(layer)
+                merged[layer] = state.clone() if own is None else ops.merge_moments(own, state, backend=self.backend)
+            except ValueError as error:
+                raise ValueError(f"Moments.merge: layer {layer!r}: {error}") from error
+        self._layers.update(merged)
+        self.norms.update(other.norms)
+        return self
+
+    def _like(self) -> Moments:
+        """One with the same settings and no layers."""
+        return Moments(**self.settings, backend=self.backend)
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
+        """Merge the moments of all processes of a `torch.distributed` group, in rank order, on every process.
+
+        Every process ends with the same bits.
+
+        Args:
+            group: by default all processes.
+
+        Raises:
+            RuntimeError: no process group is initialised, or another process died, failed or came to no end in the
+                group's timeout. ValueError: the processes accumulated different things.
+        """
+        return self.reduce_in(Group("Moments.all_reduce", WORLD if group is None else group))
+
+    def reduce_in(self, group: Group, device: torch.device | None = None) -> Moments:
+        """`all_reduce`; layers that this process has not read come to the device."""
+        total = self._like()
+        group.total("moments", self, total)
+        devices = {layer: state.device for layer, state in self.items()}
+        self._layers = {layer: state.to(devices.get(layer, device or "cpu")) for layer, state in total.items()}
+        self.norms = total.norms
+        return self
+
+    def rows(self, which: slice) -> Moments:
+        """A copy with some of the classes alone, in their order."""
+        part = Moments(
+            len(range(self.num_classes)[which]),
+            **{name: value for name, value in self.settings.items() if name != "num_classes"},
+            backend=self.backend,
+        )
+        part.norms = dict(self.norms)
+        for layer, state in self.items():
+            sums = (tensor[..., which, :].clone() for tensor in state.tensors()[1:])
+            part._layers[layer] = self._kind(state.count[which].clone(), *sums)
+        return part
+
+    def to(self, device: torch.device | str) -> Moments:
+        """A copy on another device."""
+        copy = self._like()
+        copy.norms = dict(self.norms)
+        copy._layers = {layer: state.to(device) for layer, state in self.items()}
+        return copy
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, atomically."""
+        files.save_tensors(path, "moments", *self.contents())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Moments:
+        """Read what `save` wrote, bit for bit.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a damaged or foreign file.
+        """
+        return cls.from_contents(*files.load_tensors(path, "moments"), path)
+
+    def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Header and tensors of the file format."""
+        tensors = {
+            f"{index}.{field}": tensor
+            for index, state in enumerate(self.values())
+            for field, tensor in zip(state.shapes(*state.mean.shape), state.tensors(), strict=True)
+        }
+        header = {
+            **self.settings,
+            "layers": {layer: state.channels for layer, state in self.items()},
+            "norms": self.norms,
+        }
+        return header, tensors
+
+    @classmethod
+    def from_contents(cls, header: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> Moments:
+        moments = cls(
+            files.field(header, "num_classes", int, path),
+            statistic=files.field(header, "statistic", (str, list), path),
+            witness=files.field(header, "witness", str, path),
+            scale=files.field(header, "scale", (float, dict, type(None)), path),
+            read=READ_ONCE if "read" not in header else files.field(header, "read", str, path),
+        )
+        moments.norms = files.field(header, "norms", dict, path)
+        layers = files.field(header, "layers", dict, path)
+        for index, layer in enumerate(layers):
+            shapes = moments._kind.shapes(*moments._mean_shape(files.field(layers, layer, int, path)))
+            count, *sums = (
+                files.take(tensors, f"{index}.{field}", shape, torch.int64 if field == "count" else torch.float64, path)
+                for field, shape in shapes.items()
+            )
+            moments._layers[layer] = moments._kind(count, *sums)
+        files.nothing_else(header, tensors, moments.contents(), path)
+        return moments
+
+
+def _check_range(planes: Tensor, scale: float) -> None:
+    """Refuses NaN, Inf and what would overflow; cheap where all is well, because a finite sum has finite terms."""
+    if not math.isfinite(float(planes.sum())):
+        _refuse(~planes.isfinite(), "feature maps must be finite, found NaN or Inf in")
+    if scale and planes.numel() and float(planes.amin()) * scale < -GREATEST_EXPONENT:
+        rule = f"scale must keep exp(-scale t) below exp({GREATEST_EXPONENT:g}), scale={scale} does not for"
+        _refuse(planes * scale < -GREATEST_EXPONENT, rule)
+
+
+def _refuse(bad: Tensor, rule: str) -> None:
+    if bool(bad.any()):
+        _, sample, channel = bad.nonzero()[0].tolist()
+        raise ValueError(f"{rule} the map of sample {sample}, channel {channel}.")

@@ -1,0 +1,1 @@
+"""Closed forms that give back what a removal took."""

@@ -1,0 +1,600 @@
+"""What is left of a pruned network, set right in closed form: forward passes only, no gradients, no labels.
+
+The layers that read removed components are taken in the order in which they run. Each gets the weights (least squares)
+or the bias alone (mean) that bring its output, on what the layers repaired before it now give, closest to what it was
+in the model before pruning. Where the output is added to something else (a residual stream), it is the sum that is
+brought closest, so that a layer also makes up for what those before it could not.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from discedit.model.forward import call, first_tensor, undisturbed, version_of
+from discedit.model.functional import LayersCalled
+from discedit.model.trace import ModelTrace, is_layer
+from discedit.moments.calibration import PARTS, HeldOut, Positions, Sums, matrix_of, scale_of
+from discedit.repair.lockstep import Pause, in_lockstep
+
+RIDGE = 1e-3
+# Units in the last place of what a layer gives, in the mean, that an error may grow by: sums of products in float32 are
+# not exact, and weights of 16 bits are rounded.
+ROUNDING, ROUNDING_OF_HALVES = 100, 4
+MORE, CHANCE = 1.25, 2.0  # times the squared error without a repair, and standard errors above it, that are too much
+WORSE = 1.05  # times the error of the whole network without repair, from which there is a warning
+LEAST_SCALE = 1e-3  # of a batch norm's largest: a channel that is multiplied by less cannot make up for anything
+_ADDITIONS = (torch.add, Tensor.add, Tensor.add_)
+
+
+@dataclass
+class Repairs:
+    """Old and new values by tensor name, the names by layer, and readers that are not repaired, with reasons."""
+
+    before: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    layers: dict[str, list[str]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def set(self, layer: str, name: str, tensor: Tensor, value: Tensor) -> None:
+        """Writes a value for the repair of a layer."""
+        self.before.setdefault(name, tensor.detach().clone())
+        with torch.no_grad():
+            tensor.copy_(value)
+        self.values[name] = tensor.detach().clone()
+        names = self.layers.setdefault(layer, [])
+        if name not in names:
+            names.append(name)
+
+    def drop(self, layer: str, why: str) -> None:
+        """Forgets the repair of a layer."""
+        for name in self.layers.pop(layer):
+            del self.before[name], self.values[name]
+        self.skipped[layer] = why
+
+
+def repaired(
+    op: str,
+    model: nn.Module,
+    edited: nn.Module,
+    consumers: Iterable[str],
+    removed: Mapping[str, list[int]],
+    trace: ModelTrace,
+    inputs: Sequence[Any],
+    *,
+    weights: bool,
+    silenced: Mapping[str, list[int]] | None = None,
+    protected: Sequence[Any] = (),
+    protection: float = 0.0,
+    ignore: Collection[str] = (),
+) -> Repairs:
+    """Repairs `edited` in place, in one forward pass of each model, and returns what it set.
+
+    Args:
+        op: what asks, for errors.
+        model: before pruning.
+        edited: after it; the same module names.
+        consumers: the layers that read removed components.
+        removed: layer -> the output rows that it has lost.
+        trace: of the model before pruning.
+        inputs: images in parts, see `calibration`.
+        weights: least squares; otherwise the bias alone.
+        silenced: layer -> output rows that keep the weights that they have.
+        protected: images, in parts, for which no layer is to give anything else than it gives before its own repair:
+            new weights are drawn towards those that make no difference there.
+        protection: how much these count, all together, beside all of `inputs`.
+        ignore: layers to leave as they are.
+    """
+    result = Repairs()
+    readers = set(consumers)
+    after = trace.of_copy(edited)
+    names = []
+    begun = False
+    for name in trace.in_order(name for name, module in edited.named_modules() if is_layer(module) or name in readers):
+        begun = begun or name in readers
+        why = "it runs more than once per forward pass" if trace.runs[name] > 1 else after.why_not_fitted(name)
+        if name in ignore:
+            continue
+        if begun and not why:
+            names.append(name)
+        elif name in readers:
+            result.skipped[name] = why
+    works = []
+    fitted = _Fitted(op, after, names, weights, silenced or {}, protection, result)
+    with undisturbed(model), undisturbed(edited):
+        for part, batch in enumerate([*inputs, *protected]):
+            guards = part >= len(inputs)
+            parts = len(protected if guards else inputs)
+            first = PARTS * len(names) - len(inputs) if guards else 0  # of the seeds: another draw for each part
+            targets = {}
+            for i, name in enumerate(names):
+                positions = Positions(model.get_submodule(name), first + PARTS * i + part, parts)
+                targets[name] = _Target(positions, sorted(removed.get(name, ())))
+            with _Before(trace, targets):
+                call(model, batch)
+            works.append(partial(_pass_after, batch, targets, fitted, guards))
+        in_lockstep(op, works, fitted.meet)
+    return result
+
+
+def _pass_after(batch: Any, targets: Mapping[str, _Target], fitted: _Fitted, guards: bool, pause: Pause) -> None:
+    after = _After(targets, fitted, guards, pause)
+    with torch.no_grad(), LayersCalled(fitted.model), after:  # this thread has modes of its own
+        call(fitted.model, batch)
+    assert not after.waiting, f"their outputs were never added: {list(after.waiting)}"
+
+
+class _Target:
+    """What a layer is to give at some positions, without its bias, and what then is added to it."""
+
+    def __init__(self, positions: Positions, gone: list[int]) -> None:
+        self.positions = positions
+        self.gone = gone
+        self.rows = torch.empty(0)
+        self.added: Tensor | None = None
+        self.shared = False  # read by something before it is added
+        self.total: Tensor | None = None  # the sum of what it gives, behind its norm, and what is added
+
+    def kept(self, rows: Tensor) -> Tensor:
+        """Without the outputs that the layer has lost."""
+        if not self.gone:
+            return rows
+        left = sorted(set(range(rows.shape[1])) - set(self.gone))
+        return rows[:, torch.tensor(left, device=rows.device)]
+
+
+@dataclass(frozen=True)
+class _Output:
+    """A tensor that a layer has given. Held weakly: a pass must not keep every feature map alive."""
+
+    layer: str
+    tensor: weakref.ref[Tensor]
+    version: int
+    normed: bool  # goes into a batch norm
+
+
+class _Watch(TorchFunctionMode):
+    """Sees layers run, in a pass, and what their outputs, or those of the batch norms behind them, are added to."""
+
+    def __init__(self, trace: ModelTrace, targets: Mapping[str, _Target]) -> None:
+        super().__init__()
+        self.trace, self.model, self.targets = trace, trace.model, targets
+        self.norms = {name: trace.bias_norm(name) for name in targets}
+        self.affine = {name for name in targets if (norm := trace.norm_behind(name)) is not None and norm.is_affine}
+        self.outputs: dict[int, _Output] = {}  # by identity
+        self.handles: list[Any] = []
+        self.thread = threading.get_ident()
+
+    def __enter__(self) -> Any:
+        for name in self.targets:
+            self._hook(name)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def _hook(self, name: str) -> None:
+        """Other passes over the same model have threads of their own."""
+
+        def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if threading.get_ident() == self.thread:
+                self.before(name, args[0])
+
+        def leave(_: nn.Module, __: Any, output: Tensor) -> None:
+            if threading.get_ident() == self.thread:
+                self.after(name, output)
+                self.note(name, output, normed=norm is not None)
+
+        def leave_norm(_: nn.Module, __: Any, output: Tensor) -> None:
+            if threading.get_ident() == self.thread:
+                self.note(name, output, normed=False)
+
+        layer = self.model.get_submodule(name)
+        self.handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+        norm = self.norms[name]
+        if norm is not None and name in self.affine:  # behind an activation, a sum asks nothing of the layer
+            self.handles.append(norm.register_forward_hook(leave_norm))
+
+    def __exit__(self, *exception: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def before(self, name: str, x: Tensor) -> None:
+        """A layer is about to read x."""
+
+    def after(self, name: str, output: Tensor) -> None:
+        """A layer has given an output."""
+
+    def touches(self, name: str) -> None:
+        """A layer's output is about to be read by something that is no addition."""
+
+    def meets(self, name: str, output: Tensor, other: Tensor) -> None:
+        """A layer's output is about to be added to something."""
+
+    def note(self, name: str, output: Tensor, *, normed: bool) -> None:
+        self.forget(name)
+        self.outputs.pop(id(output), None)  # of a tensor that is gone: the order of the dict is that of the layers
+        # What changes a tensor in place, such as an activation, makes it another one.
+        version = version_of(output)
+        if version is not None:
+            self.outputs[id(output)] = _Output(name, weakref.ref(output), version, normed)
+
+    def forget(self, name: str) -> None:
+        self.outputs = {key: noted for key, noted in self.outputs.items() if noted.layer != name}
+
+    def noted(self, tensor: Tensor) -> _Output | None:
+        """What is known of it, if it is the output of a layer."""
+        found = self.outputs.get(id(tensor))
+        if found is None or found.tensor() is not tensor or found.version != version_of(tensor):
+            return None
+        return found
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        tensors = len(args) == 2 and all(isinstance(arg, Tensor) for arg in args) and not kwargs
+        if func in _ADDITIONS and tensors and args[0].shape == args[1].shape:
+            order = list(self.outputs)
+            known = [i for i in (0, 1) if self.noted(args[i]) is not None]
+            if known:  # of two, the one that ran later: only then is the other what it will stay
+                mine = max(known, key=lambda i: order.index(id(args[i])))
+                self.meets(self.outputs.pop(id(args[mine])).layer, args[mine], args[1 - mine])
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and func not in _ADDITIONS:
+            for arg in args:
+                noted = self.noted(arg) if isinstance(arg, Tensor) and arg is not result else None
+                if noted is not None and not (noted.normed and func is functional.batch_norm):
+                    self.touches(noted.layer)
+        return result
+
+
+class _Before(_Watch):
+    """Over the model before pruning: notes what each layer gives; with `sums`, also the sums that it is added to."""
+
+    sums = False
+
+    def after(self, name: str, output: Tensor) -> None:
+        target = self.targets[name]
+        layer: Any = self.model.get_submodule(name)
+        target.positions.draw(output)
+        rows = target.positions.of_output(output)
+        target.rows = target.kept(rows if layer.bias is None else rows - layer.bias)
+
+    def touches(self, name: str) -> None:
+        self.targets[name].shared = True
+
+    def meets(self, name: str, output: Tensor, other: Tensor) -> None:
+        target = self.targets[name]
+        target.added = target.kept(target.positions.of_output(other))
+        if self.sums:
+            target.total = target.added + target.kept(target.positions.of_output(output))
+
+
+class _After(_Watch):
+    """Over the pruned model: has each layer fitted before it runs, or before its output is added."""
+
+    def __init__(self, targets: Mapping[str, _Target], fitted: _Fitted, guards: bool, pause: Pause) -> None:
+        super().__init__(fitted.trace, targets)
+        self.fitted, self.pause = fitted, pause
+        self.sums = fitted.guards if guards else fitted.sums
+        self.waiting: dict[str, Tensor] = {}  # what layers read whose output is to be added
+        self.again = False
+
+    def before(self, name: str, x: Tensor) -> None:
+        if self.again:
+            return
+        target = self.targets[name]
+        if target.added is None or target.shared:
+            self._fit(name, x, target.rows)
+        if target.added is not None:
+            self.waiting[name] = x
+
+    def meets(self, name: str, output: Tensor, other: Tensor) -> None:
+        if name not in self.waiting:
+            return
+        x, target = self.waiting.pop(name), self.targets[name]
+        assert target.added is not None
+        missing = target.added - target.positions.of_output(other)
+        norm = self.norms[name]
+        if norm is not None:
+            scale = scale_of(norm)
+            useful = scale.abs() > LEAST_SCALE * scale.abs().max()
+            missing = torch.where(useful, missing / scale, 0.0)
+        self._fit(name, x, target.rows + missing)
+        self.again = True
+        out: Tensor = self.model.get_submodule(name)(x)
+        output.copy_(out if norm is None else norm(out))  # in place, as whatever holds it must see
+        self.again = False
+        self.forget(name)
+
+    def _fit(self, name: str, x: Tensor, target: Tensor) -> None:
+        self.sums.setdefault(name, Sums()).add(self.targets[name].positions, x, target)
+        self.pause(name)
+
+
+class _Fitted:
+    """Gives a layer new weights when all passes have come to it."""
+
+    def __init__(
+        self,
+        op: str,
+        trace: ModelTrace,
+        names: Iterable[str],
+        weights: bool,
+        silenced: Mapping[str, list[int]],
+        protection: float,
+        result: Repairs,
+    ) -> None:
+        self.op, self.trace, self.model, self.weights = op, trace, trace.model, weights
+        self.behind = {name: trace.bias_norm(name) for name in names}  # before there are hooks
+        self.silenced, self.protection = silenced, protection
+        self.sums: dict[str, Sums] = {}
+        self.guards: dict[str, Sums] = {}
+        self.result = result
+
+    def meet(self, name: str) -> None:
+        layer: Any = self.model.get_submodule(name)
+        fit = self.sums.pop(name).fit()
+        matrix = matrix_of(layer).double()
+        silenced = self.silenced.get(name, [])
+        if self.weights:
+            fitted = fit.solve(self.op, matrix, RIDGE, self._guard(name, fit.mean_x))
+            fitted[silenced] = matrix[silenced]
+            self.result.set(name, f"{name}.weight", layer.weight, fitted.view_as(layer.weight))
+            matrix = matrix_of(layer).double()  # as the layer now has it
+        missing = fit.bias(matrix)  # beyond the layer's own, which is no part of the target
+        missing[silenced] = 0
+        if layer.bias is not None:
+            self.result.set(name, f"{name}.bias", layer.bias, self._first(f"{name}.bias", layer.bias) + missing)
+            return
+        norm = self.behind[name]
+        assert norm is not None
+        assert norm.running_mean is not None
+        mean = f"{self.trace.norms[name]}.running_mean"
+        self.result.set(name, mean, norm.running_mean, self._first(mean, norm.running_mean) - missing)
+
+    def _guard(self, name: str, mean: Tensor) -> Tensor | None:
+        """What a layer reads of protected samples, around what it reads of the others: (inputs, inputs)."""
+        sums = self.guards.pop(name, None)
+        if sums is None or not self.protection:
+            return None
+        seen = sums.fit()
+        shift = seen.mean_x - mean
+        return self.protection * (seen.xx + torch.outer(shift, shift))
+
+    def _first(self, name: str, tensor: Tensor) -> Tensor:
+        """What the tensor was before anything was set."""
+        return self.result.before.get(name, tensor)
+
+
+def take_back(
+    op: str,
+    model: nn.Module,
+    edited: nn.Module,
+    repairs: Repairs,
+    removed: Mapping[str, list[int]],
+    trace: ModelTrace,
+    held_out: HeldOut,
+    *,
+    sums: bool = True,
+    silenced: Mapping[str, list[int]] | None = None,
+) -> None:
+    """Undoes, in `edited` and in `repairs`, the repair of each layer that gives more error than none.
+
+    In the order in which the layers run, each on what those before it give with what was decided of them. An error is
+    the squared difference of what a layer gives from what it gave in `model`, behind the norm that it goes into if
+    there is one; or of the sum to which that is added, which a fit aims at.
+
+    Args:
+        held_out: samples that nothing was fitted to.
+        sums: whether the repairs aim at sums.
+        The others as for `repaired`.
+
+    Raises:
+        ValueError: feature maps of `model` that are not finite.
+    """
+    after = trace.of_copy(edited)
+    with undisturbed(model), undisturbed(edited):
+        while repairs.layers:
+            targets = {
+                name: _Target(Positions(model.get_submodule(name), i, PARTS), sorted(removed.get(name, ())))
+                for i, name in enumerate(repairs.layers)
+            }
+            before = _Before(trace, targets)
+            before.sums = sums
+            with before:
+                call(model, held_out.inputs)
+            check = _Check(op, after, targets, repairs, silenced or {}, held_out)
+            with check:
+                call(edited, held_out.inputs)
+            for name in [name for name in repairs.layers if name not in check.judged]:
+                check.put(name, repairs.before)
+                repairs.drop(name, f"its repair could not be checked: it does not run on {_named(held_out)}")
+            if not check.again_from_the_start:
+                return
+
+
+def _more(errors: Tensor, others: Tensor, rounding: float) -> bool:
+    """Whether squared errors of samples are larger than others: by a part of these, or by more than chance explains.
+
+    A fit that gains nothing gives now a little more, now a little less.
+    """
+    total, other = float(errors.sum()), float(others.sum())
+    if not math.isfinite(other) and math.isfinite(total):
+        return False
+    if math.sqrt(total) <= math.sqrt(other) + rounding:
+        return False
+    excess = errors - others
+    chance = CHANCE * float(excess.std()) * math.sqrt(len(excess)) if len(excess) > 1 else math.inf
+    return not (total <= MORE * other and total - other <= chance)
+
+
+def _named(held_out: HeldOut) -> str:
+    if not held_out.apart:
+        return "1 sample"
+    were = "sample that was" if held_out.samples == 1 else "samples that were"
+    return f"{held_out.samples} {were} not used to make it"
+
+
+class _Check(_Watch):
+    """Over the repaired model: compares each layer's error with its repair and without, and leaves what is better."""
+
+    def __init__(
+        self,
+        op: str,
+        trace: ModelTrace,
+        targets: Mapping[str, _Target],
+        repairs: Repairs,
+        silenced: Mapping[str, list[int]],
+        held_out: HeldOut,
+    ) -> None:
+        super().__init__(trace, targets)
+        self.op, self.repairs, self.silenced, self.held_out = op, repairs, silenced, held_out
+        self.reads: dict[str, Tensor] = {}
+        self.waiting: dict[str, Tensor] = {}  # what layers read whose output is to be added
+        self.judged: set[str] = set()
+        self.again_from_the_start = False  # layers behind have read what has changed since
+        self.again = False
+
+    def before(self, name: str, x: Tensor) -> None:
+        if not self.again:
+            self.reads[name] = x
+
+    def after(self, name: str, output: Tensor) -> None:
+        if self.again or name not in self.repairs.layers:
+            return
+        x = self.reads.pop(name)
+        if self.targets[name].total is not None:
+            self.waiting[name] = x
+            return
+        target = self.targets[name]
+        layer: Any = self.model.get_submodule(name)
+        bias, norm = self.repairs.before.get(f"{name}.bias", layer.bias), self.norms[name]
+        mean = None if norm is None else norm.running_mean
+        first = None if norm is None else self.repairs.before.get(f"{self.trace.norms[name]}.running_mean", mean)
+        scale = torch.ones(()) if norm is None else scale_of(norm).float()
+
+        def error(given: Tensor) -> Tensor:
+            """Of an output, with the tensors as they are; those of a norm behind count as constants."""
+            missing = target.positions.of_output(given) - target.rows
+            if bias is not None:
+                missing = missing - bias
+            elif mean is not None and first is not None:
+                missing = missing - (mean - first)
+            return missing * scale.to(missing)
+
+        self._judge(name, x, output, error, target.rows * scale.to(target.rows))
+
+    def meets(self, name: str, output: Tensor, other: Tensor) -> None:
+        if name not in self.waiting:
+            return
+        target, norm = self.targets[name], self.norms[name]
+        total = target.total
+        assert total is not None
+        added = target.positions.of_output(other)
+        x = self.waiting.pop(name)
+        worse = self._judge(
+            name, x, output, lambda given: target.positions.of_output(given) + added - total, total, behind=norm
+        )
+        self.again_from_the_start |= worse and target.shared
+        self.forget(name)
+
+    def put(self, name: str, values: Mapping[str, Tensor]) -> None:
+        """Writes the tensors that a layer's repair has set."""
+        for place in self.repairs.layers[name]:
+            owner, _, attribute = place.rpartition(".")
+            getattr(self.model.get_submodule(owner), attribute).copy_(values[place])
+
+    def _judge(
+        self,
+        name: str,
+        x: Tensor,
+        output: Tensor,
+        error: Callable[[Tensor], Tensor],
+        expected: Tensor,
+        behind: nn.Module | None = None,
+    ) -> bool:
+        """Whether a repair was taken back; then `output`, which others read, is what the layer gives without it."""
+        if not bool(expected.isfinite().all()):
+            raise ValueError(
+                f"{self.op}: data must give finite feature maps, what {name!r} gives of {_named(self.held_out)} holds "
+                "NaN or Inf."
+            )
+        silent = self.silenced.get(name, [])  # no repair touches them
+
+        def squares_of(rows: Tensor) -> Tensor:
+            """Of each sample."""
+            rows = rows.double()
+            rows[:, silent] = 0
+            return rows.square().view(len(self.targets[name].positions.chosen), -1).sum(1)
+
+        repaired = squares_of(error(output))
+        self.put(name, self.repairs.before)
+        with self._repeating():
+            plain: Tensor = self.model.get_submodule(name)(x)
+            plain = plain if behind is None else behind(plain)
+        none = squares_of(error(plain))
+        self.judged.add(name)
+        units = ROUNDING if output.element_size() >= 4 else ROUNDING_OF_HALVES
+        rounding = units * torch.finfo(output.dtype).eps * float(squares_of(expected).sum().sqrt())
+        if not _more(repaired, none, rounding):
+            self.put(name, self.repairs.values)
+            return False
+        output.copy_(plain)  # in place, as whatever holds it must see
+        least = float(none.sum())
+        times = (
+            f"{float(repaired.sum()) / least:.3g} times the squared error of none"
+            if least
+            else "an error, none gave none,"
+        )
+        self.repairs.drop(name, f"its repair gave {times} on {_named(self.held_out)}")
+        return True
+
+    @contextmanager
+    def _repeating(self) -> Iterator[None]:
+        self.again = True
+        try:
+            yield
+        finally:
+            self.again = False
+
+
+class Outputs:
+    """What a model gives for some samples, to tell how far edited ones are from it."""
+
+    def __init__(self, model: nn.Module, held_out: HeldOut) -> None:
+        self.held_out = held_out
+        self.expected = self._of(model)
+
+    def _of(self, model: nn.Module) -> Tensor | None:
+        with undisturbed(model):
+            found = first_tensor(call(model, self.held_out.inputs))
+        return found.double() if found is not None and found.is_floating_point() else None
+
+    def error(self, model: nn.Module) -> float:
+        """Squared error over the squares of what is expected; 0 where a model gives no numbers."""
+        found = self._of(model)
+        if self.expected is None or found is None or found.shape != self.expected.shape:
+            return 0.0
+        size = float(self.expected.square().sum())
+        return float((found - self.expected).square().sum()) / (size or 1.0)
+
+    def warn_if_worse(self, op: str, before: float, after: float, stacklevel: int) -> None:
+        """No silent harm: layers that each give less error may together give more."""
+        if not after <= WORSE * before + ROUNDING * torch.finfo(torch.float32).eps:
+            warnings.warn(
+                f"{op}: the repair brings the network's outputs no closer to those before: their relative squared "
+                f"error on {_named(self.held_out)} is {after:.3g} with it and {before:.3g} without; more data, or "
+                "repair='none', may do better.",
+                stacklevel=stacklevel + 1,
+            )

@@ -1,0 +1,1 @@
+"""Scores, edits and evaluations as one page."""

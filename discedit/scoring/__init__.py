@@ -1,0 +1,1 @@
+"""From moments to scores, and how sure they are."""

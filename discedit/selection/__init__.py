@@ -1,0 +1,1 @@
+"""What goes: importances, budgets, rankings."""

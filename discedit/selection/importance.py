@@ -1,0 +1,400 @@
+"""How much each component counts: by scores, by weights, or by what the layers that read it lose without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from discedit.common import validation
+from discedit.graph.pruning_graph import KINDS, Components, Graph
+from discedit.model.forward import call, hooked, outside_modes, undisturbed
+from discedit.model.sharded import unwrapped
+from discedit.model.trace import ModelTrace, components_in
+from discedit.moments.calibration import PARTS, Fit, Positions, Sums, calibrated, matrix_of, scale_of
+from discedit.scoring.scores import REDUCTIONS, Scores
+
+OF_WEIGHTS = ("l1", "l2", "random")
+OF_READERS = ("energy", "reconstruction", "combined", "fidelity")
+CRITERIA = (*REDUCTIONS, *OF_WEIGHTS, *OF_READERS)
+GIVEN = "given"  # importances of the caller's own
+RIDGE = 1e-4  # of the mean variance of an input
+TINY = 1e-300
+
+
+class Unscored(dict[str, Tensor]):
+    """The layers of a model, in place of scores, for criteria that need none: layer -> (rows,), all 0."""
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Any) -> Unscored:
+        """All but the head."""
+        try:
+            head = ModelTrace.of(model, inputs, few=None).head
+        except Exception:  # the graph says what is wrong
+            head = None
+        widths = {name: components_in(module) for name, module in model.named_modules() if name != head}
+        return cls({name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items() if width})
+
+
+@outside_modes
+def importances(
+    model: nn.Module,
+    scores: Scores,
+    criterion: str,
+    *,
+    example_inputs: Any,
+    data: Iterable[Any] | None = None,
+    components: str | Iterable[str] = ("filters", "neurons", "heads"),
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """How much each component counts, by one of the criteria of `discedit.prune`, which takes the result as scores.
+
+    Args:
+        model, scores, criterion, example_inputs, data, components, seed: as for `discedit.prune`; the layers are those
+            of `scores`.
+
+    Returns:
+        Layer -> (rows,) float64, one number for each output row of the layer, higher = keep; the rows of a component (a
+        head) share theirs. Layers from which nothing can be removed are left out, and so are those to which the
+        criterion does not apply, because nothing reads them that can be written as a matrix.
+
+    Raises:
+        ValueError: an unknown criterion or kind, a criterion without the data or scores that it needs, or a model that
+            cannot be traced.
+    """
+    op = "importances"
+    validation.choice(op, "criterion", criterion, CRITERIA)
+    kinds = kinds_of(op, components)
+    if criterion in OF_READERS and data is None:
+        raise ValueError(f"{op}: criterion={criterion!r} needs data to estimate statistics on, got data=None.")
+    validation.module(op, model)
+    model = unwrapped(model)
+    graph = Graph(op, model, example_inputs)
+    found, _ = graph.find([layer for layer in scores if components_in(model.get_submodule(layer)) is not None], kinds)
+    inputs: Any = None
+    trace = ModelTrace(model)
+    if criterion in OF_READERS and data is not None:
+        inputs, trace, _ = calibrated(op, model, data)
+    values, instead = of_components(model, scores, criterion, graph, found, inputs, trace, seed)
+    rows = {}
+    for layer, parts in found.items():
+        if layer not in instead:
+            rows[layer] = torch.full((len(scores[layer]),), torch.nan, dtype=torch.float64)
+            for own, value in zip(parts.rows, values[layer], strict=True):
+                rows[layer][list(own)] = value
+    return rows
+
+
+def kinds_of(op: str, components: str | Iterable[str]) -> tuple[str, ...]:
+    """The kinds of components asked for, checked."""
+    kinds = (components,) if isinstance(components, str) else tuple(components)
+    if kinds == ("all",):
+        return KINDS
+    for kind in kinds:
+        validation.choice(op, "components", kind, KINDS)
+    if not kinds:
+        known = ", ".join(KINDS)
+        raise ValueError(f"{op}: components must name at least one of {known}, or be 'all', got {components!r}.")
+    return kinds
+
+
+def of_components(
+    model: nn.Module,
+    scores: Scores | Mapping[str, Tensor],
+    criterion: str,
+    graph: Graph,
+    found: Mapping[str, Components],
+    inputs: Any,
+    trace: ModelTrace,
+    seed: int,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """One number per component of each layer, higher = keep; and the layers that had to be judged by "l2" instead.
+
+    Args:
+        inputs: calibration images in parts, for the criteria `OF_READERS`.
+        trace: of the model, for these.
+
+    Returns:
+        layer -> (components,) float64; layer -> why the criterion does not apply.
+    """
+    if not isinstance(scores, (Scores, Unscored)):
+        return {layer: _over_rows(scores[layer].double(), parts) for layer, parts in found.items()}, {}
+    if isinstance(scores, Scores) and criterion in REDUCTIONS:
+        reduced = scores.reduce(criterion)
+        return {layer: _over_rows(reduced[layer].cpu(), parts) for layer, parts in found.items()}, {}
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            layer: torch.rand(len(parts.rows), generator=generator, dtype=torch.float64)
+            for layer, parts in found.items()
+        }, {}
+    if criterion in OF_WEIGHTS:
+        power = 1 if criterion == "l1" else 2
+        return {layer: _of_weights(model, graph, parts, power) for layer, parts in found.items()}, {}
+    counts = {layer: len(parts.rows) for layer, parts in found.items()}
+    worth: Mapping[str, Tensor] = scores if criterion == "combined" else {}
+    values, why = _of_readers(model, JUDGES[criterion], worth, graph, counts, inputs, trace)
+    for layer in why:
+        values[layer] = _of_weights(model, graph, found[layer], 2)
+    return {layer: values[layer] for layer in found}, why
+
+
+def _over_rows(values: Tensor, parts: Components) -> Tensor:
+    return values[torch.tensor(parts.rows, dtype=torch.int64)].mean(1)
+
+
+def _of_weights(model: nn.Module, graph: Graph, parts: Components, power: int) -> Tensor:
+    """Norms of the weights that give each component."""
+    total = torch.zeros(len(parts.rows), dtype=torch.float64)
+    for name, rows in graph.rows(parts.layer).items():
+        place, _, tensor = name.rpartition(".")
+        module = model.get_submodule(place)
+        weight: Tensor = getattr(module, tensor).detach()
+        weight = weight.transpose(0, 1) if getattr(module, "transposed", False) else weight
+        sums = weight.flatten(1).double().abs().pow(power).sum(1).cpu()
+        total += sums[torch.tensor(rows)].sum(1)
+    return total.pow(1 / power)
+
+
+def _of_readers(
+    model: nn.Module,
+    judge: Judge,
+    scores: Mapping[str, Tensor],
+    graph: Graph,
+    counts: Mapping[str, int],
+    inputs: Any,
+    trace: ModelTrace,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """By how much the outputs of the layers that read a component would change without it.
+
+    "energy": by its own part in them, while all else stays. "reconstruction": by what is left of that once the other
+    components have made up for it as well as they can, the cheapest component first and so on (optimal brain surgery,
+    Hassibi and Stork 1993, for blocks of weights). "combined": the same, and a change counts by how well the output
+    tells the class that it tells best (its score). "fidelity": how much of the outputs it gives alone, with the best
+    factor, in the mean over outputs (ModHiFi).
+
+    Args:
+        scores: layer -> (outputs, classes), for layers whose outputs do not all count alike.
+        counts: layer -> number of its components.
+    """
+    readers: dict[str, dict[str, list[list[int]]]] = {}
+    why: dict[str, str] = {}
+    for layer, count in counts.items():
+        blocks = _blocks(graph, layer, count)
+        unread = {name: reason for name in blocks if (reason := trace.why_not_read(name))}
+        for name, block in blocks.items():
+            if len({len(channels) for channels in block}) > 1:
+                unread[name] = "it reads some of the components on more channels than others"
+        if len(unread) == len(blocks):
+            name, reason = next(iter(unread.items()), ("no layer", "nothing reads it"))
+            why[layer] = f"it is read by {name}: {reason}"
+            continue
+        readers[layer] = {name: block for name, block in blocks.items() if name not in unread}
+    names = dict.fromkeys(name for blocks in readers.values() for name in blocks)
+    fits = fits_of(model, names, inputs, trace)
+    for layer, blocks in list(readers.items()):
+        readers[layer] = {name: block for name, block in blocks.items() if name in fits}
+        if not readers[layer]:
+            why[layer] = f"{min(blocks)}, which reads it, does not run just once per forward pass"
+            del readers[layer]
+    surgeons: dict[str, _Surgeon] = {}
+    values: dict[str, Tensor] = {}
+    for layer, blocks in readers.items():
+        for name in blocks.keys() - surgeons.keys():
+            worth = _worth(trace, name, scores)
+            matrix = matrix_of(model.get_submodule(name)).double()
+            surgeons[name] = _Surgeon(*fits.pop(name), matrix, worth)
+        read_by = [(surgeons[name], block) for name, block in blocks.items()]
+        values[layer] = judge(read_by)
+    return values, why
+
+
+def fidelities(
+    model: nn.Module, graph: Graph, counts: Mapping[str, int], inputs: Any, trace: ModelTrace
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Of each component the fidelity around zero, as in ModHiFi: where nothing takes the mean of what goes.
+
+    Args:
+        counts: layer -> number of the components that the graph has found in it.
+        inputs: images in parts.
+
+    Returns:
+        layer -> (components,) float64 in [0, 1], NaN where what is read is not finite; layer -> why there is none.
+    """
+    return _of_readers(model, _fidelities_around_zero, {}, graph, counts, inputs, trace)
+
+
+def fits_of(model: nn.Module, names: Iterable[str], inputs: Any, trace: ModelTrace) -> dict[str, tuple[Fit, int]]:
+    """Moments of what layers read and give, and how many channels they read; of those that run just once.
+
+    Args:
+        inputs: calibration images in parts.
+    """
+    once = [name for name in trace.in_order(names) if trace.runs[name] == 1]
+    sums = {name: Sums() for name in once}
+    channels: dict[str, int] = {}
+    draws = {name: iter(range(PARTS * i, PARTS * (i + 1))) for i, name in enumerate(once)}
+
+    def read(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        positions = Positions(module, next(draws[name]), len(inputs))
+        positions.draw(output)
+        channels[name] = args[0].shape[positions.axis]
+        sums[name].add(positions, args[0], positions.of_output(output))
+
+    handles = [model.get_submodule(name).register_forward_hook(partial(read, name)) for name in once]
+    with hooked(handles), undisturbed(model):
+        for batch in inputs:
+            call(model, batch)
+    return {name: (sums.pop(name).fit(), channels[name]) for name in once}
+
+
+def _blocks(graph: Graph, layer: str, components: int) -> dict[str, list[list[int]]]:
+    """Reader -> for each component the input channels on which it reads it."""
+    together = graph.consumers({layer: range(components)})
+    ends = [dict(graph.consumers({layer: [index]})) for index in (0, components - 1)]
+    blocks = {}
+    for name, channels in together:
+        size = len(channels) // components
+        parts = [channels[i * size : (i + 1) * size] for i in range(components)]
+        # Nearly always the channels lie in the order of the components; asking for each takes long.
+        if len(channels) % components or [parts[0], parts[-1]] != [end.get(name) for end in ends]:
+            parts = [dict(graph.consumers({layer: [index]})).get(name, []) for index in range(components)]
+        blocks[name] = parts
+    return blocks
+
+
+def _worth(trace: ModelTrace, name: str, scores: Mapping[str, Tensor]) -> Tensor:
+    """What a change of each output of a layer counts: (outputs,), float64."""
+    module: Any = trace.model.get_submodule(name)
+    norm = trace.bias_norm(name)
+    scale = None if norm is None else scale_of(norm)
+    worth = torch.ones(len(module.weight), dtype=torch.float64, device=module.weight.device)
+    worth = worth if scale is None else scale.double().square()
+    if name in scores:
+        worth = worth * scores[name].nan_to_num(0.0).max(1).values.to(worth.device)
+    return worth
+
+
+@dataclass
+class _Surgeon:
+    """What a layer reads, its weights, and what a change of its outputs counts."""
+
+    fit: Fit
+    channels: int  # that it reads
+    weights: Tensor  # (outputs, inputs)
+    worth: Tensor  # (outputs,)
+
+    @property
+    def total(self) -> float:
+        """Variance of the outputs, as far as it counts."""
+        return max(float((self.worth * self.fit.yy).sum()), TINY)
+
+    def columns(self, blocks: list[list[int]]) -> Tensor:
+        """The columns of the weights that belong to each block of channels: (components, columns)."""
+        each = self.weights.shape[1] // self.channels
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.weights.device)
+        return (index[:, :, None] * each + torch.arange(each, device=index.device)).flatten(1)
+
+
+# Layers that read components, with the channels on which they read each -> (components,).
+Judge = Callable[[list[tuple[_Surgeon, list[list[int]]]]], Tensor]
+
+
+def _energies(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
+    """Variance of what each component adds to the outputs, as a share of theirs, summed over the readers."""
+    found: Any = 0.0
+    for surgeon, blocks in parts:
+        columns = surgeon.columns(blocks)
+        covariance = surgeon.fit.xx[columns[:, :, None], columns[:, None, :]]
+        weights = surgeon.weights[:, columns].transpose(0, 1)  # components, outputs, columns
+        found = found + ((weights @ covariance) * weights).sum(2) @ surgeon.worth / surgeon.total
+    return torch.as_tensor(found).cpu()
+
+
+def _fidelities(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
+    """E<Y, A>^2 / (E||Y||^2 E||A||^2) of what each component adds (A) to an output (Y), in the mean over outputs."""
+    found, audible = torch.zeros(len(parts[0][1]), dtype=torch.float64), 0
+    for surgeon, blocks in parts:
+        columns = surgeon.columns(blocks)
+        with_outputs = surgeon.weights @ surgeon.fit.xx
+        energy = (surgeon.weights * with_outputs).sum(1)
+        weights = surgeon.weights[:, columns].transpose(0, 1)  # components, outputs, columns
+        covariance = surgeon.fit.xx[columns[:, :, None], columns[:, None, :]]
+        own = ((weights @ covariance) * weights).sum(2)
+        both = (weights * with_outputs[:, columns].transpose(0, 1)).sum(2)
+        whole = own * energy
+        found += torch.where(whole > TINY, both.square() / whole.clamp(min=TINY), 0.0).clamp(max=1.0).sum(1).cpu()
+        audible += int((energy > TINY).sum())
+    return found / max(audible, 1)
+
+
+def _eliminated(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
+    """Share of the readers' variance that is lost when a component goes after all that are cheaper, the others having
+    made up for it in the best way."""
+    states = [_Elimination(surgeon, blocks) for surgeon, blocks in parts]
+    count = len(parts[0][1])
+    gone = torch.zeros(count, dtype=torch.bool)
+    lost = torch.zeros(count, dtype=torch.float64)
+    total = 0.0
+    for _ in range(count):
+        costs = torch.stack([state.costs(gone) for state in states]).sum(0)
+        costs[gone] = torch.inf
+        index = int(costs.argmin())
+        total += max(float(costs[index]), 0.0)
+        gone[index] = True
+        lost[index] = total
+        for state in states:
+            state.remove(index)
+    return lost
+
+
+def _fidelities_around_zero(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
+    raw = []
+    for surgeon, blocks in parts:
+        fit = surgeon.fit
+        second = fit.xx + torch.outer(fit.mean_x, fit.mean_x)
+        if not bool(second.isfinite().all()):
+            return torch.full((len(blocks),), torch.nan, dtype=torch.float64)
+        raw.append((replace(surgeon, fit=replace(fit, xx=second)), blocks))
+    return _fidelities(raw)
+
+
+JUDGES: dict[str, Judge] = {
+    "energy": _energies,
+    "reconstruction": _eliminated,
+    "combined": _eliminated,
+    "fidelity": _fidelities,
+}
+
+
+class _Elimination:
+    """One reader while components go: its weights follow, in the metric of what it reads."""
+
+    def __init__(self, surgeon: _Surgeon, blocks: list[list[int]]) -> None:
+        xx = surgeon.fit.xx
+        ridge = RIDGE * max(float(xx.diagonal().mean()), TINY)
+        self.inverse = torch.linalg.inv(xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device))
+        self.weights = surgeon.weights.clone()
+        self.worth = surgeon.worth / surgeon.total
+        self.places = surgeon.columns(blocks)
+
+    def costs(self, gone: Tensor) -> Tensor:
+        """(components,): what removing each would now add to the loss."""
+        blocks = self.inverse[self.places[:, :, None], self.places[:, None, :]]
+        blocks[gone] = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+        weights = self.weights[:, self.places].permute(1, 2, 0)  # components, columns, outputs
+        costs: Tensor = (weights * torch.linalg.solve(blocks, weights)).sum(1) @ self.worth
+        return costs.cpu()
+
+    def remove(self, index: int) -> None:
+        place = self.places[index]
+        gain = torch.linalg.solve(self.inverse[place][:, place], self.inverse[place])
+        self.weights -= self.weights[:, place] @ gain
+        self.inverse -= self.inverse[:, place] @ gain
+        self.inverse[place] = 0.0
+        self.inverse[:, place] = 0.0
+        self.weights[:, place] = 0.0
