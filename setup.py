@@ -4,8 +4,9 @@ Environment:
     DISCEDIT_BUILD   auto (default): build where that works, else install with the reference backend and say why;
                      require: fail where it does not (of `_cuda`: where there is a CUDA compiler and it fails);
                      off: do not build.
-    DISCEDIT_CUDA    auto (default): build `_cuda` too where there is a CUDA compiler (CUDACXX, or nvcc);
-                     require: fail where it is not built, for whatever reason; off: do not build it.
+    DISCEDIT_CUDA    auto (default): build `_cuda` too where there is an NVIDIA GPU and a CUDA compiler (CUDACXX, or
+                     nvcc), which takes minutes; require: wherever there is a compiler, and fail where it is not
+                     built, for whatever reason; off: do not build it.
     CMAKE_ARGS       passed on to CMake.
 """
 
@@ -42,6 +43,18 @@ def find_cuda_compiler() -> str | None:
     folders = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     places = [os.environ.get("PATH", ""), *(str(Path(folder, "bin")) for folder in folders if folder)]
     return shutil.which("nvcc", path=os.pathsep.join(places))
+
+
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver lists a device."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return False
+    try:
+        listed = subprocess.run([command, "--list-gpus"], capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and "GPU" in listed.stdout
 
 
 def commit() -> str | None:
@@ -102,6 +115,8 @@ class CMakeBuild(build_ext):
             reason = f"not built: {variable}=off when discedit was installed"
         elif no_cpu:
             reason = "not built: _cpu could not be built when discedit was installed"
+        elif cuda_mode == "auto" and not has_gpu():
+            reason = "not built: no NVIDIA GPU found when discedit was installed (DISCEDIT_CUDA=require builds it)"
         elif compiler is None:
             reason = "not built: no CUDA compiler (nvcc) found when discedit was installed"
         else:

@@ -66,9 +66,8 @@ def run_in(unpacked: Path, code: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    # Without a CUDA compiler: tests/test_cuda_build.py builds `_cuda`, which takes a while.
-    modes = {"DISCEDIT_BUILD": "require", "DISCEDIT_CUDA": "auto"}
-    return build(tmp_path_factory.mktemp("built"), CUDACXX="no-such-nvcc", **modes)[0]
+    modes = {"DISCEDIT_BUILD": "require", "DISCEDIT_CUDA": "off"}  # tests/test_cuda_build.py builds `_cuda`
+    return build(tmp_path_factory.mktemp("built"), **modes)[0]
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +86,8 @@ def test_the_wheel_holds_everything(built):
     assert "discedit/_cuda.pyi" in names
     assert note["cuda"] == {
         "built": False,
-        "reason": "not built: no CUDA compiler (nvcc) found when discedit was installed",
-        "compiler": None,
+        "reason": "not built: DISCEDIT_CUDA=off when discedit was installed",
+        "compiler": note["cuda"]["compiler"],
     }
 
 
@@ -139,7 +138,9 @@ def build_ext(monkeypatch):
     given = {}
     monkeypatch.setattr("setuptools.setup", lambda **options: given.update(options))
     runpy.run_path(str(ROOT / "setup.py"))
-    return given["cmdclass"]["build_ext"](Distribution())
+    command = given["cmdclass"]["build_ext"](Distribution())
+    monkeypatch.setitem(command.build_cuda.__globals__, "has_gpu", lambda: True)
+    return command
 
 
 def test_a_cuda_compiler_that_fails_is_no_dead_end(build_ext, monkeypatch):
@@ -170,6 +171,9 @@ def test_a_cuda_compiler_that_fails_is_no_dead_end(build_ext, monkeypatch):
 def test_why_cuda_was_not_built(build_ext, monkeypatch, modes, compiler, reason):
     monkeypatch.setenv("CUDACXX", compiler)
     assert build_ext.build_cuda(*modes, no_cpu=False)["reason"] == reason
+    no_gpu = "not built: no NVIDIA GPU found when discedit was installed (DISCEDIT_CUDA=require builds it)"
+    monkeypatch.setitem(build_ext.build_cuda.__globals__, "has_gpu", lambda: False)
+    assert build_ext.build_cuda("require", "auto", no_cpu=False)["reason"] == no_gpu  # before anything is compiled
     monkeypatch.setenv("CUDACXX", "no-such-nvcc")
     with pytest.raises(SystemExit, match=r"DISCEDIT_CUDA=require, but _cuda was not built: no CUDA compiler \(nvcc\)"):
         build_ext.build_cuda("require", "require", no_cpu=False)
