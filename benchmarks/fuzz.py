@@ -109,9 +109,9 @@ class Place:
         discedit.prune(self.model, scores, ratio=0.4, example_inputs=self.x[:1], data=loader).recipe.save(
             folder / "recipe.json"
         )
-        discedit.unlearn(self.model, scores, classes=[1], data=loader, components="rows", top=1).recipe.save(
-            folder / "rows.json"
-        )
+        discedit.unlearn(
+            self.model, scores, classes=[1], method=discedit.AblateComponents(discedit.TopK(1)), data=loader
+        ).recipe.save(folder / "rows.json")
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def _use_moments(moments: Moments, _: Place, pick: random.Random) -> None:
 
 def _use_scores(scores: Scores, place: Place, pick: random.Random) -> None:
     scores.reduce(pick.choice(("max", "min", "mean", "pairwise_min")))
-    discedit.unlearn(place.model, scores, classes=[0], top=1)
+    discedit.unlearn(place.model, scores, classes=[0], method=discedit.AblateComponents(discedit.TopK(1)))
 
 
 def _use_second(second: SecondMoments, _: Place, pick: random.Random) -> None:

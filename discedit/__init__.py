@@ -13,7 +13,8 @@ from importlib.metadata import version as _version
 from types import ModuleType as _Module
 
 from discedit import fidelity, ops, presets, uncertainty
-from discedit.editing.prune import prune
+from discedit.editing import AblateComponents, EraseDirections, LeastSquares, ModHiFiU
+from discedit.editing.prune import iterative_prune, prune
 from discedit.editing.unlearn import unlearn
 from discedit.evaluation.evaluate import Evaluation, evaluate
 from discedit.moments.collect import collect_blocks, collect_moments
@@ -23,22 +24,51 @@ from discedit.recipes.recipe import Edit, Recipe
 from discedit.recipes.stack import Stack
 from discedit.reporting.report import report
 from discedit.scoring.scores import Scores, score
-from discedit.selection.importance import importances
+from discedit.selection import (
+    AboveDeviations,
+    GlobalRatio,
+    MaxDamage,
+    MaxMacs,
+    MaxParameters,
+    Random,
+    Ratio,
+    Threshold,
+    TopFraction,
+    TopFractionOfEach,
+    TopK,
+    importances,
+)
 
 __version__ = _version("discedit")
 __all__ = [
+    "AblateComponents",
+    "AboveDeviations",
     "Edit",
+    "EraseDirections",
     "Evaluation",
+    "GlobalRatio",
+    "LeastSquares",
+    "MaxDamage",
+    "MaxMacs",
+    "MaxParameters",
+    "ModHiFiU",
     "Moments",
+    "Random",
+    "Ratio",
     "Recipe",
     "Scores",
     "Stack",
+    "Threshold",
+    "TopFraction",
+    "TopFractionOfEach",
+    "TopK",
     "collect_blocks",
     "collect_moments",
     "evaluate",
     "fidelity",
     "huggingface",
     "importances",
+    "iterative_prune",
     "ops",
     "preset",
     "presets",

@@ -31,7 +31,9 @@ report("before", model, test)
 
 # The components that tell the digit from the others go. Forward passes only.
 scores = discedit.score(discedit.collect_moments(model, zoo.batches(training), num_classes=10))
-edited = discedit.unlearn(model, scores, classes=[digit], fraction=options.fraction).model
+edited = discedit.unlearn(
+    model, scores, classes=[digit], method=discedit.AblateComponents(discedit.TopFraction(options.fraction))
+).model
 report("after the edit", edited, test)
 
 # One epoch in which the model never sees the digit, by any plain training loop.

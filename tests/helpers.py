@@ -9,7 +9,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from discedit import ops
+from discedit import (
+    AblateComponents,
+    AboveDeviations,
+    EraseDirections,
+    LeastSquares,
+    MaxDamage,
+    ModHiFiU,
+    TopFraction,
+    TopK,
+    ops,
+    unlearn,
+)
 from discedit.backends import triton_interprets
 from discedit.common.state import ClassMoments, State, VectorMoments
 
@@ -145,3 +156,29 @@ def assert_no_worse_than(ours: Tensor, naive: Tensor, exact: Tensor, atol: Tenso
     naive_error = torch.nan_to_num((naive - exact).abs(), nan=torch.inf)
     excess = (ours - exact).abs() - 2 * naive_error - atol
     assert bool((excess <= 0).all()), f"worse than twice the naive error by {excess.max():.3e}"
+
+
+LIMITS = {"fraction": TopFraction, "top": TopK, "deviations": AboveDeviations, "damage": MaxDamage}
+
+
+def unlearn_with(model, scores, *, inplace=False, **options):
+    """`unlearn` with the fields of its method as options, as tables of cases have them; `factor` is the scale."""
+    fields = {"by", "sign", "around", "repair", "remove", "components", *LIMITS}
+    given = {name: options.pop(name) for name in (*fields, "factor", "protection") if name in options}
+    kind = options.pop("method", None)
+    if "factor" in given:
+        given["scale"] = given.pop("factor")
+    if given.get("components") == "directions" or (given.keys() == {"scale"} and "data" in options):
+        given.pop("components", None)
+        options["method"] = EraseDirections(**given)
+    elif given or kind:
+        limits = [LIMITS[name](given.pop(name)) for name in LIMITS if name in given]
+        if "protection" in given:
+            given["repair"] = LeastSquares(given.pop("protection"))
+        options["method"] = {None: AblateComponents, "modhifi": ModHiFiU}[kind](*limits, **given)
+    edit = unlearn(model, scores, **options)
+    if inplace:
+        changed = edit.recipe.apply(model, inplace=True)
+        changed.skipped, changed.widths = edit.skipped, edit.widths
+        return changed
+    return edit

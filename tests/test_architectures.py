@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from discedit import collect_moments, prune, score, unlearn
+from discedit import AblateComponents, TopFraction, collect_moments, prune, score, unlearn
 
 X = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(40) % 4
@@ -249,7 +249,7 @@ def test_unlearn_silences_or_says_why_not(case):
     net, _, skipped = case
     scores = scored(net)
     editable = [layer for layer in scores if not any(w in skipped.get(layer, "") for w in ("shared", "computed"))]
-    edit = unlearn(net, scores, classes=[0], fraction=0.3, sign="any", layers=editable)
+    edit = unlearn(net, scores, classes=[0], method=AblateComponents(TopFraction(0.3), sign="any"), layers=editable)
     outputs = {}
     for layer in edit.recipe.components:
         module = edit.model.get_submodule(scores.norms.get(layer, layer))
@@ -271,7 +271,7 @@ def test_a_norm_that_cannot_be_silenced_is_refused():
     with pytest.raises(
         ValueError, match="layer 'a' cannot be silenced: 'n' behind it mixes channels and has no weights"
     ):
-        unlearn(net, scored(net), classes=[0], layers=["a"], sign="any")
+        unlearn(net, scored(net), classes=[0], method=AblateComponents(sign="any"), layers=["a"])
 
 
 @pytest.mark.parametrize(
@@ -361,5 +361,5 @@ def test_layers_that_saw_different_classes():
     scores = score(moments)
     assert scores["b"][:, 3].isnan().all()
     assert not scores.reduce("max")["b"].isnan().any()
-    edit = unlearn(net, scores, classes=[3], fraction=0.4, sign="any", layers=["a", "b"])
+    edit = unlearn(net, scores, classes=[3], method=AblateComponents(TopFraction(0.4), sign="any"), layers=["a", "b"])
     assert edit.recipe.components.keys() == {"a"}

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 from torchvision.models import swin_transformer
 
-from discedit import Recipe, Stack, collect_moments, prune, score
+from discedit import Recipe, Stack, collect_moments, iterative_prune, prune, score
 from discedit.model.attention import shifted_windows
 from discedit.model.forward import undisturbed
 from discedit.model.functional import attend
@@ -318,7 +318,7 @@ def test_a_forward_that_keeps_something_is_refused_and_keeps_nothing_of_ours():
 
 def test_heads_go_in_steps_and_come_back():
     model = net(OfShape)
-    edit = prune(model, None, ratio=0.75, steps=3, example_inputs=X, criterion="l1", components="heads")
+    edit = iterative_prune(model, None, ratio=0.75, steps=3, example_inputs=X, criterion="l1", components="heads")
     assert edit.model.attention.num_heads == 1
     masked, _ = without(model, edit, "attention.proj")
     assert is_close(edit.model(X), masked(X))

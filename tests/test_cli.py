@@ -119,9 +119,7 @@ def test_prune_is_that_of_the_library(place, scored, tmp_path, trained, digit_sc
     edit = discedit.prune(
         model,
         digit_scores,
-        ratio={"conv2": 0.5, "conv3": 0.25},
-        floor={"conv2": 20},
-        round_to=2,
+        budget=discedit.Ratio({"conv2": 0.5, "conv3": 0.25}, round_to=2, floor={"conv2": 20}),
         ignore=["fc1"],
         example_inputs=train.tensors[0][:1],
         data=zoo.batches(train),
@@ -193,7 +191,7 @@ def test_prune_by_fidelity_needs_no_scores(place, tmp_path, trained):
     arguments = ["prune", *with_data(place), "--ratio", "0.4", "--method", "modhifi", "--out", str(tmp_path), "--quiet"]
     assert main(arguments) == 0
     options = {"example_inputs": train.tensors[0][:1], "data": zoo.batches(train)}
-    edit = discedit.prune(model, ratio=0.4, method="modhifi", **options)
+    edit = discedit.prune(model, criterion="fidelity", repair="compensation", ratio=0.4, **options)
     assert Recipe.load(tmp_path / "prune.json").components == edit.recipe.components
     assert not (tmp_path / "scores.safetensors").exists()
     assert record_of(tmp_path)["results"]["settings"]["method"] == "modhifi"

@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import Net
+from helpers import Net, unlearn_with
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from discedit import Recipe, Stack, collect_moments, ops, prune, score, unlearn, zoo
+from discedit import Recipe, Stack, collect_moments, ops, prune, score, zoo
 from discedit.editing import concept_erasure
 from discedit.editing.concept_erasure import RIDGE, erased
 from discedit.evaluation.evaluate import accuracy_per_class
@@ -509,7 +509,7 @@ def quiet(model, scores, **options):
     """Networks that have learned nothing may go on naming the class."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODULE, "FORGET", 2.0)
-        return unlearn(model, scores, **options)
+        return unlearn_with(model, scores, **options)
 
 
 @functools.cache
@@ -524,7 +524,7 @@ def deep(depth):
 def test_default_layers_are_the_last_tenth_and_the_head(depth, number):
     model, scores, x, labels = deep(depth)
     edit = quiet(model, scores, classes=[2], data=[(x, labels)])
-    assert edit.recipe.settings["components"] == "directions"
+    assert edit.recipe.settings["method"] == "erase_directions"
     assert edit.recipe.settings["layers"] == [str(2 * i) for i in range(depth - number, depth)]
     assert list(edit.recipe.settings["directions"]) == edit.recipe.settings["layers"]
     assert edit.recipe.components == {}
@@ -534,7 +534,7 @@ def test_default_layers_are_the_last_tenth_and_the_head(depth, number):
 @pytest.mark.parametrize(("depth", "number"), [(2, 2), (6, 2), (9, 3), (31, 11)])
 def test_with_targets_up_to_the_last_third(depth, number):
     model, scores, x, labels = deep(depth)
-    edit = unlearn(model, scores, classes=[2], data=[(x, labels)], retain_drop=1)
+    edit = unlearn_with(model, scores, classes=[2], data=[(x, labels)], retain_drop=1)
     assert edit.recipe.settings["layers"] == [str(2 * i) for i in range(depth - number, depth)]
     assert edit.recipe.settings["count"] == number
 
@@ -621,14 +621,14 @@ def odd_and_scored():
 def test_layers_that_cannot_be_edited_are_named(layer):
     model, scores, x, labels = odd_and_scored()
     with pytest.raises(ValueError, match=rf"^unlearn: layer '{layer}' cannot be edited: {UNFIT[layer]}"):
-        unlearn(model, scores, classes=[2], data=[(x, labels)], components="directions", layers=["a", layer])
+        unlearn_with(model, scores, classes=[2], data=[(x, labels)], components="directions", layers=["a", layer])
 
 
 def test_layers_that_cannot_be_edited_are_left_out_by_default():
     model, scores, x, labels = odd_and_scored()
     assert quiet(model, scores, classes=[2], data=[(x, labels)]).recipe.settings["layers"] == ["a", "head"]
     with pytest.raises(ValueError, match="unlearn: layers must name at least one layer that can be edited"):
-        unlearn(model, scores, classes=[2], data=[(x, labels)], components="directions", layers=[])
+        unlearn_with(model, scores, classes=[2], data=[(x, labels)], components="directions", layers=[])
 
 
 def test_rows_where_nothing_can_be_read():
@@ -637,11 +637,11 @@ def test_rows_where_nothing_can_be_read():
     x, labels = samples((4, 5))
     scores = scored(model, x, labels)
     options = {"classes": [2], "data": [(x, labels)], "forget_accuracy": 1}
-    assert unlearn(model, scores, **options).recipe.settings["components"] == "rows"
+    assert unlearn_with(model, scores, **options).recipe.settings["method"] == "ablate_components"
     with pytest.raises(
         ValueError, match=r"layers must name at least one layer that can be edited \(0: it is a Conv1d; .*3: it has nei"
     ):
-        unlearn(model, scores, components="directions", **options)
+        unlearn_with(model, scores, components="directions", **options)
 
 
 OF_ROWS = {
@@ -668,8 +668,8 @@ def arguments_for(options):
 def test_an_argument_that_speaks_of_rows_gets_rows(name, trained, digit_scores):
     model, train, _ = trained
     options = {**OF_ROWS, "layers": {"layers": ["fc1"]}, "around the mean": {"around": "mean"}}[name]
-    edit = unlearn(model, digit_scores, classes=[3], data=zoo.batches(train), **arguments_for(options))
-    assert edit.recipe.settings["components"] == "rows"
+    edit = unlearn_with(model, digit_scores, classes=[3], data=zoo.batches(train), **arguments_for(options))
+    assert edit.recipe.settings["method"] == "ablate_components"
     assert edit.recipe.components
     assert "directions" not in edit.recipe.settings
 
@@ -683,7 +683,7 @@ def test_directions_and_an_argument_that_speaks_of_rows(name, trained, digit_sco
         ValueError,
         match=rf"^unlearn: components='directions' takes no argument that speaks of rows, got one for {named}\.$",
     ):
-        unlearn(
+        unlearn_with(
             model, digit_scores, classes=[3], data=zoo.batches(train), components="directions", inplace=True,
             **arguments_for(OF_ROWS[name]),
         )  # fmt: skip
@@ -693,14 +693,14 @@ def test_directions_and_an_argument_that_speaks_of_rows(name, trained, digit_sco
 @pytest.mark.parametrize("more", [{}, {"layers": ["fc2"]}, {"forget_accuracy": 0.1}], ids=str)
 def test_directions_need_data(more, trained, digit_scores):
     with pytest.raises(ValueError, match=r"unlearn: components='directions' needs data, .* got data=None\."):
-        unlearn(trained[0], digit_scores, classes=[3], components="directions", **more)
-    assert unlearn(trained[0], digit_scores, classes=[3]).recipe.settings["components"] == "rows"
+        unlearn_with(trained[0], digit_scores, classes=[3], components="directions", **more)
+    assert unlearn_with(trained[0], digit_scores, classes=[3]).recipe.settings["method"] == "ablate_components"
 
 
 def test_directions_are_around_the_mean(trained, digit_scores):
     model, train, _ = trained
     options = {"classes": [3], "data": zoo.batches(train), "components": "directions"}
-    plain, around = (unlearn(model, digit_scores, **options, **more) for more in ({}, {"around": "mean"}))
+    plain, around = (unlearn_with(model, digit_scores, **options, **more) for more in ({}, {"around": "mean"}))
     assert state_equal(plain.model, around.model)
     assert around.recipe.settings == plain.recipe.settings
     assert plain.recipe.settings["around"] == "mean"
@@ -715,11 +715,11 @@ def looked_at(data, classes, each):
 
 def test_settings_and_summary(trained, digit_scores):
     model, train, _ = trained
-    edit = unlearn(model, digit_scores, classes=[8, 3], data=zoo.batches(train))
+    edit = unlearn_with(model, digit_scores, classes=[8, 3], data=zoo.batches(train))
     settings = edit.recipe.settings
-    assert settings["components"] == "directions"
+    assert settings["method"] == "erase_directions"
     assert settings["classes"] == [8, 3]
-    assert settings["factor"] == 0.0
+    assert settings["scale"] == 0.0
     assert settings["layers"] == ["fc1", "fc2"]
     assert settings["directions"].keys() == {"fc1", "fc2"}
     for bounds in settings["directions"].values():
@@ -745,7 +745,7 @@ def first_of(data, forget, rest, classes=10):
 def test_the_samples_are_those_that_docs_say(trained, digit_scores):
     """The first of each class: what comes later counts nothing."""
     model, train, _ = trained
-    edit = unlearn(model, digit_scores, classes=[3], data=zoo.batches(train))
+    edit = unlearn_with(model, digit_scores, classes=[3], data=zoo.batches(train))
     parts = first_of(train.tensors, 3, REST)
     oracle, result = erase(model, ["fc1", "fc2"], parts, [3])
     assert edit.recipe.settings["directions"] == {
@@ -776,7 +776,7 @@ def test_forgets_and_keeps(trained, digit_scores):
     model, train, test = trained
     before = accuracy_per_class(model, zoo.batches(test), 10)
     for forget in ([0], [3], [6], [2, 7]):
-        edit = unlearn(model, digit_scores, classes=forget, data=zoo.batches(train))
+        edit = unlearn_with(model, digit_scores, classes=forget, data=zoo.batches(train))
         after = accuracy_per_class(edit.model, zoo.batches(test), 10)
         kept = [cls for cls in range(10) if cls not in forget]
         assert before[forget].min() > 0.8
@@ -787,7 +787,7 @@ def test_forgets_and_keeps(trained, digit_scores):
 def test_classes_as_a_predicate_and_in_any_order(trained, digit_scores):
     model, train, _ = trained
     listed, asked, turned = (
-        unlearn(model, digit_scores, classes=classes, data=zoo.batches(train))
+        unlearn_with(model, digit_scores, classes=classes, data=zoo.batches(train))
         for classes in ([2, 7], lambda label: label in (2, 7), np.array([7, 2, 7]))
     )
     assert state_equal(listed.model, asked.model)
@@ -800,11 +800,11 @@ def test_data_without_some_classes(trained, digit_scores):
     model, train, _ = trained
     x, y = train.tensors
     without = [(x[y != 5], y[y != 5])]
-    assert unlearn(model, digit_scores, classes=[3], data=without).recipe.settings["components"] == "directions"
+    assert unlearn_with(model, digit_scores, classes=[3], data=without).recipe.settings["method"] == "erase_directions"
     with pytest.raises(ValueError, match="data must hold samples of every class to forget, it holds none of class 5"):
-        unlearn(model, digit_scores, classes=[3, 5], data=without)
+        unlearn_with(model, digit_scores, classes=[3, 5], data=without)
     with pytest.raises(ValueError, match=r"data must hold samples of the classes \[5\], it holds none"):
-        unlearn(model, digit_scores, classes=[5], data=without)
+        unlearn_with(model, digit_scores, classes=[5], data=without)
 
 
 def test_nan_in_the_data(trained, digit_scores):
@@ -813,7 +813,7 @@ def test_nan_in_the_data(trained, digit_scores):
     x[(y == 3).nonzero()[0, 0]] = math.nan
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match="unlearn: data must give finite feature maps, what 'fc1' reads holds NaN"):
-        unlearn(model, digit_scores, classes=[3], data=[(x, y)], inplace=True)
+        unlearn_with(model, digit_scores, classes=[3], data=[(x, y)], inplace=True)
     assert state_equal(model, before)
 
 
@@ -826,20 +826,20 @@ def test_many_classes_of_data_in_order():
     x = torch.randn(number, 50)[labels] + torch.randn(number * each, 50)
     scores = score(collect_moments(model, [(x, labels)], number))
     edit = quiet(model, scores, classes=range(33), data=[(x, labels)])
-    assert edit.recipe.settings["components"] == "directions"
+    assert edit.recipe.settings["method"] == "erase_directions"
 
 
 def test_what_is_left_gives_a_warning(trained, digit_scores):
     model, train, _ = trained
     options = {"classes": [3], "data": zoo.batches(train)}
     with pytest.warns(UserWarning, match=r"unlearn: \d+\.\d % of the samples to forget are still named") as seen:
-        edit = unlearn(model, digit_scores, factor=0.9, **options)
+        edit = unlearn_with(model, digit_scores, factor=0.9, **options)
     (warning,) = seen
-    assert warning.filename == __file__
+    assert warning.filename == unlearn_with.__code__.co_filename
     left = edit.recipe.settings["forget_accuracy"]
     assert left > 0.5
     assert f"{100 * left:.1f} %" in str(warning.message)
-    assert unlearn(model, digit_scores, **options).recipe.settings["forget_accuracy"] < 0.05  # without one
+    assert unlearn_with(model, digit_scores, **options).recipe.settings["forget_accuracy"] < 0.05  # without one
 
 
 def linear_only(left, number):
@@ -866,9 +866,9 @@ def test_the_share_that_is_left_is_exact(left, number):
     assert edit.recipe.settings["forget_accuracy"] == due
     if due > 0.05:
         with pytest.warns(UserWarning, match="are still named rightly"):
-            unlearn(model, scores, classes=[1], data=[(x, labels)])
+            unlearn_with(model, scores, classes=[1], data=[(x, labels)])
     else:
-        unlearn(model, scores, classes=[1], data=[(x, labels)])
+        unlearn_with(model, scores, classes=[1], data=[(x, labels)])
 
 
 ORDER = ["conv1", "conv2", "conv3", "fc1", "fc2"]
@@ -893,9 +893,9 @@ def test_a_target_of_forgetting_takes_the_fewest_layers(trained, digit_scores, m
     models, shares = zip(*(left(ORDER[len(ORDER) - count :]) for count in range(1, 5)), strict=True)
     assert shares[0] > shares[1] + 0.1 > max(shares[2:]) + 0.2, "otherwise this shows nothing"
     for count, target in ((1, shares[0]), (2, shares[1]), (3, (shares[1] + max(shares[2:])) / 2)):
-        edit = unlearn(model, digit_scores, forget_accuracy=target, **options)
+        edit = unlearn_with(model, digit_scores, forget_accuracy=target, **options)
         settings = edit.recipe.settings
-        assert settings["components"] == "directions"
+        assert settings["method"] == "erase_directions"
         assert settings["count"] == count
         assert settings["layers"] == ORDER[-count:]
         assert state_equal(edit.model, models[count - 1])
@@ -918,16 +918,16 @@ def test_a_target_of_what_the_others_lose_takes_the_most_layers(trained, digit_s
 
     drops = [drop(count) for count in range(1, 5)]
     assert max(drops[:2]) + 0.01 < drops[2] < drops[3] - 0.1, "otherwise this shows nothing"
-    everything = unlearn(model, digit_scores, retain_drop=1, **options)
+    everything = unlearn_with(model, digit_scores, retain_drop=1, **options)
     assert everything.recipe.settings["layers"] == ORDER[1:]
     assert everything.recipe.settings["count"] == 4
     for count, asked in ((3, (drops[2] + drops[3]) / 2), (2, (max(drops[:2]) + drops[2]) / 2)):
-        edit = unlearn(model, digit_scores, retain_drop=asked, **options)
+        edit = unlearn_with(model, digit_scores, retain_drop=asked, **options)
         assert edit.recipe.settings["count"] == count
         assert edit.recipe.settings["layers"] == ORDER[-count:]
         reached = pytest.approx(drops[count - 1])
         assert edit.recipe.settings["targets"]["retain_drop"] == {"asked": asked, "reached": reached, "met": True}
-    both = unlearn(model, digit_scores, forget_accuracy=0.05, retain_drop=1, **options)
+    both = unlearn_with(model, digit_scores, forget_accuracy=0.05, retain_drop=1, **options)
     assert {name: target["met"] for name, target in both.recipe.settings["targets"].items()} == {
         "forget_accuracy": True,
         "retain_drop": True,
@@ -938,9 +938,11 @@ def test_a_target_of_what_the_others_lose_takes_the_most_layers(trained, digit_s
 def test_a_target_that_is_missed_gives_a_warning(trained, digit_scores):
     model, train, _ = trained
     with pytest.warns(UserWarning, match=r"unlearn: of \d edits of up to 2 layers none meets the targets") as seen:
-        edit = unlearn(model, digit_scores, classes=[3], data=zoo.batches(train), factor=0.95, forget_accuracy=0.01)
+        edit = unlearn_with(
+            model, digit_scores, classes=[3], data=zoo.batches(train), factor=0.95, forget_accuracy=0.01
+        )
     (warning,) = seen
-    assert warning.filename == __file__
+    assert warning.filename == unlearn_with.__code__.co_filename
     target = edit.recipe.settings["targets"]["forget_accuracy"]
     assert not target["met"]
     assert target["reached"] == accuracies(edit.model, looked_at(train, [3], 128), [3])[0]
@@ -958,7 +960,7 @@ def test_the_model_given_and_what_a_recipe_gives_back(more, trained, digit_score
     model.bn2.eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    edit = unlearn(model, digit_scores, **options)
+    edit = unlearn_with(model, digit_scores, **options)
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert [module.training for module in edit.model.modules()] == modes
@@ -973,7 +975,7 @@ def test_the_model_given_and_what_a_recipe_gives_back(more, trained, digit_score
     assert {operation.kind for operation in loaded.operations} == {"add"}
     mine = copy.deepcopy(model)
     parameters = [id(parameter) for parameter in mine.parameters()]
-    inplace = unlearn(mine, digit_scores, inplace=True, **options)
+    inplace = unlearn_with(mine, digit_scores, inplace=True, **options)
     assert inplace.model is mine
     assert [id(parameter) for parameter in mine.parameters()] == parameters, "an optimizer must keep its parameters"
     assert state_equal(mine, edit.model)
@@ -985,9 +987,9 @@ def test_the_model_given_and_what_a_recipe_gives_back(more, trained, digit_score
 def test_the_same_data_gives_the_same_bits(trained, digit_scores):
     model, train, _ = trained
     torch.manual_seed(1)
-    one = unlearn(model, digit_scores, classes=[3], data=zoo.batches(train))
+    one = unlearn_with(model, digit_scores, classes=[3], data=zoo.batches(train))
     torch.manual_seed(2)
-    other = unlearn(model, digit_scores, classes=[3], data=zoo.batches(train))
+    other = unlearn_with(model, digit_scores, classes=[3], data=zoo.batches(train))
     assert state_equal(one.model, other.model)
 
 
@@ -995,9 +997,9 @@ def test_a_stack_of_directions_and_rows(trained, digit_scores, tmp_path):
     base, train, _ = trained
     data = zoo.batches(train)
     edits = {
-        "directions": unlearn(base, digit_scores, classes=[3], data=data),
-        "rows": unlearn(base, digit_scores, classes=[8], layers=["conv3", "fc1"], fraction=0.2),
-        "mirrored": unlearn(
+        "directions": unlearn_with(base, digit_scores, classes=[3], data=data),
+        "rows": unlearn_with(base, digit_scores, classes=[8], layers=["conv3", "fc1"], fraction=0.2),
+        "mirrored": unlearn_with(
             base, digit_scores, classes=[5], data=data, components="directions", layers=["conv3", "fc2"], factor=-0.5
         ),
     }
@@ -1022,7 +1024,7 @@ def test_a_stack_of_directions_and_rows(trained, digit_scores, tmp_path):
             assert state_equal(stack.model, applied(left))
     stack = Stack(base)
     stack.push("rows", edits["rows"])
-    stack.push("directions", unlearn(stack.model, digit_scores, classes=[3], data=data))  # on what is there
+    stack.push("directions", unlearn_with(stack.model, digit_scores, classes=[3], data=data))  # on what is there
     stack.remove("rows")
     stack.remove("directions")
     assert state_equal(stack.model, base)
@@ -1035,7 +1037,7 @@ def test_a_stack_with_neurons_removed(trained, digit_scores):
     stack = Stack(base)
     stack.push("smaller", smaller)
     data = zoo.batches(train)
-    made = unlearn(stack.model, score(collect_moments(stack.model, data, 10)), classes=[3], data=data)
+    made = unlearn_with(stack.model, score(collect_moments(stack.model, data, 10)), classes=[3], data=data)
     stack.push("directions", made)
     assert state_equal(stack.model, made.model)
     stack.remove("smaller")
@@ -1065,7 +1067,7 @@ def test_a_layer_with_fewer_channels_than_classes_to_forget_is_not_wiped_out(tra
     data = zoo.batches(train)
     before = accuracies(model, data, [3])
     assert min(before) > 0.9
-    edit = unlearn(model, score(collect_moments(model, data, 10)), classes=[3], data=data)
+    edit = unlearn_with(model, score(collect_moments(model, data, 10)), classes=[3], data=data)
     after = accuracies(edit.model, data, [3])
     assert after[0] < 0.1
     assert after[1] > before[1] - 0.1
@@ -1076,10 +1078,10 @@ def test_a_model_in_bfloat16(trained, digit_scores):
     half = copy.deepcopy(model).bfloat16()
     data = [(x.bfloat16(), y) for x, y in zoo.batches(train)]
     edit = quiet(half, digit_scores, classes=[3], data=data)
-    assert edit.recipe.settings["components"] == "directions"
+    assert edit.recipe.settings["method"] == "erase_directions"
     assert edit.recipe.settings["layers"] == ["fc1", "fc2"]
     assert all(parameter.dtype == torch.bfloat16 for parameter in edit.model.parameters())
-    whole = unlearn(model, digit_scores, classes=[3], data=zoo.batches(train))
+    whole = unlearn_with(model, digit_scores, classes=[3], data=zoo.batches(train))
     for layer in ("fc1", "fc2"):
         mine, its = (edited.model.get_submodule(layer).weight.float() for edited in (edit, whole))
         torch.testing.assert_close(mine, its, rtol=0.1, atol=0.05)
@@ -1112,7 +1114,7 @@ def test_a_vision_transformer_of_hugging_face():
     scores = scored(model, x, labels)
     data = [{"pixel_values": x[i : i + 30], "labels": labels[i : i + 30]} for i in range(0, 100, 30)]
     by_default = quiet(model, scores, classes=[2], data=data)
-    assert by_default.recipe.settings["components"] == "directions"
+    assert by_default.recipe.settings["method"] == "erase_directions"
     assert by_default.recipe.settings["layers"][-1] == "classifier"
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     inner = [name for name in linear if ".1." in name]
@@ -1141,7 +1143,7 @@ def test_forgets_on_real_images(cifar, cifar_scores):
     loader = zoo.batches(test)
     before = accuracy_per_class(model, loader, 10)
     for cls in (1, 3):
-        edit = unlearn(model, cifar_scores, classes=[cls], data=zoo.batches(train))
+        edit = unlearn_with(model, cifar_scores, classes=[cls], data=zoo.batches(train))
         assert edit.recipe.settings["layers"] == ["layer3.2.conv2", "linear"]
         after = accuracy_per_class(edit.model, loader, 10)
         kept = [other for other in range(10) if other != cls]
@@ -1153,7 +1155,7 @@ def test_scores_of_another_model_are_refused(trained, digit_scores):
     _, train, _ = trained
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)).eval()
     with pytest.raises(ValueError, match="scores must come from this model: it has no layer 'conv1'"):
-        unlearn(other, digit_scores, classes=[3], data=zoo.batches(train))
+        unlearn_with(other, digit_scores, classes=[3], data=zoo.batches(train))
 
 
 def test_rounding_that_leaves_a_part_of_what_is_erased():
@@ -1182,10 +1184,10 @@ def test_a_layer_from_which_nothing_is_erased_stays_as_it_was(inplace, trained, 
         lambda layer, *rest: "of rounding" if layer.out_features == 10 else found(layer, *rest),
     )
     options = {"classes": [3], "data": zoo.batches(train), "components": "directions", "inplace": inplace}
-    edit = unlearn(mine, digit_scores, **options)
+    edit = unlearn_with(mine, digit_scores, **options)
     assert edit.skipped == {"fc2": "of rounding"}
     assert edit.recipe.settings["layers"] == list(edit.recipe.settings["directions"]) == ["fc1"]
     assert torch.equal(edit.model.fc2.weight, model.fc2.weight)
     assert not torch.equal(edit.model.fc1.weight, model.fc1.weight)
     with pytest.raises(ValueError, match="unlearn: layer 'fc2' cannot be edited: of rounding"):
-        unlearn(copy.deepcopy(model), digit_scores, layers=["fc2"], **options)
+        unlearn_with(copy.deepcopy(model), digit_scores, layers=["fc2"], **options)

@@ -55,7 +55,9 @@ def report(edited, train_set, test_set, **options):
 @pytest.fixture(scope="module")
 def full(trained, digit_scores):
     model, train, test = trained
-    edited = discedit.unlearn(model, digit_scores, classes=[CLASS], fraction=0.15).model
+    edited = discedit.unlearn(
+        model, digit_scores, classes=[CLASS], method=discedit.AblateComponents(discedit.TopFraction(0.15))
+    ).model
     retrained = zoo.train_digits_net(without(train, CLASS), epochs=4)
     times = {"moments": 2.0, "edit": 0.25}
     return report(edited, train, test, original=model, retrained=retrained, seconds=times), edited

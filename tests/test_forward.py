@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import unlearn_with
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
@@ -242,7 +243,7 @@ def edited_by_rows(layer, norm=None, **options):
     model.train()(X)
     model.eval()
     scores = discedit.score(discedit.collect_moments(model, [(X, LABELS)], 3))
-    edit = discedit.unlearn(model, scores, classes=[1], layers=["2"], fraction=0.4, **options)
+    edit = unlearn_with(model, scores, classes=[1], layers=["2"], fraction=0.4, **options)
     place = 3 if norm is not None else 2
     with torch.no_grad():
         before, after = (net[: place + 1](X) for net in (model, edit.model))
@@ -339,7 +340,7 @@ def test_a_layer_whose_ablation_does_not_hold_is_left_as_it_was(options, inplace
     model, scores = two_normed_layers()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     options = {"classes": [1], "data": [(X, LABELS)], "sign": "any", "top": 2, **options}
-    edit = discedit.unlearn(model, scores, layers=["0", "3"], inplace=inplace, **options)
+    edit = unlearn_with(model, scores, layers=["0", "3"], inplace=inplace, **options)
     assert list(edit.recipe.components) == ["3"]
     assert list(edit.skipped) == ["0"]
     assert "behind the norm '1' when their weights are made to" in edit.skipped["0"]
@@ -347,5 +348,5 @@ def test_a_layer_whose_ablation_does_not_hold_is_left_as_it_was(options, inplace
         assert name.startswith(("3.", "4.")) or torch.equal(tensor, before[name])
     model, scores = two_normed_layers()
     with pytest.raises(ValueError, match="unlearn: layer '0' cannot be edited: its components do not give"):
-        discedit.unlearn(model, scores, layers=["0"], inplace=inplace, **options)
+        unlearn_with(model, scores, layers=["0"], inplace=inplace, **options)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

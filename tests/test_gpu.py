@@ -371,7 +371,7 @@ def test_erased_directions_are_those_of_the_cpu():
     for device in ("cpu", DEVICE.type):
         model.to(device)
         scores = discedit.score(discedit.collect_moments(model, [(x, labels)], 4))
-        edit = discedit.unlearn(model, scores, classes=[1], data=[(x, labels)], components="directions")
+        edit = discedit.unlearn(model, scores, classes=[1], method="erase_directions", data=[(x, labels)])
         assert next(edit.model.parameters()).device.type == device
         found[device] = {name: tensor.detach().cpu() for name, tensor in edit.model.state_dict().items()}
     for name, tensor in found["cpu"].items():
@@ -441,5 +441,12 @@ def test_modhifi_prunes_on_the_device():
     pytest.importorskip("torch_pruning", reason="needs torch_pruning")
     model = small_network().to(DEVICE)
     batches = [torch.randn(10, 3, 12, 12) for _ in range(3)]
-    edit = discedit.prune(model, ratio=0.5, method="modhifi", example_inputs=batches[0].to(DEVICE), data=batches)
+    edit = discedit.prune(
+        model,
+        criterion="fidelity",
+        repair="compensation",
+        ratio=0.5,
+        example_inputs=batches[0].to(DEVICE),
+        data=batches,
+    )
     assert edit.model(batches[0].to(DEVICE)).isfinite().all()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from discedit import Scores, importances, prune
+from discedit import Random, Scores, importances, prune
 from discedit.editing.prune import BEST_WITH
 from discedit.model.trace import ModelTrace
 from discedit.moments import calibration
@@ -274,7 +274,7 @@ def test_random_is_reproducible_by_seed():
         assert len(set(one[layer].tolist())) == len(one[layer])
     assert not torch.equal(one["one"], one["two"][:4])
     edits = [
-        prune(model, scores_of(model, ["one", "two"]), ratio=0.5, criterion="random", seed=seed, example_inputs=inputs)
+        prune(model, scores_of(model, ["one", "two"]), criterion=Random(seed), ratio=0.5, example_inputs=inputs)
         for seed in (1, 1, 2)
     ]
     assert edits[0].recipe.components == edits[1].recipe.components != edits[2].recipe.components
@@ -381,7 +381,7 @@ def test_importances_are_scores_for_pruning(case):
     scores = scores_of(model, list(layers), seed=2)
     for criterion in ("max", "random", "reconstruction"):
         options = {"ratio": 0.4, "example_inputs": inputs[:2], "data": [inputs], "repair": "none"}
-        named = prune(model, scores, criterion=criterion, seed=3, **options)
+        named = prune(model, scores, criterion=Random(3), **options)
         given = prune(model, judged(model, inputs, criterion, [], scores, seed=3), **options)
         assert named.recipe.components == given.recipe.components
         assert given.recipe.settings["criterion"] == "given"

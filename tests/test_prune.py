@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from discedit import Recipe, collect_moments, prune, score, zoo
+from discedit import Recipe, collect_moments, iterative_prune, prune, score, zoo
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.model.size import count_macs, count_parameters
 
@@ -607,7 +607,7 @@ def test_steps_with_scores_and_repair(trained, digit_scores, tmp_path):
     model, train, _ = trained
     batches = [train.tensors[0][:200]]
     once = prune(model, digit_scores, ratio=0.5, criterion="max", example_inputs=X)
-    edit = prune(model, digit_scores, ratio=0.5, criterion="max", example_inputs=X, data=batches, steps=2)
+    edit = iterative_prune(model, digit_scores, ratio=0.5, criterion="max", example_inputs=X, data=batches, steps=2)
     assert edit.recipe.components == once.recipe.components
     assert edit.recipe.settings["repair"] == "least_squares"
     assert not same_state(edit.model, once.model)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from discedit import Recipe, prune, unlearn, zoo
+from discedit import AblateComponents, Recipe, TopK, prune, unlearn, zoo
 from discedit.recipes.recipe import KINDS, Operation, architecture_of
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -23,12 +23,20 @@ def edits(trained, digit_scores):
         "prune": prune(model, digit_scores, ratio=0.3, example_inputs=X),
         "prune and repair": prune(model, digit_scores, ratio=0.3, example_inputs=X, data=zoo.batches(train)),
         "unlearn": unlearn(model, digit_scores, classes=[3, 8]),
-        "attenuated": unlearn(model, digit_scores, classes=[3, 8], factor=0.5, top=3),
+        "attenuated": unlearn(model, digit_scores, classes=[3, 8], method=AblateComponents(TopK(3), scale=0.5)),
         "negated around the mean": unlearn(
-            model, digit_scores, classes=[3, 8], factor=-1, around="mean", data=zoo.batches(train), top=3
+            model,
+            digit_scores,
+            classes=[3, 8],
+            method=AblateComponents(TopK(3), scale=-1, around="mean"),
+            data=zoo.batches(train),
         ),
-        "repaired": unlearn(model, digit_scores, classes=[3], repair="least_squares", data=zoo.batches(train)),
-        "zeroed and removed": unlearn(model, digit_scores, classes=[3], top=3, remove=True, example_inputs=X),
+        "repaired": unlearn(
+            model, digit_scores, classes=[3], method=AblateComponents(repair="least_squares"), data=zoo.batches(train)
+        ),
+        "zeroed and removed": unlearn(
+            model, digit_scores, classes=[3], method=AblateComponents(TopK(3), remove=True), example_inputs=X
+        ),
     }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from discedit import Moments, Recipe, Scores, prune, report, score, unlearn, zoo
+from discedit import AblateComponents, Moments, Recipe, Scores, TopFraction, prune, report, score, unlearn, zoo
 from discedit.model.size import accuracy_per_class
 from discedit.reporting import colours, sections
 
@@ -105,7 +105,7 @@ def run(trained, digit_moments, digit_scores):
     loader = zoo.batches(train)
     edits = {
         "pruned": prune(model, digit_scores, ratio=0.3, example_inputs=train[0][0][None], data=loader),
-        "rows": unlearn(model, digit_scores, classes=[3], fraction=0.1),
+        "rows": unlearn(model, digit_scores, classes=[3], method=AblateComponents(TopFraction(0.1))),
         "directions": unlearn(model, digit_scores, classes=[3], data=loader),
     }
     models = {"before": model, **{title: edit.model for title, edit in edits.items()}}

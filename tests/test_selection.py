@@ -7,11 +7,11 @@ from fractions import Fraction
 import pytest
 import torch
 import vision_ops  # noqa: F401
+from helpers import unlearn_with
 from torch import nn
 
-from discedit import unlearn
 from discedit.scoring.scores import Scores
-from discedit.selection.ranking import rank, retain_damage, taken
+from discedit.selection.ranking import TopFraction, rank, retain_damage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,7 +118,7 @@ def test_limits_against_brute_force(limit, by, sign):
         if not due:  # a limit may leave nothing: an error of its own
             continue
         tried += 1
-        edit = unlearn(model, scores, classes=forget, by=by, sign=sign, layers=list(WIDTHS), **limit)
+        edit = unlearn_with(model, scores, classes=forget, by=by, sign=sign, layers=list(WIDTHS), **limit)
         assert edit.recipe.components == due
     assert tried > 2
 
@@ -135,9 +135,9 @@ def test_several_classes_each_have_a_ranking_and_a_limit(limit, by):
         due = {layer: rows for layer, rows in due.items() if rows}
         if not all(any(own.values()) for own in per_class):
             continue
-        edit = unlearn(network(), scores, classes=forget, by=by, layers=list(WIDTHS), **limit)
+        edit = unlearn_with(network(), scores, classes=forget, by=by, layers=list(WIDTHS), **limit)
         assert edit.recipe.components == due
-        same = unlearn(network(), scores, classes=lambda k: k in (0, 3), by=by, layers=list(WIDTHS), **limit)
+        same = unlearn_with(network(), scores, classes=lambda k: k in (0, 3), by=by, layers=list(WIDTHS), **limit)
         assert same.recipe.components == due
         assert same.recipe.settings == edit.recipe.settings
         assert same.recipe.settings["classes"] == forget
@@ -147,9 +147,9 @@ def test_several_classes_each_have_a_ranking_and_a_limit(limit, by):
 def test_ties_go_in_the_order_of_the_model():
     values = {layer: torch.full((width, 2), 0.5) for layer, width in WIDTHS.items()}
     scores = scores_of(values, {layer: torch.ones_like(value) for layer, value in values.items()})
-    edit = unlearn(network(), scores, classes=[1], fraction=9 / 21, layers=list(WIDTHS))
+    edit = unlearn_with(network(), scores, classes=[1], fraction=9 / 21, layers=list(WIDTHS))
     assert edit.recipe.components == {"0": list(range(7)), "2": [0, 1]}
-    assert unlearn(network(), scores, classes=[1], top=2, layers=["4", "0"]).recipe.components == {
+    assert unlearn_with(network(), scores, classes=[1], top=2, layers=["4", "0"]).recipe.components == {
         "4": [0, 1],
         "0": [0, 1],
     }
@@ -162,7 +162,7 @@ def test_a_fraction_is_not_lost_to_rounding():
         scores_of({"0": values}, {"0": torch.ones(100, 2)}), {"0": [[i] for i in range(100)]}, 0, [1],
         by="score", sign="up",
     )  # fmt: skip
-    assert len(taken(ranking, "fraction", 0.29, {})) == 29
+    assert len(TopFraction(0.29).select(ranking, {})) == 29
 
 
 def test_specific_prefers_what_other_classes_do_not_need():
@@ -173,7 +173,7 @@ def test_specific_prefers_what_other_classes_do_not_need():
     model = nn.Sequential(nn.Linear(2, 3))
 
     def first(**options):
-        return unlearn(model, scores, classes=[0], top=1, layers=["0"], **options).recipe.components["0"]
+        return unlearn_with(model, scores, classes=[0], top=1, layers=["0"], **options).recipe.components["0"]
 
     assert first() == [0]
     assert first(by="specific") == [1]  # 0.5 - 0: row 1 is less active for class 1
@@ -198,19 +198,19 @@ def test_a_limit_that_leaves_nothing():
     for limit in ({"deviations": 3}, {"damage": 0.01}):
         name, value = next(iter(limit.items()))
         with pytest.raises(ValueError, match=rf"unlearn: {name}={value} leaves no component .* classes \[1\]"):
-            unlearn(network(), scores, classes=[1], layers=list(WIDTHS), **limit)
+            unlearn_with(network(), scores, classes=[1], layers=list(WIDTHS), **limit)
     values["0"] = torch.full((7, 3), 0.5)
     one = scores_of({"0": torch.tensor([[0.5, 0.1, 0.1]] * 6 + [[0.5, 0.9, 0.1]])}, {"0": torch.ones(7, 3)})
     with pytest.warns(UserWarning, match=r"unlearn: deviations=1 leaves no component .* classes \[0\]") as seen:
-        edit = unlearn(network(), one, classes=[0, 1], deviations=1, layers=["0"])
+        edit = unlearn_with(network(), one, classes=[0, 1], deviations=1, layers=["0"])
     assert edit.recipe.components == {"0": [6]}
-    assert [warning.filename for warning in seen] == [__file__]
+    assert [warning.filename for warning in seen] == [unlearn_with.__code__.co_filename]
 
 
 def test_layers_named_twice_count_once():
     scores = random_scores(1)
-    once = unlearn(network(), scores, classes=[0], layers=["0", "4"], fraction=0.3)
-    twice = unlearn(network(), scores, classes=[0], layers=["0", "4", "0"], fraction=0.3)
+    once = unlearn_with(network(), scores, classes=[0], layers=["0", "4"], fraction=0.3)
+    twice = unlearn_with(network(), scores, classes=[0], layers=["0", "4", "0"], fraction=0.3)
     assert twice.recipe.components == once.recipe.components
     assert twice.recipe.settings == once.recipe.settings
 
@@ -257,7 +257,7 @@ def test_heads_go_whole(vit, limit, sign):
         if not due:
             continue
         tried += 1
-        edit = unlearn(
+        edit = unlearn_with(
             vit, scores, classes=[1], components="heads", sign=sign, layers=V, example_inputs=small_images(2, 0),
             **limit,
         )  # fmt: skip
@@ -280,17 +280,17 @@ def test_silent_heads_and_removed_ones(vit):
     scores, x = vit_scores(vit, 0), small_images(40, 1)
     labels = torch.arange(40) % 4
     options = {"classes": [1], "components": "heads", "sign": "any", "top": 1, "example_inputs": x[:2]}
-    edit = unlearn(vit, scores, **options)
+    edit = unlearn_with(vit, scores, **options)
     assert edit.recipe.settings["layers"] == V[1:]  # the last third of two
     (rows,) = edit.recipe.components.values()
     assert rows == list(range(rows[0], rows[0] + WIDTH))
     assert not values_given(edit.model, V[1], x)[..., rows].any()
-    mean = unlearn(vit, scores, data=[(x, labels)], **options)
+    mean = unlearn_with(vit, scores, data=[(x, labels)], **options)
     assert mean.recipe.settings["around"] == "mean"
     expected_mean = values_given(vit, V[1], x[labels != 1])[..., rows].mean((0, 1))
     given = values_given(mean.model, V[1], x)[..., rows]
     torch.testing.assert_close(given, expected_mean.expand_as(given), rtol=1e-10, atol=1e-12)
-    removed = unlearn(vit, scores, remove=True, **options)
+    removed = unlearn_with(vit, scores, remove=True, **options)
     assert removed.recipe.components == edit.recipe.components
     assert removed.parameters_after < removed.parameters_before
     assert removed.model.get_submodule(V[1]).out_features == WIDTH * (HEADS - 1)
@@ -303,9 +303,9 @@ def test_silent_heads_and_removed_ones(vit):
 def test_layers_without_heads_are_named(vit):
     layer = "vit.layers.0.mlp.fc1"
     with pytest.raises(ValueError, match=rf"unlearn: layer '{layer}' cannot be edited: \S+"):
-        unlearn(
+        unlearn_with(
             vit, vit_scores(vit, 0), classes=[1], components="heads", layers=[V[0], layer],
             example_inputs=small_images(2, 0),
         )  # fmt: skip
     with pytest.raises(ValueError, match=r"unlearn: layers must name at least one layer that can be edited \(0: \S+"):
-        unlearn(network(), random_scores(0), classes=[1], components="heads", example_inputs=torch.randn(2, 3))
+        unlearn_with(network(), random_scores(0), classes=[1], components="heads", example_inputs=torch.randn(2, 3))

@@ -39,7 +39,9 @@ def everything(model: nn.Module, x: Tensor = X) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a network that was not trained names classes by chance
         erased = discedit.unlearn(model, scores, classes=[1], data=DATA)
-        zeroed = discedit.unlearn(model, scores, classes=[1], fraction=0.2)
+        zeroed = discedit.unlearn(
+            model, scores, classes=[1], method=discedit.AblateComponents(discedit.TopFraction(0.2))
+        )
     seen = discedit.evaluate(
         erased.model, classes=[1], num_classes=CLASSES, test=DATA, original=model, metrics="accuracy"
     )
@@ -366,16 +368,21 @@ CALLS = {
         model, ratio=0.4, example_inputs=X[:2], data=data, criterion="l1", inplace=True
     ),
     "compensation": lambda model, scores, data: discedit.prune(
-        model, ratio=0.4, example_inputs=X[:2], data=data, method="modhifi", inplace=True
+        model, criterion="fidelity", repair="compensation", ratio=0.4, example_inputs=X[:2], data=data, inplace=True
     ),
     "batchnorm": lambda model, scores, data: discedit.prune(
         model, ratio=0.4, example_inputs=X[:2], data=data, repair="batchnorm", criterion="l1", inplace=True
     ),
     "directions": lambda model, scores, data: discedit.unlearn(
-        model, scores, classes=[1], components="directions", data=data, inplace=True
+        model, scores, classes=[1], method="erase_directions", data=data, inplace=True
     ),
     "rows": lambda model, scores, data: discedit.unlearn(
-        model, scores, classes=[1], fraction=0.2, repair="least_squares", data=data, inplace=True
+        model,
+        scores,
+        classes=[1],
+        method=discedit.AblateComponents(discedit.TopFraction(0.2), repair="least_squares"),
+        data=data,
+        inplace=True,
     ),
 }
 

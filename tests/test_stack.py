@@ -12,7 +12,7 @@ from helpers import Net
 from torch import nn
 from torch.nn import functional
 
-from discedit import Recipe, Stack, prune, unlearn, zoo
+from discedit import AblateComponents, Recipe, Stack, TopFraction, prune, unlearn, zoo
 from discedit.graph.pruning_graph import Graph
 from discedit.recipes import stack as module_under_test
 from discedit.recipes.recipe import Operation, architecture_of
@@ -434,20 +434,23 @@ def test_pruning_and_unlearning_of_a_trained_network(trained, digit_scores):
     state = copy.deepcopy(base.state_dict())
     stack = Stack(base)
     stack.push("three", unlearn(base, digit_scores, classes=[3]))
-    stack.push("eight", unlearn(base, digit_scores, classes=[8], layers=["conv3", "fc1"], fraction=0.2))
+    stack.push(
+        "eight",
+        unlearn(base, digit_scores, classes=[8], method=AblateComponents(TopFraction(0.2)), layers=["conv3", "fc1"]),
+    )
     stack.push("repaired", prune(stack.model, digit_scores, ratio=0.3, example_inputs=x, data=zoo.batches(train)))
     stack.remove("three")
     # The repair's values stay; what it does not set is as without the first edit.
-    expected = unlearn(base, digit_scores, classes=[8], layers=["conv3", "fc1"], fraction=0.2).model
+    expected = unlearn(
+        base, digit_scores, classes=[8], method=AblateComponents(TopFraction(0.2)), layers=["conv3", "fc1"]
+    ).model
     same(stack.model, stack.recipes["repaired"].apply(expected).model)
     stack.remove("eight")
     assert stack.names == ["repaired"]
     stack.remove("repaired")
     same(stack.model, base)
-    attenuated = unlearn(
-        base, digit_scores, classes=[5], layers=["fc1"], fraction=0.1, factor=0.5, around="mean", repair="none",
-        data=zoo.batches(train),
-    )  # fmt: skip
+    halved = AblateComponents(TopFraction(0.1), scale=0.5, around="mean")
+    attenuated = unlearn(base, digit_scores, classes=[5], method=halved, layers=["fc1"], data=zoo.batches(train))
     kinds = {operation.kind for operation in attenuated.recipe.operations}
     assert kinds == {"scale", "add"}
     smaller = prune(base, digit_scores, ratio=0.3, example_inputs=x)
@@ -462,7 +465,7 @@ def test_pruning_and_unlearning_of_a_trained_network(trained, digit_scores):
     stack.remove("smaller")
     same(stack.model, attenuated.model)
     stack.remove("five")
-    removed = unlearn(base, digit_scores, classes=[3], remove=True, example_inputs=x)
+    removed = unlearn(base, digit_scores, classes=[3], method=AblateComponents(remove=True), example_inputs=x)
     stack.push("smaller", smaller)
     stack.push("removed", removed)
     gone = {row for recipe in (smaller.recipe, removed.recipe) for row in recipe.components["fc1"]}

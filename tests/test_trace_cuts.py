@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from discedit import collect_moments, prune, score, unlearn
+from discedit import AblateComponents, TopFraction, collect_moments, prune, score, unlearn
 from discedit.graph.pruning_graph import KINDS, Graph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -588,7 +588,14 @@ def test_unlearning_names_them_too():
     net = sometimes(lambda x: x.mean() > 100)
     scores = score(collect_moments(net, [(torch.randn(40, 3, 8, 8), torch.arange(40) % 4)], 4))
     with pytest.warns(UserWarning, match="unlearn: example_inputs must run all .*: other as many as b"):
-        unlearn(net, scores, classes=[0], layers=["b"], fraction=0.3, sign="any", remove=True, example_inputs=X)
+        unlearn(
+            net,
+            scores,
+            classes=[0],
+            method=AblateComponents(TopFraction(0.3), sign="any", remove=True),
+            layers=["b"],
+            example_inputs=X,
+        )
 
 
 RECURRENT = {

@@ -4,10 +4,11 @@ import functools
 import numpy as np
 import pytest
 import torch
+from helpers import unlearn_with
 from torch import nn
 from torch.nn import functional
 
-from discedit import Moments, Recipe, collect_moments, score, unlearn, zoo
+from discedit import Moments, Recipe, collect_moments, score, zoo
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.moments.forget_retain import MEANS
 
@@ -19,7 +20,7 @@ def test_forgets_the_class_and_keeps_the_rest(trained, digit_scores):
     loader = zoo.batches(test)
     before = accuracy_per_class(model, loader, 10)
     for cls in (0, 3, 6):
-        after = accuracy_per_class(unlearn(model, digit_scores, classes=[cls], fraction=0.15).model, loader, 10)
+        after = accuracy_per_class(unlearn_with(model, digit_scores, classes=[cls], fraction=0.15).model, loader, 10)
         kept = [k for k in range(10) if k != cls]
         assert after[cls] < 0.5
         assert after[kept].mean() > before[kept].mean() - 0.05
@@ -30,7 +31,7 @@ def test_forgets_on_real_images(cifar, cifar_scores):
     model, _, test = cifar
     loader = zoo.batches(test)
     before = accuracy_per_class(model, loader, 10)
-    after = accuracy_per_class(unlearn(model, cifar_scores, classes=[1]).model, loader, 10)
+    after = accuracy_per_class(unlearn_with(model, cifar_scores, classes=[1]).model, loader, 10)
     kept = [k for k in range(10) if k != 1]
     assert after[1] < 0.3 < 0.9 < before[1]
     assert after[kept].mean() > before[kept].mean() - 0.08
@@ -38,7 +39,7 @@ def test_forgets_on_real_images(cifar, cifar_scores):
 
 def test_takes_the_highest_of_all_layers_together(trained, digit_scores):
     model, _, _ = trained
-    edit = unlearn(model, digit_scores, classes=[4], fraction=0.1, layers=list(digit_scores))
+    edit = unlearn_with(model, digit_scores, classes=[4], fraction=0.1, layers=list(digit_scores))
     chosen = {(layer, channel) for layer, channels in edit.recipe.components.items() for channel in channels}
     ranked = sorted(
         ((float(values[c, 4]), (layer, c)) for layer, values in digit_scores.items() for c in range(len(values))
@@ -49,14 +50,14 @@ def test_takes_the_highest_of_all_layers_together(trained, digit_scores):
 
 
 def test_default_layers_are_the_last_third(trained, digit_scores):
-    edit = unlearn(trained[0], digit_scores, classes=[4])
+    edit = unlearn_with(trained[0], digit_scores, classes=[4])
     assert edit.recipe.settings["layers"] == ["conv3", "fc1"]
 
 
 def test_zeroed_components_are_silent(trained, digit_scores):
     """What was zeroed gives exactly 0 behind its norm, for every input; nothing else changed."""
     model, train, _ = trained
-    edit = unlearn(model, digit_scores, classes=[2, 5], fraction=0.1, sign="any", layers=["conv2", "fc1"])
+    edit = unlearn_with(model, digit_scores, classes=[2, 5], fraction=0.1, sign="any", layers=["conv2", "fc1"])
     x = train.tensors[0][:50]
     outputs = {}
     edit.model.bn2.register_forward_hook(lambda *args: outputs.__setitem__("conv2", args[2]))
@@ -86,7 +87,7 @@ def test_norm_without_weights_and_transposed_convolution():
     model.train()(x)
     model.eval()
     scores = score(collect_moments(model, [(x, torch.arange(60) % 3)], 3))
-    edit = unlearn(model, scores, classes=[0], fraction=0.5, sign="any")
+    edit = unlearn_with(model, scores, classes=[0], fraction=0.5, sign="any")
     channels = edit.recipe.components["0"]
     with torch.no_grad():
         silent = edit.model[1](edit.model[0](x))
@@ -97,10 +98,10 @@ def test_norm_without_weights_and_transposed_convolution():
 
 def test_the_callers_model_is_untouched_unless_inplace(trained, digit_scores):
     mine = copy.deepcopy(trained[0])
-    edit = unlearn(mine, digit_scores, classes=[1])
+    edit = unlearn_with(mine, digit_scores, classes=[1])
     assert torch.equal(mine.fc1.weight, trained[0].fc1.weight)
     parameters = [id(p) for p in mine.parameters()]
-    inplace = unlearn(mine, digit_scores, classes=[1], inplace=True)
+    inplace = unlearn_with(mine, digit_scores, classes=[1], inplace=True)
     assert inplace.model is mine
     assert [id(p) for p in mine.parameters()] == parameters, "an optimizer must keep its parameters"
     for a, b in zip(mine.state_dict().values(), edit.model.state_dict().values(), strict=True):
@@ -108,22 +109,22 @@ def test_the_callers_model_is_untouched_unless_inplace(trained, digit_scores):
 
 
 def test_several_classes_get_their_own_components(trained, digit_scores):
-    both = unlearn(trained[0], digit_scores, classes=[2, 7]).recipe.components
+    both = unlearn_with(trained[0], digit_scores, classes=[2, 7]).recipe.components
     for cls in (2, 7):
-        for layer, channels in unlearn(trained[0], digit_scores, classes=[cls]).recipe.components.items():
+        for layer, channels in unlearn_with(trained[0], digit_scores, classes=[cls]).recipe.components.items():
             assert set(channels) <= set(both[layer])
 
 
 def test_classes_may_be_any_kind_of_index(trained, digit_scores):
-    plain = unlearn(trained[0], digit_scores, classes=[2, 7]).recipe
+    plain = unlearn_with(trained[0], digit_scores, classes=[2, 7]).recipe
     for classes in (np.array([2, 7]), torch.tensor([2, 7]), (2, 7, 2), range(2, 8, 5)):
-        other = unlearn(trained[0], digit_scores, classes=classes).recipe
+        other = unlearn_with(trained[0], digit_scores, classes=classes).recipe
         assert other.components == plain.components
         assert other.settings == plain.settings
 
 
 def test_summary(trained, digit_scores):
-    text = unlearn(trained[0], digit_scores, classes=[1]).summary()
+    text = unlearn_with(trained[0], digit_scores, classes=[1]).summary()
     assert "silenced" in text
     assert "of 64" in text
     assert "parameters: 60,714 -> 60,714" in text
@@ -143,20 +144,20 @@ def test_summary(trained, digit_scores):
 )
 def test_bad_classes(trained, digit_scores, classes, message):
     with pytest.raises(ValueError, match=f"unlearn: {message}"):
-        unlearn(trained[0], digit_scores, classes=classes)
+        unlearn_with(trained[0], digit_scores, classes=classes)
 
 
 def test_bad_input(trained, digit_scores):
     model = trained[0]
     for fraction in (0, 1, -0.1, float("nan"), "0.1"):
         with pytest.raises(ValueError, match=r"fraction must be a number in \(0, 1\), got"):
-            unlearn(model, digit_scores, classes=[1], fraction=fraction)
+            unlearn_with(model, digit_scores, classes=[1], fraction=fraction)
     with pytest.raises(ValueError, match="sign must be one of 'up', 'any', got 'down'"):
-        unlearn(model, digit_scores, classes=[1], sign="down")
+        unlearn_with(model, digit_scores, classes=[1], sign="down")
     with pytest.raises(ValueError, match="layers must name layers that scores holds, 'fc9'"):
-        unlearn(model, digit_scores, classes=[1], layers=["fc9"])
+        unlearn_with(model, digit_scores, classes=[1], layers=["fc9"])
     with pytest.raises(ValueError, match="layers must name at least one layer that can be edited, it is empty"):
-        unlearn(model, digit_scores, classes=[1], layers=[])
+        unlearn_with(model, digit_scores, classes=[1], layers=[])
 
 
 def test_a_class_without_samples_cannot_be_forgotten(trained):
@@ -165,8 +166,8 @@ def test_a_class_without_samples_cannot_be_forgotten(trained):
     with pytest.warns(UserWarning, match=r"classes without samples: \[4\]"):
         scores = score(collect_moments(model, [(x[y != 4], y[y != 4])], 10))
     with pytest.raises(ValueError, match="class 4 has no sample in scores"):
-        unlearn(model, scores, classes=[4])
-    unlearn(model, scores, classes=[3])
+        unlearn_with(model, scores, classes=[4])
+    unlearn_with(model, scores, classes=[3])
 
 
 def test_nothing_to_zero_is_an_error():
@@ -176,7 +177,7 @@ def test_nothing_to_zero_is_an_error():
     with pytest.raises(
         ValueError, match="no component of the chosen layers more active .* tells class 0 from the rest"
     ):
-        unlearn(model, score(moments), classes=[0])
+        unlearn_with(model, score(moments), classes=[0])
 
 
 def output_of(model, place, x):
@@ -251,7 +252,7 @@ def test_factor_around_a_mean(name, factor, around):
     """m + factor (y - m) behind the norm; m over the first 256 samples that stay, whatever the batches are."""
     model, scores, layer, place, (x, labels), fresh = small(name)
     data = batched(x, labels)
-    edit = unlearn(
+    edit = unlearn_with(
         model, scores, classes=[2], factor=factor, around=around, data=data, layers=[layer], top=2, sign="any"
     )
     rows = edit.recipe.components[layer]
@@ -267,7 +268,7 @@ def test_factor_around_a_mean(name, factor, around):
     others = [row for row in range(6) if row not in rows]
     if name != "convolution and layer norm" or factor:  # zeros in the layer change what its norm makes of the rest
         torch.testing.assert_close(found[..., others], y[..., others], rtol=0, atol=0)
-    assert edit.recipe.settings["factor"] == factor
+    assert edit.recipe.settings["scale"] == factor
     assert edit.recipe.settings["around"] == around
     restored = edit.recipe.undo(edit.model)
     assert all(
@@ -281,7 +282,7 @@ def test_around_auto(name):
     options = {"classes": [2], "layers": [layer], "top": 1, "sign": "any"}
 
     def around(**more):
-        return unlearn(model, scores, **options, **more).recipe
+        return unlearn_with(model, scores, **options, **more).recipe
 
     assert around().settings["around"] == "zero"
     can = name in WITH_BIAS
@@ -295,20 +296,20 @@ def test_around_auto_needs_a_bias_in_every_layer(trained, digit_scores):
     model, train, _ = trained
     data = zoo.batches(train)
     options = {"classes": [1], "top": 1, "data": data}
-    assert unlearn(model, digit_scores, **options).recipe.settings["around"] == "mean"
+    assert unlearn_with(model, digit_scores, **options).recipe.settings["around"] == "mean"
     one = copy.deepcopy(model)
     one.fc1.bias = None
-    edit = unlearn(one, digit_scores, **options)
+    edit = unlearn_with(one, digit_scores, **options)
     assert edit.recipe.settings["layers"] == ["conv3", "fc1"]
     assert edit.recipe.settings["around"] == "zero"
-    assert unlearn(one, digit_scores, **options, layers=["conv3"]).recipe.settings["around"] == "mean"
+    assert unlearn_with(one, digit_scores, **options, layers=["conv3"]).recipe.settings["around"] == "mean"
     with pytest.raises(
         ValueError, match="unlearn: around='mean' needs a bias that can carry the mean, that of layer 'fc1' is None"
     ):
-        unlearn(one, digit_scores, **options, around="mean")
+        unlearn_with(one, digit_scores, **options, around="mean")
     model, scores, layer, *_, (x, labels), _ = small("convolution and batch norm without weights")
     with pytest.raises(ValueError, match="around='mean' needs a bias .* layer '0' with its norm '1' is None"):
-        unlearn(model, scores, classes=[2], layers=[layer], data=[(x, labels)], around="mean", sign="any")
+        unlearn_with(model, scores, classes=[2], layers=[layer], data=[(x, labels)], around="mean", sign="any")
 
 
 def test_the_default_size_depends_on_what_is_given(trained, digit_scores):
@@ -319,11 +320,13 @@ def test_the_default_size_depends_on_what_is_given(trained, digit_scores):
         ({"data": data, "repair": "mean"}, 0.06),
         ({"data": data, "repair": "least_squares"}, 0.08),
     ):
-        edit = unlearn(model, digit_scores, classes=[1], **options)
+        edit = unlearn_with(model, digit_scores, classes=[1], **options)
         assert edit.recipe.settings["fraction"] == fraction
         assert sum(map(len, edit.recipe.components.values())) == int(fraction * 128)
     options = {"classes": [1], "data": data, "around": "zero"}
-    by_default, asked = (unlearn(model, digit_scores, **options, **more) for more in ({}, {"forget_accuracy": 0.05}))
+    by_default, asked = (
+        unlearn_with(model, digit_scores, **options, **more) for more in ({}, {"forget_accuracy": 0.05})
+    )
     assert by_default.recipe.settings == asked.recipe.settings
     assert by_default.recipe.components == asked.recipe.components
     assert by_default.recipe.settings["targets"]["forget_accuracy"]["asked"] == 0.05
@@ -332,14 +335,14 @@ def test_the_default_size_depends_on_what_is_given(trained, digit_scores):
 def test_zero_where_no_mean_meets_a_target(trained, digit_scores):
     model, train, _ = trained
     options = {"classes": [3], "data": zoo.batches(train), "components": "rows", "forget_accuracy": 0.05}
-    auto, zero = (unlearn(model, digit_scores, around=around, **options) for around in ("auto", "zero"))
+    auto, zero = (unlearn_with(model, digit_scores, around=around, **options) for around in ("auto", "zero"))
     assert auto.recipe.settings == zero.recipe.settings
     assert auto.recipe.settings["targets"]["forget_accuracy"]["met"]
     assert auto.recipe.components == zero.recipe.components
     with pytest.warns(UserWarning, match="none meets the targets") as seen:
-        mean = unlearn(model, digit_scores, around="mean", **options)
+        mean = unlearn_with(model, digit_scores, around="mean", **options)
     assert mean.recipe.settings["around"] == "mean"
-    assert [warning.filename for warning in seen] == [__file__]
+    assert [warning.filename for warning in seen] == [unlearn_with.__code__.co_filename]
 
 
 def loss(model, x, y):
@@ -352,9 +355,9 @@ def repaired(trained, digit_scores):
     """Class 3, in the middle of the network, by repair and protection; and the test images, that class and others."""
     model, train, test = trained
     options = {"classes": [3], "fraction": 0.12, "layers": ["conv2", "conv3"], "data": zoo.batches(train)}
-    edits = {kind: unlearn(model, digit_scores, repair=kind, **options) for kind in ("none", "mean")}
+    edits = {kind: unlearn_with(model, digit_scores, repair=kind, **options) for kind in ("none", "mean")}
     for protection in (0, 1, 1e6):
-        edits[protection] = unlearn(model, digit_scores, repair="least_squares", protection=protection, **options)
+        edits[protection] = unlearn_with(model, digit_scores, repair="least_squares", protection=protection, **options)
     x, y = test.tensors
     return edits, x[y == 3], (x[y != 3], y[y != 3])
 
@@ -385,7 +388,7 @@ def test_repair_keeps_what_is_silenced_silent(repaired, trained):
 def test_a_repaired_layer_keeps_the_biases_of_what_is_silenced(kind, trained, digit_scores):
     model, train, test = trained
     options = {"classes": [3], "layers": ["conv3", "fc1"], "top": 8, "data": zoo.batches(train)}
-    plain, edit = (unlearn(model, digit_scores, repair=repair, **options) for repair in ("none", kind))
+    plain, edit = (unlearn_with(model, digit_scores, repair=repair, **options) for repair in ("none", kind))
     rows = edit.recipe.components["fc1"]
     given = output_of(edit.model, "fc1", test.tensors[0])
     assert torch.equal(given[:, rows], plain.model.fc1.bias[rows].detach().expand(len(given), -1))
@@ -422,7 +425,7 @@ def test_repair_settings(repaired):
 def test_repair_names_what_it_cannot_repair(trained, digit_scores):
     model = copy.deepcopy(trained[0])
     model.fc1.bias = None
-    edit = unlearn(
+    edit = unlearn_with(
         model, digit_scores, classes=[3], layers=["conv3"], top=2, data=zoo.batches(trained[1]), repair="least_squares"
     )
     assert edit.recipe.settings["unrepaired"] == {
@@ -450,7 +453,7 @@ def looked_at(data, forget):
 def test_target_of_forgetting_is_met_by_the_smallest_edit(forget, trained, digit_scores):
     model, train, _ = trained
     data = zoo.batches(train)
-    edit = unlearn(model, digit_scores, classes=forget, data=data, forget_accuracy=0.5, **TARGET)
+    edit = unlearn_with(model, digit_scores, classes=forget, data=data, forget_accuracy=0.5, **TARGET)
     settings = edit.recipe.settings
     count = settings["count"]
     few = looked_at(train, forget)
@@ -462,7 +465,7 @@ def test_target_of_forgetting_is_met_by_the_smallest_edit(forget, trained, digit
     assert 1 < count < 0.2 * SIZES
     assert settings["tried"][str(count)] == round(reached, 4)
     same, fewer = (
-        unlearn(model, digit_scores, classes=forget, data=data, fraction=(number + 0.5) / SIZES, **TARGET)
+        unlearn_with(model, digit_scores, classes=forget, data=data, fraction=(number + 0.5) / SIZES, **TARGET)
         for number in (count, count - 1)
     )
     assert same.recipe.components == edit.recipe.components
@@ -480,20 +483,20 @@ def test_target_of_what_the_others_lose(trained, digit_scores):
     def drop(edit):
         return before - accuracies(edit.model, data, [0])[1]
 
-    everything = unlearn(model, digit_scores, retain_drop=1, **options)
+    everything = unlearn_with(model, digit_scores, retain_drop=1, **options)
     settings = everything.recipe.settings
     up = sum(int((digit_scores.direction[layer][:, 0] > 0).sum()) for layer in TARGET["layers"])
     assert settings["count"] == max(map(int, settings["tried"])) == min(up, SIZES // 2)
     assert drop(everything) > 0
     asked = drop(everything) / 2
-    edit = unlearn(model, digit_scores, retain_drop=asked, **options)
+    edit = unlearn_with(model, digit_scores, retain_drop=asked, **options)
     settings = edit.recipe.settings
     assert settings["targets"] == {"retain_drop": {"asked": asked, "reached": pytest.approx(drop(edit)), "met": True}}
     assert drop(edit) <= asked
     count = settings["count"]
     beyond = min(int(number) for number in settings["tried"] if int(number) > count)
     assert beyond - count <= max(1, 0.04 * beyond)
-    assert drop(unlearn(model, digit_scores, fraction=(beyond + 0.5) / SIZES, **options)) > asked
+    assert drop(unlearn_with(model, digit_scores, fraction=(beyond + 0.5) / SIZES, **options)) > asked
 
 
 def test_both_targets(trained, digit_scores):
@@ -501,8 +504,8 @@ def test_both_targets(trained, digit_scores):
     model, train, _ = trained
     data = zoo.batches(train)
     options = {"classes": [3], "data": data, "layers": ["conv1"], "around": "zero", "forget_accuracy": 0.3}
-    alone = unlearn(model, digit_scores, **options)
-    both = unlearn(model, digit_scores, retain_drop=1, **options)
+    alone = unlearn_with(model, digit_scores, **options)
+    both = unlearn_with(model, digit_scores, retain_drop=1, **options)
     assert both.recipe.components == alone.recipe.components
     targets = both.recipe.settings["targets"]
     assert {name: target["met"] for name, target in targets.items()} == {"forget_accuracy": True, "retain_drop": True}
@@ -514,7 +517,7 @@ def test_both_targets(trained, digit_scores):
         match=rf"unlearn: of \d+ edits .* none meets the targets: retain_drop is {drop:.4f}, which misses the target "
         rf"0 by {drop:.4f}\.",
     ):
-        missed = unlearn(model, digit_scores, retain_drop=0, **options)
+        missed = unlearn_with(model, digit_scores, retain_drop=0, **options)
     assert missed.recipe.components == alone.recipe.components
     assert missed.recipe.settings["targets"]["retain_drop"] == {"asked": 0.0, "reached": drop, "met": False}
 
@@ -523,11 +526,11 @@ def test_a_target_that_cannot_be_reached(trained, digit_scores):
     """Of one layer not more than half of its components go, and around the mean that is not enough."""
     model, train, _ = trained
     with pytest.warns(UserWarning, match="none meets the targets") as seen:
-        edit = unlearn(
+        edit = unlearn_with(
             model, digit_scores, classes=[3], data=zoo.batches(train), forget_accuracy=0, layers=["fc1"], around="mean"
         )
     (warning,) = seen
-    assert warning.filename == __file__
+    assert warning.filename == unlearn_with.__code__.co_filename
     settings = edit.recipe.settings
     target = settings["targets"]["forget_accuracy"]
     reached = target["reached"]
@@ -551,14 +554,16 @@ def test_a_target_with_a_single_component():
     scores = score(collect_moments(model, [(x, labels)], 2, layers=["0"]))
     options = {"sign": "any", "data": [(x, labels)], "repair": "least_squares", "retain_drop": 1, "layers": ["0"]}
     with pytest.warns(UserWarning, match="only the head is behind '0'"):
-        edit = unlearn(model, scores, classes=[1], **options)
+        edit = unlearn_with(model, scores, classes=[1], **options)
     assert edit.recipe.components == {"0": [0]}
 
 
 def test_targets_with_repair(trained, digit_scores):
     model, train, _ = trained
     data = zoo.batches(train)
-    edit = unlearn(model, digit_scores, classes=[3], data=data, forget_accuracy=0.6, repair="least_squares", **TARGET)
+    edit = unlearn_with(
+        model, digit_scores, classes=[3], data=data, forget_accuracy=0.6, repair="least_squares", **TARGET
+    )
     assert edit.recipe.settings["targets"]["forget_accuracy"]["met"]
     assert accuracies(edit.model, data, [3])[0] <= 0.6
 
@@ -572,9 +577,9 @@ def test_removing_what_is_zeroed(trained, digit_scores, tmp_path):
     x = test.tensors[0]
     before = copy.deepcopy(model)
     options = {"classes": [2, 5], "fraction": 0.15, "sign": "any", "layers": ["conv2", "conv3", "fc1"]}
-    zeroed = unlearn(model, digit_scores, **options)
+    zeroed = unlearn_with(model, digit_scores, **options)
     assert len(zeroed.recipe.components) == 3
-    removed = unlearn(model, digit_scores, remove=True, example_inputs=x[:2], **options)
+    removed = unlearn_with(model, digit_scores, remove=True, example_inputs=x[:2], **options)
     with torch.no_grad():
         torch.testing.assert_close(removed.model(x), zeroed.model(x), rtol=1e-4, atol=1e-4)
     assert removed.recipe.components == zeroed.recipe.components
@@ -594,7 +599,7 @@ def test_removing_what_is_zeroed(trained, digit_scores, tmp_path):
     assert str(loaded.model) == str(removed.model)
     assert state_equal(loaded.recipe.undo(loaded.model), fresh)
     mine = copy.deepcopy(model)
-    inplace = unlearn(mine, digit_scores, remove=True, example_inputs=x[:2], inplace=True, **options)
+    inplace = unlearn_with(mine, digit_scores, remove=True, example_inputs=x[:2], inplace=True, **options)
     assert inplace.model is mine
     assert str(mine) == str(removed.model)
     assert state_equal(mine, removed.model)
@@ -602,10 +607,10 @@ def test_removing_what_is_zeroed(trained, digit_scores, tmp_path):
     inplace.recipe.undo(mine, inplace=True)
     assert state_equal(mine, before)
     data = zoo.batches(train)
-    repaired = unlearn(
+    repaired = unlearn_with(
         model, digit_scores, remove=True, example_inputs=x[:2], data=data, repair="least_squares", **options
     )
-    whole = unlearn(model, digit_scores, around="zero", data=data, repair="least_squares", **options)
+    whole = unlearn_with(model, digit_scores, around="zero", data=data, repair="least_squares", **options)
     with torch.no_grad():
         torch.testing.assert_close(repaired.model(x), whole.model(x), rtol=1e-3, atol=1e-3)
     assert state_equal(repaired.recipe.undo(repaired.model), before)
@@ -631,7 +636,7 @@ def test_what_cannot_be_removed_stays_zeroed_or_is_refused():
     model = Residual(nn.ReLU()).eval()
     scores = score(collect_moments(model, [(x, labels)], 2))
     options = {"classes": [1], "top": 2, "sign": "any", "remove": True, "example_inputs": x[:2]}
-    edit = unlearn(model, scores, layers=["inner", "out"], **options)
+    edit = unlearn_with(model, scores, layers=["inner", "out"], **options)
     assert edit.recipe.settings["removed"] == {"inner": 2}
     assert edit.skipped.keys() == {"out"}
     assert edit.skipped["out"].startswith("zeroed, not removed: it shares its channels with first")
@@ -646,12 +651,12 @@ def test_what_cannot_be_removed_stays_zeroed_or_is_refused():
             match=rf"unlearn: remove must find a zeroed component that can be removed \({layers[0]}: "
             r"(it shares its channels with first|all its components are zeroed, and one must stay)",
         ):
-            unlearn(model, scores, layers=layers, **{**options, **more})
+            unlearn_with(model, scores, layers=layers, **{**options, **more})
     sigmoid = Residual(nn.Sigmoid()).eval()
     before = copy.deepcopy(sigmoid)
     scores = score(collect_moments(sigmoid, [(x, labels)], 2))
     with pytest.raises(ValueError, match="unlearn: remove must not change what the zeroed model gives; .* not 0 at 0"):
-        unlearn(sigmoid, scores, layers=["inner"], inplace=True, **options)
+        unlearn_with(sigmoid, scores, layers=["inner"], inplace=True, **options)
     assert state_equal(sigmoid, before)
 
 
@@ -679,7 +684,7 @@ def test_every_kind_of_edit_as_a_recipe(name, trained, digit_scores, tmp_path):
     if options.get("data"):
         options["data"] = zoo.batches(train)
     before = copy.deepcopy(model)
-    edit = unlearn(model, digit_scores, classes=[3], **options)
+    edit = unlearn_with(model, digit_scores, classes=[3], **options)
     assert state_equal(model, before)
     assert not state_equal(edit.model, before)
     assert state_equal(edit.recipe.undo(edit.model), before)
@@ -693,7 +698,7 @@ def test_every_kind_of_edit_as_a_recipe(name, trained, digit_scores, tmp_path):
     assert not state_equal(other.model, fresh)
     assert state_equal(other.recipe.undo(other.model), fresh)
     parameters = [id(parameter) for parameter in before.parameters()]
-    inplace = unlearn(before, digit_scores, classes=[3], inplace=True, **options)
+    inplace = unlearn_with(before, digit_scores, classes=[3], inplace=True, **options)
     assert inplace.model is before
     assert [id(parameter) for parameter in before.parameters()] == parameters
     assert state_equal(before, edit.model)
@@ -776,34 +781,34 @@ def test_every_bad_argument_is_named_with_its_value(call, trained, digit_scores)
     options = eval(f"dict({call})", {"DATA": [train.tensors], "X": x, "Y": labels})
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match=f"^unlearn: {BAD[call]}"):
-        unlearn(model, digit_scores, **{"classes": [1], "inplace": True, **options})
+        unlearn_with(model, digit_scores, **{"classes": [1], "inplace": True, **options})
     assert state_equal(model, before)
 
 
 def test_scores_of_another_model(trained, digit_scores):
     with pytest.raises(ValueError, match="unlearn: scores must come from this model: it has no layer 'conv1'"):
-        unlearn(nn.Linear(2, 2), digit_scores, classes=[1])
+        unlearn_with(nn.Linear(2, 2), digit_scores, classes=[1])
     wide = copy.deepcopy(trained[0])
     wide.fc1 = nn.Linear(64, 65)
     with pytest.raises(ValueError, match="layer 'fc1' has 65 components, its scores 64"):
-        unlearn(wide, digit_scores, classes=[1])
+        unlearn_with(wide, digit_scores, classes=[1])
     tied = copy.deepcopy(trained[0])
     tied.other = nn.Linear(64, 64)
     tied.other.weight = tied.fc1.weight
     with pytest.raises(ValueError, match="unlearn: layer 'fc1' cannot be edited: its parameters are shared"):
-        unlearn(tied, digit_scores, classes=[1], layers=["conv3", "fc1"])
+        unlearn_with(tied, digit_scores, classes=[1], layers=["conv3", "fc1"])
     grouped = nn.Sequential(nn.ConvTranspose2d(2, 4, 3, groups=2))
     moments = Moments(2)
     moments.update("0", torch.arange(40.0).view(10, 4), torch.arange(10) // 5)
     with pytest.raises(ValueError, match="unlearn: layer '0' is a transposed convolution in groups"):
-        unlearn(grouped, score(moments), classes=[1])
+        unlearn_with(grouped, score(moments), classes=[1])
     plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4, affine=False), nn.Flatten(), nn.LazyLinear(2)).eval()
     x = torch.randn(40, 1, 5, 5) + torch.arange(40)[:, None, None, None] % 2
     plain(x)
     with torch.no_grad():
         scores = score(collect_moments(plain, [(x, torch.arange(40) % 2)], 2))
     with pytest.raises(ValueError, match="unlearn: layer '0' cannot be silenced: '1' behind it mixes channels"):
-        unlearn(plain, scores, classes=[1], sign="any", layers=["0"])
+        unlearn_with(plain, scores, classes=[1], sign="any", layers=["0"])
 
 
 @pytest.mark.filterwarnings("ignore:score")
@@ -813,13 +818,13 @@ def test_one_class_alone_cannot_be_told_apart():
     moments.update("0", torch.randn(10, 3), torch.zeros(10, dtype=torch.int64))
     scores = score(moments)
     with pytest.raises(ValueError, match="unlearn: scores must hold samples of at least two classes"):
-        unlearn(model, scores, classes=[0])
+        unlearn_with(model, scores, classes=[0])
 
 
 def test_a_repair_with_nothing_to_repair_says_so(trained, digit_scores):
     model, loader = trained[0], zoo.batches(zoo.digits()[0])
     with pytest.warns(UserWarning, match="finds nothing to repair: only the head is behind 'fc1'"):
-        unlearn(
+        unlearn_with(
             model, digit_scores, classes=[2], layers=["fc1"], fraction=0.1, repair="least_squares", data=list(loader)
         )
 
@@ -876,7 +881,7 @@ def test_modhifi_takes_what_its_class_goes_through():
     for cls in range(3):
         due = by_hand(model, x[labels == cls]).argsort(descending=True)[:2].tolist()
         assert sorted(due) == of_known(cls)
-        edit = unlearn(model, scores, classes=[cls], method="modhifi", top=2, **options)
+        edit = unlearn_with(model, scores, classes=[cls], method="modhifi", top=2, **options)
         assert edit.recipe.components == {"0": of_known(cls)}
         after = accuracy_per_class(edit.model, [(x, labels)], 3)
         assert after.tolist() == [float(k != cls) for k in range(3)]
@@ -886,7 +891,7 @@ def test_modhifi_takes_what_its_class_goes_through():
     }  # fmt: skip
     assert not output_of(edit.model, "0", x)[:, of_known(2)].any()
     # Scores take neurons that do not matter.
-    by_score = unlearn(model, scores, classes=[0], top=2, around="zero", **options)
+    by_score = unlearn_with(model, scores, classes=[0], top=2, around="zero", **options)
     assert by_score.recipe.components == {"0": UNREAD}
     assert float(accuracy_per_class(by_score.model, [(x, labels)], 3)[0]) == 1
     assert by_score.recipe.settings["method"] == "discedit"
@@ -900,16 +905,16 @@ def test_contrast_leaves_what_all_classes_share():
         loud[2].weight[:, SHARED] = 4.0
     options = {"layers": ["0"], "data": [(x, labels)], "top": 1}
     assert by_hand(loud, x[labels == 1]).argmax() == SHARED
-    assert unlearn(loud, scores, classes=[1], by="fidelity", **options).recipe.components == {"0": [SHARED]}
+    assert unlearn_with(loud, scores, classes=[1], by="fidelity", **options).recipe.components == {"0": [SHARED]}
     contrast = by_hand(loud, x[labels == 1]) - by_hand(loud, x[labels != 1])
     for method in ("discedit", "modhifi"):
-        edit = unlearn(loud, scores, classes=[1], by="contrast", method=method, **{**options, "top": 2})
+        edit = unlearn_with(loud, scores, classes=[1], by="contrast", method=method, **{**options, "top": 2})
         assert edit.recipe.components == {"0": of_known(1)}
         assert sorted(contrast.argsort(descending=True)[:2].tolist()) == of_known(1)
         assert edit.recipe.settings["by"] == "contrast"
         assert edit.recipe.settings["around"] == {"discedit": "mean", "modhifi": "zero"}[method]
     # What is no higher for the class than for the others never goes.
-    everything = unlearn(loud, scores, classes=[1], by="contrast", **{**options, "top": 9})
+    everything = unlearn_with(loud, scores, classes=[1], by="contrast", **{**options, "top": 9})
     assert everything.recipe.components == {"0": (contrast > 0).nonzero()[:, 0].tolist()}
     assert len(everything.recipe.components["0"]) < 9
 
@@ -921,21 +926,21 @@ def test_modhifi_ranks_for_each_class_and_what_is_given_wins():
         "layers": ["0"],
         "data": [(x[i : i + 70], labels[i : i + 70]) for i in range(0, 300, 70)],
     }
-    both = unlearn(model, scores, classes=[0, 2], top=2, **options)
+    both = unlearn_with(model, scores, classes=[0, 2], top=2, **options)
     assert both.recipe.components == {"0": of_known(0) + of_known(2)}
-    edit = unlearn(model, scores, classes=[1], top=2, factor=-0.5, around="mean", **options)
+    edit = unlearn_with(model, scores, classes=[1], top=2, factor=-0.5, around="mean", **options)
     y, found = (output_of(net, "0", x)[:, of_known(1)] for net in (model, edit.model))
     m = output_of(model, "0", x[labels != 1])[:, of_known(1)].mean(0)
     torch.testing.assert_close(found, m - 0.5 * (y - m), rtol=1e-4, atol=1e-5)
     # By default the target of rows; at most half of the neurons are tried.
-    searched = unlearn(model, scores, classes=[1], **options)
+    searched = unlearn_with(model, scores, classes=[1], **options)
     assert searched.recipe.settings["targets"]["forget_accuracy"] == {"asked": 0.05, "reached": 0.0, "met": True}
     assert set(searched.recipe.components["0"]) <= set(of_known(1))
-    smaller = unlearn(model, scores, classes=[1], top=2, remove=True, example_inputs=x[:2], **options)
+    smaller = unlearn_with(model, scores, classes=[1], top=2, remove=True, example_inputs=x[:2], **options)
     assert smaller.model[0].out_features == 7
     for inputs in (x, x[labels == 1]):
         with torch.no_grad():
-            zeroed = unlearn(model, scores, classes=[1], top=2, **options).model(inputs)
+            zeroed = unlearn_with(model, scores, classes=[1], top=2, **options).model(inputs)
             torch.testing.assert_close(smaller.model(inputs), zeroed)
 
 
@@ -949,10 +954,10 @@ def test_layers_that_nothing_reads_as_rows():
     options = {"classes": [1], "method": "modhifi", "data": [(x, labels)], "top": 1}
     reason = "it is read by 2: it is a ConvTranspose2d; only Conv2d and Linear can be fitted"
     with pytest.raises(ValueError, match=rf"^unlearn: layers must name .* by='fidelity' can rank \(0: {reason}\)\.$"):
-        unlearn(model, scores, layers=["0"], **options)
+        unlearn_with(model, scores, layers=["0"], **options)
     with pytest.raises(ValueError, match=rf"^unlearn: layer '0' cannot be ranked by='fidelity': {reason}\.$"):
-        unlearn(model, scores, layers=["0", "2"], **options)
-    edit = unlearn(model, scores, layers=["2"], **options)  # each of its filters is read on 36 features
+        unlearn_with(model, scores, layers=["0", "2"], **options)
+    edit = unlearn_with(model, scores, layers=["2"], **options)  # each of its filters is read on 36 features
     assert edit.recipe.settings["layers"] == ["2"]
     with torch.no_grad():
         maps = model[:4](x[labels == 1]).double()
@@ -963,9 +968,9 @@ def test_layers_that_nothing_reads_as_rows():
     assert edit.recipe.components == {"2": [int(due.argmax())]}
     residual = Residual(nn.ReLU()).eval()
     scores = score(collect_moments(residual, [(x, labels)], 2))
-    assert unlearn(residual, scores, **options).recipe.settings["layers"] == ["inner"]
+    assert unlearn_with(residual, scores, **options).recipe.settings["layers"] == ["inner"]
     with pytest.raises(ValueError, match="unlearn: layer 'out' cannot be edited: it shares its channels with first"):
-        unlearn(residual, scores, layers=["out"], **options)
+        unlearn_with(residual, scores, layers=["out"], **options)
 
 
 def test_modhifi_negates_before_layer_norms():
@@ -980,17 +985,17 @@ def test_modhifi_negates_before_layer_norms():
     data = [{"pixel_values": x, "labels": labels}]
     scores = score(collect_moments(model, data, 3))
     options = {"classes": [1], "method": "modhifi", "data": data, "top": 2}
-    edit = unlearn(model, scores, **options)
-    assert edit.recipe.settings["factor"] == -1.0
+    edit = unlearn_with(model, scores, **options)
+    assert edit.recipe.settings["scale"] == -1.0
     (layer,) = edit.recipe.components
     assert layer == "vit.layers.2.mlp.fc1"
     rows = edit.recipe.components[layer]
     torch.testing.assert_close(output_of(edit.model, layer, x)[..., rows], -output_of(model, layer, x)[..., rows])
     assert state_equal(edit.recipe.undo(edit.model), model)
-    zeroed = unlearn(model, scores, factor=0.0, **options)
+    zeroed = unlearn_with(model, scores, factor=0.0, **options)
     assert zeroed.recipe.components == edit.recipe.components
     assert not output_of(zeroed.model, layer, x)[..., rows].any()
-    heads = unlearn(model, scores, components="heads", **{**options, "top": 1})
+    heads = unlearn_with(model, scores, components="heads", **{**options, "top": 1})
     ((layer, rows),) = heads.recipe.components.items()
     assert ".2.attention" in layer
     assert len(rows) == 8
@@ -1003,7 +1008,7 @@ def test_modhifi_negates_before_layer_norms():
 def test_modhifi_forgets_on_real_images(by, cifar, cifar_scores):
     model, train, _ = cifar
     data = zoo.batches(train)
-    edit = unlearn(model, cifar_scores, classes=[1], method="modhifi", by=by, data=data)
+    edit = unlearn_with(model, cifar_scores, classes=[1], method="modhifi", by=by, data=data)
     assert edit.recipe.settings["layers"] == [f"layer3.{i}.conv1" for i in range(3)]
     before, after = (accuracies(net, data, [1]) for net in (model, edit.model))
     assert before[0] > 0.9

@@ -36,7 +36,7 @@ from benchmarks.unlearning_rivals import (
     ssd,
     tuned,
 )
-from discedit import unlearn, zoo
+from discedit import AblateComponents, TopFraction, unlearn, zoo
 from discedit.evaluation.evaluate import accuracy_per_class, adaptive_unlearning_score
 
 transformers = pytest.importorskip("transformers")
@@ -57,7 +57,7 @@ class Digits:
         self.retain = list(zip(x[y != CLASS].split(150), y[y != CLASS].split(150), strict=True))
         self.forget = list(zip(x[y == CLASS].split(30), y[y == CLASS].split(30), strict=True))
         self.validate = list(zoo.batches(test))
-        self.edit = unlearn(self.model, scores, classes=[CLASS], fraction=0.15)
+        self.edit = unlearn(self.model, scores, classes=[CLASS], method=AblateComponents(TopFraction(0.15)))
 
     def run(self, name, **settings):
         if name == "random_components":

@@ -1,212 +1,486 @@
-"""Operations that silence components, attenuate them, or replace them by a mean: rows of a layer and of its norm."""
+"""Mean and zero ablation of the components that tell a class from the rest."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Mapping
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
-from discedit.model.forward import call, hooked, undisturbed
-from discedit.model.layers import gives_zero, input_of, is_affine, is_own, why_not_plain
-from discedit.recipes.recipe import Operation, Recipe, architecture_of, copied
+from discedit.common import validation
+from discedit.editing.concept_erasure import check_scale
+from discedit.editing.recording import record
+from discedit.editing.row_operations import AROUND, bias_of, scaled_rows, why_not_scaled, wrong_rows
+from discedit.editing.target_search import FORGET, Problem, search
+from discedit.graph.pruning_graph import Graph, unseen_message
+from discedit.model.forward import call, device_of, first_tensor, moved, undisturbed
+from discedit.recipes.recipe import Edit, Recipe, architecture_of, joined
+from discedit.repair.least_squares import Outputs, repaired, take_back
+from discedit.selection.candidates import check_layers, why_not_editable
+from discedit.selection.ranking import (
+    MEASURES,
+    OF_DATA,
+    SIGNS,
+    Limit,
+    MaxDamage,
+    Ranking,
+    TopFraction,
+    TopK,
+    rank,
+    rank_by_fidelity,
+    retain_damage,
+)
 
-AROUND = ("zero", "mean")
-# In units in the last place of the largest number: what a norm adds up may cancel. Of 16 bits there are not so many.
-ROUNDING, ROUNDING_OF_HALVES = 100, 16
+KINDS = {"rows": ("filters", "neurons"), "heads": ("heads",)}
+FRACTION = {"none": 0.06, "mean": 0.06, "least_squares": 0.08}  # by repair
+MOST = 0.5  # of the components, in a search
+CHECKED = 8  # samples of each kind on which what is ablated is looked at
 
 
-def silenced(
-    model: nn.Module,
-    norms: Mapping[str, str],
-    rows: Mapping[str, list[int]],
-    factor: float,
-    means: Mapping[str, Tensor] | None,
-) -> tuple[list[Operation], dict[str, Tensor]]:
-    """What makes y, the output of some rows behind the layer's norm, m + factor * (y - m); and the values it writes.
+@dataclass(frozen=True)
+class LeastSquares:
+    """The repair "least_squares" of `AblateComponents`, with its penalty.
 
     Args:
-        norms: layer -> the norm that its output goes straight into.
-        means: layer -> m, one for each row of the layer; 0 where None.
+        protection: what samples of the classes to forget count, all together, beside the others, in the penalty for
+            weights that give anything else on them than those without repair; 0 or more. Biases are fitted to the
+            others alone: however large it is, what the repair "mean" does is done.
 
     Raises:
-        ValueError: a layer whose output cannot be edited so.
+        ValueError: a protection that is not finite or below 0.
     """
-    operations: list[Operation] = []
-    tensors: dict[str, Tensor] = {}
-    for layer, channels in rows.items():
-        index = tuple(channels)
-        for name, dim in _rows_of(model, layer, norms.get(layer), factor):
-            kind = "scale" if factor else "fill"
-            operations.append(Operation(kind, name, dim=dim, index=index, value=factor))
-        if means is not None:
-            name = bias_of(model, layer, norms.get(layer))
-            if not name:
-                behind = f" with its norm {norms[layer]!r}" if layer in norms else ""
-                raise ValueError(
-                    f"unlearn: around='mean' needs a bias that can carry the mean, that of layer {layer!r}{behind} is "
-                    "None."
-                )
-            tensors[f"set.{len(operations)}"] = ((1 - factor) * means[layer][channels]).to(
-                model.get_parameter(name).dtype
-            )
-            operations.append(Operation("add", name, index=index))
-    return operations, tensors
+
+    protection: float = 1.0
+
+    def __post_init__(self) -> None:
+        validation.at_least_zero("unlearn", "protection", self.protection)
 
 
-def _rows_of(model: nn.Module, layer: str, norm: str | None, factor: float) -> list[tuple[str, int]]:
-    """The tensors whose rows are multiplied, each with the axis of the rows."""
-    module = model.get_submodule(layer)
-    rows = 0
-    if isinstance(module, _ConvNd) and module.transposed:
-        rows = 1
-        if module.groups > 1:
-            raise ValueError(f"unlearn: layer {layer!r} is a transposed convolution in groups, which is not supported.")
-    own = [(f"{layer}.weight", rows), (f"{layer}.bias", 0)]
-    present = dict([*model.named_parameters(), *model.named_buffers()])
-    if norm is None:
-        targets = own
-    elif f"{norm}.weight" in present:
-        of_norm = [(f"{norm}.weight", 0), (f"{norm}.bias", 0)]
-        # The norm's alone do it. Zeros in the layer leave nothing behind that a new norm could bring back.
-        targets = of_norm if factor else own + of_norm
-    elif isinstance(model.get_submodule(norm), (nn.GroupNorm, nn.LayerNorm)):
-        raise ValueError(
-            f"unlearn: layer {layer!r} cannot be silenced: {norm!r} behind it mixes channels and has no weights."
-        )
-    else:  # such a norm gives factor times as much for factor times the input around factor times the mean
-        targets = [*own, (f"{norm}.running_mean", 0)]
-    return [(name, dim) for name, dim in targets if name in present]
-
-
-def why_not_silenced(model: nn.Module, layer: str, norm: str | None, factor: float, around: str) -> str:
-    """Why `silenced` would not do what it says for this layer; empty where it does."""
-    if norm is None:
-        return why_not_plain(model.get_submodule(layer))
-    module = model.get_submodule(norm)
-    if not isinstance(module, _BatchNorm) or module.running_mean is None or is_affine(module):
-        own = is_own(module) and is_own(model.get_submodule(layer))
-        return "" if own else _why_not_on_trial(model.get_submodule(layer), norm, module, factor, around)
-    if factor == 0 and around == "zero" and gives_zero(module):
-        return ""
-    what = "the mean" if around == "mean" else "zero" if factor == 0 else f"{factor:g} times the output"
-    return (
-        f"the norm {norm!r} behind it is no affine map (it has an activation inside, say): its weights cannot "
-        f"make it give {what}; erase directions instead (components='directions'), or take factor=0, around='zero'"
-    )
-
-
-def bias_of(model: nn.Module, layer: str, norm: str | None) -> str:
-    """The tensor that can carry a constant added to the layer's output behind its norm; empty where there is none."""
-    place = layer if norm is None else norm
-    return f"{place}.bias" if getattr(model.get_submodule(place), "bias", None) is not None else ""
-
-
-def _why_not_on_trial(layer: nn.Module, name: str, norm: nn.Module, factor: float, around: str) -> str:
-    """Silences the first row of a copy, and looks at what it then gives."""
-    if around == "mean" and getattr(norm, "bias", None) is None:
-        return ""  # `silenced` says so
-    pair, norms, rows = nn.Sequential(layer, norm), {"0": "1"}, {"0": [0]}
-    trial = copied(pair)
-    means = {"0": torch.ones(1)} if around == "mean" else None
-    try:
-        operations, tensors = silenced(pair, norms, rows, factor, means)
-        recipe = Recipe("unlearn", {}, rows, architecture_of(pair), operations, tensors)
-        why = unsilenced(pair, recipe.apply(trial, inplace=True).model, norms, rows, factor, means, ()).get("0", "")
-    except ValueError as error:
-        return str(error).removeprefix("unlearn: ").removesuffix(".")
-    return why.replace("the norm '1'", f"the norm {name!r}")
-
-
-def unsilenced(
-    model: nn.Module,
-    edited: nn.Module,
-    norms: Mapping[str, str],
-    rows: Mapping[str, list[int]],
-    factor: float,
-    means: Mapping[str, Tensor] | None,
-    batches: Iterable[Any],
-) -> dict[str, str]:
-    """Layers whose edited rows do not give m + factor * (y - m), each with the reason.
-
-    Found out by running `edited`; layers that do not run there as modules run by themselves, on random input. y is what
-    `model` makes of what the edited layer reads.
+@dataclass(frozen=True)
+class AblateComponents:
+    """Unlearning that makes the components that tell the classes to forget best give a constant.
 
     Args:
-        batches: inputs of the model.
-        The others as for `silenced`.
+        limit: how many for each class: `TopFraction`, `TopK`, `AboveDeviations` or `MaxDamage`. By default the target
+            ``forget_accuracy=0.05`` when data is given, else ``TopFraction(0.06)``; with a repair, which a search would
+            do at every step, of 0.06 ("mean") or 0.08 ("least_squares").
+        by: what ranks them. "score"; "specific": the score minus the highest that the component has for a class that
+            stays. By samples in `data`, up to 1,024 of each kind, where one component can be told from another:
+            "fidelity", in [0, 1]: how much of what the layers that read it give it gives alone, with the best factor,
+            on samples of the class; "contrast": that minus the same on samples of the classes that stay.
+        sign: "up": only components more active for the class than for the rest; "any". Fidelities have none.
+        components: "rows" (filters and neurons, ranked together, of the last third of the layers by default) or "heads"
+            of attention, which are edited as a whole by their rows of the values, found on `example_inputs`.
+        scale: what an output is multiplied by: 0, between 0 and 1 (attenuated), -1 (negated); not 1.
+        around: an output y behind the layer's norm becomes m + scale * (y - m). "mean": m is its mean over 256 samples
+            of the classes that stay; "zero": 0; "auto": "mean" with data, where every chosen layer has a bias that can
+            carry it, and "zero" where no edit around the mean meets a target that one around zero meets.
+        repair: "none"; "mean": biases of the layers behind; "least_squares" or `LeastSquares`: their weights, too, on
+            samples of the classes that stay, as in `prune`.
+        remove: also remove the zeroed components physically, where nothing shares them; needs `example_inputs`. What
+            stays zeroed is in `Edit.skipped`.
+
+    Raises:
+        ValueError, TypeError: a field out of its range; a sign for fidelities; `remove` unless zeroed.
+
+    Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (there the top components of each layer, of any sign:
+    `preset("discedit_u")`).
     """
-    reasons: dict[str, str] = {}
-    seen: set[str] = set()
-    due: dict[str, Tensor] = {}
-    places = {layer: norms.get(layer, layer) for layer in rows}
 
-    def expected(layer: str, x: Tensor) -> Tensor | None:
-        """Behind the norm, in `model`; not needed where nothing is left of it."""
-        if not factor:
-            return None
-        y: Tensor = model.get_submodule(layer)(x)
-        return y if layer not in norms else model.get_submodule(norms[layer])(y)
+    limit: Limit | None = None
+    by: str = "score"
+    sign: str = "up"
+    components: str = "rows"
+    scale: float | None = 0.0
+    around: str = "auto"
+    repair: str | LeastSquares = "none"
+    remove: bool = False
+    name: ClassVar[str] = "ablate_components"
+    measures: ClassVar[tuple[str, ...]] = MEASURES
 
-    def compare(layer: str, output: Tensor, y: Tensor | None) -> None:
-        index = torch.tensor(rows[layer], device=output.device)
-        axis = output.ndim - 1 if isinstance(model.get_submodule(layer), nn.Linear) else 1
-        found = output.index_select(axis, index).movedim(axis, -1).double()
-        mean = torch.zeros(len(index), dtype=torch.float64, device=output.device)
-        if means is not None:
-            mean = means[layer].to(mean)[index]
-        ought, size = mean.expand_as(found), float(mean.abs().max())
-        if y is not None:
-            before = y.index_select(axis, index).movedim(axis, -1).double()
-            ought, size = mean + factor * (before - mean), max(size, float(before.abs().max()))
-        units = ROUNDING if output.element_size() >= 4 else ROUNDING_OF_HALVES
-        missed = float((found - ought).abs().max()) if found.numel() else 0.0
-        if not missed <= units * torch.finfo(output.dtype).eps * max(1.0, abs(factor)) * size:
-            where = f"behind the norm {norms[layer]!r} " if layer in norms else ""
-            what = f"{factor:g} times their output" if factor else "zero" if means is None else "the mean"
-            around = " around the mean" if factor and means is not None else ""
-            reasons[layer] = (
-                f"its components do not give {what}{around} {where}when their weights are made to, they miss it by "
-                f"{missed:.3g}; erase directions instead (components='directions'), or leave the layer out"
+    def __post_init__(self) -> None:
+        if self.limit is not None and not isinstance(self.limit, Limit):
+            raise TypeError(
+                f"unlearn: limit must be TopFraction, TopK, AboveDeviations or MaxDamage, got {self.limit!r}."
+            )
+        validation.choice("unlearn", "by", self.by, self.measures)
+        validation.choice("unlearn", "sign", self.sign, SIGNS)
+        validation.choice("unlearn", "components", self.components, KINDS)
+        validation.choice("unlearn", "around", self.around, ("auto", *AROUND))
+        if not isinstance(self.repair, LeastSquares):
+            validation.choice("unlearn", "repair", self.repair, FRACTION)
+        if self.scale is not None:
+            check_scale(self.scale)
+        if self.by in OF_DATA and self.sign != "up":
+            raise ValueError(f"unlearn: sign must not be given with by={self.by!r}, which has none, got {self.sign!r}.")
+        if self.remove and (self.scale or self.around == "mean"):
+            raise ValueError(
+                f"unlearn: remove needs scale=0 and around='zero', got scale={self.scale!r}, around={self.around!r}."
             )
 
-    def enter(layer: str, _: nn.Module, args: Any) -> None:
-        if not bool(args[0].isfinite().all()):
-            raise ValueError(f"unlearn: data must give finite feature maps, what {layer!r} reads holds NaN or Inf.")
-        y = expected(layer, args[0])
-        due[layer] = args[0] if y is None else y
+    @property
+    def repair_name(self) -> str:
+        return "least_squares" if isinstance(self.repair, LeastSquares) else self.repair
 
-    def leave(layer: str, _: nn.Module, __: Any, output: Any) -> None:
-        if layer in due and isinstance(output, Tensor):
-            y = due.pop(layer)
-            compare(layer, output, y if factor else None)
-            seen.add(layer)
+    @property
+    def protection(self) -> float:
+        return float(self.repair.protection if isinstance(self.repair, LeastSquares) else LeastSquares.protection)
 
-    handles = [edited.get_submodule(layer).register_forward_pre_hook(partial(enter, layer)) for layer in rows]
-    handles += [
-        edited.get_submodule(place).register_forward_hook(partial(leave, layer)) for layer, place in places.items()
-    ]
-    with undisturbed(model), undisturbed(edited):
-        with hooked(handles):
-            for batch in batches:
-                call(edited, batch)
-        for layer in rows:
-            if layer in seen:
-                continue
-            part, norm = edited.get_submodule(layer), edited.get_submodule(places[layer])
-            try:
-                x = input_of(part)
-                y = expected(layer, x)
-                output = part(x) if layer not in norms else norm(part(x))
-            except Exception as error:  # whatever a forward of somebody's own may need
-                if not (is_own(part) and is_own(norm)):
-                    reasons[layer] = (
-                        f"it cannot be run by itself to see what it gives ({type(error).__name__}: {error})"
-                    )
-                continue
-            compare(layer, output, y)
-    return reasons
+    def scale_for(self, model: nn.Module) -> float:
+        return float(self.scale or 0.0)
+
+    def apply(self, problem: Problem) -> tuple[Edit, str]:
+        """The edit, and what is to be said of targets that it misses.
+
+        Raises:
+            ValueError: data or inputs that are missing, a limit beside targets, or no component to choose from.
+        """
+        self._check_given(problem)
+        limit, targets = self._asked(problem)
+        plan = self._plan(problem)
+        if targets:
+            assert problem.data is not None
+            edit, missed = search(plan, problem.model, problem.data, targets)
+            if missed and self.around == "auto" and plan.around == "mean" and "forget_accuracy" in targets:
+                # Zeros disturb more: what the means of small networks leave, they may not.
+                other, of_other = search(replace(plan, around="zero"), problem.model, problem.data, targets)
+                if not of_other:
+                    edit, missed = other, ""
+        else:
+            assert limit is not None
+            missed = ""
+            damage = retain_damage(problem.scores, plan.units, problem.others) if isinstance(limit, MaxDamage) else {}
+            chosen = [limit.select(ranking, damage) for ranking in plan.rankings]
+            _report_nothing(problem.forget, chosen, limit)
+            edit = plan.edited(chosen)
+            value = int(limit.value) if isinstance(limit, TopK) else float(limit.value)
+            edit.recipe.settings = {limit.name: value, **edit.recipe.settings}
+        return (_without(problem.model, edit, problem.example_inputs) if self.remove else edit), missed
+
+    def _asked(self, problem: Problem) -> tuple[Limit | None, Mapping[str, float]]:
+        """A limit or targets."""
+        if self.limit is not None or problem.targets:
+            return self.limit, problem.targets
+        if problem.data is not None and self.repair_name == "none":
+            return None, {"forget_accuracy": FORGET}
+        return TopFraction(FRACTION[self.repair_name]), {}
+
+    def _check_given(self, problem: Problem) -> None:
+        if self.limit is not None and problem.targets:
+            given = ", ".join(f"{name}={value!r}" for name, value in problem.targets.items())
+            raise ValueError(f"unlearn: a limit and targets cannot be given together, got {self.limit} and {given}.")
+        needs = {
+            f"by={self.by!r}": self.by in OF_DATA,
+            "targets": bool(problem.targets),
+            f"repair={self.repair_name!r}": self.repair_name != "none",
+            "around='mean'": self.around == "mean",
+        }
+        for name, needed in needs.items():
+            if needed and problem.data is None:
+                raise ValueError(f"unlearn: {name} needs data, labelled batches of all classes, got data=None.")
+        heads = self.components == "heads" and self.by not in OF_DATA
+        for name, needed in (("remove=True", self.remove), ("components='heads'", heads)):
+            if needed and problem.example_inputs is None:
+                raise ValueError(f"unlearn: {name} needs example_inputs, got None.")
+        others_needed = self.by == "specific" or problem.data is not None or isinstance(self.limit, MaxDamage)
+        if not problem.others and others_needed:
+            raise ValueError(f"unlearn: classes must leave at least one class with samples, got {problem.forget}.")
+
+    def _plan(self, problem: Problem) -> _Plan:
+        model, scores, data = problem.model, problem.scores, problem.data
+        scale = self.scale_for(model)
+        inputs, graph = problem.example_inputs, None
+        if self.components == "heads" or self.by in OF_DATA:
+            if inputs is None:
+                assert data is not None
+                inputs = data.labelled("forget", 2)[0][0]
+            graph = Graph("unlearn", model, inputs)
+        units = _units(problem, graph, KINDS[self.components], scale, "zero" if self.around == "auto" else self.around)
+        if self.by in OF_DATA:
+            assert graph is not None
+            assert data is not None
+            rankings, unread = rank_by_fidelity(model, graph, units, data, self.by)
+            if unread and problem.layers is not None:
+                layer, why = next(iter(unread.items()))
+                raise ValueError(f"unlearn: layer {layer!r} cannot be ranked by={self.by!r}: {why}.")
+            units = {layer: parts for layer, parts in units.items() if layer not in unread}
+        else:
+            rankings = _rankings(problem, units, self.by, self.sign)
+        around = self.around
+        if around == "auto":
+            can = data is not None and not self.remove
+            can = can and all(bias_of(model, layer, scores.norms.get(layer)) for layer in units)
+            can = can and not any(
+                why_not_scaled(model, layer, scores.norms.get(layer), scale, "mean") for layer in units
+            )
+            around = "mean" if can else "zero"
+        settings = {"method": self.name, "by": self.by, "sign": self.sign, "components": self.components}
+        return _Plan(
+            replace(problem, example_inputs=inputs),
+            units,
+            rankings,
+            scale,
+            around,
+            self.repair_name,
+            self.protection,
+            settings,
+        )
+
+
+@dataclass(frozen=True)
+class ModHiFiU(AblateComponents):
+    """ModHiFi-U: components of highest fidelity on the class to forget give zero, or are negated.
+
+    Args:
+        by: "fidelity", or "contrast", which is not from there.
+        scale: None: -1 where the model has a layer norm, else 0.
+        The others as for `AblateComponents`.
+
+    Source: Kashyap, Murti, Nayak, Narshana and Bhattacharyya, ModHiFi, NeurIPS 2025, there a given share of the last
+    layers.
+    """
+
+    by: str = "fidelity"
+    scale: float | None = None
+    around: str = "zero"
+    name = "modhifi_u"
+    measures = OF_DATA
+
+    def scale_for(self, model: nn.Module) -> float:
+        if self.scale is not None:
+            return float(self.scale)
+        return -1.0 if any(isinstance(module, nn.LayerNorm) for module in model.modules()) else 0.0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything about an edit but how many components go."""
+
+    problem: Problem
+    units: dict[str, list[tuple[int, ...]]]  # layer -> the rows of each component that may be chosen
+    rankings: list[Ranking]  # of each class to forget
+    scale: float
+    around: str
+    repair: str
+    protection: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    what = "components per class"
+
+    @property
+    def sizes(self) -> int:
+        return self.rankings[0].sizes
+
+    @property
+    def most(self) -> int:
+        return min(max(len(ranking.places) for ranking in self.rankings), max(1, math.floor(MOST * self.sizes)))
+
+    def first(self, count: int) -> Edit:
+        """The edit of so many components for each class."""
+        return self.edited([ranking.places[:count] for ranking in self.rankings])
+
+    def edited(self, chosen: Iterable[list[tuple[str, int]]]) -> Edit:
+        """The edit of these components, those of each class together."""
+        picked: dict[str, set[int]] = {layer: set() for layer in self.units}
+        for places in chosen:
+            for layer, part in places:
+                picked[layer].update(self.units[layer][part])
+        rows = {layer: sorted(found) for layer, found in picked.items() if found}
+        skipped: dict[str, str] = {}
+        while True:
+            edit = self._made(rows)
+            wrong = self._wrong(edit.model, rows)
+            if not wrong:
+                edit.skipped = skipped
+                return edit
+            skipped |= wrong
+            rows = {layer: found for layer, found in rows.items() if layer not in wrong}
+            if not rows:
+                layer, why = next(iter(skipped.items()))
+                raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
+
+    def _means(self) -> Mapping[str, Tensor] | None:
+        if self.around != "mean":
+            return None
+        assert self.problem.data is not None
+        means = self.problem.data.means({layer: self.problem.scores.norms.get(layer, layer) for layer in self.units})
+        for layer, mean in means.items():
+            if not bool(mean.isfinite().all()):
+                raise ValueError(f"unlearn: data must give finite feature maps, the mean of {layer!r} is NaN or Inf.")
+        return means
+
+    def _wrong(self, edited: nn.Module, rows: Mapping[str, list[int]]) -> dict[str, str]:
+        """Layers of the edited model that do not give what the recipe says, with reasons."""
+        inputs, data = self.problem.example_inputs, self.problem.data
+        batches = [] if inputs is None else [moved(inputs, device_of(edited))]
+        if data is not None:
+            batches = data.last(CHECKED)
+        norms = {layer: norm for layer, norm in self.problem.scores.norms.items() if layer in rows}
+        return wrong_rows(self.problem.model, edited, norms, rows, self.scale, self._means(), batches)
+
+    def _made(self, rows: dict[str, list[int]]) -> Edit:
+        model, scores = self.problem.model, self.problem.scores
+        operations, tensors = scaled_rows(model, scores.norms, rows, self.scale, self._means())
+        settings = {
+            "classes": self.problem.forget,
+            **self.settings,
+            "layers": list(self.units),
+            "scale": self.scale,
+            "around": self.around,
+            "repair": self.repair,
+            **({"protection": self.protection} if self.repair == "least_squares" else {}),
+            **scores.settings,
+        }
+        edit = Recipe("unlearn", settings, rows, architecture_of(model), operations, tensors).apply(model)
+        if self.repair != "none":
+            self._repair(edit, rows)
+        edit.widths = {layer: len(scores[layer]) for layer in rows}
+        return edit
+
+    def _repair(self, edit: Edit, rows: Mapping[str, list[int]]) -> None:
+        model, data = self.problem.model, self.problem.data
+        assert data is not None
+        retain, held_out = data.kept_back("retain")
+        forget = data.parts("forget")
+        order, head = list(data.trace.runs), data.trace.head
+        first = next(i for i, name in enumerate(order) if name in rows)
+        behind = [
+            name
+            for name in order[first + 1 :]
+            if name != head and isinstance(edit.model.get_submodule(name), (nn.Conv2d, nn.Linear))
+        ]
+        if not behind:
+            warnings.warn(
+                f"unlearn: repair={self.repair!r} finds nothing to repair: only the head is behind {order[first]!r}.",
+                stacklevel=7,
+            )
+            return
+        outputs = Outputs(model, held_out)
+        unrepaired = outputs.error(edit.model)
+        weights = self.repair == "least_squares"
+        result = repaired(
+            "unlearn",
+            model,
+            edit.model,
+            behind,
+            {},
+            data.trace,
+            retain,
+            weights=weights,
+            silenced=rows,
+            protected=forget if weights else (),
+            protection=self.protection,
+            ignore=() if head is None else (head,),
+        )
+        take_back("unlearn", model, edit.model, result, {}, data.trace, held_out, silenced=rows)
+        if result.skipped:
+            edit.recipe.settings["unrepaired"] = result.skipped
+        record(edit, result.before, result.values)
+        outputs.warn_if_worse("unlearn", unrepaired, outputs.error(edit.model), stacklevel=7)
+
+
+def _units(
+    problem: Problem, graph: Graph | None, kinds: Iterable[str], scale: float, around: str
+) -> dict[str, list[tuple[int, ...]]]:
+    """Layer -> the rows of each component that may be chosen: all rows, or with a graph what it finds of some kinds."""
+    model, scores = problem.model, problem.scores
+    widths = {layer: len(scores[layer]) for layer in scores}
+    chosen = list(dict.fromkeys(check_layers("unlearn", model, widths, problem.layers)))
+    reasons = {}
+    for layer in chosen:
+        why = why_not_editable(model, layer) or why_not_scaled(model, layer, scores.norms.get(layer), scale, around)
+        if why:
+            reasons[layer] = why
+    units: dict[str, list[tuple[int, ...]]] = {
+        layer: [(row,) for row in range(widths[layer])] for layer in chosen if layer not in reasons
+    }
+    if graph is not None:
+        found, unfit = graph.find(units, kinds)
+        reasons |= unfit
+        units = {layer: [tuple(rows) for rows in parts.rows] for layer, parts in found.items()}
+    if problem.layers is None:
+        order = list(units)
+        units = {layer: units[layer] for layer in order[len(order) - math.ceil(len(order) / 3) :]}
+    elif len(units) < len(chosen):
+        layer, why = next(((layer, reasons[layer]) for layer in chosen if layer in reasons), ("", ""))
+        raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
+    if not units:
+        why = f" ({'; '.join(f'{layer}: {why}' for layer, why in reasons.items())})" if reasons else ", it is empty"
+        raise ValueError(f"unlearn: layers must name at least one layer that can be edited{why}.")
+    return units
+
+
+def _rankings(problem: Problem, units: dict[str, list[tuple[int, ...]]], by: str, sign: str) -> list[Ranking]:
+    found = []
+    for cls in problem.forget:
+        ranking = rank(problem.scores, units, cls, problem.others, by=by, sign=sign)
+        if not ranking.places:
+            more = "more active for it than for the rest " if sign == "up" else ""
+            raise ValueError(f"unlearn: no component of the chosen layers {more}tells class {cls} from the rest.")
+        found.append(ranking)
+    return found
+
+
+def _report_nothing(forget: list[int], chosen: list[list[tuple[str, int]]], limit: Limit) -> None:
+    """No silent no-op."""
+    empty = [cls for cls, places in zip(forget, chosen, strict=True) if not places]
+    message = f"unlearn: {limit.name}={limit.value!r} leaves no component to edit for the classes {empty}."
+    if len(empty) == len(forget):
+        raise ValueError(message)
+    if empty:
+        warnings.warn(message, stacklevel=5)
+
+
+def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> Edit:
+    """The edit, and the zeroed components removed, where they can be; why the others stay is in `Edit.skipped`."""
+    graph = Graph("unlearn", edit.model, example_inputs)
+    gone = edit.recipe.components
+    found, skipped = graph.find(list(gone), ["filters", "neurons", "heads"])
+    chosen: dict[str, list[int]] = {}
+    for layer, parts in found.items():
+        whole = [i for i, rows in enumerate(parts.rows) if set(rows) <= set(gone[layer])]
+        if len(whole) == len(parts.rows):
+            skipped[layer] = "all its components are zeroed, and one must stay"
+        elif whole:
+            chosen[layer] = whole
+        else:
+            skipped[layer] = f"its {parts.kind} are zeroed in part only"
+    operations, failed = graph.plan(chosen)
+    skipped |= failed
+    chosen = {layer: parts for layer, parts in chosen.items() if layer not in failed}
+    if not chosen:
+        reasons = "; ".join(f"{layer}: {why}" for layer, why in skipped.items())
+        raise ValueError(f"unlearn: remove must find a zeroed component that can be removed ({reasons}).")
+    rows = {layer: sorted(r for i in parts for r in found[layer].rows[i]) for layer, parts in chosen.items()}
+    smaller = Recipe("prune", {}, rows, architecture_of(edit.model), operations).apply(edit.model)
+    smaller.widths = {layer: edit.widths[layer] for layer in rows}
+    _same_function(edit.model, smaller.model, example_inputs)
+    if unseen := graph.unseen(chosen):
+        warnings.warn(unseen_message("unlearn", unseen), stacklevel=5)
+    both = joined(model, [edit, smaller], inplace=False)
+    both.recipe.settings["removed"] = {layer: len(parts) for layer, parts in rows.items()}
+    kept = {layer: f"zeroed, not removed: {why}" for layer, why in skipped.items() if layer in gone}
+    both.skipped = edit.skipped | kept
+    return both
+
+
+def _same_function(zeroed: nn.Module, smaller: nn.Module, example_inputs: Any) -> None:
+    device = device_of(zeroed)
+    with torch.no_grad():
+        before, after = (_logits(part, example_inputs, device) for part in (zeroed, smaller))
+    if not float((before - after).abs().max()) <= 1e-3 * float(before.abs().max()) + 1e-6:
+        raise ValueError(
+            "unlearn: remove must not change what the zeroed model gives; here zeroed components still give "
+            "something behind their activation, which is not 0 at 0."
+        )
+
+
+def _logits(model: nn.Module, inputs: Any, device: torch.device) -> Tensor:
+    with undisturbed(model):
+        output = first_tensor(call(model, moved(inputs, device)))
+    assert output is not None
+    return output

@@ -8,23 +8,28 @@ Layers are taken in the order in which they run, each on what those edited befor
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from discedit.common import validation
+from discedit.editing.target_search import FORGET, Problem, search
 from discedit.model.forward import call, first_tensor, hooked, undisturbed
 from discedit.model.functional import LayersCalled
 from discedit.model.layers import as_its_class, input_of
-from discedit.model.trace import ModelTrace
+from discedit.model.trace import ModelTrace, is_layer
+from discedit.moments.calibration import SAMPLES
+from discedit.moments.forget_retain import Classified
 from discedit.ops import fisher_bound
-from discedit.recipes.recipe import Operation
+from discedit.recipes.recipe import Edit, Operation, Recipe, architecture_of, copied
 from discedit.repair.lockstep import Pause, in_lockstep
+from discedit.selection.candidates import why_not_editable
 
 RIDGE = 1e-2  # of the mean variance: a few hundred samples know little of the directions that hardly vary
 LEAST_DIFFERENCE = 1e-6
@@ -32,6 +37,11 @@ MISSED = 0.1  # of what an erasure is to change, where the rounding of the weigh
 ROWS_PER_CHANNEL = 64
 LEAST_ROWS = 2**14
 OTHERS = -1  # the group of all samples that stay
+# Shares of the layers, from the last, that directions are erased from: by default, and at most in a search.
+LAYERS, SEARCHED_LAYERS = 0.1, 1 / 3
+LEAST_LAYERS = 2
+# Samples that directions are found on: of each class to forget, of the others, of these for each feature of a layer.
+EACH, REST, PER_FEATURE = 128, 256, 2
 
 
 @dataclass
@@ -235,3 +245,141 @@ def _add(result: Erased, name: str, tensor: Tensor, values: Tensor) -> None:
     result.tensors[f"set.{len(result.operations)}"] = values.cpu()
     result.operations.append(Operation("add", name, index=tuple(range(len(tensor)))))
     tensor += values
+
+
+@dataclass(frozen=True)
+class EraseDirections:
+    """Unlearning that takes out of layers' weights the directions in which the classes to forget differ most.
+
+    Of each layer, in what it reads at one position (channels of a feature map, features of a token), one direction for
+    each class: u = (S_f + S_r)^-1 (m_f - m_r), at which the Fisher bound between the class and the others is attained.
+    Means m and covariances S are those of 128 samples of the class and of 256 that stay, or twice as many as the widest
+    layer has inputs, up to 1,024. The difference of the means is taken out of the weights along u, around the mean of
+    the samples that stay; after that no linear function of what the layer reads has another mean for the class.
+
+    Layers are any convolution (not in groups) and linear layer with a bias, or a batch norm behind, the head too. By
+    default the last tenth of them, at least two, since more lowers what the others keep; with targets up to the last
+    third: the size of an edit is its number of layers.
+
+    Args:
+        scale: what is left of each direction: 0 (erased), between 0 and 1 (attenuated), -1 (negated); not 1.
+
+    Raises:
+        ValueError: a scale that is not finite, or 1.
+
+    Source: LEACE (Belrose et al., NeurIPS 2023), there from features, here from weights.
+    """
+
+    scale: float = 0.0
+    name: ClassVar[str] = "erase_directions"
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+
+    def apply(self, problem: Problem) -> tuple[Edit, str]:
+        """The edit, and what is to be said if it does not forget enough.
+
+        Raises:
+            ValueError: no data, or no layer that can be edited.
+        """
+        if problem.data is None:
+            raise ValueError(
+                "unlearn: EraseDirections needs data, labelled batches of all classes, got data=None; AblateComponents "
+                "needs none."
+            )
+        layers, reasons = erasable_layers(problem)
+        if not layers:
+            why = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "there is none"
+            raise ValueError(f"unlearn: layers must name at least one layer that can be edited ({why}).")
+        plan = _Erasure(problem, layers, float(self.scale), problem.data)
+        if problem.targets:
+            return search(plan, problem.model, problem.data, problem.targets)
+        return plan.whole()
+
+
+def check_scale(scale: Any) -> None:
+    if not validation.is_number(scale) or not math.isfinite(scale):
+        raise ValueError(f"unlearn: scale must be a finite number, got {scale!r}.")
+    if scale == 1:
+        raise ValueError(f"unlearn: scale must not be 1, which changes nothing, got {scale!r}.")
+
+
+def erasable_layers(problem: Problem) -> tuple[list[str], dict[str, str]]:
+    """The layers that directions are to be erased from, in the order in which they run; and why not from others."""
+    model, data = problem.model, problem.data
+    assert data is not None
+    trace = data.trace
+    known = {name: module for name, module in model.named_modules() if is_layer(module)}
+    reasons = {}
+    for name in dict.fromkeys([*trace.in_order(known), *known]):
+        why = why_not_editable(model, name) or trace.why_not_fitted(name)
+        if not why and known[name].weight.shape[1] <= len(problem.forget):
+            why = f"it has {known[name].weight.shape[1]} inputs, of which nothing would be left"
+        reasons[name] = why or trace.why_not_erased(name)
+    able = [name for name, why in reasons.items() if not why]
+    if problem.layers is None:
+        share = SEARCHED_LAYERS if problem.targets else LAYERS
+        able = able[-max(LEAST_LAYERS, math.ceil(share * len(able))) :]
+    else:
+        for name in problem.layers:
+            if name not in able:
+                why = reasons.get(name, "the model has no convolution or linear layer of that name")
+                raise ValueError(f"unlearn: layer {name!r} cannot be edited: {why}.")
+        able = [name for name in able if name in problem.layers]
+    return able, {name: why for name, why in reasons.items() if why}
+
+
+@dataclass(frozen=True)
+class _Erasure:
+    """Directions to be erased from what layers read."""
+
+    problem: Problem
+    layers: list[str]
+    scale: float
+    data: Classified
+
+    what = "layers"
+
+    @property
+    def sizes(self) -> int:
+        return len(self.layers)
+
+    most = sizes
+
+    def first(self, count: int) -> Edit:
+        """From so many layers, the last of them."""
+        return self._edited(self.layers[len(self.layers) - count :])[0]
+
+    def whole(self) -> tuple[Edit, str]:
+        """From all layers; and what is to be said if that is not enough."""
+        edit, left = self._edited(self.layers)
+        edit.recipe.settings = {"forget_accuracy": left, **edit.recipe.settings}
+        if left <= FORGET:
+            return edit, ""
+        return edit, (
+            f"unlearn: {100 * left:.1f} % of the samples to forget are still named rightly, more than {100 * FORGET:g} "
+            f"%; more layers, or method=AblateComponents() with a target, may do better."
+        )
+
+    def _edited(self, layers: list[str]) -> tuple[Edit, float]:
+        model, forget = self.problem.model, self.problem.forget
+        trial = copied(model)
+        widest = max(model.get_parameter(f"{layer}.weight").shape[1] for layer in self.layers)
+        number = {"retain": max(REST, PER_FEATURE * widest), "forget": EACH * len(forget)}
+        parts = [part for kind, most in number.items() for part in self.data.labelled(kind, min(most, SAMPLES))]
+        made = erased(trial, layers, self.data.trace, parts, forget, self.scale)
+        if not made.operations:
+            layer, why = next(iter(made.skipped.items()))
+            raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
+        settings = {
+            "classes": forget,
+            "method": EraseDirections.name,
+            "layers": [layer for layer in layers if layer not in made.skipped],
+            "scale": self.scale,
+            "around": "mean",
+            "directions": made.bounds,
+        }
+        recipe = Recipe("unlearn", settings, {}, architecture_of(model), made.operations, made.tensors)
+        edit = recipe.apply(model)
+        edit.skipped = made.skipped
+        return edit, made.forgotten

@@ -1,1 +1,22 @@
 """What goes: importances, budgets, rankings."""
+
+from discedit.selection.budget import Budget, GlobalRatio, MaxMacs, MaxParameters, Ratio, Threshold
+from discedit.selection.importance import Random, importances
+from discedit.selection.ranking import AboveDeviations, Limit, MaxDamage, TopFraction, TopFractionOfEach, TopK
+
+__all__ = [
+    "AboveDeviations",
+    "Budget",
+    "GlobalRatio",
+    "Limit",
+    "MaxDamage",
+    "MaxMacs",
+    "MaxParameters",
+    "Random",
+    "Ratio",
+    "Threshold",
+    "TopFraction",
+    "TopFractionOfEach",
+    "TopK",
+    "importances",
+]

@@ -1,35 +1,287 @@
-"""Budgets of structured pruning: which components go so that a target is met. Knows numbers and names, no models."""
+"""Budgets of structured pruning: how much goes, and which components that makes. Knows numbers and names, no models."""
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from discedit.common import validation
 
-BUDGETS = ("ratio", "global_ratio", "threshold", "parameters", "macs")
 NORMALISATIONS = ("none", "mean", "max", "rank")
-UNITS = {"parameters": "parameters", "macs": "multiply-accumulates"}
 ROUNDING = 1 + 1e-12  # keeps 0.1 * 30 from becoming 4 for one ulp
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What must stay, whatever the budget.
+class Budget(ABC):
+    """How much goes; each subclass says it in its own unit.
 
     Attributes:
-        floor: layer -> components that must stay, at least 1; 1 where a layer is not named.
-        multiple: the number of components that stay in a layer is a multiple of this, or the layer stays whole.
+        value: the number, as the subclass says.
+        floor: components that stay in each layer at least, or layer -> components; 1 where a layer is not named.
+        round_to: the number of components that stay in a layer is a multiple of this, or the layer stays whole.
+
+    Raises:
+        ValueError: a value out of its range.
     """
 
-    floor: Mapping[str, int] = field(default_factory=dict)
-    multiple: int = 1
+    value: Any
+    _: KW_ONLY
+    floor: int | Mapping[str, int] = 1
+    round_to: int = 1
+
+    name: ClassVar[str]  # as an argument of `prune`
+
+    def __post_init__(self) -> None:
+        validation.positive_integer("prune", "round_to", self.round_to)
+        floors = self.floor.items() if isinstance(self.floor, Mapping) else [("", self.floor)]
+        for layer, least in floors:
+            validation.positive_integer("prune", f"floor[{layer!r}]" if layer else "floor", least)
+
+    @abstractmethod
+    def choice(self, order: _Order, cost: Cost | None, few: Collection[str]) -> Choice:
+        """What goes; arguments as for `choose`."""
+
+    def step(self, progress: Progress) -> Budget:
+        """The budget of one of several steps, of what those before it have left."""
+        return self
+
+    def within(self, layers: Collection[str]) -> Budget:
+        """The same without what it says of other layers."""
+        value, floor = (
+            {layer: number for layer, number in part.items() if layer in layers} if isinstance(part, Mapping) else part
+            for part in (self.value, self.floor)
+        )
+        return replace(self, value=value, floor=floor)
+
+    def named(self) -> Iterator[tuple[str, str]]:
+        """(argument, layer) for each layer that it names."""
+        yield from ((self.name, layer) for layer, _ in _items(self.value))
+        yield from (("floor", layer) for layer, _ in _items(self.floor))
+
+    def asks(self) -> bool:
+        """Whether anything is to go."""
+        return any(self.value.values()) if isinstance(self.value, Mapping) else bool(self.value)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far pruning in several steps has come.
+
+    Attributes:
+        share: of the whole way, at the end of the step, in (0, 1].
+        size: parameters or multiply-accumulates of the whole model.
+        had, lost: layer -> components at the beginning and those lost since; empty before the first step.
+        few: layers whose components are few and large, such as heads.
+    """
+
+    share: float = 1.0
+    size: float = 0.0
+    had: Mapping[str, int] | None = None
+    lost: Mapping[str, int] | None = None
+    few: Collection[str] = ()
+
+
+@dataclass(frozen=True)
+class Ratio(Budget):
+    """At least this share of each layer's components goes, in [0, 1), but one stays; of heads the nearest number.
+
+    `value` may also be layer -> share: layers that are not named stay whole.
+    """
+
+    name = "ratio"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for layer, share in _items(self.value):
+            _ratio(f"ratio[{layer!r}]", share)
+        if not isinstance(self.value, Mapping):
+            _ratio("ratio", self.value)
+
+    def of(self, layer: str) -> float:
+        return float(self.value.get(layer, 0.0) if isinstance(self.value, Mapping) else self.value)
+
+    def choice(self, order: _Order, cost: Cost | None, few: Collection[str]) -> Choice:
+        counts = {layer: share_of(self.of(layer), width, few=layer in few) for layer, width in order.widths.items()}
+        return _removal(order, self.name, sum(counts.values()), counts, order.held(counts))
+
+    def step(self, progress: Progress) -> Budget:
+        if progress.had is None or progress.lost is None:
+            scaled = {layer: ratio * progress.share for layer, ratio in _items(self.value)}
+            return replace(self, value=scaled if isinstance(self.value, Mapping) else self.value * progress.share)
+        shares = {}
+        for layer, whole in progress.had.items():
+            asked = share_of(self.of(layer) * progress.share, whole, few=layer in progress.few)
+            shares[layer] = max(0, asked - progress.lost[layer]) / (whole - progress.lost[layer])
+        return replace(self, value=shares)
+
+
+@dataclass(frozen=True)
+class Threshold(Budget):
+    """Components that are less important than this go."""
+
+    name = "threshold"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not validation.is_number(self.value) or math.isnan(self.value):
+            raise ValueError(f"prune: threshold must be a number, got {self.value!r}.")
+
+    def choice(self, order: _Order, cost: Cost | None, few: Collection[str]) -> Choice:
+        counts = {layer: int((values < float(self.value)).sum()) for layer, values in order.values.items()}
+        return _removal(order, self.name, sum(counts.values()), counts, order.held(counts))
+
+
+@dataclass(frozen=True)
+class AcrossLayers(Budget):
+    """A budget for all layers together.
+
+    Attributes:
+        across: how importances of different layers compare: "rank" (each layer loses the same share), "mean" or "max"
+            (divided by the layer's), "none" (as they are). "auto": "none" for the criteria "reconstruction" and
+            "combined", which are shares of what a layer's consumers get, unless a layer cannot be judged so; else
+            "rank".
+    """
+
+    _: KW_ONLY
+    across: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.choice("prune", "across", self.across, ("auto", *NORMALISATIONS))
+
+
+@dataclass(frozen=True)
+class GlobalRatio(AcrossLayers):
+    """This share of all components together goes, in [0, 1), the least important first."""
+
+    name = "global_ratio"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ratio("global_ratio", self.value)
+
+    def choice(self, order: _Order, cost: Cost | None, few: Collection[str]) -> Choice:
+        asked = share_of(self.value, sum(order.widths.values()))
+        held = order.widths if asked > len(order) else ()
+        return _removal(order, self.name, asked, order.prefix(asked), held)
+
+    def step(self, progress: Progress) -> Budget:
+        if progress.had is None or progress.lost is None:
+            return replace(self, value=self.value * progress.share)
+        had, lost = sum(progress.had.values()), sum(progress.lost.values())
+        left = max(0, share_of(self.value * progress.share, had) - lost)
+        return replace(self, value=left / (had - lost))
+
+
+@dataclass(frozen=True)
+class _Size(AcrossLayers):
+    """A budget of what is left."""
+
+    unit: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole = validation.index(self.value)
+        share = validation.is_number(self.value) and 0 < self.value < 1
+        if not share and (whole is None or whole < 0):
+            raise ValueError(
+                f"prune: {self.name} must be an integer number of {self.unit} or a share in (0, 1), got {self.value!r}."
+            )
+
+    def step(self, progress: Progress) -> Budget:
+        whole = progress.size
+        asked = math.floor(self.value * whole) if isinstance(self.value, float) else self.value
+        return replace(self, value=round(whole - (whole - asked) * progress.share) if asked < whole else asked)
+
+    def choice(self, order: _Order, cost: Cost | None, few: Collection[str]) -> Choice:
+        if cost is None:
+            raise ValueError(f"prune: cost must be given for a target of {self.name}, got None.")
+        measure: Callable[[Mapping[str, int]], float] = getattr(cost, self.name)
+
+        def left(length: int) -> float:
+            return measure(order.allowed(order.prefix(length)))
+
+        present = left(0)
+        asked = self._asked(present)
+        room = self._room(asked, present)
+        # What is left never grows with the prefix. Where none is enough, this is the whole order.
+        length = bisect.bisect_left(range(len(order)), True, key=lambda length: left(length) <= room)
+        reached = left(length)
+        met = reached <= room
+        if present <= room:
+            message = f"{self.name}: {round(asked):,} asked, {round(present):,} present: nothing has to go"
+        else:
+            message = f"{self.name}: {round(asked):,} asked, {round(reached):,} reached"
+            if not met:
+                message += f": {order.at_floor(order.widths)}"
+        return Choice(order.removed(order.prefix(length)), met, asked, reached, f"{message}.")
+
+    def _asked(self, present: float) -> float:
+        number = validation.index(self.value)
+        return number if number is not None and number >= 0 else float(self.value) * present
+
+    def _room(self, asked: float, present: float) -> float:
+        return asked
+
+
+@dataclass(frozen=True)
+class MaxParameters(_Size):
+    """So many parameters may be left: an integer, or a share in (0, 1) of those of the whole model."""
+
+    name, unit = "parameters", "parameters"
+
+    def _asked(self, present: float) -> float:
+        asked = super()._asked(present)
+        return asked if validation.index(self.value) is not None else math.floor(asked * ROUNDING)
+
+
+@dataclass(frozen=True)
+class MaxMacs(_Size):
+    """So many multiply-accumulates of a forward pass on `example_inputs` may be left: an integer, or a share in
+    (0, 1)."""
+
+    name, unit = "macs", "multiply-accumulates"
+
+    def _room(self, asked: float, present: float) -> float:
+        return min(asked, present) * ROUNDING
+
+
+BUDGETS: dict[str, type[Budget]] = {kind.name: kind for kind in (Ratio, GlobalRatio, Threshold, MaxParameters, MaxMacs)}
+
+
+def budget_of(op: str, budget: Budget | None, given: Mapping[str, Any]) -> Budget:
+    """The budget itself, or the one that an argument of its name stands for.
+
+    Raises:
+        TypeError: an argument that is no budget's name.
+        ValueError: none or several.
+    """
+    for name in given:
+        if name not in BUDGETS:
+            raise TypeError(f"{op}() got an unexpected keyword argument {name!r}; budgets are {', '.join(BUDGETS)}.")
+    if budget is not None and not isinstance(budget, Budget):
+        raise TypeError(f"{op}: budget must be one of {_classes()}, got {type(budget).__name__}.")
+    asked = {name: value for name, value in {"budget": budget, **given}.items() if value is not None}
+    if len(asked) != 1:
+        found = ", ".join(f"{name}={value!r}" for name, value in asked.items()) or "none of them"
+        raise ValueError(f"{op}: exactly one of {', '.join(BUDGETS)} or budget must be given, got {found}.")
+    [(name, value)] = asked.items()
+    return budget if budget is not None else BUDGETS[name](value)
+
+
+def _classes() -> str:
+    return ", ".join(kind.__name__ for kind in BUDGETS.values())
+
+
+def _items(value: Any) -> Iterable[tuple[str, Any]]:
+    return value.items() if isinstance(value, Mapping) else ()
 
 
 @dataclass(frozen=True)
@@ -38,8 +290,8 @@ class Choice:
 
     Attributes:
         removed: layer -> indices in ascending order; every layer is named, with an empty list where it stays whole.
-        met: False where all that the limits let go was not enough. What `Limits.multiple` rounds away is no failure.
-        asked, reached: of the budgets `parameters` and `macs`, how many may be left and how many are; of the others,
+        met: False where all that the limits let go was not enough. What `Budget.round_to` rounds away is no failure.
+        asked, reached: of `MaxParameters` and `MaxMacs`, how many may be left and how many are; of the others,
             how many components were to go and how many do.
         message: the same in words, and why where it was not met.
     """
@@ -60,11 +312,6 @@ class Cost:
         shapes: tensor -> its whole shape, for every parameter of the model.
         macs: tensor -> multiply-accumulates of a forward pass that are proportional to the size of that tensor.
         fixed_macs: those that no removal changes.
-
-    Raises:
-        ValueError: a footprint or `macs` names a tensor that `shapes` does not have (or has without elements), a
-            dimension that the tensor does not have or entries below 1; multiply-accumulates that are negative or not
-            finite.
     """
 
     def __init__(
@@ -74,38 +321,20 @@ class Cost:
         macs: Mapping[str, float],
         fixed_macs: float,
     ) -> None:
-        for layer, triples in footprints.items():
-            for triple in triples:
-                name, dim, entries = triple
-                if name not in shapes or not 0 <= dim < len(shapes[name]) or entries < 1:
-                    raise ValueError(
-                        f"prune: footprints must name a tensor, one of its dimensions and at least 1 entry of it, got "
-                        f"{triple!r} for layer {layer!r} (shape {shapes.get(name)})."
-                    )
         self._footprints = {layer: tuple(triples) for layer, triples in footprints.items()}
         self._shapes = dict(shapes)
         self._sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         self._whole = sum(self._sizes.values())
-        self._fixed_macs = validation.at_least_zero("prune", "fixed_macs", fixed_macs)
+        self._fixed_macs = float(fixed_macs)
         # Per element, which for a convolution is the whole number of its positions: the products are exact then.
-        self._macs_per_element = {}
-        for name, number in macs.items():
-            number = validation.at_least_zero("prune", f"macs[{name!r}]", number)
-            size = self._sizes.get(name, 0)
-            if name not in shapes or (number > 0 and size == 0):
-                raise ValueError(f"prune: macs must name tensors that have elements, got {name!r}.")
-            self._macs_per_element[name] = number / max(size, 1)
+        self._macs_per_element = {name: number / max(self._sizes[name], 1) for name, number in macs.items()}
 
     def parameters(self, removed: Mapping[str, int]) -> int:
-        """Elements left in all tensors when so many components are removed from each layer; {} for the whole model.
-
-        Raises:
-            ValueError: a layer without a footprint, or more entries taken from a tensor than it has.
-        """
+        """Elements left in all tensors when so many components are removed from each layer; {} for the whole model."""
         return self._whole + sum(size - self._sizes[name] for name, size in self._sizes_left(removed).items())
 
     def macs(self, removed: Mapping[str, int]) -> float:
-        """Multiply-accumulates of a forward pass of what is left; arguments and errors as for `parameters`."""
+        """Multiply-accumulates of a forward pass of what is left."""
         sizes = {**self._sizes, **self._sizes_left(removed)}
         return self._fixed_macs + sum(each * sizes[name] for name, each in self._macs_per_element.items())
 
@@ -113,85 +342,38 @@ class Cost:
         """Elements left in every tensor that loses some."""
         shapes: dict[str, list[int]] = {}
         for layer, count in removed.items():
-            if layer not in self._footprints:
-                raise ValueError(
-                    f"prune: footprints must name every layer that can lose components, {layer!r} is missing."
-                )
-            if count:
-                for name, dim, entries in self._footprints[layer]:
-                    shapes.setdefault(name, list(self._shapes[name]))[dim] -= count * entries
-        for name, shape in shapes.items():
-            if min(shape) < 0:
-                raise ValueError(
-                    f"prune: footprints must not take more entries than a tensor has, from {name!r} of shape "
-                    f"{self._shapes[name]} they leave {tuple(shape)}."
-                )
+            for name, dim, entries in self._footprints[layer] if count else ():
+                shapes.setdefault(name, list(self._shapes[name]))[dim] -= count * entries
         return {name: math.prod(shape) for name, shape in shapes.items()}
 
 
 def choose(
-    importances: Mapping[str, Tensor],
-    *,
-    ratio: float | Mapping[str, float] | None = None,
-    global_ratio: float | None = None,
-    threshold: float | None = None,
-    parameters: int | float | None = None,
-    macs: int | float | None = None,
-    cost: Cost | None = None,
-    limits: Limits,
-    few: Collection[str] = (),
+    importances: Mapping[str, Tensor], budget: Budget, *, cost: Cost | None = None, few: Collection[str] = ()
 ) -> Choice:
-    """The least important components, as many as one budget asks for and the limits let go.
+    """The least important components, as many as a budget asks for and its limits let go.
 
-    Exactly one budget is given. Components of one importance go in the order of layers, then of indices.
-    `global_ratio`, `threshold`, `parameters` and `macs` compare importances across layers: see `normalised`.
+    Components of one importance go in the order of layers, then of indices. Budgets across layers compare importances
+    of different layers as they are: see `normalised`.
 
     Args:
         importances: layer -> (components,), floating point, compared in float64; higher = keep. May be infinite.
-        ratio: share of each layer's components to remove, in [0, 1), or layer -> share; layers not named stay whole.
-            At least this share goes, ceil(ratio x components), but one component stays.
-        global_ratio: the same of the components of all layers together; what a limit keeps is made up for by the next
-            ones in order.
-        threshold: components with an importance below it go.
-        parameters: how many may be left: an integer, or a share of the whole model's in (0, 1). Components go in
-            ascending order of importance over all layers, and no more of them than are needed.
-        macs: the same for multiply-accumulates of a forward pass.
-        cost: what is left of the model, for `parameters` and `macs`.
-        limits: a layer never gets below its floor, and the number that stays is rounded up to a multiple: no budget
-            removes more than it asked for. `parameters` and `macs` go on in the order until what is rounded meets them.
-        few: layers whose components are few and large, such as heads: of these, `ratio` removes the nearest number.
+        budget: a layer never gets below its floor, and the number that stays is rounded up to a multiple: no budget
+            removes more than it asked for. What a limit keeps, `GlobalRatio` makes up for by the next ones in order;
+            `MaxParameters` and `MaxMacs` go on in the order until what is rounded meets them.
+        cost: what is left of the model, for these two.
+        few: layers whose components are few and large, such as heads: of these, `Ratio` removes the nearest number.
 
     Returns:
         `Choice`. A target that cannot be met gives the smallest model that the limits allow, with `met=False`.
 
     Raises:
-        ValueError: no budget or several, one outside its range, importances that are NaN or no vector, names of unknown
-            layers, limits below 1, or a target without a cost.
+        ValueError: importances that are NaN or no vector, or a target without a cost.
         TypeError: importances that are no tensors.
 
     Source: one order over all layers, Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient
     Inference, ICLR 2017; numbers rounded to a multiple, torch-pruning (Fang et al., DepGraph, CVPR 2023).
     """
-    given: dict[str, Any] = dict(zip(BUDGETS, (ratio, global_ratio, threshold, parameters, macs), strict=True))
-    given = {name: value for name, value in given.items() if value is not None}
-    if len(given) != 1:
-        found = ", ".join(f"{name}={value!r}" for name, value in given.items()) or "none of them"
-        raise ValueError(f"prune: exactly one of {', '.join(BUDGETS)} must be given, got {found}.")
-    [(budget, value)] = given.items()
-    order = _Order(_vectors(importances), limits)
-    if budget in UNITS:
-        return _left(order, budget, value, cost)
-    if budget == "global_ratio":
-        asked = share_of(_ratio("global_ratio", value), sum(order.widths.values()))
-        return _gone(order, budget, asked, order.prefix(asked), order.widths if asked > len(order) else ())
-    if budget == "ratio":
-        counts = _ratio_of_each(value, order.widths, few)
-    else:
-        if not validation.is_number(value) or math.isnan(value):
-            raise ValueError(f"prune: threshold must be a number, got {value!r}.")
-        counts = {layer: int((values < float(value)).sum()) for layer, values in order.values.items()}
-    held = [layer for layer, count in counts.items() if count > order.most[layer]]
-    return _gone(order, budget, sum(counts.values()), counts, held)
+    return budget.choice(_Order(_vectors(importances), budget), cost, few)
 
 
 def normalised(importances: Mapping[str, Tensor], how: str) -> dict[str, Tensor]:
@@ -238,15 +420,12 @@ def _normalised(layer: str, values: Tensor, how: str) -> Tensor:
 class _Order:
     """The components that the limits let go, in ascending order of importance, within and across layers."""
 
-    def __init__(self, importances: Mapping[str, Tensor], limits: Limits) -> None:
+    def __init__(self, importances: Mapping[str, Tensor], budget: Budget) -> None:
         self.values = {layer: values.cpu() for layer, values in importances.items()}
         self.widths = {layer: len(values) for layer, values in self.values.items()}
-        self.multiple = validation.positive_integer("prune", "round_to", limits.multiple)
-        _known("floor", limits.floor, self.widths)
-        self.floor = {
-            layer: validation.positive_integer("prune", f"floor[{layer!r}]", limits.floor.get(layer, 1))
-            for layer in self.widths
-        }
+        self.multiple = budget.round_to
+        floors = budget.floor if isinstance(budget.floor, Mapping) else dict.fromkeys(self.widths, budget.floor)
+        self.floor = {layer: floors.get(layer, 1) for layer in self.widths}
         self.most = self.allowed(self.widths)
         self.indices = {layer: values.argsort(stable=True) for layer, values in self.values.items()}
         lowest = [self.values[layer][self.indices[layer][:most]] for layer, most in self.most.items()]
@@ -274,6 +453,10 @@ class _Order:
         """The indices that go when so many are asked for in each layer."""
         return {layer: sorted(self.indices[layer][:count].tolist()) for layer, count in self.allowed(counts).items()}
 
+    def held(self, counts: Mapping[str, int]) -> list[str]:
+        """Layers of which the limits keep more than asked."""
+        return [layer for layer, count in counts.items() if count > self.most[layer]]
+
     def at_floor(self, layers: Iterable[str]) -> str:
         """That these layers cannot lose more, in words."""
         stay = {layer: self.widths[layer] - self.most[layer] for layer in layers}
@@ -287,7 +470,7 @@ class _Order:
         return f"{who} (largest layers left: {', '.join(named)})"
 
 
-def _gone(order: _Order, budget: str, asked: int, counts: Mapping[str, int], held: Collection[str]) -> Choice:
+def _removal(order: _Order, budget: str, asked: int, counts: Mapping[str, int], held: Collection[str]) -> Choice:
     """The choice for a budget that says what goes; `held` are the layers of which the limits keep more than it does."""
     removed = order.removed(counts)
     reached = sum(map(len, removed.values()))
@@ -297,31 +480,6 @@ def _gone(order: _Order, budget: str, asked: int, counts: Mapping[str, int], hel
     elif reached < asked:
         message += f": what stays is rounded up to multiples of {order.multiple}"
     return Choice(removed, not held, asked, reached, f"{message}.")
-
-
-def _left(order: _Order, budget: str, value: Any, cost: Cost | None) -> Choice:
-    """The choice for a target of what is left: the shortest prefix of the order that meets it."""
-    if cost is None:
-        raise ValueError(f"prune: cost must be given for a target of {budget}, got None.")
-    measure: Callable[[Mapping[str, int]], float] = cost.parameters if budget == "parameters" else cost.macs
-
-    def left(length: int) -> float:
-        return measure(order.allowed(order.prefix(length)))
-
-    present = left(0)
-    asked = _target(budget, value, present)
-    room = asked if budget == "parameters" else min(asked, present) * ROUNDING
-    # What is left never grows with the prefix. Where none is enough, this is the whole order.
-    length = bisect.bisect_left(range(len(order)), True, key=lambda length: left(length) <= room)
-    reached = left(length)
-    met = reached <= room
-    if present <= room:
-        message = f"{budget}: {round(asked):,} asked, {round(present):,} present: nothing has to go"
-    else:
-        message = f"{budget}: {round(asked):,} asked, {round(reached):,} reached"
-        if not met:
-            message += f": {order.at_floor(order.widths)}"
-    return Choice(order.removed(order.prefix(length)), met, asked, reached, f"{message}.")
 
 
 def _vectors(importances: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -346,28 +504,10 @@ def _vectors(importances: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return vectors
 
 
-def _known(argument: str, given: Iterable[str], layers: Collection[str]) -> None:
-    for layer in given:
-        if layer not in layers:
-            raise ValueError(
-                f"prune: {argument} must name layers that can lose components, {layer!r} is none of {[*layers]}."
-            )
-
-
 def _ratio(argument: str, value: Any) -> float:
     if not validation.is_number(value) or not 0 <= value < 1:
         raise ValueError(f"prune: {argument} must be a number in [0, 1), got {value!r}.")
     return float(value)
-
-
-def _ratio_of_each(value: Any, widths: Mapping[str, int], few: Collection[str]) -> dict[str, int]:
-    """How many components of each layer a ratio, or a mapping of them, asks for."""
-    if isinstance(value, Mapping):
-        _known("ratio", value, widths)
-        ratios = {layer: _ratio(f"ratio[{layer!r}]", share) for layer, share in value.items()}
-    else:
-        ratios = dict.fromkeys(widths, _ratio("ratio", value))
-    return {layer: share_of(ratios.get(layer, 0.0), width, few=layer in few) for layer, width in widths.items()}
 
 
 def share_of(ratio: float, components: int, *, few: bool = False) -> int:
@@ -375,15 +515,3 @@ def share_of(ratio: float, components: int, *, few: bool = False) -> int:
     a few: 0.3 of four heads are one, not two. One always stays."""
     asked = math.floor(ratio * components * ROUNDING + 0.5) if few else math.ceil(ratio * components / ROUNDING)
     return max(0, min(components - 1, asked))
-
-
-def _target(budget: str, value: Any, present: float) -> float:
-    """How many may be left."""
-    number = validation.index(value)
-    if number is not None and number >= 0:
-        return number
-    if not validation.is_number(value) or not 0 < value < 1:
-        raise ValueError(
-            f"prune: {budget} must be an integer number of {UNITS[budget]} or a share in (0, 1), got {value!r}."
-        )
-    return math.floor(value * present * ROUNDING) if budget == "parameters" else float(value) * present

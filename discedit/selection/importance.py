@@ -17,45 +17,38 @@ from discedit.model.sharded import unwrapped
 from discedit.model.trace import ModelTrace, components_in
 from discedit.moments.calibration import PARTS, Fit, Positions, Sums, calibrated, matrix_of, scale_of
 from discedit.scoring.scores import REDUCTIONS, Scores
+from discedit.selection.candidates import Candidates
 
 OF_WEIGHTS = ("l1", "l2", "random")
-OF_READERS = ("energy", "reconstruction", "combined", "fidelity")
-CRITERIA = (*REDUCTIONS, *OF_WEIGHTS, *OF_READERS)
-GIVEN = "given"  # importances of the caller's own
+OF_CONSUMERS = ("energy", "reconstruction", "combined", "fidelity")
+CRITERIA = (*REDUCTIONS, *OF_WEIGHTS, *OF_CONSUMERS)
+COMPONENTS = ("filters", "neurons", "heads")  # by default
 RIDGE = 1e-4  # of the mean variance of an input
 TINY = 1e-300
 
 
-class Unscored(dict[str, Tensor]):
-    """The layers of a model, in place of scores, for criteria that need none: layer -> (rows,), all 0."""
+@dataclass(frozen=True)
+class Random:
+    """The criterion "random" with a seed of its own."""
 
-    @classmethod
-    def of(cls, model: nn.Module, inputs: Any) -> Unscored:
-        """All but the head."""
-        try:
-            head = ModelTrace.of(model, inputs, few=None).head
-        except Exception:  # the graph says what is wrong
-            head = None
-        widths = {name: components_in(module) for name, module in model.named_modules() if name != head}
-        return cls({name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items() if width})
+    seed: int = 0
 
 
 @outside_modes
 def importances(
     model: nn.Module,
     scores: Scores,
-    criterion: str,
+    criterion: str | Random,
     *,
     example_inputs: Any,
     data: Iterable[Any] | None = None,
-    components: str | Iterable[str] = ("filters", "neurons", "heads"),
-    seed: int = 0,
+    components: str | Iterable[str] = COMPONENTS,
 ) -> dict[str, Tensor]:
     """How much each component counts, by one of the criteria of `discedit.prune`, which takes the result as scores.
 
     Args:
-        model, scores, criterion, example_inputs, data, components, seed: as for `discedit.prune`; the layers are those
-            of `scores`.
+        model, scores, criterion, example_inputs, data, components: as for `discedit.prune`; the layers are those of
+            `scores`.
 
     Returns:
         Layer -> (rows,) float64, one number for each output row of the layer, higher = keep; the rows of a component (a
@@ -63,70 +56,81 @@ def importances(
         criterion does not apply, because nothing reads them that can be written as a matrix.
 
     Raises:
-        ValueError: an unknown criterion or kind, a criterion without the data or scores that it needs, or a model that
-            cannot be traced.
+        ValueError: an unknown criterion or kind, a criterion without the data that it needs, or a model that cannot be
+            traced.
     """
     op = "importances"
-    validation.choice(op, "criterion", criterion, CRITERIA)
+    check_criterion(op, criterion, data)
     kinds = kinds_of(op, components)
-    if criterion in OF_READERS and data is None:
-        raise ValueError(f"{op}: criterion={criterion!r} needs data to estimate statistics on, got data=None.")
     validation.module(op, model)
     model = unwrapped(model)
     graph = Graph(op, model, example_inputs)
-    found, _ = graph.find([layer for layer in scores if components_in(model.get_submodule(layer)) is not None], kinds)
+    known = [layer for layer in scores if components_in(model.get_submodule(layer)) is not None]
+    found, _ = graph.find(known, kinds)
     inputs: Any = None
     trace = ModelTrace(model)
-    if criterion in OF_READERS and data is not None:
+    if criterion in OF_CONSUMERS and data is not None:
         inputs, trace, _ = calibrated(op, model, data)
-    values, instead = of_components(model, scores, criterion, graph, found, inputs, trace, seed)
+    candidates = Candidates({layer: len(scores[layer]) for layer in scores}, scores)
+    values, unjudged = component_importances(candidates, criterion, graph, found, inputs, trace)
     rows = {}
     for layer, parts in found.items():
-        if layer not in instead:
+        if layer not in unjudged:
             rows[layer] = torch.full((len(scores[layer]),), torch.nan, dtype=torch.float64)
             for own, value in zip(parts.rows, values[layer], strict=True):
                 rows[layer][list(own)] = value
     return rows
 
 
-def kinds_of(op: str, components: str | Iterable[str]) -> tuple[str, ...]:
+def check_criterion(op: str, criterion: str | Random, data: Any) -> None:
+    """Whether it is known, and has the data that it needs."""
+    if isinstance(criterion, Random):
+        return
+    validation.choice(op, "criterion", criterion, CRITERIA)
+    if criterion in OF_CONSUMERS and data is None:
+        raise ValueError(f"{op}: criterion={criterion!r} needs data to estimate statistics on, got data=None.")
+
+
+def kinds_of(op: str, components: str | Iterable[str], known: tuple[str, ...] = KINDS) -> tuple[str, ...]:
     """The kinds of components asked for, checked."""
     kinds = (components,) if isinstance(components, str) else tuple(components)
     if kinds == ("all",):
         return KINDS
     for kind in kinds:
-        validation.choice(op, "components", kind, KINDS)
+        validation.choice(op, "components", kind, known)
     if not kinds:
-        known = ", ".join(KINDS)
-        raise ValueError(f"{op}: components must name at least one of {known}, or be 'all', got {components!r}.")
+        raise ValueError(
+            f"{op}: components must name at least one of {', '.join(known)}, or be 'all', got {components!r}."
+        )
     return kinds
 
 
-def of_components(
-    model: nn.Module,
-    scores: Scores | Mapping[str, Tensor],
-    criterion: str,
+def component_importances(
+    candidates: Candidates,
+    criterion: str | Random | None,
     graph: Graph,
     found: Mapping[str, Components],
     inputs: Any,
     trace: ModelTrace,
-    seed: int,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """One number per component of each layer, higher = keep; and the layers that had to be judged by "l2" instead.
 
     Args:
-        inputs: calibration images in parts, for the criteria `OF_READERS`.
+        criterion: None for the importances that the candidates have.
+        inputs: calibration images in parts, for the criteria `OF_CONSUMERS`.
         trace: of the model, for these.
 
     Returns:
         layer -> (components,) float64; layer -> why the criterion does not apply.
     """
-    if not isinstance(scores, (Scores, Unscored)):
-        return {layer: _over_rows(scores[layer].double(), parts) for layer, parts in found.items()}, {}
-    if isinstance(scores, Scores) and criterion in REDUCTIONS:
-        reduced = scores.reduce(criterion)
+    if criterion is None:
+        given = candidates.importances or {}
+        return {layer: _over_rows(given[layer].double(), parts) for layer, parts in found.items()}, {}
+    if candidates.scores is not None and criterion in REDUCTIONS:
+        reduced = candidates.scores.reduce(str(criterion))
         return {layer: _over_rows(reduced[layer].cpu(), parts) for layer, parts in found.items()}, {}
-    if criterion == "random":
+    if isinstance(criterion, Random) or criterion == "random":
+        seed = criterion.seed if isinstance(criterion, Random) else Random.seed
         generator = torch.Generator().manual_seed(seed)
         return {
             layer: torch.rand(len(parts.rows), generator=generator, dtype=torch.float64)
@@ -134,12 +138,12 @@ def of_components(
         }, {}
     if criterion in OF_WEIGHTS:
         power = 1 if criterion == "l1" else 2
-        return {layer: _of_weights(model, graph, parts, power) for layer, parts in found.items()}, {}
+        return {layer: _weight_norms(graph, parts, power) for layer, parts in found.items()}, {}
     counts = {layer: len(parts.rows) for layer, parts in found.items()}
-    worth: Mapping[str, Tensor] = scores if criterion == "combined" else {}
-    values, why = _of_readers(model, JUDGES[criterion], worth, graph, counts, inputs, trace)
+    output_scores = candidates.scores if criterion == "combined" else None
+    values, why = _of_consumers(graph.model, REDUCTION_OF[criterion], output_scores or {}, graph, counts, inputs, trace)
     for layer in why:
-        values[layer] = _of_weights(model, graph, found[layer], 2)
+        values[layer] = _weight_norms(graph, found[layer], 2)
     return {layer: values[layer] for layer in found}, why
 
 
@@ -147,12 +151,12 @@ def _over_rows(values: Tensor, parts: Components) -> Tensor:
     return values[torch.tensor(parts.rows, dtype=torch.int64)].mean(1)
 
 
-def _of_weights(model: nn.Module, graph: Graph, parts: Components, power: int) -> Tensor:
+def _weight_norms(graph: Graph, parts: Components, power: int) -> Tensor:
     """Norms of the weights that give each component."""
     total = torch.zeros(len(parts.rows), dtype=torch.float64)
     for name, rows in graph.rows(parts.layer).items():
         place, _, tensor = name.rpartition(".")
-        module = model.get_submodule(place)
+        module = graph.model.get_submodule(place)
         weight: Tensor = getattr(module, tensor).detach()
         weight = weight.transpose(0, 1) if getattr(module, "transposed", False) else weight
         sums = weight.flatten(1).double().abs().pow(power).sum(1).cpu()
@@ -160,9 +164,9 @@ def _of_weights(model: nn.Module, graph: Graph, parts: Components, power: int) -
     return total.pow(1 / power)
 
 
-def _of_readers(
+def _of_consumers(
     model: nn.Module,
-    judge: Judge,
+    reduction: Reduction,
     scores: Mapping[str, Tensor],
     graph: Graph,
     counts: Mapping[str, int],
@@ -181,7 +185,7 @@ def _of_readers(
         scores: layer -> (outputs, classes), for layers whose outputs do not all count alike.
         counts: layer -> number of its components.
     """
-    readers: dict[str, dict[str, list[list[int]]]] = {}
+    consumers: dict[str, dict[str, list[list[int]]]] = {}
     why: dict[str, str] = {}
     for layer, count in counts.items():
         blocks = _blocks(graph, layer, count)
@@ -193,23 +197,23 @@ def _of_readers(
             name, reason = next(iter(unread.items()), ("no layer", "nothing reads it"))
             why[layer] = f"it is read by {name}: {reason}"
             continue
-        readers[layer] = {name: block for name, block in blocks.items() if name not in unread}
-    names = dict.fromkeys(name for blocks in readers.values() for name in blocks)
+        consumers[layer] = {name: block for name, block in blocks.items() if name not in unread}
+    names = dict.fromkeys(name for blocks in consumers.values() for name in blocks)
     fits = fits_of(model, names, inputs, trace)
-    for layer, blocks in list(readers.items()):
-        readers[layer] = {name: block for name, block in blocks.items() if name in fits}
-        if not readers[layer]:
+    for layer, blocks in list(consumers.items()):
+        consumers[layer] = {name: block for name, block in blocks.items() if name in fits}
+        if not consumers[layer]:
             why[layer] = f"{min(blocks)}, which reads it, does not run just once per forward pass"
-            del readers[layer]
-    surgeons: dict[str, _Surgeon] = {}
+            del consumers[layer]
+    statistics: dict[str, ConsumerStatistics] = {}
     values: dict[str, Tensor] = {}
-    for layer, blocks in readers.items():
-        for name in blocks.keys() - surgeons.keys():
-            worth = _worth(trace, name, scores)
+    for layer, blocks in consumers.items():
+        for name in blocks.keys() - statistics.keys():
+            output_weight = _output_weight(trace, name, scores)
             matrix = matrix_of(model.get_submodule(name)).double()
-            surgeons[name] = _Surgeon(*fits.pop(name), matrix, worth)
-        read_by = [(surgeons[name], block) for name, block in blocks.items()]
-        values[layer] = judge(read_by)
+            statistics[name] = ConsumerStatistics(*fits.pop(name), matrix, output_weight)
+        read_by = [(statistics[name], block) for name, block in blocks.items()]
+        values[layer] = reduction(read_by)
     return values, why
 
 
@@ -225,7 +229,7 @@ def fidelities(
     Returns:
         layer -> (components,) float64 in [0, 1], NaN where what is read is not finite; layer -> why there is none.
     """
-    return _of_readers(model, _fidelities_around_zero, {}, graph, counts, inputs, trace)
+    return _of_consumers(model, _fidelities_around_zero, {}, graph, counts, inputs, trace)
 
 
 def fits_of(model: nn.Module, names: Iterable[str], inputs: Any, trace: ModelTrace) -> dict[str, tuple[Fit, int]]:
@@ -267,31 +271,31 @@ def _blocks(graph: Graph, layer: str, components: int) -> dict[str, list[list[in
     return blocks
 
 
-def _worth(trace: ModelTrace, name: str, scores: Mapping[str, Tensor]) -> Tensor:
+def _output_weight(trace: ModelTrace, name: str, scores: Mapping[str, Tensor]) -> Tensor:
     """What a change of each output of a layer counts: (outputs,), float64."""
     module: Any = trace.model.get_submodule(name)
     norm = trace.bias_norm(name)
     scale = None if norm is None else scale_of(norm)
-    worth = torch.ones(len(module.weight), dtype=torch.float64, device=module.weight.device)
-    worth = worth if scale is None else scale.double().square()
+    output_weight = torch.ones(len(module.weight), dtype=torch.float64, device=module.weight.device)
+    output_weight = output_weight if scale is None else scale.double().square()
     if name in scores:
-        worth = worth * scores[name].nan_to_num(0.0).max(1).values.to(worth.device)
-    return worth
+        output_weight = output_weight * scores[name].nan_to_num(0.0).max(1).values.to(output_weight.device)
+    return output_weight
 
 
 @dataclass
-class _Surgeon:
+class ConsumerStatistics:
     """What a layer reads, its weights, and what a change of its outputs counts."""
 
     fit: Fit
     channels: int  # that it reads
     weights: Tensor  # (outputs, inputs)
-    worth: Tensor  # (outputs,)
+    output_weight: Tensor  # (outputs,)
 
     @property
     def total(self) -> float:
         """Variance of the outputs, as far as it counts."""
-        return max(float((self.worth * self.fit.yy).sum()), TINY)
+        return max(float((self.output_weight * self.fit.yy).sum()), TINY)
 
     def columns(self, blocks: list[list[int]]) -> Tensor:
         """The columns of the weights that belong to each block of channels: (components, columns)."""
@@ -301,41 +305,41 @@ class _Surgeon:
 
 
 # Layers that read components, with the channels on which they read each -> (components,).
-Judge = Callable[[list[tuple[_Surgeon, list[list[int]]]]], Tensor]
+Reduction = Callable[[list[tuple[ConsumerStatistics, list[list[int]]]]], Tensor]
 
 
-def _energies(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
-    """Variance of what each component adds to the outputs, as a share of theirs, summed over the readers."""
+def _energies(parts: list[tuple[ConsumerStatistics, list[list[int]]]]) -> Tensor:
+    """Variance of what each component adds to the outputs, as a share of theirs, summed over the consumers."""
     found: Any = 0.0
-    for surgeon, blocks in parts:
-        columns = surgeon.columns(blocks)
-        covariance = surgeon.fit.xx[columns[:, :, None], columns[:, None, :]]
-        weights = surgeon.weights[:, columns].transpose(0, 1)  # components, outputs, columns
-        found = found + ((weights @ covariance) * weights).sum(2) @ surgeon.worth / surgeon.total
+    for consumer, blocks in parts:
+        columns = consumer.columns(blocks)
+        covariance = consumer.fit.xx[columns[:, :, None], columns[:, None, :]]
+        weights = consumer.weights[:, columns].transpose(0, 1)  # components, outputs, columns
+        found = found + ((weights @ covariance) * weights).sum(2) @ consumer.output_weight / consumer.total
     return torch.as_tensor(found).cpu()
 
 
-def _fidelities(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
+def _fidelities(parts: list[tuple[ConsumerStatistics, list[list[int]]]]) -> Tensor:
     """E<Y, A>^2 / (E||Y||^2 E||A||^2) of what each component adds (A) to an output (Y), in the mean over outputs."""
-    found, audible = torch.zeros(len(parts[0][1]), dtype=torch.float64), 0
-    for surgeon, blocks in parts:
-        columns = surgeon.columns(blocks)
-        with_outputs = surgeon.weights @ surgeon.fit.xx
-        energy = (surgeon.weights * with_outputs).sum(1)
-        weights = surgeon.weights[:, columns].transpose(0, 1)  # components, outputs, columns
-        covariance = surgeon.fit.xx[columns[:, :, None], columns[:, None, :]]
+    found, active = torch.zeros(len(parts[0][1]), dtype=torch.float64), 0
+    for consumer, blocks in parts:
+        columns = consumer.columns(blocks)
+        with_outputs = consumer.weights @ consumer.fit.xx
+        energy = (consumer.weights * with_outputs).sum(1)
+        weights = consumer.weights[:, columns].transpose(0, 1)  # components, outputs, columns
+        covariance = consumer.fit.xx[columns[:, :, None], columns[:, None, :]]
         own = ((weights @ covariance) * weights).sum(2)
         both = (weights * with_outputs[:, columns].transpose(0, 1)).sum(2)
         whole = own * energy
         found += torch.where(whole > TINY, both.square() / whole.clamp(min=TINY), 0.0).clamp(max=1.0).sum(1).cpu()
-        audible += int((energy > TINY).sum())
-    return found / max(audible, 1)
+        active += int((energy > TINY).sum())
+    return found / max(active, 1)
 
 
-def _eliminated(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
-    """Share of the readers' variance that is lost when a component goes after all that are cheaper, the others having
+def _eliminated(parts: list[tuple[ConsumerStatistics, list[list[int]]]]) -> Tensor:
+    """Share of the consumers' variance that is lost when a component goes after all that are cheaper, the others having
     made up for it in the best way."""
-    states = [_Elimination(surgeon, blocks) for surgeon, blocks in parts]
+    states = [_BlockOBS(consumer, blocks) for consumer, blocks in parts]
     count = len(parts[0][1])
     gone = torch.zeros(count, dtype=torch.bool)
     lost = torch.zeros(count, dtype=torch.float64)
@@ -352,18 +356,18 @@ def _eliminated(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
     return lost
 
 
-def _fidelities_around_zero(parts: list[tuple[_Surgeon, list[list[int]]]]) -> Tensor:
+def _fidelities_around_zero(parts: list[tuple[ConsumerStatistics, list[list[int]]]]) -> Tensor:
     raw = []
-    for surgeon, blocks in parts:
-        fit = surgeon.fit
+    for consumer, blocks in parts:
+        fit = consumer.fit
         second = fit.xx + torch.outer(fit.mean_x, fit.mean_x)
         if not bool(second.isfinite().all()):
             return torch.full((len(blocks),), torch.nan, dtype=torch.float64)
-        raw.append((replace(surgeon, fit=replace(fit, xx=second)), blocks))
+        raw.append((replace(consumer, fit=replace(fit, xx=second)), blocks))
     return _fidelities(raw)
 
 
-JUDGES: dict[str, Judge] = {
+REDUCTION_OF: dict[str, Reduction] = {
     "energy": _energies,
     "reconstruction": _eliminated,
     "combined": _eliminated,
@@ -371,23 +375,23 @@ JUDGES: dict[str, Judge] = {
 }
 
 
-class _Elimination:
+class _BlockOBS:
     """One reader while components go: its weights follow, in the metric of what it reads."""
 
-    def __init__(self, surgeon: _Surgeon, blocks: list[list[int]]) -> None:
-        xx = surgeon.fit.xx
+    def __init__(self, consumer: ConsumerStatistics, blocks: list[list[int]]) -> None:
+        xx = consumer.fit.xx
         ridge = RIDGE * max(float(xx.diagonal().mean()), TINY)
         self.inverse = torch.linalg.inv(xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device))
-        self.weights = surgeon.weights.clone()
-        self.worth = surgeon.worth / surgeon.total
-        self.places = surgeon.columns(blocks)
+        self.weights = consumer.weights.clone()
+        self.output_weight = consumer.output_weight / consumer.total
+        self.places = consumer.columns(blocks)
 
     def costs(self, gone: Tensor) -> Tensor:
         """(components,): what removing each would now add to the loss."""
         blocks = self.inverse[self.places[:, :, None], self.places[:, None, :]]
         blocks[gone] = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
         weights = self.weights[:, self.places].permute(1, 2, 0)  # components, columns, outputs
-        costs: Tensor = (weights * torch.linalg.solve(blocks, weights)).sum(1) @ self.worth
+        costs: Tensor = (weights * torch.linalg.solve(blocks, weights)).sum(1) @ self.output_weight
         return costs.cpu()
 
     def remove(self, index: int) -> None:

@@ -1,21 +1,27 @@
-"""Which components go: ranked by how well they tell a class from the rest, and taken up to a limit."""
+"""Which components go for a class: ranked by how well they tell it from the rest, and selected up to a limit."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from discedit.common import validation
+from discedit.graph.pruning_graph import Graph
+from discedit.model.forward import chosen
+from discedit.moments.calibration import SAMPLES
+from discedit.moments.forget_retain import Classified
 from discedit.scoring.scores import Scores
+from discedit.selection.importance import fidelities
 
 SIGNS = ("up", "any")
 OF_DATA = ("fidelity", "contrast")
 MEASURES = ("score", "specific", *OF_DATA)
-LIMITS = ("fraction", "top", "deviations", "damage")
 ROUNDING = 1 + 1e-12
 Units = Mapping[str, Sequence[Sequence[int]]]  # layer -> the rows of each of its components
 
@@ -62,10 +68,10 @@ def rank(scores: Scores, units: Units, cls: int, others: Sequence[int], *, by: s
             active = torch.stack([up[list(rows), cls].double().mean() for rows in parts]) > 0.5
             of_parts = torch.where(active, of_parts, -1.0)
         values[layer] = of_parts.double()
-    return ranked(values, spread)
+    return ranking_of(values, spread)
 
 
-def ranked(values: dict[str, Tensor], spread: dict[str, tuple[float, float]]) -> Ranking:
+def ranking_of(values: dict[str, Tensor], spread: dict[str, tuple[float, float]]) -> Ranking:
     """All layers together, the highest first; what is not above 0 never goes."""
     places = [(layer, part) for layer, of_parts in values.items() for part in range(len(of_parts))]
     together = torch.cat(list(values.values()))
@@ -87,47 +93,149 @@ def retain_damage(scores: Scores, units: Units, others: Sequence[int]) -> dict[s
     return {layer: values / total if total else values for layer, values in found.items()}
 
 
-def check_limit(op: str, name: str, value: float) -> None:
-    """Whether a limit is in range.
+@dataclass(frozen=True)
+class Limit(ABC):
+    """How many components go for each class.
 
     Raises:
-        ValueError: it is not.
+        ValueError: a value out of its range.
     """
-    if name == "top":
-        validation.positive_integer(op, name, value)
-    elif name == "deviations":
-        if not validation.is_number(value) or not math.isfinite(value):
-            raise ValueError(f"{op}: deviations must be a finite number, got {value!r}.")
-    elif not validation.is_number(value) or not 0 < value < 1:
-        raise ValueError(f"{op}: {name} must be a number in (0, 1), got {value!r}.")
+
+    value: float
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not validation.is_number(self.value) or not 0 < self.value < 1:
+            raise ValueError(f"unlearn: {self.name} must be a number in (0, 1), got {self.value!r}.")
+
+    @abstractmethod
+    def select(self, ranking: Ranking, damage: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+        """What goes for one class, in the order of the ranking."""
 
 
-def taken(ranking: Ranking, name: str, value: float, damage: Mapping[str, Tensor]) -> list[tuple[str, int]]:
-    """What goes for one class, in the order of the ranking.
+@dataclass(frozen=True)
+class TopFraction(Limit):
+    """This share of all components, in (0, 1); at least one."""
+
+    name = "fraction"
+
+    def select(self, ranking: Ranking, damage: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+        return ranking.places[: max(1, math.floor(self.value * ranking.sizes * ROUNDING))]
+
+
+@dataclass(frozen=True)
+class TopFractionOfEach(Limit):
+    """This share of each layer's components, in (0, 1); at least one, where one tells the class."""
+
+    name = "fraction_of_each"
+
+    def select(self, ranking: Ranking, damage: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+        most = {layer: max(1, math.floor(self.value * len(v) * ROUNDING)) for layer, v in ranking.values.items()}
+        return first_of_each(ranking, most)
+
+
+@dataclass(frozen=True)
+class TopK(Limit):
+    """So many components of each layer."""
+
+    name = "top"
+
+    def __post_init__(self) -> None:
+        validation.positive_integer("unlearn", self.name, self.value)
+
+    def select(self, ranking: Ranking, damage: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+        return first_of_each(ranking, dict.fromkeys(ranking.values, int(self.value)))
+
+
+def first_of_each(ranking: Ranking, most: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The first so many of each layer, in the order of the ranking."""
+    left = dict(most)
+    selected = []
+    for layer, part in ranking.places:
+        if left[layer]:
+            left[layer] -= 1
+            selected.append((layer, part))
+    return selected
+
+
+@dataclass(frozen=True)
+class AboveDeviations(Limit):
+    """Those that lie more than so many standard deviations above the mean of their layer."""
+
+    name = "deviations"
+
+    def __post_init__(self) -> None:
+        if not validation.is_number(self.value) or not math.isfinite(self.value):
+            raise ValueError(f"unlearn: deviations must be a finite number, got {self.value!r}.")
+
+    def select(self, ranking: Ranking, damage: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+        least = {layer: mean + self.value * deviation for layer, (mean, deviation) in ranking.spread.items()}
+        return [(layer, part) for layer, part in ranking.places if float(ranking.values[layer][part]) > least[layer]]
+
+
+@dataclass(frozen=True)
+class MaxDamage(Limit):
+    """As many as carry together no more than this share, in (0, 1), of what tells the other classes apart.
+
+    That is the mean over these classes of the scores for those that a component is more active for.
+    """
+
+    name = "damage"
+
+    def select(self, ranking: Ranking, damage: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+        spent, selected = 0.0, []
+        for layer, part in ranking.places:
+            spent += float(damage[layer][part])
+            if spent > self.value:
+                break
+            selected.append((layer, part))
+        return selected
+
+
+def rank_by_fidelity(
+    model: nn.Module, graph: Graph, units: Units, data: Classified, by: str
+) -> tuple[list[Ranking], dict[str, str]]:
+    """A ranking for each class to forget, in their order; and layer -> why it is in none.
 
     Args:
-        name, value: "fraction": so many of all components, at least one; "top": so many of each layer; "deviations":
-            those that lie more than so many standard deviations above the mean of their layer; "damage": as many as
-            carry, together, no more than this share of `damage`.
+        units: what is ranked, all layers together: components that the graph has found.
+        by: "fidelity": on samples of the class; "contrast": that minus the same on samples of the classes that stay.
+
+    Raises:
+        ValueError: no sample of a class, feature maps that are not finite, no layer that can be ranked, or nothing
+            above 0.
     """
-    places = ranking.places
-    if name == "fraction":
-        return places[: max(1, math.floor(value * ranking.sizes * ROUNDING))]
-    if name == "top":
-        left = dict.fromkeys(ranking.values, int(value))
-        chosen = []
-        for layer, part in places:
-            if left[layer]:
-                left[layer] -= 1
-                chosen.append((layer, part))
-        return chosen
-    if name == "deviations":
-        least = {layer: mean + value * deviation for layer, (mean, deviation) in ranking.spread.items()}
-        return [(layer, part) for layer, part in places if float(ranking.values[layer][part]) > least[layer]]
-    spent, chosen = 0.0, []
-    for layer, part in places:
-        spent += float(damage[layer][part])
-        if spent > value:
-            break
-        chosen.append((layer, part))
-    return chosen
+    counts = {layer: len(parts) for layer, parts in units.items()}
+    rest, unread = fidelities(model, graph, counts, data.parts("retain"), data.trace) if by == "contrast" else ({}, {})
+    rankings = []
+    for cls in data.forget:
+        values, unread = fidelities(model, graph, counts, _samples_of_class(data, cls), data.trace)
+        if not values:
+            why = "; ".join(f"{layer}: {reason}" for layer, reason in unread.items())
+            raise ValueError(f"unlearn: layers must name at least one layer that by={by!r} can rank ({why}).")
+        if by == "contrast":
+            values = {layer: own - rest[layer] for layer, own in values.items()}
+        for layer, own in values.items():
+            if not bool(own.isfinite().all()):
+                raise ValueError(f"unlearn: data must give finite feature maps, what reads {layer!r} gets NaN or inf.")
+        ranking = ranking_of(values, {layer: _spread(own) for layer, own in values.items()})
+        if not ranking.places:
+            raise ValueError(f"unlearn: by={by!r} is above 0 for no component of the chosen layers and class {cls}.")
+        rankings.append(ranking)
+    return rankings, unread
+
+
+def _spread(values: Tensor) -> tuple[float, float]:
+    return float(values.mean()), float(values.std(correction=0))
+
+
+def _samples_of_class(data: Classified, cls: int) -> list[Any]:
+    """Samples of one class to forget, in parts."""
+    parts = []
+    for inputs, labels in data.labelled("forget", SAMPLES):
+        places = (labels == cls).nonzero()[:, 0]
+        if len(places):
+            parts.append(chosen(inputs, places, len(labels)))
+    if not parts:
+        raise ValueError(f"unlearn: data must hold samples of every class to forget, it holds none of class {cls}.")
+    return parts

@@ -1,0 +1,130 @@
+"""Layers that may lose components, and what is known beforehand of what each of their rows counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from discedit.common import validation
+from discedit.model.trace import ModelTrace, components_in, width_of
+from discedit.recipes.recipe import Edit
+from discedit.scoring.scores import Scores
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Layers, each with its number of rows; and their scores, or importances of the caller's own, or neither.
+
+    Attributes:
+        widths: layer -> rows.
+        scores: of these layers.
+        importances: layer -> (rows,) floating point, higher = keep.
+    """
+
+    widths: dict[str, int]
+    scores: Scores | None = None
+    importances: Mapping[str, Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls, op: str, model: nn.Module, scores: Scores | Mapping[str, Tensor] | None, example_inputs: Any
+    ) -> Candidates:
+        """Without scores, all layers but the head.
+
+        Raises:
+            ValueError: importances that are not one number for each row.
+        """
+        if scores is None:
+            try:
+                head = ModelTrace.of(model, example_inputs, few=None).head
+            except Exception:  # the graph says what is wrong
+                head = None
+            widths = {name: components_in(module) for name, module in model.named_modules() if name != head}
+            return cls({name: width for name, width in widths.items() if width})
+        if isinstance(scores, Scores):
+            return cls({layer: len(scores[layer]) for layer in scores}, scores=scores)
+        for layer, values in scores.items():
+            if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 1:
+                what = f"a {type(values).__name__}"
+                if isinstance(values, Tensor):
+                    what = f"shape {validation.shape_of(values)} of {values.dtype}"
+                raise ValueError(
+                    f"{op}: scores must be Scores, or one floating-point number for each row of a layer, layer "
+                    f"{layer!r} has {what}."
+                )
+        return cls({layer: len(values) for layer, values in scores.items()}, importances=scores)
+
+    def left(self, edit: Edit) -> Candidates:
+        """What is known of the rows that an edit has left."""
+        kept: dict[str, Tensor] = {}
+        for operation in edit.recipe.operations:
+            layer, _, tensor = operation.target.rpartition(".")
+            heads, _, projection = layer.rpartition(".")
+            if operation.kind == "keep" and projection == "out_proj" and heads in self.widths and operation.dim == 1:
+                kept[heads] = torch.tensor(operation.index)
+            if operation.kind == "keep" and layer in self.widths and tensor == "weight":
+                transposed = getattr(edit.model.get_submodule(layer), "transposed", False)
+                if operation.dim == int(transposed):
+                    kept[layer] = torch.tensor(operation.index)
+        importances = self.importances and {
+            layer: values[kept[layer].to(values.device)] if layer in kept else values
+            for layer, values in self.importances.items()
+        }
+        return replace(
+            self,
+            widths=self.widths | {layer: len(index) for layer, index in kept.items()},
+            scores=self.scores and self.scores.select(kept),
+            importances=importances,
+        )
+
+
+def check_layers(op: str, model: nn.Module, widths: Mapping[str, int], layers: Iterable[str] | None) -> list[str]:
+    """The layers asked for, or all, each known to both the scores and the model.
+
+    Args:
+        widths: layer -> rows that have scores.
+    """
+    modules = dict(model.named_modules())
+    chosen = list(widths) if layers is None else list(layers)
+    for layer in chosen:
+        check_scored(op, "layers", layer, widths)
+        if layer not in modules:
+            raise ValueError(f"{op}: scores must come from this model: it has no layer {layer!r}.")
+        width = components_in(modules[layer])
+        if width is not None and width != widths[layer]:
+            raise ValueError(
+                f"{op}: scores must come from this model: layer {layer!r} has {width} components, its scores "
+                f"{widths[layer]}."
+            )
+    return chosen
+
+
+def check_scored(op: str, argument: str, layer: str, widths: Mapping[str, int]) -> None:
+    if layer not in widths:
+        raise ValueError(f"{op}: {argument} must name layers that scores holds, {layer!r} is none of {list(widths)}.")
+
+
+def why_not_pruned(model: nn.Module, layer: str) -> str:
+    """Why a layer cannot lose components; empty when it can, as far as itself goes."""
+    multihead = isinstance(model.get_submodule(layer), nn.MultiheadAttention)
+    return "" if multihead else why_not_editable(model, layer)
+
+
+def why_not_editable(model: nn.Module, layer: str) -> str:
+    """Why a layer's weights cannot be edited by rows; empty when they can."""
+    module = model.get_submodule(layer)
+    if width_of(module) is None:
+        return f"it is a {type(module).__name__}; only convolutions and linear layers can be edited"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed (parametrized or masked) and must be made a plain parameter first"
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    for parameter in module.parameters(recurse=False):
+        if len(places[id(parameter)]) > 1:
+            return f"its parameters are shared: {', '.join(places[id(parameter)])} are one tensor"
+    return ""
