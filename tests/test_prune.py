@@ -60,7 +60,8 @@ def test_the_callers_model_is_untouched_unless_inplace(trained, digit_scores):
     assert not edit.model.conv1.weight.requires_grad
     assert edit.model.conv2.weight.requires_grad
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*mine.modules(), *edit.model.modules()))
-    inplace = prune(mine, digit_scores, ratio=0.3, example_inputs=X, data=zoo.batches(train), inplace=True)
+    made = prune(mine, digit_scores, ratio=0.3, example_inputs=X, data=zoo.batches(train))
+    inplace = made.recipe.apply(mine, inplace=True)
     assert inplace.model is mine
     assert same_state(mine, edit.model)
     inplace.recipe.undo(mine, inplace=True)

@@ -114,7 +114,8 @@ def test_repair_is_part_of_the_recipe(trained, tmp_path):
     assert accuracy["mean"] != accuracy["none"]  # better on average, as above, not for every network
     mine = zoo.DigitsNet().eval()
     mine.load_state_dict(model.state_dict())
-    edit = prune(mine, scores, ratio=0.5, example_inputs=example, data=moments_of, repair="mean", inplace=True)
+    made = prune(mine, scores, ratio=0.5, example_inputs=example, data=moments_of, repair="mean")
+    edit = made.recipe.apply(mine, inplace=True)
     assert edit.model is mine
     assert "unrepaired" not in edit.recipe.settings
 

@@ -365,16 +365,16 @@ FAILING = {
 }
 CALLS = {
     "least_squares": lambda model, scores, data: discedit.prune(
-        model, ratio=0.4, example_inputs=X[:2], data=data, criterion="l1", inplace=True
+        model, ratio=0.4, example_inputs=X[:2], data=data, criterion="l1"
     ),
     "compensation": lambda model, scores, data: discedit.prune(
-        model, criterion="fidelity", repair="compensation", ratio=0.4, example_inputs=X[:2], data=data, inplace=True
+        model, criterion="fidelity", repair="compensation", ratio=0.4, example_inputs=X[:2], data=data
     ),
     "batchnorm": lambda model, scores, data: discedit.prune(
-        model, ratio=0.4, example_inputs=X[:2], data=data, repair="batchnorm", criterion="l1", inplace=True
+        model, ratio=0.4, example_inputs=X[:2], data=data, repair="batchnorm", criterion="l1"
     ),
     "directions": lambda model, scores, data: discedit.unlearn(
-        model, scores, classes=[1], method="erase_directions", data=data, inplace=True
+        model, scores, classes=[1], method="erase_directions", data=data
     ),
     "rows": lambda model, scores, data: discedit.unlearn(
         model,
@@ -382,7 +382,6 @@ CALLS = {
         classes=[1],
         method=discedit.AblateComponents(discedit.TopFraction(0.2), repair="least_squares"),
         data=data,
-        inplace=True,
     ),
 }
 

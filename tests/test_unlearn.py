@@ -8,7 +8,8 @@ from helpers import unlearn_with
 from torch import nn
 from torch.nn import functional
 
-from discedit import Moments, Recipe, collect_moments, score, zoo
+import discedit
+from discedit import AblateComponents, EraseDirections, ModHiFiU, Moments, Recipe, collect_moments, score, unlearn, zoo
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.moments.forget_retain import MEANS
 
@@ -707,61 +708,55 @@ def test_every_kind_of_edit_as_a_recipe(name, trained, digit_scores, tmp_path):
     assert state_equal(before, model)
 
 
+NEEDS_DATA = r"needs data, labelled batches of all classes, got data=None"
 BAD = {
-    "fraction=0": r"fraction must be a number in \(0, 1\), got 0\.",
-    "damage=1": r"damage must be a number in \(0, 1\), got 1\.",
-    "damage=float('nan')": r"damage must be a number in \(0, 1\), got nan\.",
-    "damage=True": r"damage must be a number in \(0, 1\), got True\.",
-    "top=0": r"top must be an integer of at least 1, got 0\.",
-    "top=1.5": r"top must be an integer of at least 1, got 1.5\.",
-    "deviations=float('inf')": r"deviations must be a finite number, got inf\.",
-    "deviations='2'": r"deviations must be a finite number, got '2'\.",
+    "method=Ablate(TopFraction(0))": r"fraction must be a number in \(0, 1\), got 0\.",
+    "method=Ablate(TopFractionOfEach(1))": r"fraction_of_each must be a number in \(0, 1\), got 1\.",
+    "method=Ablate(MaxDamage(1))": r"damage must be a number in \(0, 1\), got 1\.",
+    "method=Ablate(MaxDamage(float('nan')))": r"damage must be a number in \(0, 1\), got nan\.",
+    "method=Ablate(MaxDamage(True))": r"damage must be a number in \(0, 1\), got True\.",
+    "method=Ablate(TopK(0))": r"top must be an integer of at least 1, got 0\.",
+    "method=Ablate(TopK(1.5))": r"top must be an integer of at least 1, got 1.5\.",
+    "method=Ablate(AboveDeviations(float('inf')))": r"deviations must be a finite number, got inf\.",
+    "method=Ablate(AboveDeviations('2'))": r"deviations must be a finite number, got '2'\.",
+    "method=Ablate(0.1)": r"limit must be a Limit such as TopFraction, TopK, AboveDeviations or MaxDamage, got 0.1\.",
     "forget_accuracy=-0.1, data=DATA": r"forget_accuracy must be a number in \[0, 1\], got -0.1\.",
     "forget_accuracy=0.1, retain_drop=1.5, data=DATA": r"retain_drop must be a number in \[0, 1\], got 1.5\.",
-    "fraction=0.1, top=2": r"at most one of fraction, top, deviations, damage or the targets forget_accuracy and "
-    r"retain_drop may be given, got fraction=0.1, top=2\.",
-    "damage=0.1, retain_drop=0.2, data=DATA": r"at most one of .* got damage=0.1, retain_drop=0.2\.",
-    "by='rank'": r"by must be one of 'score', 'specific', 'fidelity', 'contrast', got 'rank'\.",
-    "sign='down'": r"sign must be one of 'up', 'any', got 'down'\.",
-    "components='filters'": r"components must be one of 'auto', 'directions', 'rows', 'heads', got 'filters'\.",
-    "around='median'": r"around must be one of 'auto', 'zero', 'mean', got 'median'\.",
-    "repair='sgd'": r"repair must be one of 'none', 'mean', 'least_squares', got 'sgd'\.",
-    "factor=1": r"factor must not be 1, which changes nothing, got 1\.",
-    "factor=1.0": r"factor must not be 1, which changes nothing, got 1.0\.",
-    "factor='0'": r"factor must be a finite number, got '0'\.",
-    "factor=float('nan')": r"factor must be a finite number, got nan\.",
-    "method='salun'": r"method must be one of 'discedit', 'modhifi', got 'salun'\.",
-    "method='modhifi'": r"method='modhifi' needs data, labelled batches of all classes, got data=None\.",
-    "by='fidelity'": r"by='fidelity' needs data, labelled batches of all classes, got data=None\.",
-    "by='contrast'": r"by='contrast' needs data, labelled batches of all classes, got data=None\.",
-    "method='modhifi', data=DATA, by='specific'": r"by must be 'fidelity' or 'contrast' with method='modhifi', got "
-    r"'specific'\.",
-    "method='modhifi', data=DATA, by='score'": r"by must be .* got 'score'\.",
-    "method='modhifi', data=DATA, sign='any'": r"sign must not be given with by='fidelity', which has none, got "
-    r"'any'\.",
-    "by='contrast', data=DATA, sign='any'": r"sign must not be given with by='contrast', which has none, got 'any'\.",
-    "method='modhifi', data=DATA, components='directions'": r"components='directions' takes no argument that speaks of "
-    r"rows, got one for method\.",
-    "by='contrast', data=DATA, components='directions'": r"components='directions' takes .*, got one for by\.",
-    "method='modhifi', data=DATA, factor=0.5, remove=True, example_inputs=X": r"remove needs .*, got factor=0.5, "
+    "method=Ablate(MaxDamage(0.1)), retain_drop=0.2, data=DATA": r"a limit and targets cannot be given together, got "
+    r"MaxDamage\(value=0.1\) and retain_drop=0.2\.",
+    "method=Ablate(by='rank')": r"by must be one of 'score', 'specific', 'fidelity', 'contrast', got 'rank'\.",
+    "method=Ablate(sign='down')": r"sign must be one of 'up', 'any', got 'down'\.",
+    "method=Ablate(components='filters')": r"components must be one of 'rows', 'heads', got 'filters'\.",
+    "method=Ablate(around='median')": r"around must be one of 'auto', 'zero', 'mean', got 'median'\.",
+    "method=Ablate(repair='sgd')": r"repair must be one of 'none', 'mean', 'least_squares', got 'sgd'\.",
+    "method=Ablate(scale=1)": r"scale must not be 1, which changes nothing, got 1\.",
+    "method=Erase(scale=1.0), data=DATA": r"scale must not be 1, which changes nothing, got 1.0\.",
+    "method=Erase(scale='0'), data=DATA": r"scale must be a finite number, got '0'\.",
+    "method=Ablate(scale=float('nan'))": r"scale must be a finite number, got nan\.",
+    "method='salun'": r"method must be one of 'auto', 'erase_directions', 'ablate_components', 'modhifi', got 'salun'\.",
+    "method='modhifi'": rf"by='fidelity' {NEEDS_DATA}\.",
+    "method=Ablate(by='contrast')": rf"by='contrast' {NEEDS_DATA}\.",
+    "method=ModHiFi(by='specific'), data=DATA": r"by must be one of 'fidelity', 'contrast', got 'specific'\.",
+    "method=ModHiFi(sign='any'), data=DATA": r"sign must not be given with by='fidelity', which has none, got 'any'\.",
+    "method=ModHiFi(scale=0.5, remove=True), data=DATA, example_inputs=X": r"remove needs .*, got scale=0.5, "
     r"around='zero'\.",
     "method='modhifi', data=[(X * float('nan'), Y)]": r"data must give finite feature maps, what reads "
     r"'conv3' gets NaN or inf\.",
     "method='modhifi', data=[(X, Y)], classes=[1, 5]": r"data must hold samples of every class to forget, it holds "
     r"none of class 5\.",
-    "protection=-1, repair='least_squares', data=DATA": r"protection must be a finite number of at least 0, got -1\.",
-    "protection=float('inf')": r"protection must be a finite number of at least 0, got inf\.",
-    "forget_accuracy=0.1": r"targets needs data, labelled batches of all classes, got data=None\.",
-    "repair='mean'": r"repair='mean' needs data, labelled batches of all classes, got data=None\.",
-    "around='mean'": r"around='mean' needs data, labelled batches of all classes, got data=None\.",
-    "remove=True, factor=0.5, example_inputs=X": r"remove needs factor=0 and around='zero', got factor=0.5, "
+    "method=Ablate(repair=LeastSquares(-1)), data=DATA": r"protection must be a finite number of at least 0, got -1\.",
+    "method=Ablate(repair=LeastSquares(float('inf')))": r"protection must be a finite number of at least 0, got inf\.",
+    "forget_accuracy=0.1": r"targets need data, labelled batches of all classes, got data=None\.",
+    "method=Ablate(repair='mean')": rf"repair='mean' {NEEDS_DATA}\.",
+    "method=Ablate(around='mean')": rf"around='mean' {NEEDS_DATA}\.",
+    "method=Ablate(remove=True, scale=0.5), example_inputs=X": r"remove needs scale=0 and around='zero', got scale=0.5, "
     r"around='auto'\.",
-    "remove=True, around='mean', data=DATA, example_inputs=X": r"remove needs .*, got factor=0.0, around='mean'\.",
-    "remove=True": r"remove=True needs example_inputs, got None\.",
-    "components='heads'": r"components='heads' needs example_inputs, got None\.",
-    "components='directions'": r"components='directions' needs data, labelled batches of all classes, got data=None\.",
-    "classes=range(10), by='specific'": r"classes must leave at least one class with samples, got \[0, 1, 2",
-    "classes=range(10), damage=0.1": r"classes must leave at least one class with samples, got \[0, 1, 2",
+    "method=Ablate(remove=True, around='mean'), data=DATA": r"remove needs .*, got scale=0.0, around='mean'\.",
+    "method=Ablate(remove=True)": r"remove=True needs example_inputs, got None\.",
+    "method=Ablate(components='heads')": r"components='heads' needs example_inputs, got None\.",
+    "method='erase_directions'": rf"EraseDirections {NEEDS_DATA}; AblateComponents needs none\.",
+    "classes=range(10), method=Ablate(by='specific')": r"classes must leave at least one class with samples, got \[0, 1, 2",
+    "classes=range(10), method=Ablate(MaxDamage(0.1))": r"classes must leave at least one class with samples, got ",
     "classes=range(10), data=DATA": r"classes must leave at least one class with samples, got \[0, 1, 2",
     "classes=lambda k: k > 9": r"classes must hold for at least one label in 0..9, holds for none\.",
     "classes=lambda k: 1": r"classes as a predicate must give True or False, gave 1 for 0\.",
@@ -778,10 +773,18 @@ BAD = {
 def test_every_bad_argument_is_named_with_its_value(call, trained, digit_scores):
     model, train, _ = trained
     x, labels = train.tensors[0][:4], torch.arange(4)
-    options = eval(f"dict({call})", {"DATA": [train.tensors], "X": x, "Y": labels})
+    names = {
+        "DATA": [train.tensors],
+        "X": x,
+        "Y": labels,
+        "Ablate": AblateComponents,
+        "Erase": EraseDirections,
+        "ModHiFi": ModHiFiU,
+    }
     before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=f"^unlearn: {BAD[call]}"):
-        unlearn_with(model, digit_scores, **{"classes": [1], "inplace": True, **options})
+    with pytest.raises((ValueError, TypeError), match=f"^unlearn: {BAD[call]}"):
+        options = eval(f"dict({call})", {**vars(discedit), **names})
+        unlearn(model, digit_scores, **{"classes": [1], **options})
     assert state_equal(model, before)
 
 

@@ -105,7 +105,8 @@ class AblateComponents:
     def __post_init__(self) -> None:
         if self.limit is not None and not isinstance(self.limit, Limit):
             raise TypeError(
-                f"unlearn: limit must be TopFraction, TopK, AboveDeviations or MaxDamage, got {self.limit!r}."
+                "unlearn: limit must be a Limit such as TopFraction, TopK, AboveDeviations or MaxDamage, got "
+                f"{self.limit!r}."
             )
         validation.choice("unlearn", "by", self.by, self.measures)
         validation.choice("unlearn", "sign", self.sign, SIGNS)
@@ -247,7 +248,7 @@ class ModHiFiU(AblateComponents):
     by: str = "fidelity"
     scale: float | None = None
     around: str = "zero"
-    name = "modhifi_u"
+    name = "modhifi"
     measures = OF_DATA
 
     def scale_for(self, model: nn.Module) -> float:

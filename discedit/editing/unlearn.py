@@ -19,7 +19,7 @@ from discedit.recipes.recipe import Edit
 from discedit.scoring.scores import Scores
 from discedit.selection.candidates import check_layers
 
-METHODS = {"erase_directions": EraseDirections, "ablate_components": AblateComponents, "modhifi_u": ModHiFiU}
+METHODS = {"erase_directions": EraseDirections, "ablate_components": AblateComponents, "modhifi": ModHiFiU}
 
 
 @outside_modes
@@ -45,7 +45,7 @@ def unlearn(
         scores: from `discedit.score`.
         classes: class indices to forget, or a predicate on them, such as ``lambda label: label >= 5``.
         method: `EraseDirections`, `AblateComponents` or `ModHiFiU`, or its name ("erase_directions",
-            "ablate_components", "modhifi_u"). "auto": directions are erased when data is given and there is a layer
+            "ablate_components", "modhifi"). "auto": directions are erased when data is given and there is a layer
             that they can be erased from, else components are ablated.
         forget_accuracy, retain_drop: targets in [0, 1], one or both, for the accuracy on `data` of the classes to
             forget (of up to 128 samples) and for what the others lose, each a mean over classes. The smallest edit that
