@@ -79,7 +79,7 @@ __all__ = [
     "unlearn",
 ]
 
-_ELSEWHERE = {"huggingface": "discedit.integrations.huggingface", "reference": "discedit.backends.reference"}
+_ELSEWHERE = {"huggingface": "discedit.huggingface", "reference": "discedit.backends.reference"}
 
 
 def __getattr__(name: str) -> _Module:

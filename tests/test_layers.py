@@ -22,7 +22,7 @@ FLOORS = [
     "uncertainty selection",
     "fidelity repair",
     "editing evaluation integrations reporting",
-    "presets cli",
+    "presets cli huggingface",
 ]
 RANK = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 CSRC = [{"common"}, {"cpu", "cuda"}, {"bindings"}]
