@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar, overload
 
+import torch  # noqa: F401  # in the examples
 from torch import Tensor
 
 from discedit.backends import arguments
@@ -53,19 +54,17 @@ def pool(x: Tensor, *, statistic: str | Names = "mean", layout: str = "auto", ba
         x: feature map, float16, bfloat16, float32 or float64, any strides. Axis 0 is samples.
         statistic: of the elements v of a map, over all axes but samples and channels: "mean", "sum", "l2"
             (sqrt(sum v^2)), "rms" (sqrt(mean v^2)), "absmax" (max |v|), "max", "positive_fraction" (share of v > 0), or
-            "cls": the token at position 0, of layout "tokens" and three axes alone. A name, or a tuple or list of
-            names.
+            "cls": the token at position 0 of a map (samples, tokens, channels). A name, or a tuple or list of names.
         layout: "nchw" (channels are axis 1, whatever the memory order), "tokens" (channels are the last axis), or
             "auto": axis 1, refused for three axes, where it would be a guess.
 
     Returns:
-        Float64, of shape (samples, channels) for a name and (samples, channels, statistics) for several, then a view
-        of contiguous planes, one per statistic. Backend "cpp" enters float64 with sums of four where elements have 16
-        bits: within 2^-22 of the sum of the absolute terms. NaN in a map makes every statistic of that map NaN ("cls":
-        NaN in its own token); Inf counts as a value.
+        Float64, (samples, channels) for a name and (samples, channels, statistics) for several, then a view of
+        contiguous planes, one per statistic. Backend "cpp" first adds fours of 16-bit elements in float32: within 2^-22
+        of the sum of the absolute terms. NaN in a map makes every statistic of that map NaN ("cls": NaN in its own
+        token); Inf counts as a value.
 
-    Raises:
-        TypeError, ValueError: as above; also an empty map, a statistic named twice, or "cls" of a map without tokens.
+    Raises: TypeError, ValueError: as above; also for an empty map, or a statistic named twice.
 
     Equivalent to ``x.double().mean((2, 3))`` for the mean of a map of shape (N, C, H, W).
 
@@ -106,10 +105,9 @@ def class_moments(  # type: ignore[misc]  # above stands what tells the two apar
     """Pool a feature map and accumulate its moments per class and channel, in one read of the map.
 
     Args:
-        x: feature map, as for `pool`.
+        x, statistic, layout: as for `pool`; several statistics for the witness "vector".
         labels: class index of each sample, shape (samples,), any integer type, in 0..num_classes-1, on the device of x.
         num_classes: number of classes; classes without samples are fine.
-        statistic, layout: as for `pool`; several statistics for the witness "vector".
         witness: what the moments are of. "quadratic" and "linear": the statistic t itself, which serves both. "exp":
             exp(-scale t), which lies in [0, 1] for t >= 0. "vector": the vector of several statistics.
         scale: for "exp" alone, a finite number above 0.
@@ -120,14 +118,12 @@ def class_moments(  # type: ignore[misc]  # above stands what tells the two apar
         `ClassMoments`; `VectorMoments` for the witness "vector". NaN or Inf in a map, or exp(-scale t) beyond the range
         of float64, makes the moments of that class and channel non-finite.
 
-    Raises:
-        TypeError, ValueError: as above; `out` is then unchanged. On a GPU nothing waits to see the labels: one outside
-            the range is a device-side assertion, as in torch's own indexing.
+    Raises: TypeError, ValueError: as above; `out` is then unchanged. On a GPU nothing waits to see the labels: one
+    outside the range is a device-side assertion, as in torch's own indexing.
 
     Equivalent to ``t = pool(x)``, then for class k ``own = t[labels == k]``, ``own.mean(0)`` and
-    ``((own - own.mean(0)) ** p).sum(0)`` for p = 2, 3, 4.
-
-    Source: merging after Chan, Golub and LeVeque 1979 and Pebay 2008.
+    ``((own - own.mean(0)) ** p).sum(0)`` for p = 2, 3, 4. Source: merging after Chan, Golub and LeVeque 1979 and Pebay
+    2008.
 
     >>> state = class_moments(torch.tensor([[1.0], [3.0], [10.0]]), torch.tensor([0, 0, 1]), 2)
     >>> state.mean
@@ -162,22 +158,14 @@ def class_moments(  # type: ignore[misc]  # above stands what tells the two apar
 
 
 def merge_moments(a: Kind, b: Kind, *, backend: str = "auto") -> Kind:
-    """The state of both sets of samples together; neither argument changes.
+    """The state of both sets of samples together, a new one: as `class_moments` of the samples of both.
 
     Exact, associative and commutative up to rounding, and the empty state is neutral to the bit.
 
     Args:
         a, b: two `ClassMoments` or two `VectorMoments` of the same shape on the same device.
 
-    Returns:
-        A new state of their kind.
-
-    Raises:
-        TypeError, ValueError: an argument is no state; kind, statistics, classes, channels or device differ.
-
-    Equivalent to `class_moments` of the samples of both.
-
-    Source: Chan, Golub and LeVeque 1979; Pebay 2008.
+    Raises: TypeError, ValueError: as above. Source: Chan, Golub and LeVeque 1979; Pebay 2008.
 
     >>> left = class_moments(torch.tensor([[1.0]]), torch.tensor([0]), 1)
     >>> right = class_moments(torch.tensor([[3.0]]), torch.tensor([0]), 1)
@@ -226,13 +214,11 @@ def patch_moments(
         "cpp" rounds differences from the channel's middle to float32 unless x is float64. NaN or Inf in a patch makes
         the moments of that channel's taps that see it non-finite, and no others'.
 
-    Raises:
-        TypeError, ValueError: as above; also no element per map, or a kernel that is larger than the padded map.
+    Raises: TypeError, ValueError: as above; also for an empty map, or a kernel that is larger than the padded map.
 
     Equivalent to ``p = unfold(x[:, i : i + 1].double(), kernel_size, dilation, padding, stride)`` for each channel i,
-    then ``p.mean((0, 2))`` and the sum over samples and positions of the outer products of ``p - mean``.
-
-    Source: needed by ModHiFi (Kashyap, Murti, Nayak, Narshana and Bhattacharyya, NeurIPS 2025).
+    then ``p.mean((0, 2))`` and the sum over samples and positions of the outer products of ``p - mean``. Source: needed
+    by ModHiFi (Kashyap, Murti, Nayak, Narshana and Bhattacharyya, NeurIPS 2025).
 
     >>> count, mean, scatter = patch_moments(torch.tensor([[[[0.0, 1.0, 3.0]]]]), (1, 2))
     >>> count, mean
@@ -256,8 +242,6 @@ def patch_moments(
 def fisher_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, backend: str = "auto") -> Tensor:
     """Lower bound on the total variation between two laws from their first two moments.
 
-    F / (2 + F), with F the Fisher discriminant ratio of the two laws.
-
     Args:
         mean1, mean2: mean vectors of the witness, shape (..., d), 1 <= d <= 32, float32 or float64.
         cov1, cov2: population covariances, shape (..., d, d), symmetric positive semi-definite, same type and device.
@@ -267,12 +251,10 @@ def fisher_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, ba
         is charged against the bound. A direction without variance counts as perfectly separating when the means differ
         along it (1) and as useless when they do not (0). NaN for non-finite moments.
 
-    Raises:
-        TypeError, ValueError: as above.
+    Raises: TypeError, ValueError: as above.
 
-    Equivalent to ``F / (2 + F)`` with ``F = (mean1 - mean2) @ inv(cov1 + cov2) @ (mean1 - mean2)``.
-
-    Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024.
+    Equivalent to ``F / (2 + F)`` with ``F = (mean1 - mean2) @ inv(cov1 + cov2) @ (mean1 - mean2)``, the Fisher
+    discriminant ratio. Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024.
 
     >>> one = torch.ones(1, 1)
     >>> fisher_bound(torch.tensor([2.0]), one, torch.tensor([0.0]), one)
@@ -290,15 +272,11 @@ def minimax_bound(
     some pair of laws with these moments attains it. Never below `fisher_bound`.
 
     Args:
-        mean1, cov1, mean2, cov2: as `fisher_bound`.
         published: (k / (sqrt 2 + k))^2 instead, the far looser form of the published code; for comparison only.
 
-    Returns, Raises: as `fisher_bound`.
-
-    Equivalent to a second-order cone program (maximise k); solved by a one-dimensional root find on the curve
-    u(l) = ((1 - l) cov1 + l cov2)^-1 (mean1 - mean2).
-
-    Source: Lanckriet, El Ghaoui, Bhattacharyya and Jordan 2002 (k); Anderson and Bahadur 1962 (the curve).
+    Other arguments, Returns, Raises: as `fisher_bound`. Equivalent to a second-order cone program (maximise k); solved
+    by a one-dimensional root find on the curve u(l) = ((1 - l) cov1 + l cov2)^-1 (mean1 - mean2). Source: Lanckriet, El
+    Ghaoui, Bhattacharyya and Jordan 2002 (k); Anderson and Bahadur 1962 (the curve).
 
     >>> minimax_bound(torch.tensor([2.0]), torch.tensor([[1.0]]), torch.tensor([0.0]), torch.tensor([[0.0]]))
     tensor(0.8000)
@@ -323,21 +301,14 @@ def robust_bound(
     of cov1 + cov2. Never above `fisher_bound`, and equal to it at radius 0 and rho 0.
 
     Args:
-        mean1, cov1, mean2, cov2: as `fisher_bound`.
         radius1, radius2: of the balls around the means in the Euclidean norm, in the units of the means, at least 0: a
             number, or a tensor of shape (...).
         rho: in the units of the covariances, at least 0.
 
-    Returns:
-        As `fisher_bound`. 0 where the balls touch: ||mean1 - mean2|| <= radius1 + radius2.
-
-    Raises:
-        TypeError, ValueError: as above.
-
-    Equivalent to ``min F(mean1 + a, mean2 + b)`` over ``||a|| <= radius1, ||b|| <= radius2``; solved by the secular
-    equation mu ||u|| = radius1 + radius2, u = (cov1 + cov2 + (rho + mu) I)^-1 (mean1 - mean2).
-
-    Source: Kim, Magnani and Boyd 2006; the equation as in More and Sorensen 1983.
+    Other arguments, Returns, Raises: as `fisher_bound`; 0 where the balls touch. Equivalent to
+    ``min F(mean1 + a, mean2 + b)`` over ``||a|| <= radius1, ||b|| <= radius2``; solved by the secular equation
+    mu ||u|| = radius1 + radius2, u = (cov1 + cov2 + (rho + mu) I)^-1 (mean1 - mean2). Source: Kim, Magnani and Boyd
+    2006; the equation as in More and Sorensen 1983.
 
     >>> one = torch.ones(1, 1)
     >>> robust_bound(torch.tensor([3.0]), one, torch.tensor([0.0]), one, radius1=0.5, radius2=0.5)
@@ -354,22 +325,13 @@ def robust_bound(
 def hellinger_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, backend: str = "auto") -> Tensor:
     """1 - BC, the squared Hellinger distance, of the Gaussians with these moments: TVSPrune's score.
 
-    A lower bound on the total variation of Gaussians. Of other laws with these moments it is **none**: a baseline.
+    A lower bound on the total variation of Gaussians. Of other laws with these moments it is **none**: a baseline. A
+    direction in which neither law varies drops out where the means agree along it, and gives 1 where they do not; one
+    in which a single law varies gives 1: such Gaussians have no mass in common.
 
-    Args:
-        mean1, cov1, mean2, cov2: as `fisher_bound`.
-
-    Returns:
-        As `fisher_bound`. A direction in which neither law varies drops out where the means agree along it, and gives 1
-        where they do not; one in which a single law varies gives 1: such Gaussians have no mass in common.
-
-    Raises:
-        TypeError, ValueError: as above.
-
-    Equivalent to ``1 - (det(cov1) det(cov2)) ** 0.25 / det((cov1 + cov2) / 2) ** 0.5 * exp(-F / 4)`` with F as in
-    `fisher_bound`.
-
-    Source: Murti, Narshana and Bhattacharyya, TVSPrune, ICLR 2023.
+    Arguments, Returns, Raises: as `fisher_bound`. Equivalent to
+    ``1 - (det(cov1) det(cov2)) ** 0.25 / det((cov1 + cov2) / 2) ** 0.5 * exp(-F / 4)`` with F as there. Source: Murti,
+    Narshana and Bhattacharyya, TVSPrune, ICLR 2023.
 
     >>> one = torch.ones(1, 1, dtype=torch.float64)
     >>> hellinger_bound(torch.tensor([2.0]).double(), one, torch.tensor([0.0]).double(), one)
@@ -383,24 +345,16 @@ def witness_bound(
 ) -> Tensor:
     """Lower bound on the total variation from the mean and the raw second moment of one function f under two laws.
 
-    (E1 f - E2 f)^2 / (sqrt(E1 f^2) + sqrt(E2 f^2))^2. Not the same for f + b: the best b gives `minimax_bound` of one
-    dimension, so this is never above that.
+    Not the same for f + b: the best b gives `minimax_bound` of one dimension, so this is never above that.
 
     Args:
         mean1, mean2: E f under each law, shape (...), float32 or float64.
         second1, second2: E f^2, same shape, type and device, at least mean^2.
         published: (E1 f - E2 f)^2 / (2 (E1 f^2 + E2 f^2)) instead, the looser published form.
 
-    Returns:
-        As `fisher_bound`.
-
-    Raises:
-        TypeError, ValueError: as above.
-
-    Equivalent to ``(mean1 - mean2) ** 2 / (second1.sqrt() + second2.sqrt()) ** 2``.
-
-    Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (the published form); the tighter one by Cauchy-Schwarz on
-    the parts of p - q of either sign.
+    Returns, Raises: as `fisher_bound`. Equivalent to
+    ``(mean1 - mean2) ** 2 / (second1.sqrt() + second2.sqrt()) ** 2``. Source: Murti and Bhattacharyya, DISCEDIT,
+    NeurIPS 2024 (the published form); the tighter one by Cauchy-Schwarz on the parts of p - q of either sign.
 
     >>> witness_bound(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(0.0), torch.tensor(1.0))
     tensor(0.2500)
@@ -424,7 +378,7 @@ def one_vs_rest(
 
     Args:
         moments: state of one layer.
-        bound: one of `docs/bounds.md`: "fisher" or "minimax"; "minimax_published" and "witness_published", the looser
+        bound: one of docs/bounds.md: "fisher" or "minimax"; "minimax_published" and "witness_published", the looser
             published forms; "robust"; "witness"; "hellinger", a baseline and no bound; or "certified", which holds with
             probability 1 - alpha over the sample for all values returned together.
         witness: for `ClassMoments` "linear" (t), "quadratic" (t, t^2; the default), or "exp", which names "linear"
@@ -440,13 +394,11 @@ def one_vs_rest(
         when fewer than two classes have any. A channel that is constant and equal in a class and the rest scores 0,
         constant and different 1. "The rest" weighs each class by its sample count.
 
-    Raises:
-        TypeError, ValueError: as above; also a witness that the state or the bound does not serve, and, for
-            "certified", moments that no law on value_range has.
+    Raises: TypeError, ValueError: as above; also for a witness that the state or the bound does not serve, and, by
+    "certified", for moments that no law on value_range has.
 
-    Equivalent to `minimax_bound`, `fisher_bound` or another of the witness's moments under each class and all others.
-
-    Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024; "certified": Maurer and Pontil 2009.
+    Equivalent to `minimax_bound` or another of the witness's moments under each class and all others. Source: Murti and
+    Bhattacharyya, DISCEDIT, NeurIPS 2024; "certified": Maurer and Pontil 2009.
 
     >>> x = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
     >>> one_vs_rest(class_moments(x, torch.tensor([0, 0, 1, 1]), 2))
@@ -461,18 +413,9 @@ def one_vs_one(
 ) -> Tensor:
     """Bound on the total variation between each two classes, per channel.
 
-    Args:
-        moments, bound, witness, options: as for `one_vs_rest`.
-
-    Returns:
-        Shape (channels, classes, classes), float64, in [0, 1], symmetric, 0 on the diagonal; NaN in the rows and
-        columns of classes without samples. That is channels x classes^2 numbers: for many classes `pairwise_min` and
-        `pairwise_mean` stream the pairs instead.
-
-    Raises:
-        TypeError, ValueError: as `one_vs_rest`.
-
-    Equivalent to `minimax_bound` or another of the witness's moments under each two classes.
+    Returns shape (channels, classes, classes), float64, in [0, 1], symmetric, 0 on the diagonal; NaN in the rows and
+    columns of classes without samples. That is channels x classes^2 numbers: for many classes `pairwise_min` and
+    `pairwise_mean` stream the pairs instead. Arguments, Raises: as `one_vs_rest`.
 
     >>> x = torch.tensor([[0.0], [0.0], [1.0]])
     >>> one_vs_one(class_moments(x, torch.tensor([0, 1, 2]), 3))[0]
@@ -487,25 +430,18 @@ def one_vs_one(
 def pairwise_min(
     moments: State, *, bound: str = "minimax", witness: str | None = None, backend: str = "auto", **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The pair of classes that a channel tells apart least: the smallest bound over all pairs of classes with samples.
+    """The pair of classes that a channel tells apart least: the minimum of `one_vs_one` over pairs with samples.
 
-    The reduction of WitnessPrune and TVSPrune: a channel that scores low here fails for some pair, however well it
-    tells others. All pairs are streamed: memory is that of the state, never classes x classes x channels.
-
-    Args:
-        moments, bound, witness, options: as for `one_vs_rest`. For "certified", alpha is shared over all pairs.
+    A channel that scores low here fails for some pair, however well it tells others. All pairs are streamed: memory is
+    that of the state, never classes x classes x channels. For "certified", alpha is shared over all pairs.
 
     Returns:
         The bound, shape (channels,), float64, in [0, 1], and the pair that attains it, shape (channels, 2), int64,
         first class index < second; where several pairs attain it, any one of them. NaN and (-1, -1) where fewer than
         two classes have samples, or where the bound of some pair is NaN, because its moments are not finite.
 
-    Raises:
-        TypeError, ValueError: as `one_vs_rest`.
-
-    Equivalent to the minimum of `one_vs_one` over pairs of different classes.
-
-    Source: TVSPrune (Murti, Narshana and Bhattacharyya, ICLR 2023) and WitnessPrune, over this bound.
+    Arguments, Raises: as `one_vs_rest`. Source: the reduction of TVSPrune (Murti, Narshana and Bhattacharyya, ICLR
+    2023) and WitnessPrune, over this bound.
 
     >>> x = torch.tensor([[0.0, 1.0], [0.0, 2.0], [1.0, 3.0]])
     >>> values, pairs = pairwise_min(class_moments(x, torch.tensor([0, 1, 2]), 3))
@@ -521,19 +457,10 @@ def pairwise_min(
 def pairwise_mean(
     moments: State, *, bound: str = "minimax", witness: str | None = None, backend: str = "auto", **options: Any
 ) -> Tensor:
-    """The mean bound over all pairs of classes with samples, per channel. Pairs are streamed, as in `pairwise_min`.
+    """The mean of `one_vs_one` over all pairs of classes with samples, per channel, streamed as in `pairwise_min`.
 
-    Args:
-        moments, bound, witness, options: as for `pairwise_min`.
-
-    Returns:
-        Shape (channels,), float64, in [0, 1]. NaN where fewer than two classes have samples, or where the bound of some
-        pair is NaN.
-
-    Raises:
-        TypeError, ValueError: as `one_vs_rest`.
-
-    Equivalent to the mean of `one_vs_one` over pairs of different classes.
+    Returns shape (channels,), float64, in [0, 1]. NaN where fewer than two classes have samples, or where the bound of
+    some pair is NaN. Arguments, Raises: as `one_vs_rest`.
 
     >>> x = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
     >>> pairwise_mean(class_moments(x, torch.tensor([0, 1, 2, 3]), 4))

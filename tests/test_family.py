@@ -815,7 +815,7 @@ def test_refusals_of_explicit_bounds():
         ops.witness_bound(two, 2 * two, two, two / 2)
     with pytest.raises(
         ValueError,
-        match=r"mean2 must have the shape, type and device of mean1: .* torch.float64 on cpu of shape \(1,\)",
+        match=r"mean2 must have the shape, type and device of mean1: .* torch.float64 .* shape \(1,\)",
     ):
         ops.witness_bound(two, 2 * two, two.double(), 2 * two)
     with pytest.raises(TypeError, match=r"witness_bound: mean1 must be a torch.Tensor, got float"):
