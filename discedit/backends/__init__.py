@@ -21,21 +21,10 @@ from discedit.backends.triton import triton_interprets
 from discedit.common import validation
 
 NAMES = ("cpp", "cuda", "triton", "reference")
-OPS = (
-    "pool",
-    "class_moments",
-    "merge_moments",
-    "patch_moments",
-    "fisher_bound",
-    "minimax_bound",
-    "robust_bound",
-    "hellinger_bound",
-    "witness_bound",
-    "one_vs_rest",
-    "one_vs_one",
-    "pairwise_min",
-    "pairwise_mean",
-)
+MOMENTS = ("pool", "class_moments", "merge_moments", "patch_moments")
+BOUNDS = ("fisher_bound", "minimax_bound", "robust_bound", "hellinger_bound", "witness_bound")
+COMPARISONS = ("one_vs_rest", "one_vs_one", "pairwise_min", "pairwise_mean")
+OPS = (*MOMENTS, *BOUNDS, *COMPARISONS)
 STEPS = ("fold_moments", "minimax_published_bound")  # what is no public op by itself
 IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     name: {op: getattr(module, op) for op in (*OPS, *STEPS) if hasattr(module, op)}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discedit.backends import NAMES, arguments, select
+from discedit.backends import COMPARISONS, NAMES, arguments, select
 from discedit.backends.arguments import Asked, Rule
 from discedit.common import validation
 from discedit.common.state import ClassMoments, State, VectorMoments
@@ -216,6 +216,6 @@ def _compared(op: str, tensors: Sequence[Tensor], *others: Any) -> Any:
     return (values, tensors[0].new_empty((channels, 2))) if op == "pairwise_min" else values
 
 
-for _op in ("one_vs_rest", "one_vs_one", "pairwise_min", "pairwise_mean"):
+for _op in COMPARISONS:
     _results = "(Tensor, Tensor)" if _op == "pairwise_min" else "Tensor"
     _register(_op, _ASKED, _results, partial(_compared, _op))(partial(_compare, _op))
