@@ -84,7 +84,7 @@ def _git(*arguments: str) -> str:
 
 def machine() -> str:
     """One line on what the numbers were measured on; no absolute time is comparable without it."""
-    module, _ = backends.cpu_module()
+    module, _ = backends.extensions.cpu_module()
     level = module.instruction_set() if module else "no extension"
     commit = _git("describe", "--always")
     # Neither what is written nor tests change what is measured.

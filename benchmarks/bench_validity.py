@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks._common import Table, machine, seconds
 from discedit import ops
-from discedit.common import validation
+from discedit.backends import arguments
 from discedit.common.state import ClassMoments, State, VectorMoments
 
 PAGE = Path(__file__).with_name("bounds.md")
@@ -641,9 +641,9 @@ class Cell(NamedTuple):
 
 def cells() -> Iterator[Cell]:
     """Wherever bound and witness fit."""
-    for bound in validation.BOUNDS:
+    for bound in arguments.BOUNDS:
         yield Cell(bound, "linear", 1)
-        if bound not in validation.OF_ONE_NUMBER:
+        if bound not in arguments.OF_ONE_NUMBER:
             yield Cell(bound, "quadratic", 2)
             yield from (Cell(bound, "vector", d) for d in (2, 4, 8))
 
@@ -791,8 +791,9 @@ def operations() -> Callable[[Cell, State], str]:
     def count(cell: Cell, state: State) -> str:
         options, classes = OPTIONS.get(cell.bound, {}), state.num_classes
         pairs = state.channels * classes * (classes - 1) // 2
-        rule = validation.rule("bench_validity", cell.bound, options, state, cell.witness, pairs)
-        head = [validation.BOUNDS.index(cell.bound), rule.radius, rule.log_term, rule.low, rule.high]
+        asked = arguments.asked("bench_validity", cell.bound, options, cell.witness)
+        rule = arguments.settled("bench_validity", asked, state, pairs)
+        head = [arguments.BOUNDS.index(cell.bound), rule.radius, rule.log_term, rule.low, rule.high]
         head += [cell.d if cell.witness == "vector" else 0, cell.witness == "quadratic", pairs]
         rows = [part.reshape(-1, classes, state.channels) for part in state.tensors()[1:]]
         laws = torch.cat([state.count.double()[None, :, None].expand(1, classes, state.channels), *rows])

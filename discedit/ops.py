@@ -1,20 +1,26 @@
 """Tensor-level functions, the ones other toolkits embed. Torch tensors in, torch tensors out.
 
-Every function takes ``backend="auto" | "cpp" | "cuda" | "triton" | "reference"``. "auto" takes the fastest that can
-run; a backend asked for by name runs or raises RuntimeError with the reason. Every function is also an op of
-``torch.ops.discedit``, so `torch.compile`, `torch.export` and `FakeTensorMode` take it as one step; rules about values,
-and whether a backend can run, are then checked when the program runs.
+What holds for all of them:
+
+- ``backend="auto" | "cpp" | "cuda" | "triton" | "reference"``. "auto" takes the fastest that can run; a backend asked
+  for by name runs or raises RuntimeError with the reason.
+- Numbers are accumulated in float64 and deterministic: the same batches in the same order give the same bits, on the
+  CPU for every number of threads and every instruction set, on a GPU for the same backend. No gradients go through.
+- Every function is an op of ``torch.ops.discedit``, so `torch.compile`, `torch.export` and `FakeTensorMode` take it as
+  one step; rules about values, and whether a backend can run, are then checked when the program runs.
+- TypeError: an argument is of another type. ValueError: shapes, types or devices do not fit, a name is unknown, or a
+  value is outside its range.
 """
 
 from __future__ import annotations
 
 from typing import Any, TypeVar, overload
 
-import torch
+import torch  # noqa: F401  # in the examples
 from torch import Tensor
 
-from discedit.backends import select
-from discedit.backends.library import compared, record, traced
+from discedit.backends import arguments
+from discedit.backends.library import call
 from discedit.common import validation
 from discedit.common.state import ClassMoments, State, VectorMoments
 
@@ -48,23 +54,17 @@ def pool(x: Tensor, *, statistic: str | Names = "mean", layout: str = "auto", ba
         x: feature map, float16, bfloat16, float32 or float64, any strides. Axis 0 is samples.
         statistic: of the elements v of a map, over all axes but samples and channels: "mean", "sum", "l2"
             (sqrt(sum v^2)), "rms" (sqrt(mean v^2)), "absmax" (max |v|), "max", "positive_fraction" (share of v > 0), or
-            "cls": the token at position 0, of layout "tokens" and three axes alone. A name, or a tuple or list of
-            names.
+            "cls": the token at position 0 of a map (samples, tokens, channels). A name, or a tuple or list of names.
         layout: "nchw" (channels are axis 1, whatever the memory order), "tokens" (channels are the last axis), or
             "auto": axis 1, refused for three axes, where it would be a guess.
 
     Returns:
-        Float64, of shape (samples, channels) for a name and (samples, channels, statistics) for several, then a view
-        of contiguous planes, one per statistic. Accumulated in float64, which backend "cpp" enters with sums of four
-        where elements have 16 bits: within 2^-22 of the sum of the absolute terms. Subnormal numbers count in full; the
-        same bits for every number of threads. NaN in a map makes every statistic of that map NaN ("cls": NaN in its own
-        token); Inf counts as a value. No map affects another's statistics.
+        Float64, (samples, channels) for a name and (samples, channels, statistics) for several, then a view of
+        contiguous planes, one per statistic. Backend "cpp" first adds fours of 16-bit elements in float32: within 2^-22
+        of the sum of the absolute terms. NaN in a map makes every statistic of that map NaN ("cls": NaN in its own
+        token); Inf counts as a value.
 
-    Raises:
-        TypeError: x is no tensor, or statistic neither a name nor a tuple or list.
-        ValueError: fewer than two axes, an unsupported type, an empty map, an unknown statistic or layout, a statistic
-            named twice, or "cls" of a map without tokens.
-        RuntimeError: `backend` names a backend that cannot run here.
+    Raises: TypeError, ValueError: as above; also for an empty map, or a statistic named twice.
 
     Equivalent to ``x.double().mean((2, 3))`` for the mean of a map of shape (N, C, H, W).
 
@@ -75,41 +75,22 @@ def pool(x: Tensor, *, statistic: str | Names = "mean", layout: str = "auto", ba
     tensor([[[1.5000, 3.0000, 0.7500],
              [1.0000, 7.0000, 0.5000]]], dtype=torch.float64)
     """
-    names = validation.statistics("pool", statistic)
-    x, axis = validation.feature_map("pool", x, layout, names)
-    planes: Tensor
-    planes = record("pool", backend, x, axis, names) if traced(x) else select("pool", backend, x.device)(x, axis, names)
+    names = arguments.statistics("pool", statistic)
+    x, axis = arguments.feature_map("pool", x, layout, names)
+    planes: Tensor = call("pool", backend, x, axis, names)
     # Not planes[0], for which torch wants the driver of a device that a fake tensor only pretends to be on.
     return planes.select(0, 0) if isinstance(statistic, str) else planes.permute(1, 2, 0)
 
 
 @overload
 def class_moments(
-    x: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    *,
-    statistic: str = "mean",
-    witness: str = "quadratic",
-    scale: float | None = None,
-    layout: str = "auto",
-    out: ClassMoments | None = None,
-    backend: str = "auto",
+    x: Tensor, labels: Tensor, num_classes: int, *, statistic: str = ..., out: ClassMoments | None = ..., **options: Any
 ) -> ClassMoments: ...
 @overload
 def class_moments(
-    x: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    *,
-    statistic: Names,
-    witness: str,
-    scale: None = None,
-    layout: str = "auto",
-    out: VectorMoments | None = None,
-    backend: str = "auto",
+    x: Tensor, labels: Tensor, num_classes: int, *, statistic: Names, out: VectorMoments | None = ..., **options: Any
 ) -> VectorMoments: ...
-def class_moments(
+def class_moments(  # type: ignore[misc]  # above stands what tells the two apart, and not all the rest again
     x: Tensor,
     labels: Tensor,
     num_classes: int,
@@ -124,10 +105,9 @@ def class_moments(
     """Pool a feature map and accumulate its moments per class and channel, in one read of the map.
 
     Args:
-        x: feature map, as for `pool`.
+        x, statistic, layout: as for `pool`; several statistics for the witness "vector".
         labels: class index of each sample, shape (samples,), any integer type, in 0..num_classes-1, on the device of x.
         num_classes: number of classes; classes without samples are fine.
-        statistic, layout: as for `pool`; several statistics for the witness "vector".
         witness: what the moments are of. "quadratic" and "linear": the statistic t itself, which serves both. "exp":
             exp(-scale t), which lies in [0, 1] for t >= 0. "vector": the vector of several statistics.
         scale: for "exp" alone, a finite number above 0.
@@ -135,24 +115,15 @@ def class_moments(
             returned. By default a new one.
 
     Returns:
-        `ClassMoments`: count, mean and central moment sums up to order 4, float64; for the witness "vector"
-        `VectorMoments`: count, mean vector and scatter matrix. Deterministic: the same batches in the same order give
-        the same bits, on the CPU for every number of threads and every instruction set, on a GPU for the same backend.
-        NaN or Inf in a map, or exp(-scale t) beyond the range of float64, makes the moments of that class and channel
-        non-finite.
+        `ClassMoments`; `VectorMoments` for the witness "vector". NaN or Inf in a map, or exp(-scale t) beyond the range
+        of float64, makes the moments of that class and channel non-finite.
 
-    Raises:
-        TypeError: x, labels or out is of another type.
-        ValueError: labels of the wrong length or type, on another device or outside the range (`out` is then
-            unchanged), a statistic or scale that does not fit the witness, a state of another shape, and whatever
-            `pool` refuses. On a GPU nothing waits to see the labels: one outside the range is a device-side assertion,
-            as in torch's own indexing.
-        RuntimeError: `backend` names a backend that cannot run here.
+    Raises: TypeError, ValueError: as above; `out` is then unchanged. On a GPU nothing waits to see the labels: one
+    outside the range is a device-side assertion, as in torch's own indexing.
 
     Equivalent to ``t = pool(x)``, then for class k ``own = t[labels == k]``, ``own.mean(0)`` and
-    ``((own - own.mean(0)) ** p).sum(0)`` for p = 2, 3, 4.
-
-    Source: merging after Chan, Golub and LeVeque 1979 and Pebay 2008.
+    ``((own - own.mean(0)) ** p).sum(0)`` for p = 2, 3, 4. Source: merging after Chan, Golub and LeVeque 1979 and Pebay
+    2008.
 
     >>> state = class_moments(torch.tensor([[1.0], [3.0], [10.0]]), torch.tensor([0, 0, 1]), 2)
     >>> state.mean
@@ -168,68 +139,47 @@ def class_moments(
     """
     op = "class_moments"
     num_classes = validation.positive_integer(op, "num_classes", num_classes)
-    names = validation.statistics(op, statistic)
-    validation.witness(op, witness, statistic, scale)
-    scale = validation.scale(op, scale) if witness == "exp" else 0.0
-    x, axis = validation.feature_map(op, x, layout, names)
-    labels = validation.labels(op, labels, x)
-    mean: tuple[int, ...] = (num_classes, x.shape[axis])
-    kind: type[State] = ClassMoments
-    if witness == "vector":
-        mean, kind = (len(names), *mean), VectorMoments
-    state: State
+    names = arguments.statistics(op, statistic)
+    arguments.witness(op, witness, statistic, scale)
+    scale = arguments.scale(op, scale) if witness == "exp" else 0.0
+    x, axis = arguments.feature_map(op, x, layout, names)
+    batch = x, axis, names, scale, arguments.labels(op, labels, x)
+    kind: type[State] = VectorMoments if witness == "vector" else ClassMoments
     if out is None:
-        if traced(x, labels):
-            return kind(*record(op, backend, x, axis, names, scale, labels, num_classes, kind is VectorMoments))
-        state = kind.with_mean(mean, x.device)
-    else:
-        state = validation.state(op, "out", out)
-        if type(state) is not kind or state.mean.shape != mean or state.device != x.device:
-            wanted = validation.description(kind, mean, x.device)
-            raise ValueError(f"{op}: out must be {wanted}, it is {validation.described(state)}.")
-    if traced(x, labels, *state.tensors()):
-        record("class_moments_", backend, state.tensors(), x, axis, names, scale, labels)
-    else:
-        select(op, backend, x.device)(x, axis, names, scale, labels, state)
+        new: State = call(op, backend, *batch, num_classes, witness == "vector")
+        return new
+    mean = (num_classes, x.shape[axis]) if witness != "vector" else (len(names), num_classes, x.shape[axis])
+    state = arguments.state(op, "out", out)
+    if type(state) is not kind or state.mean.shape != mean or state.device != x.device:
+        wanted = arguments.description(kind, mean, x.device)
+        raise ValueError(f"{op}: out must be {wanted}, it is {arguments.described(state)}.")
+    call("class_moments_", backend, state, *batch)
     return state
 
 
 def merge_moments(a: Kind, b: Kind, *, backend: str = "auto") -> Kind:
-    """The state of both sets of samples together; neither argument changes.
+    """The state of both sets of samples together, a new one: as `class_moments` of the samples of both.
 
-    Exact up to rounding, associative and commutative up to rounding, and the empty state is neutral to the bit.
+    Exact, associative and commutative up to rounding, and the empty state is neutral to the bit.
 
     Args:
         a, b: two `ClassMoments` or two `VectorMoments` of the same shape on the same device.
 
-    Returns:
-        A new state of their kind.
-
-    Raises:
-        TypeError: an argument is no state.
-        ValueError: the states differ in kind, statistics, classes, channels or device.
-        RuntimeError: `backend` names a backend that cannot run here.
-
-    Equivalent to `class_moments` of the samples of both.
-
-    Source: Chan, Golub and LeVeque 1979; Pebay 2008.
+    Raises: TypeError, ValueError: as above. Source: Chan, Golub and LeVeque 1979; Pebay 2008.
 
     >>> left = class_moments(torch.tensor([[1.0]]), torch.tensor([0]), 1)
     >>> right = class_moments(torch.tensor([[3.0]]), torch.tensor([0]), 1)
     >>> merge_moments(left, right).m2
     tensor([[2.]], dtype=torch.float64)
     """
-    validation.state("merge_moments", "a", a)
-    validation.state("merge_moments", "b", b)
+    arguments.state("merge_moments", "a", a)
+    arguments.state("merge_moments", "b", b)
     if type(a) is not type(b) or a.mean.shape != b.mean.shape or a.device != b.device:
         raise ValueError(
-            f"merge_moments: a and b must have the same kind, shape and device: a is {validation.described(a)}, "
-            f"b is {validation.described(b)}."
+            f"merge_moments: a and b must have the same kind, shape and device: a is {arguments.described(a)}, "
+            f"b is {arguments.described(b)}."
         )
-    if traced(*a.tensors(), *b.tensors()):
-        return type(a)(*record("merge_moments", backend, a.tensors(), b.tensors()))
-    merged = a.clone()
-    select("merge_moments", backend, a.device)(merged, b)
+    merged: Kind = call("merge_moments", backend, a, b)
     return merged
 
 
@@ -245,8 +195,8 @@ def patch_moments(
 ) -> tuple[int, Tensor, Tensor]:
     """Mean and scatter of the patches of each channel that a convolution reads, over samples and output positions.
 
-    With them, the second moments of what one input channel adds to an output, for any weight w of K = rows x columns
-    taps, are one product: the variance of w'p over samples and positions is w' scatter w / count.
+    With them, the variance of what one input channel adds to an output, for any weight w of K = rows x columns taps, is
+    one product: w' scatter w / count.
 
     Args:
         x: feature map (samples, channels, height, width), float16, bfloat16, float32 or float64, any strides. Taps
@@ -254,32 +204,21 @@ def patch_moments(
         kernel_size, stride, dilation: of the convolution: an integer of at least 1 or a pair (rows, columns).
         padding: zeros around the map: an integer, a pair (rows, columns) or four (top, bottom, left, right).
         positions: flat output positions (row * output width + column), the same for every sample: shape (positions,),
-            int64, on the device of x. One that is named twice counts twice; their order does not matter. By default
-            all. On a GPU, looking whether they are in range waits for it.
+            int64, on the device of x; one that is named twice counts twice. By default all. On a GPU, looking whether
+            they are in range waits for it.
 
     Returns:
         The number of patches of a channel, samples x positions; their mean, shape (channels, K), and the scatter matrix
-        about it, sum of (p - mean) (p - mean)', shape (channels, K, K), both float64. Taps are in the order of
-        `torch.nn.functional.unfold`, that of ``weight[output, channel].flatten()``. Zeros without patches. The scatter
-        is symmetric to the bit, and positive semidefinite up to rounding. Accumulated in float64 around a value from
-        the channel's middle; backend "cpp" rounds the difference from it to float32 unless x is float64, gives the same
-        bits for every number of threads and every instruction set, reads little of the map that no patch needs, and
-        takes about 1 MB per thread beyond the results where the rows of one patch fit into that. Backends "cuda" and
-        "triton" keep differences in float64 and give the same bits for the same input. NaN or Inf in a patch
-        makes the moments of that channel's taps that see it non-finite, and no others'.
+        about it, shape (channels, K, K), both float64, taps in the order of ``weight[output, channel].flatten()``.
+        Zeros without patches. The scatter is symmetric to the bit, and positive semidefinite up to rounding; backend
+        "cpp" rounds differences from the channel's middle to float32 unless x is float64. NaN or Inf in a patch makes
+        the moments of that channel's taps that see it non-finite, and no others'.
 
-    Raises:
-        TypeError: x or positions is no tensor.
-        ValueError: x has another number of axes, an unsupported type or no element per map; a size that is no integer
-            in range or no pair; a kernel that is larger than the padded map; positions of another type or shape, on
-            another device or outside the output.
-        RuntimeError: `backend` names a backend that cannot run here.
+    Raises: TypeError, ValueError: as above; also for an empty map, or a kernel that is larger than the padded map.
 
     Equivalent to ``p = unfold(x[:, i : i + 1].double(), kernel_size, dilation, padding, stride)`` for each channel i,
-    then ``p.mean((0, 2))`` and the sum over samples and positions of the outer products of ``p - mean``.
-
-    Source: the singleton scores of ModHiFi (Kashyap, Murti, Nayak, Narshana and Bhattacharyya, NeurIPS 2025) need these
-    moments beside one matrix product.
+    then ``p.mean((0, 2))`` and the sum over samples and positions of the outer products of ``p - mean``. Source: needed
+    by ModHiFi (Kashyap, Murti, Nayak, Narshana and Bhattacharyya, NeurIPS 2025).
 
     >>> count, mean, scatter = patch_moments(torch.tensor([[[[0.0, 1.0, 3.0]]]]), (1, 2))
     >>> count, mean
@@ -289,50 +228,39 @@ def patch_moments(
              [1.0000, 2.0000]]], dtype=torch.float64)
     """
     op = "patch_moments"
-    x = validation.image_map(op, x)
-    window = validation.window(op, x, kernel_size, stride, padding, dilation)
+    x = arguments.image_map(op, x)
+    window = arguments.window(op, x, kernel_size, stride, padding, dilation)
     rows, columns = window.outputs(x)
     places = rows * columns
     if positions is not None:
-        positions = validation.positions(op, positions, x)
+        positions = arguments.positions(op, positions, x)
         places = positions.shape[0]
-    if traced(x) or (positions is not None and traced(positions)):
-        mean, scatter = record(op, backend, x, *window, positions)
-    else:
-        if positions is not None:
-            validation.position_range(op, positions, (rows, columns))
-        mean, scatter = select(op, backend, x.device)(x, window, positions)
+    mean, scatter = call(op, backend, x, *window, positions)
     return x.shape[0] * places, mean, scatter
 
 
 def fisher_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, backend: str = "auto") -> Tensor:
     """Lower bound on the total variation between two laws from their first two moments.
 
-    F / (2 + F), with F the Fisher discriminant ratio of the two laws.
-
     Args:
         mean1, mean2: mean vectors of the witness, shape (..., d), 1 <= d <= 32, float32 or float64.
         cov1, cov2: population covariances, shape (..., d, d), symmetric positive semi-definite, same type and device.
 
     Returns:
-        Shape (...), in [0, 1], the type of the inputs. Computed in float64; rounding, that of the given moments
-        included (16 ulps of each), is charged against the bound. Deterministic. A direction without variance counts as
-        perfectly separating when the means differ along it (1) and as useless when they do not (0). NaN for non-finite
-        moments.
+        Shape (...), in [0, 1], the type of the inputs. Rounding, that of the given moments included (16 ulps of each),
+        is charged against the bound. A direction without variance counts as perfectly separating when the means differ
+        along it (1) and as useless when they do not (0). NaN for non-finite moments.
 
-    Raises:
-        ValueError: shapes, types or devices do not match, or d is outside 1..32.
-        RuntimeError: `backend` names a backend that cannot run here; the message says why.
+    Raises: TypeError, ValueError: as above.
 
-    Equivalent to ``F / (2 + F)`` with ``F = (mean1 - mean2) @ inv(cov1 + cov2) @ (mean1 - mean2)``.
-
-    Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024.
+    Equivalent to ``F / (2 + F)`` with ``F = (mean1 - mean2) @ inv(cov1 + cov2) @ (mean1 - mean2)``, the Fisher
+    discriminant ratio. Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024.
 
     >>> one = torch.ones(1, 1)
     >>> fisher_bound(torch.tensor([2.0]), one, torch.tensor([0.0]), one)
     tensor(0.5000)
     """
-    return _bound("fisher_bound", mean1, cov1, mean2, cov2, backend)
+    return _bound("fisher_bound", (mean1, cov1, mean2, cov2), backend)
 
 
 def minimax_bound(
@@ -344,21 +272,16 @@ def minimax_bound(
     some pair of laws with these moments attains it. Never below `fisher_bound`.
 
     Args:
-        mean1, cov1, mean2, cov2: as `fisher_bound`.
         published: (k / (sqrt 2 + k))^2 instead, the far looser form of the published code; for comparison only.
 
-    Returns, Raises: as `fisher_bound`.
-
-    Equivalent to a second-order cone program (maximise k); solved by a one-dimensional root find on the curve
-    u(l) = ((1 - l) cov1 + l cov2)^-1 (mean1 - mean2).
-
-    Source: Lanckriet, El Ghaoui, Bhattacharyya and Jordan 2002 (k); Anderson and Bahadur 1962 (the curve).
+    Other arguments, Returns, Raises: as `fisher_bound`. Equivalent to a second-order cone program (maximise k); solved
+    by a one-dimensional root find on the curve u(l) = ((1 - l) cov1 + l cov2)^-1 (mean1 - mean2). Source: Lanckriet, El
+    Ghaoui, Bhattacharyya and Jordan 2002 (k); Anderson and Bahadur 1962 (the curve).
 
     >>> minimax_bound(torch.tensor([2.0]), torch.tensor([[1.0]]), torch.tensor([0.0]), torch.tensor([[0.0]]))
     tensor(0.8000)
     """
-    op = "minimax_published_bound" if published else "minimax_bound"
-    return _bound(op, mean1, cov1, mean2, cov2, backend)
+    return _bound("minimax_published_bound" if published else "minimax_bound", (mean1, cov1, mean2, cov2), backend)
 
 
 def robust_bound(
@@ -378,131 +301,74 @@ def robust_bound(
     of cov1 + cov2. Never above `fisher_bound`, and equal to it at radius 0 and rho 0.
 
     Args:
-        mean1, cov1, mean2, cov2: as `fisher_bound`.
         radius1, radius2: of the balls around the means in the Euclidean norm, in the units of the means, at least 0: a
             number, or a tensor of shape (...).
         rho: in the units of the covariances, at least 0.
 
-    Returns:
-        As `fisher_bound`. 0 where the balls touch: ||mean1 - mean2|| <= radius1 + radius2.
-
-    Raises:
-        ValueError: as `fisher_bound`; a radius or rho that is negative or not finite, or a radius of another shape.
-        RuntimeError: `backend` names a backend that cannot run here.
-
-    Equivalent to ``min F(mean1 + a, mean2 + b)`` over ``||a|| <= radius1, ||b|| <= radius2``; solved by the secular
-    equation mu ||u|| = radius1 + radius2, u = (cov1 + cov2 + (rho + mu) I)^-1 (mean1 - mean2).
-
-    Source: Kim, Magnani and Boyd 2006; the equation as in More and Sorensen 1983.
+    Other arguments, Returns, Raises: as `fisher_bound`; 0 where the balls touch. Equivalent to
+    ``min F(mean1 + a, mean2 + b)`` over ``||a|| <= radius1, ||b|| <= radius2``; solved by the secular equation
+    mu ||u|| = radius1 + radius2, u = (cov1 + cov2 + (rho + mu) I)^-1 (mean1 - mean2). Source: Kim, Magnani and Boyd
+    2006; the equation as in More and Sorensen 1983.
 
     >>> one = torch.ones(1, 1)
     >>> robust_bound(torch.tensor([3.0]), one, torch.tensor([0.0]), one, radius1=0.5, radius2=0.5)
     tensor(0.5000)
     """
     op = "robust_bound"
-    validation.law_pairs(op, mean1, cov1, mean2, cov2)
+    arguments.law_pairs(op, mean1, cov1, mean2, cov2)
     rho = validation.at_least_zero(op, "rho", rho)
-    ball1, ball2 = validation.radius(op, "radius1", radius1, mean1), validation.radius(op, "radius2", radius2, mean1)
-    laws = mean1, cov1, mean2, cov2
-    bound: Tensor
-    if traced(*laws, ball1, ball2):
-        bound = record(op, backend, *(law.detach() for law in laws), ball1, ball2, rho)
-    else:
-        for argument, given, ball in (("radius1", radius1, ball1), ("radius2", radius2, ball2)):
-            if isinstance(given, Tensor):
-                validation.radius_range(op, argument, ball)
-        with torch.no_grad():
-            bound = select(op, backend, mean1.device)(*laws, ball1 + ball2, rho)
+    radii = arguments.radius(op, "radius1", radius1, mean1), arguments.radius(op, "radius2", radius2, mean1)
+    bound: Tensor = call(op, backend, *(law.detach() for law in (mean1, cov1, mean2, cov2)), *radii, rho)
     return bound.to(mean1.dtype)
 
 
 def hellinger_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, backend: str = "auto") -> Tensor:
     """1 - BC, the squared Hellinger distance, of the Gaussians with these moments: TVSPrune's score.
 
-    A lower bound on the total variation of Gaussians. Of other laws with these moments it is **none**: a baseline.
+    A lower bound on the total variation of Gaussians. Of other laws with these moments it is **none**: a baseline. A
+    direction in which neither law varies drops out where the means agree along it, and gives 1 where they do not; one
+    in which a single law varies gives 1: such Gaussians have no mass in common.
 
-    Args:
-        mean1, cov1, mean2, cov2: as `fisher_bound`.
-
-    Returns:
-        Shape (...), in [0, 1], the type of the inputs, computed in float64. A direction in which neither law varies
-        drops out where the means agree along it, and gives 1 where they do not; one in which a single law varies gives
-        1, because such Gaussians have no mass in common. NaN for non-finite moments.
-
-    Raises:
-        ValueError, RuntimeError: as `fisher_bound`.
-
-    Equivalent to ``1 - (det(cov1) det(cov2)) ** 0.25 / det((cov1 + cov2) / 2) ** 0.5 * exp(-F / 4)`` with F as in
-    `fisher_bound`.
-
-    Source: Murti, Narshana and Bhattacharyya, TVSPrune, ICLR 2023.
+    Arguments, Returns, Raises: as `fisher_bound`. Equivalent to
+    ``1 - (det(cov1) det(cov2)) ** 0.25 / det((cov1 + cov2) / 2) ** 0.5 * exp(-F / 4)`` with F as there. Source: Murti,
+    Narshana and Bhattacharyya, TVSPrune, ICLR 2023.
 
     >>> one = torch.ones(1, 1, dtype=torch.float64)
     >>> hellinger_bound(torch.tensor([2.0]).double(), one, torch.tensor([0.0]).double(), one)
     tensor(0.3935, dtype=torch.float64)
     """
-    return _bound("hellinger_bound", mean1, cov1, mean2, cov2, backend)
+    return _bound("hellinger_bound", (mean1, cov1, mean2, cov2), backend)
 
 
 def witness_bound(
-    mean1: Tensor,
-    second1: Tensor,
-    mean2: Tensor,
-    second2: Tensor,
-    *,
-    published: bool = False,
-    backend: str = "auto",
+    mean1: Tensor, second1: Tensor, mean2: Tensor, second2: Tensor, *, published: bool = False, backend: str = "auto"
 ) -> Tensor:
     """Lower bound on the total variation from the mean and the raw second moment of one function f under two laws.
 
-    (E1 f - E2 f)^2 / (sqrt(E1 f^2) + sqrt(E2 f^2))^2. Not the same for f + b: the best b gives `minimax_bound` of one
-    dimension, so this is never above that.
+    Not the same for f + b: the best b gives `minimax_bound` of one dimension, so this is never above that.
 
     Args:
         mean1, mean2: E f under each law, shape (...), float32 or float64.
         second1, second2: E f^2, same shape, type and device, at least mean^2.
         published: (E1 f - E2 f)^2 / (2 (E1 f^2 + E2 f^2)) instead, the looser published form.
 
-    Returns:
-        Shape (...), in [0, 1], the type of the inputs, computed in float64 with rounding charged as in `fisher_bound`.
-        NaN for non-finite moments.
-
-    Raises:
-        TypeError: an argument is no tensor.
-        ValueError: shapes, types or devices differ, or a second moment is below the square of its mean.
-        RuntimeError: `backend` names a backend that cannot run here.
-
-    Equivalent to ``(mean1 - mean2) ** 2 / (second1.sqrt() + second2.sqrt()) ** 2``.
-
-    Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (the published form); the tighter one by Cauchy-Schwarz on
-    the parts of p - q of either sign.
+    Returns, Raises: as `fisher_bound`. Equivalent to
+    ``(mean1 - mean2) ** 2 / (second1.sqrt() + second2.sqrt()) ** 2``. Source: Murti and Bhattacharyya, DISCEDIT,
+    NeurIPS 2024 (the published form); the tighter one by Cauchy-Schwarz on the parts of p - q of either sign.
 
     >>> witness_bound(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(0.0), torch.tensor(1.0))
     tensor(0.2500)
     """
-    op = "witness_bound"
-    validation.witness_moments(op, mean1, second1, mean2, second2)
-    moments = mean1, second1, mean2, second2
-    bound: Tensor
-    if traced(*moments):
-        bound = record(op, backend, *(moment.detach() for moment in moments), published)
-    else:
-        validation.second_moments(op, *moments)
-        with torch.no_grad():
-            bound = select(op, backend, mean1.device)(*moments, published)
+    moments = {"mean1": mean1, "second1": second1, "mean2": mean2, "second2": second2}
+    arguments.alike("witness_bound", moments)
+    bound: Tensor = call("witness_bound", backend, *(moment.detach() for moment in moments.values()), published)
     return bound.to(mean1.dtype)
 
 
-def _bound(op: str, mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, backend: str) -> Tensor:
-    validation.law_pairs(op.replace("_published", ""), mean1, cov1, mean2, cov2)
-    laws = mean1, cov1, mean2, cov2
-    bound: Tensor
-    if traced(*laws):
-        bound = record(op, backend, *(law.detach() for law in laws))
-    else:
-        with torch.no_grad():
-            bound = select(op, backend, mean1.device, mean1.shape[-1])(*laws)
-    return bound.to(mean1.dtype)
+def _bound(op: str, laws: tuple[Tensor, Tensor, Tensor, Tensor], backend: str) -> Tensor:
+    arguments.law_pairs(op.replace("_published", ""), *laws)
+    bound: Tensor = call(op, backend, *(law.detach() for law in laws))
+    return bound.to(laws[0].dtype)
 
 
 def one_vs_rest(
@@ -512,44 +378,33 @@ def one_vs_rest(
 
     Args:
         moments: state of one layer.
-        bound: "fisher" or "minimax"; "minimax_published" and "witness_published", the looser published forms of
-            "minimax" and "witness"; "robust", fisher at the worst means within reach; "witness" (see `witness_bound`);
-            "hellinger", which assumes Gaussians and is a baseline, no bound; or "certified", which holds with
-            probability 1 - alpha over the sample for all values returned together. docs/bounds.md has all of them.
+        bound: one of docs/bounds.md: "fisher" or "minimax"; "minimax_published" and "witness_published", the looser
+            published forms; "robust"; "witness"; "hellinger", a baseline and no bound; or "certified", which holds with
+            probability 1 - alpha over the sample for all values returned together.
         witness: for `ClassMoments` "linear" (t), "quadratic" (t, t^2; the default), or "exp", which names "linear"
-            where the state is of exp(-scale t). For `VectorMoments` "vector", the default. The bounds "witness",
+            where the state is of exp(-scale t). For `VectorMoments` "vector", the default. "witness",
             "witness_published" and "certified" compare one number: "linear" (their default) or "exp" alone.
-        options: for "robust", ``radius``: of the ball around each mean, in its standard errors (square root of the
-            summed variances over the count), in coordinates scaled to unit summed variance, 2 by default; ``rho``:
-            added to those variances, 0 by default. For "certified", ``alpha``: the probability of error, 0.05 by
-            default; ``value_range``: the least and the greatest value that the witness can ever take, (0, 1) by default
-            for "exp", which holds for t >= 0; ``comparisons``: over how many values alpha is shared, by default all
-            that are returned.
+        options: for "robust", ``radius`` of the ball around each mean, in its standard errors, in coordinates scaled to
+            unit summed variance (2 by default), and ``rho``, added to those variances (0). For "certified", ``alpha``
+            (0.05); ``value_range``, the least and the greatest value that the witness can ever take ((0, 1) for "exp",
+            which holds for t >= 0); ``comparisons``, over how many values alpha is shared (all that are returned).
 
     Returns:
         Shape (channels, classes), float64, in [0, 1]. NaN in the column of a class without samples, and everywhere
         when fewer than two classes have any. A channel that is constant and equal in a class and the rest scores 0,
-        constant and different 1 ("witness": (a - b)^2 / (|a| + |b|)^2; "certified": what so many samples show, 0 for
-        one). "The rest" weighs each class by its sample count. But for "witness" and "certified" the result does not
-        depend on shift and scale of t, and for "vector" not on those of each statistic. Where t^4 leaves the range of
-        float64 (spreads below 1e-80 or above 1e76), the quadratic witness falls back to the linear one.
+        constant and different 1. "The rest" weighs each class by its sample count.
 
-    Raises:
-        TypeError: moments is no state, or an option is not one of the bound's.
-        ValueError: unknown bound or witness, one that the kind of state does not serve, a bound that makes no sense for
-            the witness, or an option out of range; for "certified", moments that no law on value_range has.
-        RuntimeError: `backend` names a backend that cannot run here.
+    Raises: TypeError, ValueError: as above; also for a witness that the state or the bound does not serve, and, by
+    "certified", for moments that no law on value_range has.
 
-    Equivalent to `minimax_bound`, `fisher_bound` or another of the witness's moments under each class and under all
-    others.
-
-    Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024; "certified": Maurer and Pontil 2009.
+    Equivalent to `minimax_bound` or another of the witness's moments under each class and all others. Source: Murti and
+    Bhattacharyya, DISCEDIT, NeurIPS 2024; "certified": Maurer and Pontil 2009.
 
     >>> x = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
     >>> one_vs_rest(class_moments(x, torch.tensor([0, 0, 1, 1]), 2))
     tensor([[1., 1.]], dtype=torch.float64)
     """
-    out: Tensor = _scored("one_vs_rest", moments, bound, witness, backend, options)
+    out: Tensor = _compared("one_vs_rest", moments, bound, witness, backend, options)
     return out
 
 
@@ -558,18 +413,9 @@ def one_vs_one(
 ) -> Tensor:
     """Bound on the total variation between each two classes, per channel.
 
-    Args:
-        moments, bound, witness, options: as for `one_vs_rest`.
-
-    Returns:
-        Shape (channels, classes, classes), float64, in [0, 1], symmetric, 0 on the diagonal; NaN in the rows and
-        columns of classes without samples. That is channels x classes^2 numbers: for many classes `pairwise_min` and
-        `pairwise_mean` stream the pairs instead.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `one_vs_rest`.
-
-    Equivalent to `minimax_bound` or another of the witness's moments under each two classes.
+    Returns shape (channels, classes, classes), float64, in [0, 1], symmetric, 0 on the diagonal; NaN in the rows and
+    columns of classes without samples. That is channels x classes^2 numbers: for many classes `pairwise_min` and
+    `pairwise_mean` stream the pairs instead. Arguments, Raises: as `one_vs_rest`.
 
     >>> x = torch.tensor([[0.0], [0.0], [1.0]])
     >>> one_vs_one(class_moments(x, torch.tensor([0, 1, 2]), 3))[0]
@@ -577,32 +423,25 @@ def one_vs_one(
             [0., 0., 1.],
             [1., 1., 0.]], dtype=torch.float64)
     """
-    out: Tensor = _scored("one_vs_one", moments, bound, witness, backend, options)
+    out: Tensor = _compared("one_vs_one", moments, bound, witness, backend, options)
     return out
 
 
 def pairwise_min(
     moments: State, *, bound: str = "minimax", witness: str | None = None, backend: str = "auto", **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The pair of classes that a channel tells apart least: the smallest bound over all pairs of classes with samples.
+    """The pair of classes that a channel tells apart least: the minimum of `one_vs_one` over pairs with samples.
 
-    The reduction of WitnessPrune and TVSPrune: a channel that scores low here fails for some pair, however well it
-    tells others. All pairs are streamed: memory is that of the state, never classes x classes x channels.
-
-    Args:
-        moments, bound, witness, options: as for `one_vs_rest`. For "certified", alpha is shared over all pairs.
+    A channel that scores low here fails for some pair, however well it tells others. All pairs are streamed: memory is
+    that of the state, never classes x classes x channels. For "certified", alpha is shared over all pairs.
 
     Returns:
         The bound, shape (channels,), float64, in [0, 1], and the pair that attains it, shape (channels, 2), int64,
         first class index < second; where several pairs attain it, any one of them. NaN and (-1, -1) where fewer than
         two classes have samples, or where the bound of some pair is NaN, because its moments are not finite.
 
-    Raises:
-        TypeError, ValueError, RuntimeError: as `one_vs_rest`.
-
-    Equivalent to the minimum of `one_vs_one` over pairs of different classes.
-
-    Source: the reduction of TVSPrune (Murti, Narshana and Bhattacharyya, ICLR 2023) and WitnessPrune, over this bound.
+    Arguments, Raises: as `one_vs_rest`. Source: the reduction of TVSPrune (Murti, Narshana and Bhattacharyya, ICLR
+    2023) and WitnessPrune, over this bound.
 
     >>> x = torch.tensor([[0.0, 1.0], [0.0, 2.0], [1.0, 3.0]])
     >>> values, pairs = pairwise_min(class_moments(x, torch.tensor([0, 1, 2]), 3))
@@ -611,40 +450,29 @@ def pairwise_min(
     >>> pairs[0]
     tensor([0, 1])
     """
-    values, pairs = _scored("pairwise_min", moments, bound, witness, backend, options)
+    values, pairs = _compared("pairwise_min", moments, bound, witness, backend, options)
     return values, pairs
 
 
 def pairwise_mean(
     moments: State, *, bound: str = "minimax", witness: str | None = None, backend: str = "auto", **options: Any
 ) -> Tensor:
-    """The mean bound over all pairs of classes with samples, per channel. Pairs are streamed, as in `pairwise_min`.
+    """The mean of `one_vs_one` over all pairs of classes with samples, per channel, streamed as in `pairwise_min`.
 
-    Args:
-        moments, bound, witness, options: as for `one_vs_rest`. For "certified", alpha is shared over all pairs.
-
-    Returns:
-        Shape (channels,), float64, in [0, 1]. NaN where fewer than two classes have samples, or where the bound of some
-        pair is NaN.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `one_vs_rest`.
-
-    Equivalent to the mean of `one_vs_one` over pairs of different classes.
+    Returns shape (channels,), float64, in [0, 1]. NaN where fewer than two classes have samples, or where the bound of
+    some pair is NaN. Arguments, Raises: as `one_vs_rest`.
 
     >>> x = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
     >>> pairwise_mean(class_moments(x, torch.tensor([0, 1, 2, 3]), 4))
     tensor([0.6667], dtype=torch.float64)
     """
-    out: Tensor = _scored("pairwise_mean", moments, bound, witness, backend, options)
+    out: Tensor = _compared("pairwise_mean", moments, bound, witness, backend, options)
     return out
 
 
-def _scored(op: str, moments: State, bound: str, witness: str | None, backend: str, options: dict[str, Any]) -> Any:
-    validation.state(op, "moments", moments)
-    validation.choice(op, "bound", bound, validation.BOUNDS)
-    features = validation.witness_of(op, moments, witness, bound)
-    asked = validation.asked(op, bound, options, witness)
-    if traced(*moments.tensors()):
-        return record(op, backend, moments.tensors(), features, *asked)
-    return compared(op, moments, features, asked, backend)
+def _compared(op: str, moments: State, bound: str, witness: str | None, backend: str, options: dict[str, Any]) -> Any:
+    state = arguments.state(op, "moments", moments)
+    validation.choice(op, "bound", bound, arguments.BOUNDS)
+    features = arguments.witness_of(op, state, witness, bound)
+    rule, *others = arguments.asked(op, bound, options, witness)
+    return call(op, backend, state, features, *rule, *others)

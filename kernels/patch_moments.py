@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discedit.common.validation import Window
+from discedit.common.window import Window
 from discedit.kernels._launch import COMPILE, power_of_two
 from discedit.kernels.pool import INTEGERS, _widen
 

@@ -13,7 +13,7 @@ MAP = torch.ones(2, 3, 2, 2)
 @pytest.fixture
 def without_extension(monkeypatch):
     """As if discedit had been installed where there is no C++ compiler."""
-    monkeypatch.setattr(backends, "cpu_module", lambda: (None, "not built: no C++ compiler found"))
+    monkeypatch.setattr(backends.extensions, "cpu_module", lambda: (None, "not built: no C++ compiler found"))
     backends._warn_of_fallback.cache_clear()
     yield
     backends._warn_of_fallback.cache_clear()
@@ -21,7 +21,7 @@ def without_extension(monkeypatch):
 
 def test_the_extension_is_built_here():
     """CI must never pass on the fallback alone."""
-    module, reason = backends.cpu_module()
+    module, reason = backends.extensions.cpu_module()
     assert module is not None, reason
     assert module.instruction_set() in ("avx512", "avx2", "neon", "baseline")
 
@@ -54,7 +54,7 @@ def test_a_named_backend_never_falls_back(without_extension):
 def test_missing_kernels_are_named(backend, op):
     if op not in backends.IMPLEMENTATIONS[backend]:
         why = f"this version of discedit has no {backend} implementation of {op}"
-    elif backend == "cuda" and backends.cuda_module()[0] is None:
+    elif backend == "cuda" and backends.extensions.cuda_module()[0] is None:
         why = r"discedit\._cuda (was not built|not built: .*|cannot be imported: .*)"
     else:
         why = ".* these are on meta"
@@ -107,7 +107,7 @@ def test_doctor_tells_what_runs_and_why_not():
 
 def test_doctor_lists_no_op_that_a_backend_lacks(monkeypatch):
     """As if there were a GPU and kernels for it."""
-    monkeypatch.setattr(backends, "cuda_module", lambda: (object(), ""))
+    monkeypatch.setattr(backends.extensions, "cuda_module", lambda: (object(), ""))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
     for backend in backends.status():
@@ -117,4 +117,4 @@ def test_doctor_lists_no_op_that_a_backend_lacks(monkeypatch):
 
 
 def test_doctor_without_extension(without_extension):
-    assert "cpp        cannot run  not built: no C++ compiler found" in doctor()[1]
+    assert "cpp        cannot run  discedit._cpu not built: no C++ compiler found" in doctor()[1]

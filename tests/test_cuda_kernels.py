@@ -24,8 +24,8 @@ from test_patch_moments import (
 from torch.utils.dlpack import to_dlpack
 
 from discedit import _cpu, backends, reference
+from discedit.backends.arguments import Rule
 from discedit.common.state import ClassMoments, VectorMoments
-from discedit.common.validation import Rule
 
 EPSILON = torch.finfo(torch.float64).eps
 STATISTICS = ("mean", "sum", "l2", "rms", "absmax", "max", "positive_fraction")
@@ -755,7 +755,7 @@ def test_bad_arrays_are_refused(cuda, call, message):
 @pytest.fixture
 def backend(cuda, monkeypatch):
     """What `backends` runs under the name "cuda", on the host, with working memory and outputs full of NaN."""
-    monkeypatch.setattr(backends, "cuda_module", lambda: (cuda, ""))
+    monkeypatch.setattr(backends.extensions, "cuda_module", lambda: (cuda, ""))
     torch.use_deterministic_algorithms(True)
     yield backends.IMPLEMENTATIONS["cuda"]
     torch.use_deterministic_algorithms(False)
@@ -776,7 +776,7 @@ def test_backend_pools(backend, statistics):
 @pytest.mark.parametrize("unsorted", [0, 100])
 @pytest.mark.parametrize("dimension", [0, 3])
 def test_backend_folds_merges_and_scores(backend, monkeypatch, unsorted, dimension):
-    monkeypatch.setattr(backends, "UNSORTED", unsorted)
+    monkeypatch.setattr(backends.cuda, "UNSORTED", unsorted)
     x, labels = torch.randn(60, 7, 5), torch.arange(60) % 4
     statistics = ("mean", "max", "l2")[: max(1, dimension)]
     exact = empty(dimension, 5, 7)

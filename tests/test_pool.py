@@ -265,10 +265,10 @@ def test_gradients_are_left_alone():
     ("x", "options", "message"),
     [
         ([1.0], {}, r"pool: x must be a torch.Tensor, got list"),
-        (torch.ones(3), {}, r"pool: x must have at least a sample and a channel axis, got shape \(3,\)"),
+        (torch.ones(3), {}, r"pool: x must have at least a sample and a channel axis, got .* shape \(3,\)"),
         (torch.ones(3, 3, dtype=torch.int64), {}, r"pool: x must be one of float16, .* got int64 \(shape \(3, 3\)\)"),
-        (torch.ones(2, 3, 4), {}, r"pool: layout must be named .* x has shape \(2, 3, 4\)"),
-        (torch.ones(2, 3, 0, 4), {}, r"pool: x must have at least one element per map, got shape \(2, 3, 0, 4\)"),
+        (torch.ones(2, 3, 4), {}, r"pool: layout must be named .* and shape \(2, 3, 4\)"),
+        (torch.ones(2, 3, 0, 4), {}, r"pool: x must have at least one element per map, got .* shape \(2, 3, 0, 4\)"),
         (torch.ones(2, 3), {"statistic": "median"}, r"pool: statistic must be one of 'mean', 'sum', .* got 'median'"),
         (torch.ones(2, 3), {"statistic": ("mean", "median")}, r"pool: statistic must be one of .* got 'median'"),
         (torch.ones(2, 3), {"statistic": ("mean", "max", "mean")}, r"each once, got \('mean', 'max', 'mean'\)"),
@@ -280,7 +280,7 @@ def test_gradients_are_left_alone():
         (
             torch.ones(2, 3, 4, 5),
             {"statistic": ["mean", "cls"], "layout": "tokens"},
-            r"pool: statistic 'cls', the token at position 0, needs layout='tokens' and x of shape \(samples, tokens, "
+            r"pool: statistic 'cls', the token at position 0, needs layout='tokens' and x \(samples, tokens, "
             r"channels\), got layout='tokens' and shape \(2, 3, 4, 5\)",
         ),
         (torch.ones(2, 3), {"layout": "nhwc"}, r"pool: layout must be one of 'auto', 'nchw', 'tokens', got 'nhwc'"),

@@ -24,8 +24,8 @@ from benchmarks.idioms import CLASSES, PATCHES, STATISTICS, feature_map, pooling
 from benchmarks.idioms import patch_moments as patch_idioms
 from benchmarks.networks import ResNet, VisionTransformer, build
 from discedit import backends, ops, reference
+from discedit.backends.arguments import Rule
 from discedit.common.state import ClassMoments, VectorMoments
-from discedit.common.validation import Rule
 from discedit.model.forward import call, undisturbed
 from discedit.selection.fidelity import collect_second_moments
 

@@ -42,7 +42,7 @@ def install() -> None:
         reason = why_not(backend, op, device, *facts, **more)
         return "" if backend == "cuda" and reason.startswith("it takes tensors of an NVIDIA GPU") else reason
 
-    backends.cuda_module = lambda: (module, "")
+    backends.extensions.cuda_module = lambda: (module, "")
     backends.why_not = why_not_here
 
 

@@ -30,7 +30,7 @@ def main() -> None:
             from benchmarks.gpu.device import Gpu, Host
             from discedit import backends
 
-            modules = {"cpu": backends.cpu_module()[1], "cuda": backends.cuda_module()[1]}
+            modules = {"cpu": backends.extensions.cpu_module()[1], "cuda": backends.extensions.cuda_module()[1]}
             rehearsal.install()
             rehearsed = rehearsal.VARIABLE in os.environ
             bench = figures.Bench(Host(), figures.TINY) if rehearsed else figures.Bench(Gpu(), figures.FULL)

@@ -1,187 +1,155 @@
 """The ops as torch knows them, ``torch.ops.discedit``: one schema each, over tensors and plain values.
 
 What records a program (`torch.compile`, `torch.export`) or works on tensors without memory (`FakeTensorMode`) must see
-an op as one node whose results it can describe, and must not look inside, where addresses go to C++. `discedit.ops`
-calls these where `traced` says so, and the implementation itself elsewhere, which spares a call of it the dispatcher.
+an op as one node whose results it can describe, and must not look inside, where addresses go to C++. `call` is what
+`discedit.ops` runs an op by. Each op is registered with a function that runs it and one, its fake, that makes results
+of the same shapes, types, strides and device from tensors without memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from discedit.backends import NAMES, select
+from discedit.backends import COMPARISONS, NAMES, arguments, select
+from discedit.backends.arguments import Asked, Rule
 from discedit.common import validation
 from discedit.common.state import ClassMoments, State, VectorMoments
-from discedit.common.validation import Asked, Window
+from discedit.common.window import Window
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Function = Callable[..., Any]
+Tensors = State | Sequence[Tensor]  # a state, or its tensors
+_FUNCTIONS: dict[str, Function] = {}
 
 # So that a module that gives or takes a state can be exported; torch.compile and torch.func look inside as well.
 for _kind in (ClassMoments, VectorMoments):
     torch.export.register_dataclass(_kind, serialized_type_name=f"discedit.{_kind.__name__}")
 
 
-def traced(*tensors: Tensor) -> bool:
-    """Whether torch records this call, or one of the tensors is more than memory: fake, functional, distributed."""
+def call(op: str, backend: str, *given: Any) -> Any:
+    """Runs an op: as a node where torch records, directly elsewhere, which spares a call of it the dispatcher."""
+    return record(op, backend, *given) if traced(*given) else _FUNCTIONS[op](*given, backend)
+
+
+_PLAIN = frozenset({Tensor, int, float, bool, str, tuple, type(None)})
+
+
+def traced(*given: Any) -> bool:
+    """Whether torch records this call, or a tensor of it is more than memory: fake, functional, distributed."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
-    for tensor in tensors:  # in the time of an eager call, so nothing shorter
-        kind = type(tensor)
-        if kind is not Tensor and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    for value in given:  # in the time of an eager call, so nothing shorter
+        kind = type(value)
+        if kind in _PLAIN:
+            continue
+        if kind is ClassMoments or kind is VectorMoments:
+            if traced(*value.tensors()):
+                return True
+        elif kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
             return True
     return False
 
 
-def record(op: str, backend: str, *arguments: Any) -> Any:
-    """The registered op. Whether a backend that is asked for by name can run shows when the program does."""
+def record(op: str, backend: str, *given: Any) -> Any:
+    """The registered op, to which a state is a list of tensors. Whether a backend that is asked for by name can run
+    shows when the program does."""
     validation.choice(op.removesuffix("_"), "backend", backend, ("auto", *NAMES))
-    return getattr(torch.ops.discedit, op)(*arguments, backend)
+    plain = (value.tensors() if isinstance(value, (ClassMoments, VectorMoments)) else value for value in given)
+    found = getattr(torch.ops.discedit, op)(*plain, backend)
+    return _state(found) if isinstance(found, list) else found
 
 
-def _registered(arguments: str, results: str, fake: Callable[..., Any]) -> Callable[[Function], Function]:
-    """Registers a function under its own name, for tensors of any device: `select` tells devices apart. `fake` makes
-    results of the same shapes, types, strides and device from tensors without memory."""
+def _register(op: str, schema: str, results: str, fake: Function) -> Callable[[Function], Function]:
+    """For tensors of any device: `select` tells devices apart."""
 
     def register(function: Function) -> Function:
-        name = f"discedit::{function.__name__}"
-        torch.library.define(name, f"({arguments}, str backend) -> {results}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(name, "default")(function)
-        torch.library.register_fake(name)(fake)
+        name = f"discedit::{op}"
+        torch.library.define(name, f"({schema}, str backend) -> {results}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(name, "default")(lambda *given: _listed(function(*given)))
+        torch.library.register_fake(name)(lambda *given: _listed(fake(*given)))
+        _FUNCTIONS[op] = function
         return function
 
     return register
 
 
-def _state(tensors: Sequence[Tensor]) -> State:
-    kind: type[State] = ClassMoments if tensors[1].ndim == ClassMoments.axes else VectorMoments
-    return kind(*tensors)
+def _listed(found: Any) -> Any:
+    return list(found.tensors()) if isinstance(found, (ClassMoments, VectorMoments)) else found
+
+
+def _state(given: Tensors) -> State:
+    if isinstance(given, (ClassMoments, VectorMoments)):
+        return given
+    kind: type[State] = ClassMoments if given[1].ndim == ClassMoments.axes else VectorMoments
+    return kind(*given)
 
 
 # ---- moments --------------------------------------------------------------------------------------------------------
 
+_POOLED = "Tensor x, int channel_axis, str[] statistics"
 
-def _fake_pool(x: Tensor, channel_axis: int, statistics: Sequence[str], backend: str) -> Tensor:
+
+def _planes(x: Tensor, channel_axis: int, statistics: Sequence[str], backend: str) -> Tensor:
     return x.new_empty((len(statistics), x.shape[0], x.shape[channel_axis]), dtype=torch.float64)
 
 
-@_registered("Tensor x, int channel_axis, str[] statistics", "Tensor", _fake_pool)
-def pool(x: Tensor, channel_axis: int, statistics: Sequence[str], backend: str) -> Tensor:
-    """Planes, one per statistic, contiguous: (statistics, samples, channels)."""
-    planes: Tensor = select("pool", backend, x.device)(x, channel_axis, tuple(statistics))
-    return planes
+@_register("pool", _POOLED, "Tensor", _planes)
+def _pool(x: Tensor, channel_axis: int, statistics: Sequence[str], backend: str) -> Any:
+    return select("pool", backend, x.device)(x, channel_axis, tuple(statistics))
 
 
-def _empty(x: Tensor, channel_axis: int, statistics: Sequence[str], num_classes: int, vector: bool) -> State:
-    mean = num_classes, x.shape[channel_axis]
-    return VectorMoments.empty(len(statistics), *mean, x.device) if vector else ClassMoments.empty(*mean, x.device)
+_BATCH = f"{_POOLED}, float scale, Tensor labels"
 
 
-def _fake_class_moments(
-    x: Tensor,
-    channel_axis: int,
-    statistics: Sequence[str],
-    scale: float,
-    labels: Tensor,
-    num_classes: int,
-    vector: bool,
-    backend: str,
-) -> list[Tensor]:
-    return list(_empty(x, channel_axis, statistics, num_classes, vector).tensors())
-
-
-@_registered(
-    "Tensor x, int channel_axis, str[] statistics, float scale, Tensor labels, SymInt num_classes, bool vector",
-    "Tensor[]",
-    _fake_class_moments,
-)
-def class_moments(
-    x: Tensor,
-    channel_axis: int,
-    statistics: Sequence[str],
-    scale: float,
-    labels: Tensor,
-    num_classes: int,
-    vector: bool,
-    backend: str,
-) -> list[Tensor]:
-    """The tensors of a new state."""
-    state = _empty(x, channel_axis, statistics, num_classes, vector)
-    select("class_moments", backend, x.device)(x, channel_axis, tuple(statistics), scale, labels, state)
-    return list(state.tensors())
-
-
-def _fake_class_moments_(*arguments: Any) -> None:
-    """Makes no tensors; the schema says which ones change."""
-
-
-@_registered(
-    "Tensor(a!)[] state, Tensor x, int channel_axis, str[] statistics, float scale, Tensor labels",
-    "()",
-    _fake_class_moments_,
-)
-def class_moments_(
-    state: Sequence[Tensor],
-    x: Tensor,
-    channel_axis: int,
-    statistics: Sequence[str],
-    scale: float,
-    labels: Tensor,
-    backend: str,
-) -> None:
-    """The same, merged into a state."""
+@_register("class_moments_", f"Tensor(a!)[] state, {_BATCH}", "()", lambda *given: None)
+def _update(state: Tensors, *batch: Any) -> None:
+    x, channel_axis, statistics, scale, labels, backend = batch
     run = select("class_moments", backend, x.device)
     run(x, channel_axis, tuple(statistics), scale, labels, _state(state))
 
 
-def _fake_merge_moments(a: Sequence[Tensor], b: Sequence[Tensor], backend: str) -> list[Tensor]:
-    return [tensor.clone() for tensor in a]
+def _empty(x: Tensor, channel_axis: int, statistics: Sequence[str], *others: Any) -> State:
+    _scale, _labels, num_classes, vector, _backend = others
+    mean = num_classes, x.shape[channel_axis]
+    return VectorMoments.empty(len(statistics), *mean, x.device) if vector else ClassMoments.empty(*mean, x.device)
 
 
-@_registered("Tensor[] a, Tensor[] b", "Tensor[]", _fake_merge_moments)
-def merge_moments(a: Sequence[Tensor], b: Sequence[Tensor], backend: str) -> list[Tensor]:
+@_register("class_moments", f"{_BATCH}, SymInt num_classes, bool vector", "Tensor[]", _empty)
+def _class_moments(*given: Any) -> State:
+    *batch, _num_classes, _vector, backend = given
+    state = _empty(*given)
+    _update(state, *batch, backend)
+    return state
+
+
+@_register("merge_moments", "Tensor[] a, Tensor[] b", "Tensor[]", lambda a, *others: _state(a).clone())
+def _merge_moments(a: Tensors, b: Tensors, backend: str) -> State:
     merged = _state(a).clone()
     select("merge_moments", backend, merged.device)(merged, _state(b))
-    return list(merged.tensors())
+    return merged
 
 
-def _fake_patch_moments(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    positions: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _patch_outputs(x: Tensor, kernel: Sequence[int], *others: Any) -> tuple[Tensor, Tensor]:
     shape = x.shape[1], kernel[0] * kernel[1]
-    mean = x.new_empty(shape, dtype=torch.float64)
-    return mean, x.new_empty((*shape, shape[1]), dtype=torch.float64)
+    return x.new_empty(shape, dtype=torch.float64), x.new_empty((*shape, shape[1]), dtype=torch.float64)
 
 
-@_registered(
+@_register(
+    "patch_moments",
     "Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, Tensor? positions",
     "(Tensor, Tensor)",
-    _fake_patch_moments,
+    _patch_outputs,
 )
-def patch_moments(
-    x: Tensor,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
-    positions: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Mean and scatter, without the number of patches, which follows from the sizes."""
-    window = Window(kernel, stride, padding, dilation)
+def _patch_moments(x: Tensor, *others: Any) -> Any:
+    *sizes, positions, backend = others
+    window = Window(*sizes)
     if positions is not None:
-        validation.position_range("patch_moments", positions, window.outputs(x))
-    mean, scatter = select("patch_moments", backend, x.device)(x, window, positions)
-    return mean, scatter
+        arguments.position_range("patch_moments", positions, window.outputs(x))
+    return select("patch_moments", backend, x.device)(x, window, positions)
 
 
 # ---- bounds ---------------------------------------------------------------------------------------------------------
@@ -189,130 +157,65 @@ def patch_moments(
 _LAWS = "Tensor mean1, Tensor cov1, Tensor mean2, Tensor cov2"
 
 
-def _fake_bound(mean1: Tensor, *others: Any) -> Tensor:
+def _pairs(mean1: Tensor, *others: Any) -> Tensor:
     return mean1.new_empty(mean1.shape[:-1], dtype=torch.float64)
 
 
-def _bound(op: str, backend: str, *laws: Tensor) -> Tensor:
-    bound: Tensor = select(op, backend, laws[0].device, laws[0].shape[-1])(*laws)
-    return bound
+def _bound(op: str, *given: Any) -> Any:
+    *laws, backend = given
+    return select(op, backend, laws[0].device, laws[0].shape[-1])(*laws)
 
 
-@_registered(_LAWS, "Tensor", _fake_bound)
-def fisher_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, backend: str) -> Tensor:
-    return _bound("fisher_bound", backend, mean1, cov1, mean2, cov2)
+for _op in ("fisher_bound", "minimax_bound", "minimax_published_bound", "hellinger_bound"):
+    _register(_op, _LAWS, "Tensor", _pairs)(partial(_bound, _op))
 
 
-@_registered(_LAWS, "Tensor", _fake_bound)
-def minimax_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, backend: str) -> Tensor:
-    return _bound("minimax_bound", backend, mean1, cov1, mean2, cov2)
+@_register("robust_bound", f"{_LAWS}, Tensor radius1, Tensor radius2, float rho", "Tensor", _pairs)
+def _robust_bound(*given: Any) -> Any:
+    *laws, radius1, radius2, rho, backend = given
+    arguments.radius_range("robust_bound", radius1, radius2)
+    return select("robust_bound", backend, radius1.device)(*laws, radius1 + radius2, rho)
 
 
-@_registered(_LAWS, "Tensor", _fake_bound)
-def minimax_published_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, backend: str) -> Tensor:
-    return _bound("minimax_published_bound", backend, mean1, cov1, mean2, cov2)
-
-
-@_registered(_LAWS, "Tensor", _fake_bound)
-def hellinger_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, backend: str) -> Tensor:
-    return _bound("hellinger_bound", backend, mean1, cov1, mean2, cov2)
-
-
-@_registered(f"{_LAWS}, Tensor radius1, Tensor radius2, float rho", "Tensor", _fake_bound)
-def robust_bound(
-    mean1: Tensor,
-    cov1: Tensor,
-    mean2: Tensor,
-    cov2: Tensor,
-    radius1: Tensor,
-    radius2: Tensor,
-    rho: float,
-    backend: str,
-) -> Tensor:
-    op = "robust_bound"
-    for argument, radius in (("radius1", radius1), ("radius2", radius2)):
-        validation.radius_range(op, argument, radius)
-    bound: Tensor = select(op, backend, mean1.device)(mean1, cov1, mean2, cov2, radius1 + radius2, rho)
-    return bound
-
-
-def _fake_witness_bound(mean1: Tensor, *others: Any) -> Tensor:
-    return mean1.new_empty(mean1.shape, dtype=torch.float64)
-
-
-@_registered(
-    "Tensor mean1, Tensor second1, Tensor mean2, Tensor second2, bool published", "Tensor", _fake_witness_bound
+@_register(
+    "witness_bound",
+    "Tensor mean1, Tensor second1, Tensor mean2, Tensor second2, bool published",
+    "Tensor",
+    lambda mean1, *others: mean1.new_empty(mean1.shape, dtype=torch.float64),
 )
-def witness_bound(
-    mean1: Tensor, second1: Tensor, mean2: Tensor, second2: Tensor, published: bool, backend: str
-) -> Tensor:
-    op = "witness_bound"
-    validation.second_moments(op, mean1, second1, mean2, second2)
-    bound: Tensor = select(op, backend, mean1.device)(mean1, second1, mean2, second2, published)
-    return bound
+def _witness_bound(*given: Any) -> Any:
+    *moments, published, backend = given
+    arguments.second_moments("witness_bound", *moments)
+    return select("witness_bound", backend, moments[0].device)(*moments, published)
 
 
 # ---- one against the rest, and every pair ---------------------------------------------------------------------------
 
 # Options as they are asked for: those of "certified" become a rule with the counts, known only when a program runs.
-_MOMENTS = (
-    "Tensor[] moments, str witness, str bound, float radius, float rho, float alpha, float low, float high, "
-    "int? comparisons"
+_ASKED = (
+    "Tensor[] moments, str witness, str bound, float radius, float rho, float log_term, float low, float high, "
+    "float alpha, int? comparisons"
 )
 
 
-def compared(op: str, moments: State, witness: str, asked: Asked, backend: str) -> Any:
+def _compare(op: str, given: Tensors, witness: str, *others: Any) -> Any:
     """Bounds between the classes of a state, of whatever the op reduces them to."""
-    classes = int((moments.count > 0).sum()) if asked.bound == "certified" else 0
+    *rule, alpha, comparisons, backend = others
+    moments, asked = _state(given), Asked(Rule(*rule), alpha, comparisons)
+    classes = int((moments.count > 0).sum()) if asked.rule.name == "certified" else 0
     values = moments.channels * (classes if op == "one_vs_rest" else classes * (classes - 1) // 2)
-    rule = validation.settled(op, asked, moments, values)
+    settled = arguments.settled(op, asked, moments, values)
     dimension = moments.dimension if isinstance(moments, VectorMoments) else 1
-    return select(op, backend, moments.device, dimension, rule.name)(moments, rule, witness)
+    return select(op, backend, moments.device, dimension, settled.name)(moments, settled, witness)
 
 
-def _fake_one_vs_rest(moments: Sequence[Tensor], *others: Any) -> Tensor:
-    state = _state(moments)
-    return state.mean.new_empty((state.channels, state.num_classes))
+def _compared(op: str, tensors: Sequence[Tensor], *others: Any) -> Any:
+    classes, channels = tensors[1].shape[-2:]
+    shape = {"one_vs_rest": (channels, classes), "one_vs_one": (channels, classes, classes)}.get(op, (channels,))
+    values = tensors[1].new_empty(shape)
+    return (values, tensors[0].new_empty((channels, 2))) if op == "pairwise_min" else values
 
 
-@_registered(_MOMENTS, "Tensor", _fake_one_vs_rest)
-def one_vs_rest(moments: Sequence[Tensor], witness: str, *others: Any) -> Tensor:
-    *asked, backend = others
-    bounds: Tensor = compared("one_vs_rest", _state(moments), witness, Asked(*asked), backend)
-    return bounds
-
-
-def _fake_one_vs_one(moments: Sequence[Tensor], *others: Any) -> Tensor:
-    state = _state(moments)
-    return state.mean.new_empty((state.channels, state.num_classes, state.num_classes))
-
-
-@_registered(_MOMENTS, "Tensor", _fake_one_vs_one)
-def one_vs_one(moments: Sequence[Tensor], witness: str, *others: Any) -> Tensor:
-    *asked, backend = others
-    bounds: Tensor = compared("one_vs_one", _state(moments), witness, Asked(*asked), backend)
-    return bounds
-
-
-def _fake_pairwise_min(moments: Sequence[Tensor], *others: Any) -> tuple[Tensor, Tensor]:
-    state = _state(moments)
-    return state.mean.new_empty((state.channels,)), state.count.new_empty((state.channels, 2))
-
-
-@_registered(_MOMENTS, "(Tensor, Tensor)", _fake_pairwise_min)
-def pairwise_min(moments: Sequence[Tensor], witness: str, *others: Any) -> tuple[Tensor, Tensor]:
-    *asked, backend = others
-    values, pairs = compared("pairwise_min", _state(moments), witness, Asked(*asked), backend)
-    return values, pairs
-
-
-def _fake_pairwise_mean(moments: Sequence[Tensor], *others: Any) -> Tensor:
-    state = _state(moments)
-    return state.mean.new_empty((state.channels,))
-
-
-@_registered(_MOMENTS, "Tensor", _fake_pairwise_mean)
-def pairwise_mean(moments: Sequence[Tensor], witness: str, *others: Any) -> Tensor:
-    *asked, backend = others
-    bounds: Tensor = compared("pairwise_mean", _state(moments), witness, Asked(*asked), backend)
-    return bounds
+for _op in COMPARISONS:
+    _results = "(Tensor, Tensor)" if _op == "pairwise_min" else "Tensor"
+    _register(_op, _ASKED, _results, partial(_compared, _op))(partial(_compare, _op))

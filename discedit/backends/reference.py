@@ -11,9 +11,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from discedit.common import validation
+from discedit.backends import arguments
+from discedit.backends.arguments import Rule
 from discedit.common.state import ClassMoments, State, VectorMoments, triangle
-from discedit.common.validation import Rule, Window
+from discedit.common.window import Window
 
 EPSILON = torch.finfo(torch.float64).eps
 PATCH_BYTES = 16 << 20  # of unfolded patches at a time; about four times that with what is made of them
@@ -57,7 +58,7 @@ def class_moments(
 
 def fold_moments(pooled: Tensor, scale: float, labels: Tensor, state: State) -> None:
     """The same from pooled features (statistics, samples, channels)."""
-    validation.label_range("class_moments", labels, state.num_classes)
+    arguments.label_range("class_moments", labels, state.num_classes)
     if pooled.shape[1] == 0:
         return
     if isinstance(state, ClassMoments):
@@ -436,7 +437,7 @@ def _classes(moments: Kind, index: slice | Tensor) -> Kind:
 def _between(one: Kind, two: Kind, rule: Rule, witness: str) -> Tensor:
     """Bound between the classes of two states, one of which may be a single class: (classes, channels)."""
     value = (
-        _of_one_number(one, two, rule) if rule.name in validation.OF_ONE_NUMBER else _of_laws(one, two, rule, witness)
+        _of_one_number(one, two, rule) if rule.name in arguments.OF_ONE_NUMBER else _of_laws(one, two, rule, witness)
     )
     return torch.where(((one.count > 0) & (two.count > 0))[:, None], value, torch.nan)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from discedit import backends
+from discedit.backends import arguments
 from discedit.cli import demo
 from discedit.cli.data import MOST_CLASSES, parse_numbers, parse_size
-from discedit.common import validation
 from discedit.editing.ablation import AROUND
 from discedit.editing.prune import METHODS, REPAIRS
 from discedit.editing.unlearn import COMPONENTS
@@ -176,7 +176,7 @@ def _amount(text: str) -> int | float:
 
 def _bound_option(text: str) -> tuple[str, Any]:
     name, equal, value = text.partition("=")
-    known = sorted({option for options in validation.OPTIONS.values() for option in options})
+    known = sorted({option for options in arguments.OPTIONS.values() for option in options})
     if not equal or name not in known:
         raise ValueError(f"must be NAME=VALUE with a name among {', '.join(known)}, got {text!r}")
     numbers = parse_numbers(value)
@@ -292,13 +292,13 @@ def _score(command: Parser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--statistic", type=_value(_names), default=["mean"], metavar="NAME",
-        help=f"of a feature map: {', '.join(validation.STATISTICS)}; several with commas (default mean)",
+        help=f"of a feature map: {', '.join(arguments.STATISTICS)}; several with commas (default mean)",
     )  # fmt: skip
     group.add_argument(
-        "--witness", choices=validation.WITNESSES, help="default quadratic; vector for several statistics"
+        "--witness", choices=arguments.WITNESSES, help="default quadratic; vector for several statistics"
     )
     group.add_argument("--scale", type=_value(_above_zero), metavar="X", help="of the witness exp: exp(-X t)")
-    group.add_argument("--bound", choices=validation.BOUNDS, default="minimax", help="default minimax")
+    group.add_argument("--bound", choices=arguments.BOUNDS, default="minimax", help="default minimax")
     group.add_argument(
         "--bound-option", type=_value(_bound_option), action="append", default=[], metavar="NAME=VALUE",
         help="radius or rho of robust; alpha, value_range (as LOW,HIGH) or comparisons of certified",

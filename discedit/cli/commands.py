@@ -18,10 +18,11 @@ from safetensors.torch import save as format_tensors
 from torch import Tensor, nn
 
 from discedit import backends
+from discedit.backends import arguments
 from discedit.cli.data import Batches, Images, check_labels, number_classes, open_data
 from discedit.cli.models import InputError, ModelSource, Preprocessing, load_weights, open_model, some
 from discedit.cli.run_folder import Clock, Console, GroupError, NothingChangedError, RunFolder, load_run, record_of
-from discedit.common import files, validation
+from discedit.common import files
 from discedit.editing.prune import OF_SCORES, prune
 from discedit.editing.unlearn import unlearn
 from discedit.evaluation.evaluate import evaluate
@@ -394,7 +395,7 @@ def score_command(options: argparse.Namespace, console: Console) -> Result:
 
 
 def _bound_options(options: argparse.Namespace) -> dict[str, Any]:
-    known = validation.OPTIONS.get(options.bound, {})
+    known = arguments.OPTIONS.get(options.bound, {})
     for name, _ in options.bound_option:
         if name not in known:
             takes = f"takes {', '.join(known)}" if known else "takes none"

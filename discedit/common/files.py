@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +15,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 VERSION = 1
+Source = str | os.PathLike[str]
+Tensors = dict[str, Tensor]
+Header = dict[str, Any]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -28,22 +30,18 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        # Makes the rename last, where the system can: not all can, and the file is there either way.
+        with suppress(OSError):
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename last, where the system can: not all can, and the file is there either way."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def to_bytes(kind: str, header: dict[str, Any], tensors: dict[str, Tensor], *, sealed: bool = True) -> bytes:
+def to_bytes(kind: str, header: Header, tensors: Tensors, *, sealed: bool = True) -> bytes:
     """Safetensors whose metadata says what it is; sealed: with a checksum of all of it."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"kind": kind, "version": VERSION, **header}
@@ -51,16 +49,15 @@ def to_bytes(kind: str, header: dict[str, Any], tensors: dict[str, Tensor], *, s
     return bytes(save(stored, metadata={"discedit": json.dumps({**header, **seal})}))
 
 
-def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def _checksum(header: Header, tensors: Tensors) -> str:
     found = sha256(json.dumps(header).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+    for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
-def from_bytes(data: bytes, kind: str, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def from_bytes(data: bytes, kind: str, source: str) -> tuple[Header, Tensors]:
     """Header and tensors of what `to_bytes` made.
 
     Raises:
@@ -79,51 +76,40 @@ def from_bytes(data: bytes, kind: str, source: str) -> tuple[dict[str, Any], dic
     return header, tensors
 
 
-def save_tensors(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Source, kind: str, header: Header, tensors: Tensors) -> None:
     write_atomically(Path(path), to_bytes(kind, header, tensors))
 
 
-def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file that `save_tensors` wrote.
-
-    Raises:
-        FileNotFoundError: there is no such file. ValueError: as `from_bytes`.
-    """
+def load_tensors(path: Source, kind: str) -> tuple[Header, Tensors]:
+    """Header and tensors of a file that `save_tensors` wrote. FileNotFoundError; ValueError as `from_bytes`."""
     target = Path(path)
     if not target.is_file():
         raise FileNotFoundError(f"{kind} file {str(target)!r} does not exist.")
     return from_bytes(target.read_bytes(), kind, str(target))
 
 
-def load_json(path: Path, kind: str) -> dict[str, Any]:
-    """The object of a JSON file that says what it is.
-
-    Raises:
-        ValueError: no text, or not one of discedit's `kind`.
-    """
+def load_json(path: Path, kind: str) -> Header:
+    """The object of a JSON file that says what it is. ValueError: no text, or not one of discedit's `kind`."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return check_header(path.read_text(encoding="utf-8"), kind, str(path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{kind} file {str(path)!r} is no text: {error}") from error
-    return check_header(text, kind, str(path))
 
 
-def check_header(text: str | None, kind: str, path: str) -> dict[str, Any]:
-    try:
+def check_header(text: str | None, kind: str, path: str) -> Header:
+    header: Any = None
+    with suppress(ValueError):
         header = json.loads(text) if text is not None else None
-    except ValueError:
-        header = None
-    if not isinstance(header, dict) or header.get("kind") != kind:
-        found = header.get("kind") if isinstance(header, dict) else "a foreign one"
+    found = header.get("kind") if isinstance(header, dict) else "a foreign one"
+    if not isinstance(header, dict) or found != kind:
         raise ValueError(f"{path!r} is not a discedit {kind} file: it is {found!r}.")
-    if header.get("version") != VERSION or isinstance(header["version"], bool):
-        raise ValueError(
-            f"{kind} file {path!r} has format version {header.get('version')!r}; this discedit reads {VERSION}."
-        )
+    format_of = header.get("version")
+    if format_of != VERSION or isinstance(format_of, bool):
+        raise ValueError(f"{kind} file {path!r} has format version {format_of!r}; this discedit reads {VERSION}.")
     return header
 
 
-def field(header: dict[str, Any], name: str, kind: type | tuple[type, ...], path: str | os.PathLike[str]) -> Any:
+def field(header: Header, name: str, kind: type | tuple[type, ...], path: Source) -> Any:
     """A required header field of the right type, or of one of several."""
     value = header.get(name)
     if not isinstance(value, kind):
@@ -132,25 +118,18 @@ def field(header: dict[str, Any], name: str, kind: type | tuple[type, ...], path
     return value
 
 
-def nothing_else(
-    header: dict[str, Any],
-    tensors: dict[str, Tensor],
-    known: tuple[dict[str, Any], dict[str, Tensor]],
-    path: str | os.PathLike[str],
-) -> None:
-    """Refuses what a file holds beyond `known`, the header and tensors that were read from it: it would be lost."""
-    for what, found, own in (("header field", header, known[0]), ("tensor", tensors, known[1])):
-        unknown = sorted(map(str, found.keys() - own.keys() - {"kind", "version"}))
-        if unknown:
-            raise ValueError(f"{str(path)!r} is damaged: it holds the unknown {what} {unknown[0]!r}.")
-
-
-def take(
-    tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype, path: str | os.PathLike[str]
-) -> Tensor:
+def take(tensors: Tensors, name: str, shape: tuple[int, ...], dtype: torch.dtype, path: Source) -> Tensor:
     """A required tensor of the right shape and type."""
     value = tensors.get(name)
     if value is None or tuple(value.shape) != shape or value.dtype != dtype:
         found = "nothing" if value is None else f"shape {tuple(value.shape)}, {value.dtype}"
         raise ValueError(f"{str(path)!r} is damaged: tensor {name!r} must have shape {shape}, {dtype}; found {found}.")
     return value
+
+
+def nothing_else(header: Header, tensors: Tensors, known: tuple[Header, Tensors], path: Source) -> None:
+    """Refuses what a file holds beyond `known`, the header and tensors that were read from it: it would be lost."""
+    for what, found, own in (("header field", header, known[0]), ("tensor", tensors, known[1])):
+        unknown = sorted(map(str, found.keys() - own.keys() - {"kind", "version"}))
+        if unknown:
+            raise ValueError(f"{str(path)!r} is damaged: it holds the unknown {what} {unknown[0]!r}.")

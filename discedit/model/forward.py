@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
+from discedit.backends import arguments
 from discedit.common import validation
 from discedit.model.functional import LayersCalled
 
@@ -187,8 +188,8 @@ def checked_labels(op: str, given: Any, num_classes: int, index: int) -> Tensor:
         classes = torch.as_tensor(given)
         if classes.ndim != 1:
             raise ValueError(f"labels must hold one class index per sample, got shape {validation.shape_of(classes)}.")
-        classes = validation.labels(op, classes, classes)
-        validation.label_range(op, classes, num_classes)
+        classes = arguments.labels(op, classes, classes)
+        arguments.label_range(op, classes, num_classes)
         return classes
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{op}: batch {index}: {str(error).removeprefix(f'{op}: ')}") from error

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
-from discedit.backends import select
+from discedit.backends import arguments, select
 from discedit.common import validation
 from discedit.model.forward import call, device_of, first_tensor, moved, outside_inference_mode, samples_in
 from discedit.model.sharded import Channels, has_shards, unwrapped
@@ -224,8 +224,8 @@ def _collect(
     num_classes = validation.positive_integer(OP, "num_classes", num_classes)
     validation.choice(OP, "labels", options.labels, ("given", "predicted"))
     validation.choice(OP, "read", options.read, READS)
-    names = validation.statistics(OP, options.statistic)
-    validation.witness(OP, options.witness, options.statistic, options.scale)
+    names = arguments.statistics(OP, options.statistic)
+    arguments.witness(OP, options.witness, options.statistic, options.scale)
     group = Group(OP, options.group)
     try:
         reader = _Reader(model, names, options.backend, options.layers, options.read)
@@ -379,7 +379,7 @@ class _Place:
         self._run: Callable[..., Tensor]
 
     def can_read(self, x: Tensor) -> bool:
-        return "cls" not in self.statistics or (validation.has_tokens(x, self.layout) and self.windows == 1)
+        return "cls" not in self.statistics or (arguments.has_tokens(x, self.layout) and self.windows == 1)
 
     def cut(self, x: Tensor, samples: int) -> None:
         """In the first batch: whether a sample comes in parts (windows, views, frames, heads), each as one."""
@@ -405,7 +405,7 @@ class _Place:
         kind = (x.shape, x.dtype, x.device)
         if kind != self._known:
             try:
-                x, self._axis = validation.feature_map("pool", x, self.layout, self.statistics)
+                x, self._axis = arguments.feature_map("pool", x, self.layout, self.statistics)
             except ValueError as error:
                 raise ValueError(f"{OP}: layer {self.name!r}: {error}") from error
             self._run = select("pool", self.backend, x.device)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from discedit import ops
-from discedit.backends import select
+from discedit.backends import arguments, select
 from discedit.common import files, validation
 from discedit.common.state import ClassMoments, State, VectorMoments
 from discedit.moments.group import WORLD, Group
@@ -61,15 +61,15 @@ class Moments(Mapping[str, State]):
     ) -> None:
         op = "Moments"
         self.num_classes = validation.positive_integer(op, "num_classes", num_classes)
-        self._statistics = validation.statistics(op, statistic)
-        validation.witness(op, witness, statistic, scale)
+        self._statistics = arguments.statistics(op, statistic)
+        arguments.witness(op, witness, statistic, scale)
         self.statistic: Statistic = statistic if isinstance(statistic, str) else self._statistics
         self.witness = witness
         self.scale: Scale = None
         if isinstance(scale, Mapping):
-            self.scale = {layer: validation.scale(op, value) for layer, value in scale.items()}
+            self.scale = {layer: arguments.scale(op, value) for layer, value in scale.items()}
         elif witness == "exp":
-            self.scale = validation.scale(op, scale)
+            self.scale = arguments.scale(op, scale)
         self.read = validation.choice(op, "read", read, READS)
         self.backend = backend
         self.norms: dict[str, str] = {}
@@ -154,7 +154,7 @@ class Moments(Mapping[str, State]):
 
         ``checked`` leaves the values to the caller, to whom `sentinel` tells whether they are sound.
         """
-        labels = validation.labels("class_moments", labels, planes[0])
+        labels = arguments.labels("class_moments", labels, planes[0])
         scale = self._scale_of(layer)
         if not checked:
             _check_range(planes, scale)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from discedit import ops
+from discedit.backends import arguments
 from discedit.common import files, validation
 from discedit.common.state import ClassMoments, State, VectorMoments
 from discedit.moments.moments import READ_ONCE, Moments, Scale, Statistic
@@ -529,16 +530,16 @@ def _certified_options(
 
 
 def _witness(moments: Moments, witness: str | None, bound: str) -> str:
-    validation.choice("score", "bound", bound, validation.BOUNDS)
+    validation.choice("score", "bound", bound, arguments.BOUNDS)
     serves = ("quadratic", "linear") if moments.witness in ("quadratic", "linear") else (moments.witness,)
     if witness is None:
-        witness = serves[-1 if bound in validation.OF_ONE_NUMBER else 0]
+        witness = serves[-1 if bound in arguments.OF_ONE_NUMBER else 0]
     if witness not in serves:
         raise ValueError(
             f"score: witness must be one of {validation.quoted(serves)} for moments collected with "
             f"witness={moments.witness!r}, got {witness!r}."
         )
-    validation.fits("score", bound, witness)
+    arguments.fits("score", bound, witness)
     return witness
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from discedit import ops
-from discedit.backends import reference
+from discedit.backends import arguments, reference
 from discedit.common import validation
 from discedit.common.state import ClassMoments, State, VectorMoments, triangle
 
@@ -61,7 +61,7 @@ def standard_error(moments: ClassMoments, *, bound: str = "minimax", witness: st
     op = "standard_error"
     if not isinstance(moments, ClassMoments):
         raise TypeError(f"{op}: moments must be a ClassMoments, got {type(moments).__name__}.")
-    validation.state(op, "moments", moments)
+    arguments.state(op, "moments", moments)
     validation.choice(op, "bound", bound, ("minimax", "fisher"))
     validation.choice(op, "witness", witness, ("linear", "exp"))
     columns = [_delta_method(own, rest, bound)[0] for own, rest in reference.classes_and_rest(moments)]
@@ -134,7 +134,7 @@ def jackknife(
     if bound == "certified":
         raise ValueError(f"{op}: bound must not be 'certified', which accounts for the size of the sample itself.")
     for block in blocks:
-        validation.state(op, "blocks", block)
+        arguments.state(op, "blocks", block)
     after: list[Kind] = [blocks[-1]]
     for block in reversed(blocks[1:-1]):
         after.append(ops.merge_moments(after[-1], block))
@@ -191,7 +191,7 @@ def shrink(moments: VectorMoments, intensity: str | float = "auto") -> VectorMom
     op = "shrink"
     if not isinstance(moments, VectorMoments):
         raise TypeError(f"{op}: moments must be a VectorMoments, got {type(moments).__name__}.")
-    validation.state(op, "moments", moments)
+    arguments.state(op, "moments", moments)
     fixed = validation.is_number(intensity)
     if not (fixed and 0 <= float(intensity) <= 1) and intensity != "auto":
         raise ValueError(f"{op}: intensity must be 'auto' or a number in 0..1, got {intensity!r}.")

@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from discedit.backends import select
 from discedit.common import files, validation
+from discedit.common.window import Window
 from discedit.model.forward import call, chosen, device_of, outside_inference_mode, samples_in, without_autocast
 from discedit.model.sharded import unwrapped
 from discedit.model.trace import ModelTrace, is_layer
@@ -628,7 +629,7 @@ def _patches(module: nn.Module, x: Tensor, rows: Tensor, spots: _Spots) -> tuple
         return mean[:, None], (rows - mean).square().sum(0)[:, None, None]
     layer: Any = module
     left, right, top, bottom = padding_of(layer)
-    window = validation.Window(layer.kernel_size, layer.stride, (top, bottom, left, right), layer.dilation)
+    window = Window(layer.kernel_size, layer.stride, (top, bottom, left, right), layer.dilation)
     # Not by `ops.patch_moments`, which looks whether the positions are in range: on a GPU that waits for it.
     moments: tuple[Tensor, Tensor] = select("patch_moments", "auto", x.device)(x, window, spots.places)
     return moments
