@@ -173,17 +173,17 @@ class _Plan:
         given = [metrics] if isinstance(metrics, (str, Relearning)) else metrics
         if not isinstance(given, Iterable):
             raise ValueError(f"{OP}: metrics must be 'all', a name or several names, got {metrics!r}.")
-        given = list(given)
-        names = ["relearning" if isinstance(one, Relearning) else one for one in given if one != "all"]
-        for name in names:
-            validation.choice(OP, "metrics", name, tuple(METRICS))
-        if not given:
-            raise ValueError(f"{OP}: metrics must name at least one metric, it is empty.")
-        self._by_name = "all" not in given
-        self.metrics = {name: metric for name, metric in METRICS.items() if name in names or not self._by_name}
+        tuned, names = [], []
         for one in given:
-            if isinstance(one, Relearning):
-                self.metrics["relearning"] = METRICS["relearning"]._replace(measure=one)
+            tuned += [one] if isinstance(one, Relearning) else []
+            names.append("relearning" if isinstance(one, Relearning) else one)
+            validation.choice(OP, "metrics", names[-1], ("all", *METRICS))
+        if not names:
+            raise ValueError(f"{OP}: metrics must name at least one metric, it is empty.")
+        self._by_name = "all" not in names
+        self.metrics = {name: metric for name, metric in METRICS.items() if name in names or not self._by_name}
+        if tuned:
+            self.metrics["relearning"] = METRICS["relearning"]._replace(measure=tuned[-1])
         self.left_out: dict[str, str] = {}
 
     def leave_out(self, missing: Callable[[Metric], str]) -> None:
@@ -227,15 +227,14 @@ def evaluate(
         original: the model before the edit.
         retrained: a model trained from scratch without the forgotten classes: what to compare with.
         metrics: one or several of "accuracy", "membership", "linear_probe", "knn", "cka", "relearning" (or a
-            `Relearning` with other options), "batchnorm_recall" and "aus". With "all", also among others, all that can
-            be measured are, and `not_measured` says why others cannot.
+            `Relearning` with other options), "batchnorm_recall" and "aus"; or, also among others, "all": those that can
+            be measured.
         features: name of the layer whose output are the features to look at, averaged over places or tokens; by
             default the input of the head, the last linear layer, whose output is the model's.
         seed: of all random choices. The same seed on the same machine gives the same figures.
 
     Raises:
-        ValueError: an argument or sample that does not fit or is missing, logits that do not fit or are not finite, or
-            no head to be found.
+        ValueError: what does not fit or is missing, logits that are not finite, or no head to be found.
         ModuleNotFoundError: `membership`, `linear_probe` and `knn` need scikit-learn.
 
     >>> from discedit import zoo

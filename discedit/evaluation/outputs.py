@@ -140,15 +140,10 @@ def gather(
     """What each model gives for the same batches, and samples of them, in one pass over the loader.
 
     Args:
-        argument: what errors call the loader.
-        models: by the names that errors give them. They are left as they were.
+        argument: what errors call the loader. Models they call by their names.
         features: whether to gather the input of the head as well; or the name of a layer, whose output is gathered.
         keep: how many samples of each class to keep.
         seed: of torch's CPU generator during the pass, so that a loader that shuffles gives the same batches.
-
-    Raises:
-        ValueError: an empty loader, labels that do not fit, a model without logits or with NaN or Inf among them, or
-            no head to be found.
     """
     where, quota = f"{OP}: {argument}", Quota(keep or {})
     device = device_of(next(iter(models.values())))

@@ -46,8 +46,8 @@ class DiscEditImportance(GroupMagnitudeImportance):  # type: ignore[misc]
         kept: layer -> indices of the channels that are left, int64, ascending; `Scores.select` takes it.
 
     Raises:
-        ValueError: an argument that does not fit the model; when called, a group of another model, a layer that was
-            changed by anything but the groups observed, or a normalizer whose result is not finite.
+        ValueError: an argument that does not fit; when called, a group of another model, a layer that was changed
+            otherwise, or a normalizer whose result is not finite.
 
     Source: Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023 (torch-pruning 1.6.1).
     """

@@ -313,15 +313,13 @@ def score(
         bound: "minimax" (the tightest from two moments), "fisher" (the published DISCEDIT bound), or another of the
             family, as for `ops.one_vs_rest`.
         witness: "quadratic" (t and t^2 of the pooled map t) or "linear" (t alone), of moments collected for either;
-            "exp" or "vector" of moments collected for that. By default the moments' own, and "quadratic" of those that
-            serve both; "linear" for the bounds of one number.
+            by default the former, for the bounds of one number the latter. Of other moments their own.
         pairs: also score all pairs of classes, for the reductions "pairwise_min" and "pairwise_mean".
         errors: also compute standard errors, from a single `Moments` by the delta method: for the bounds "minimax" and
             "fisher" and the witnesses "linear" and "exp". Blocks always give errors, but for "certified".
         shrinkage: of covariances, for the witness "vector", as in `uncertainty.shrink`; None: none.
-        options: of the bound, as for `ops.one_vs_rest`. For "certified", alpha is shared over all scores of all layers,
-            those of pairs included; its ``value_range`` must be given unless exp(-scale t) of a statistic that is never
-            negative is scored.
+        options: of the bound, as for `ops.one_vs_rest`. For "certified", alpha is shared over all scores that are
+            returned; ``value_range`` must be given unless it is exp(-scale t) of a statistic that is never negative.
 
     Returns:
         `Scores`. A class without samples has NaN scores, is reported in one warning, and is left out of every
