@@ -5,20 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from discedit.scoring.scores import Scores
-
 MOST_NAMES = 28  # of layers along the axis: more would overlap
 
 
-def plot(scores: Scores, path: str | os.PathLike[str] | None, class_names: list[str] | None) -> Figure:
-    """See `Scores.plot`."""
+def plot(scores: Any, path: str | os.PathLike[str] | None, class_names: list[str] | None) -> Figure:
+    """Of `Scores`: see `Scores.plot`."""
     from matplotlib.figure import Figure
 
     if class_names is not None and len(class_names) != scores.num_classes:
