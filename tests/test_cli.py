@@ -18,6 +18,7 @@ from discedit import Moments, Recipe, Scores, Stack, zoo
 from discedit.cli import data as _images
 from discedit.cli.main import main
 from discedit.evaluation.evaluate import accuracy_per_class
+from discedit.evaluation.relearning import Relearning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = ["--model", "discedit.zoo:DigitsNet"]
@@ -272,8 +273,7 @@ def test_recipes_apply_one_on_the_other(place, edited, tmp_path, trained):
         test=zoo.batches(test),
         train=zoo.batches(train),
         original=model,
-        metrics=["accuracy", "aus", "linear_probe", "relearning"],
-        max_steps=3,
+        metrics=["accuracy", "aus", "linear_probe", Relearning(max_steps=3)],
     )
     assert record_of(tmp_path)["results"]["evaluation"] == json.loads(json.dumps(report.to_dict()))
 

@@ -122,11 +122,11 @@ SCRIPT = """
     from pathlib import Path
     from safetensors.torch import load_file, save_file
     from discedit import Recipe
-    from discedit.huggingface import load_pretrained
+    from discedit import huggingface
     torch.set_num_threads(int(sys.argv[2]))
     for folder in sorted(Path(sys.argv[1]).iterdir()):
         inputs, original = load_file(folder / "inputs"), load_file(folder / "original")
-        edit = load_pretrained(folder)
+        edit = huggingface.load_pretrained(folder)
         model = edit.model
         assert not model.training
         out = {"loaded": model(**inputs).logits, "undone": edit.recipe.undo(model)(**inputs).logits}
@@ -186,7 +186,8 @@ def cases(tmp_path_factory):
             (folder / "stock").touch()
     code = "import vision_ops\n" + textwrap.dedent(SCRIPT)
     command = [sys.executable, "-c", code, str(root), str(torch.get_num_threads())]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
+    here = Path(__file__).parent
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"})
     for name, case in found.items():
         case.after = load_file(root / name / "out")
     return found, root

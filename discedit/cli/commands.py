@@ -26,6 +26,7 @@ from discedit.common import files
 from discedit.editing.prune import OF_SCORES, prune
 from discedit.editing.unlearn import unlearn
 from discedit.evaluation.evaluate import evaluate
+from discedit.evaluation.relearning import Relearning
 from discedit.integrations import huggingface
 from discedit.model.forward import call, chosen, device_of, first_tensor, moved, split, undisturbed
 from discedit.model.size import accuracy_per_class, count_macs, count_parameters
@@ -661,16 +662,16 @@ def evaluate_command(options: argparse.Namespace, console: Console) -> Result:
                 other = copy.deepcopy(job.base)
                 load_weights(other, path, argument=f"--{name}")
                 others[name] = other
+        relearning = Relearning(options.learning_rate, max_steps=options.max_steps)
+        tuned = [relearning] if {"all", "relearning"} & {*options.metrics} else []
         report = evaluate(
             job.model,
             classes=wanted,
             test=job.test,
             num_classes=job.num_classes,
             train=job.data,
-            metrics="all" if options.metrics == ["all"] else options.metrics,
+            metrics=[*options.metrics, *tuned],
             features=options.features,
-            learning_rate=options.learning_rate,
-            max_steps=options.max_steps,
             seed=options.seed,
             **others,
         )

@@ -2,18 +2,18 @@
 
 from discedit.evaluation.evaluate import Accuracy, Evaluation
 from discedit.evaluation.membership import Attack, Membership
-from discedit.evaluation.probes import Probe, Similarity
-from discedit.evaluation.relearning import Recall, Relearning
+from discedit.evaluation.outputs import ForgetRetain
+from discedit.evaluation.relearning import Recall, Relearning, RelearnTime
 from discedit.model.size import accuracy_per_class
 
 __all__ = [
     "Accuracy",
     "Attack",
     "Evaluation",
+    "ForgetRetain",
     "Membership",
-    "Probe",
     "Recall",
+    "RelearnTime",
     "Relearning",
-    "Similarity",
     "accuracy_per_class",
 ]

@@ -1,4 +1,7 @@
-"""Membership inference without shadow models: can training samples be told from samples never seen?"""
+"""Membership inference without shadow models: can training samples be told from samples never seen?
+
+What each attack shows and what it cannot: docs/evaluation.md.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,29 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from discedit.evaluation.outputs import Outputs, is_among
+from discedit.evaluation.outputs import EvaluationData, Outputs, is_among
 
 FOLDS = 5
 LEAST = 10  # members and non-members of each class
 RATE = 0.01  # false positives allowed
 MOST_FITTED = 5000  # non-members that a quantile regression is fitted to
+BOOSTING: dict[str, Any] = {"loss": "quantile", "quantile": 0.5, "early_stopping": False}
+BOOSTING |= {"max_iter": 60, "max_leaf_nodes": 8, "min_samples_leaf": 20}
 WIDTH = 64  # wider features are projected, for the quantile regression alone
+
+
+@contextmanager
+def quiet_scikit_learn() -> Iterator[None]:
+    """One OpenMP thread, and no word of an optimiser that stopped at its limit of iterations: that is good enough here.
+
+    The fits are small: several threads mostly wait for each other, on a busy machine several times as long.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
+    with warnings.catch_warnings(), threadpool_limits(1, user_api="openmp"):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
 
 
 @dataclass(frozen=True)
@@ -50,61 +69,48 @@ class Membership:
     learned: Attack
 
 
-def membership(train: Outputs, test: Outputs, classes: Sequence[int], seed: int) -> Membership:
-    """All attacks: members are the training samples of the classes, non-members their test samples."""
-    own_train, own_test = train.of(is_among(train.labels, classes)), test.of(is_among(test.labels, classes))
-    with scikit_learn_at_work():
-        return Membership(
-            loss=loss_attack(own_train, own_test),
-            entropy=entropy_attack(own_train, own_test, classes),
-            quantile=quantile_attack(own_train, test, classes, seed),
-            learned=learned_attack(own_train, own_test, seed),
+def membership(data: EvaluationData) -> dict[str, Membership]:
+    """All attacks: members are the training samples of the forgotten classes, non-members their test samples."""
+    found = {}
+    for name in data.models:
+        train, test = data.sets(name)
+        members, others = (one.of(is_among(one.labels, data.classes)) for one in (train, test))
+        found[name] = Membership(
+            loss=loss_attack(members, others),
+            entropy=entropy_attack(members, others, data.classes),
+            quantile=quantile_attack(members, test, data.classes, data.seed),
+            learned=learned_attack(members, others, data.seed),
         )
+    return found
 
 
 def loss_attack(members: Outputs, others: Outputs) -> Attack:
     """One threshold on the loss: members have the lower one.
 
-    What it cannot show: a sample that is easy for every model has a low loss, member or not.
-
     Source: Yeom et al., Privacy Risk in Machine Learning, CSF 2018.
     """
-    return measured(-_loss(members), -_loss(others))
+    return attack_of(-_loss(members), -_loss(others))
 
 
 def entropy_attack(members: Outputs, others: Outputs, classes: Sequence[int]) -> Attack:
     """A threshold for each class on the modified entropy, which knows the true label: members have the lower one.
 
-    Figures are means over the classes. What it cannot show: as for `loss_attack`.
+    Figures are means over the classes.
 
     Source: Song and Mittal, Systematic Evaluation of Privacy Risks of Machine Learning Models, USENIX Security 2021.
     """
-    found = [
-        measured(
-            -modified_entropy(members.of(members.labels == cls)), -modified_entropy(others.of(others.labels == cls))
-        )
-        for cls in classes
-    ]
-    return Attack(
-        auc=sum(attack.auc for attack in found) / len(found),
-        standard_error=sum(attack.standard_error**2 for attack in found) ** 0.5 / len(found),
-        tpr=sum(attack.tpr for attack in found) / len(found),
-        false_positives=sum(attack.false_positives for attack in found),
-        members=len(members.labels),
-        non_members=len(others.labels),
-    )
+    found = [attack_of(*(-modified_entropy(one.of(one.labels == cls)) for one in (members, others))) for cls in classes]
+    auc, tpr = (sum(values) / len(found) for values in ([one.auc for one in found], [one.tpr for one in found]))
+    error = sum(one.standard_error**2 for one in found) ** 0.5 / len(found)
+    return Attack(auc, error, tpr, sum(one.false_positives for one in found), len(members.labels), len(others.labels))
 
 
+@quiet_scikit_learn()
 def quantile_attack(members: Outputs, test: Outputs, classes: Sequence[int], seed: int) -> Attack:
     """How far a sample's margin lies above what a non-member like it would have.
 
-    The margin is the logit of the true class less the highest other one. A regression (gradient-boosted trees) learns,
-    from test samples of all classes alone, the median of the margin given the sample's features and class. Samples to
-    be judged, members or not, are dealt to folds, and each is judged by a regression that has not seen it. In the
-    publication one quantile stands for one false positive rate, and a network reads the input; here one regression of
-    the median serves all rates, and the features stand for the input.
-
-    What it cannot show: leaks that do not lift the margin. Features are the attacked model's own and may leak too.
+    A regression (gradient-boosted trees) learns the median of the margin given features and class, from test samples of
+    all classes. Samples to be judged are dealt to folds, and each is judged by a regression that has not seen it.
 
     Source: Bertran et al., Scalable Membership Inference Attacks via Quantile Regression, NeurIPS 2023.
     """
@@ -115,48 +121,33 @@ def quantile_attack(members: Outputs, test: Outputs, classes: Sequence[int], see
     rest = (~own).nonzero()[:, 0]
     if len(rest) > MOST_FITTED:
         rest = rest[torch.from_numpy(random.permutation(len(rest))[:MOST_FITTED])]
-    known = test.of(torch.cat([own.nonzero()[:, 0], rest]))
     judged = int(own.sum())
-    project = _projection(known.penultimate())
-    fits, targets = [], []
-    for outputs in (known, members):
-        fits.append(project(outputs.penultimate()).numpy())
-        targets.append(margin(outputs).numpy())
-    known_fold = random.permutation(len(known.labels)) % FOLDS
-    known_fold[:judged] = random.permutation(judged) % FOLDS
-    member_fold = random.permutation(len(members.labels)) % FOLDS
-    above_other, above_member = np.zeros(judged), np.zeros(len(members.labels))
+    sets = (test.of(torch.cat([own.nonzero()[:, 0], rest])), members)
+    project = _projection(sets[0].penultimate())
+    features = [project(one.penultimate()).numpy() for one in sets]
+    margins = [margin(one).numpy() for one in sets]
+    labels = [one.labels.numpy() for one in sets]
+    folds = [random.permutation(len(labels[0])) % FOLDS]
+    folds[0][:judged] = random.permutation(judged) % FOLDS
+    folds.append(random.permutation(len(labels[1])) % FOLDS)
+    above = [np.zeros(len(one)) for one in labels]
     for fold in range(FOLDS):
-        seen = known_fold != fold
-        typical = _class_medians(targets[0][seen], known.labels.numpy()[seen], test.logits.shape[1])
-        regression = HistGradientBoostingRegressor(
-            loss="quantile",
-            quantile=0.5,
-            max_iter=60,
-            max_leaf_nodes=8,
-            min_samples_leaf=20,
-            early_stopping=False,
-            random_state=seed,
-        )
-        regression.fit(np.c_[fits[0][seen], typical[known.labels.numpy()[seen]]], targets[0][seen])
-        here = (~seen[:judged]).nonzero()[0]
-        inputs = np.c_[fits[0][here], typical[known.labels.numpy()[here]]]
-        above_other[here] = targets[0][here] - (regression.predict(inputs) if len(here) else 0.0)
-        here = (member_fold == fold).nonzero()[0]
-        inputs = np.c_[fits[1][here], typical[members.labels.numpy()[here]]]
-        above_member[here] = targets[1][here] - (regression.predict(inputs) if len(here) else 0.0)
-    return measured(torch.from_numpy(above_member), torch.from_numpy(above_other))
+        fitted = folds[0] != fold
+        typical = _class_medians(margins[0][fitted], labels[0][fitted], test.logits.shape[1])
+        inputs = [np.c_[x, typical[y]] for x, y in zip(features, labels, strict=True)]
+        regression = HistGradientBoostingRegressor(**BOOSTING, random_state=seed)
+        regression.fit(inputs[0][fitted], margins[0][fitted])
+        for which in range(2):
+            here = folds[which] == fold
+            above[which][here] = margins[which][here] - regression.predict(inputs[which][here])
+    return attack_of(torch.from_numpy(above[1]), torch.from_numpy(above[0][:judged]))
 
 
+@quiet_scikit_learn()
 def learned_attack(members: Outputs, others: Outputs, seed: int) -> Attack:
     """A classifier that is told who is a member: logistic regression on loss, margin, logits and features.
 
-    Each sample is judged by a classifier that was trained on the other four fifths. An attacker rarely knows that much,
-    so this looks for any linear difference between the two sets, of either direction.
-
-    What it cannot show: with few samples a classifier finds little; and a difference need not come from training, as
-    training and test samples may have been drawn differently. The same attack on the original and a retrained model
-    says how much.
+    Each sample is judged by a classifier that was trained on the other four fifths.
 
     Source: Nasr et al., Comprehensive Privacy Analysis of Deep Learning, S&P 2019 (an attacker who knows some members,
     there a network that also reads gradients); Lopez-Paz and Oquab, Revisiting Classifier Two-Sample Tests, ICLR 2017.
@@ -166,21 +157,19 @@ def learned_attack(members: Outputs, others: Outputs, seed: int) -> Attack:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    columns = [
+    inputs = [
         torch.cat([_loss(one)[:, None], margin(one)[:, None], one.logits.double(), one.penultimate()], 1)
         for one in (members, others)
     ]
-    inputs = torch.cat(columns).numpy()
-    is_member = np.r_[np.ones(len(columns[0]), dtype=np.int64), np.zeros(len(columns[1]), dtype=np.int64)]
+    is_member = np.repeat([1, 0], [len(inputs[0]), len(inputs[1])])
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-    with scikit_learn_at_work():
-        score = cross_val_predict(classifier, inputs, is_member, cv=folds, method="decision_function")
+    score = cross_val_predict(classifier, torch.cat(inputs).numpy(), is_member, cv=folds, method="decision_function")
     found = torch.from_numpy(np.asarray(score, dtype=np.float64))
-    return measured(found[: len(columns[0])], found[len(columns[0]) :])
+    return attack_of(found[: len(inputs[0])], found[len(inputs[0]) :])
 
 
-def measured(members: Tensor, others: Tensor) -> Attack:
+def attack_of(members: Tensor, others: Tensor) -> Attack:
     """The figures of an attack that gives members the higher score.
 
     The standard error is that of DeLong, DeLong and Clarke-Pearson (Biometrics 1988). It counts the chance in who was
@@ -189,22 +178,15 @@ def measured(members: Tensor, others: Tensor) -> Attack:
     allowed = int(RATE * len(others))
     threshold = others.sort(descending=True).values[allowed]
     wins, lost = _wins(members, others), 1 - _wins(others, members)
-    variance = wins.var() / len(members) + lost.var() / len(others)
-    return Attack(
-        auc=float(wins.mean()),
-        standard_error=float(variance.clamp_min(0).sqrt()),
-        tpr=float((members > threshold).double().mean()),
-        false_positives=allowed,
-        members=len(members),
-        non_members=len(others),
-    )
+    error = (wins.var() / len(members) + lost.var() / len(others)).clamp_min(0).sqrt()
+    tpr = (members > threshold).double().mean()
+    return Attack(float(wins.mean()), float(error), float(tpr), allowed, len(members), len(others))
 
 
 def _wins(ones: Tensor, others: Tensor) -> Tensor:
     """For each of the ones, the share of the others below it; equal ones count half."""
-    ordered = others.double().sort().values
-    below = torch.searchsorted(ordered, ones.double(), right=False)
-    not_above = torch.searchsorted(ordered, ones.double(), right=True)
+    ordered, ones = others.double().sort().values, ones.double()
+    below, not_above = (torch.searchsorted(ordered, ones, right=right) for right in (False, True))
     return (below + not_above).double() / (2 * len(others))
 
 
@@ -220,8 +202,7 @@ def margin(outputs: Outputs) -> Tensor:
 
 def modified_entropy(outputs: Outputs) -> Tensor:
     """-(1 - p_y) log p_y - sum over the other classes of p_i log(1 - p_i), for probabilities p and the true class y."""
-    logs = F.log_softmax(outputs.logits.double(), 1)
-    own = outputs.labels[:, None]
+    logs, own = F.log_softmax(outputs.logits.double(), 1), outputs.labels[:, None]
     # log(1 - p) keeps its digits where p is near 1: the sum over all the others.
     logs_of_rest = torch.log(-torch.expm1(logs.clamp_max(-1e-300)))
     others = (logs.exp() * logs_of_rest).scatter(1, own, 0.0).sum(1)
@@ -243,20 +224,5 @@ def _projection(features: Tensor) -> Any:
         return lambda x: x
     mean = features.mean(0)
     centred = features - mean
-    _, axes = torch.linalg.eigh(centred.T @ centred)
-    leading = axes[:, -WIDTH:]
+    leading = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -WIDTH:]
     return lambda x: (x - mean) @ leading
-
-
-@contextmanager
-def scikit_learn_at_work() -> Iterator[None]:
-    """One OpenMP thread, and no word of an optimiser that stopped at its limit of iterations: that is good enough here.
-
-    The fits are small: several threads mostly wait for each other, on a busy machine several times as long.
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from threadpoolctl import threadpool_limits
-
-    with warnings.catch_warnings(), threadpool_limits(1, user_api="openmp"):
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        yield

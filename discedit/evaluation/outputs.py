@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from discedit.model.forward import (
     chosen,
     device_of,
     first_tensor,
+    hooked,
     moved,
     samples_in,
     split,
@@ -25,6 +26,8 @@ from discedit.model.forward import (
 )
 from discedit.model.trace import ModelTrace, SampleOrder
 from discedit.moments.calibration import joined
+
+OP = "evaluate"
 
 
 @dataclass(frozen=True)
@@ -45,178 +48,196 @@ class Outputs:
             raise RuntimeError("features were not gathered.")
         return self.features.double()
 
+    def recall(self) -> Tensor:
+        """Share of each class's samples that are classified rightly, float64; NaN for a class without samples."""
+        hit = self.labels[self.logits.argmax(1) == self.labels]
+        right, total = (torch.bincount(labels, minlength=self.logits.shape[1]) for labels in (hit, self.labels))
+        return right.double() / total.double()
 
-def accuracies(outputs: Outputs, num_classes: int) -> Tensor:
-    """Share of each class's samples that are classified rightly, float64; NaN for a class without samples."""
-    hit = outputs.labels[outputs.logits.argmax(1) == outputs.labels]
-    right = torch.bincount(hit, minlength=num_classes).double()
-    return right / torch.bincount(outputs.labels, minlength=num_classes).double()
+
+@dataclass(frozen=True)
+class ForgetRetain:
+    """A figure of the forgotten and of the other classes, on test samples."""
+
+    forget: float
+    retain: float
 
 
 def is_among(labels: Tensor, classes: Sequence[int]) -> Tensor:
     return torch.isin(labels, torch.tensor(list(classes), dtype=labels.dtype, device=labels.device))
 
 
-class Samples:
-    """The first samples of each class that a loader gave, as inputs to run again: at most `quota[class]` of each."""
+def means(values: Tensor, classes: Sequence[int]) -> ForgetRetain:
+    """The means over these classes and over all others; classes without samples (NaN) do not count."""
+    own = is_among(torch.arange(len(values)), classes)
+    return ForgetRetain(float(values[own].nanmean()), float(values[~own].nanmean()))
 
-    def __init__(self, quota: Mapping[int, int]) -> None:
-        self._quota = Quota(quota)
-        self._inputs: list[Any] = []
-        self._labels: list[Tensor] = []
 
-    def add(self, inputs: Any, labels: Tensor) -> None:
-        index = self._quota.take(labels)
-        if len(index):
-            self._inputs.append(chosen(inputs, index, len(labels)))
-            self._labels.append(labels[index])
+class Kept:
+    """Inputs with labels, to run again, of which some can be taken."""
 
-    @property
-    def labels(self) -> Tensor:
-        return torch.cat(self._labels) if self._labels else torch.zeros(0, dtype=torch.int64)
+    def __init__(self, inputs: Any, labels: Tensor) -> None:
+        self.inputs, self.labels = inputs, labels
 
-    def joined(self) -> Any:
-        return joined(self._inputs, len(self._labels[0]))
+    @classmethod
+    def of(cls, batches: Sequence[Kept], device: torch.device) -> Kept:
+        inputs = joined([batch.inputs for batch in batches], len(batches[0]))
+        return cls(moved(inputs, device), torch.cat([batch.labels for batch in batches]).to(device))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> Kept:
+        return Kept(chosen(self.inputs, index, len(self)), self.labels[index.to(self.labels.device)])
+
+    def first(self, number: int) -> Kept:
+        """About so many, as many of each class."""
+        classes = set(self.labels.tolist())
+        return self.take(Quota(dict.fromkeys(classes, -(-number // max(1, len(classes))))).take(self.labels))
+
+    def among(self, classes: Sequence[int], *, inside: bool = True) -> Kept:
+        return self.take((is_among(self.labels, classes) == inside).nonzero()[:, 0])
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """What is measured on.
+
+    Attributes:
+        models: "edited", and where given "original" and "retrained".
+        classes, others: those to forget, and the others.
+        outputs: "test", and where given "train" -> model -> what it gives.
+        kept: the same -> samples to run again; none unless a metric requires them.
+    """
+
+    models: Mapping[str, nn.Module]
+    classes: list[int]
+    others: list[int]
+    outputs: Mapping[str, Mapping[str, Outputs]]
+    kept: Mapping[str, Sequence[Kept]]
+    seed: int
+
+    def sets(self, name: str) -> tuple[Outputs, Outputs]:
+        """What a model gives for training and for test samples."""
+        return self.outputs["train"][name], self.outputs["test"][name]
+
+    def samples(self, name: str) -> tuple[Kept, Kept]:
+        """Training and test samples to run again, on the model's device."""
+        train, test = (Kept.of(self.kept[part], device_of(self.models[name])) for part in ("train", "test"))
+        return train, test
 
 
 def gather(
-    op: str,
     argument: str,
     loader: Iterable[Any],
     models: Mapping[str, nn.Module],
     num_classes: int,
     *,
     features: bool | str = False,
-    samples: Samples | None = None,
+    keep: Mapping[int, int] | None = None,
     seed: int = 0,
-) -> dict[str, Outputs]:
-    """What each model gives for the same batches, in one pass over the loader.
+) -> tuple[dict[str, Outputs], list[Kept]]:
+    """What each model gives for the same batches, and samples of them, in one pass over the loader.
 
     Args:
-        op, argument: what errors call the caller and the loader.
-        models: by the names that errors give them. They are left as they were.
+        argument: what errors call the loader. Models they call by their names.
         features: whether to gather the input of the head as well; or the name of a layer, whose output is gathered.
-        samples: keeps samples of this pass.
+        keep: how many samples of each class to keep.
         seed: of torch's CPU generator during the pass, so that a loader that shuffles gives the same batches.
-
-    Raises:
-        ValueError: an empty loader, labels that do not fit, a model without logits or with NaN or Inf among them, or
-            no head to be found.
     """
-    devices = {name: device_of(model) for name, model in models.items()}
+    where, quota = f"{OP}: {argument}", Quota(keep or {})
+    device = device_of(next(iter(models.values())))
     logits: dict[str, list[Tensor]] = {name: [] for name in models}
-    labels: list[Tensor] = []
+    labels, kept = [], []
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(undisturbed(model))
         torch.default_generator.manual_seed(seed)
-        readers = (
-            {name: stack.enter_context(_Reader(op, name, model, features)) for name, model in models.items()}
-            if features
-            else {}
-        )
+        readers = {name: FeatureReader(name, model, features) for name, model in models.items() if features}
         for index, batch in enumerate(loader):
-            inputs, given = split(f"{op}: {argument}", batch, index, next(iter(devices.values())), labels_needed=True)
-            classes = checked_labels(f"{op}: {argument}", given, num_classes, index).cpu()
+            inputs, given = split(where, batch, index, device, labels_needed=True)
+            classes = checked_labels(where, given, num_classes, index).cpu()
             labels.append(classes)
-            if samples is not None:
-                samples.add(inputs, classes)
+            if len(places := quota.take(classes)):
+                kept.append(Kept(chosen(inputs, places, len(classes)), classes[places]))
             for name, model in models.items():
-                reader = readers.get(name) if len(classes) else None
-                own = moved(inputs, devices[name])
+                own, reader = moved(inputs, device_of(model)), readers.get(name) if len(classes) else None
+                output, read = (call(model, own), None) if reader is None else reader.run(own)
+                at = f"in batch {index} of {argument}"
+                logits[name].append(_checked_logits(name, first_tensor(output), (len(classes), num_classes), at))
                 if reader is not None:
-                    reader.begin(own)
-                output = first_tensor(call(model, own))
-                logits[name].append(_checked(op, name, argument, index, output, len(classes), num_classes))
-                if reader is not None:
-                    reader.take(len(classes))
+                    reader.add(read, len(classes))
     if not sum(map(len, labels)):
-        raise ValueError(f"{op}: {argument} must give at least one sample, it gave none.")
-    together = torch.cat(labels)
-    return {
-        name: Outputs(torch.cat(logits[name]), readers[name].features() if features else None, together)
-        for name in models
-    }
+        raise ValueError(f"{where} must give at least one sample, it gave none.")
+    found = {name: torch.cat(reader.features) for name, reader in readers.items()}
+    return {name: Outputs(torch.cat(logits[name]), found.get(name), torch.cat(labels)) for name in models}, kept
 
 
-def _checked(
-    op: str, name: str, argument: str, index: int, output: Tensor | None, samples: int, num_classes: int
-) -> Tensor:
-    if output is None or output.shape != (samples, num_classes):
-        found = "none" if output is None else f"shape {validation.shape_of(output)}"
-        raise ValueError(
-            f"{op}: {name} must give logits of shape (samples, num_classes), here ({samples}, {num_classes}); in batch "
-            f"{index} of {argument} it gave {found}."
-        )
-    logits = output.detach().float().cpu()
-    if not bool(logits.isfinite().all()):
-        raise ValueError(f"{op}: {name} must give finite logits, in batch {index} of {argument} there is NaN or Inf.")
-    return logits
+def _checked_logits(name: str, logits: Tensor | None, shape: tuple[int, int], at: str) -> Tensor:
+    found = "none" if logits is None else f"shape {validation.shape_of(logits)}"
+    if logits is not None and logits.shape == shape:
+        if bool(logits.isfinite().all()):
+            return logits.detach().float().cpu()
+        found = "NaN or Inf"
+    rule = f"must give finite logits of shape (samples, num_classes), here {shape}"
+    raise ValueError(f"{OP}: {name} {rule}; {at} it gave {found}.")
 
 
-class _Reader(ExitStack):
-    """Reads penultimate features while a model runs: the input of its head, or what a layer gives."""
+class FeatureReader:
+    """Penultimate features of a model: the input of its head, or what a named layer gives."""
 
-    def __init__(self, op: str, name: str, model: nn.Module, layer: bool | str) -> None:
-        super().__init__()
-        self._where, self._model = f"{op}: {name}", model
-        self._features: list[Tensor] = []
-        self._read: Tensor | None = None  # since the model began
-        self._output = isinstance(layer, str)
-        self._layer: str | None = None
-        self._hooked = False
-        if isinstance(layer, str):
-            if layer not in dict(model.named_modules()):
-                raise ValueError(f"{op}: features must name a layer of the models, {name} has none called {layer!r}.")
-            self._layer = layer
+    def __init__(self, name: str, model: nn.Module, layer: bool | str) -> None:
+        self.features: list[Tensor] = []
+        self._name, self._model, self._of_output = name, model, isinstance(layer, str)
+        self._layer = layer if isinstance(layer, str) else None
+        if self._layer is not None and self._layer not in dict(model.named_modules()):
+            raise ValueError(f"{OP}: features must name a layer of the models, {name} has none called {layer!r}.")
 
-    def begin(self, inputs: Any) -> None:
-        """Before the model runs on a batch."""
-        self._read = None
-        self._layer = self._layer or ModelTrace.of(self._model, inputs).head
-        if self._layer is not None and not self._hooked:
-            module = self._model.get_submodule(self._layer)
-            self.callback(module.register_forward_hook(self._hook, with_kwargs=True).remove)
-            self._hooked = True
-            self._check_order(inputs)
+    def run(self, inputs: Any) -> tuple[Any, Tensor | None]:
+        """What the model gives for a batch, and the tensor that was read on the way."""
+        if not self.features:  # the first batch shows where to look
+            self._layer = self._layer or ModelTrace.of(self._model, inputs).head
+            if self._layer is not None:
+                self._check_order(inputs)
+        return self._read(inputs)
 
     def _check_order(self, inputs: Any) -> None:
-        """Features must be those of the samples in their order, or they get wrong labels."""
+        """Features of samples in another order would get wrong labels."""
 
         def run(batch: Any) -> dict[str, Tensor]:
-            call(self._model, batch)
-            read, self._read = self._read, None
+            read = self._read(batch)[1]
             return {} if read is None else {"features": read}
 
         with torch.random.fork_rng([]):
-            order = SampleOrder(inputs, samples_in(inputs), run)
-        if order.windows("features") != 1:
-            raise ValueError(
-                f"{self._where}: layer {self._layer!r} must give one row of features for each sample, in the order of "
-                "the batch; its rows are others."
-            )
+            if SampleOrder(inputs, samples_in(inputs), run).windows("features") != 1:
+                self._refuse("its rows are others")
 
-    def _hook(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._read = first_tensor(output if self._output else args or kwargs)
+    def _read(self, inputs: Any) -> tuple[Any, Tensor | None]:
+        seen: list[Tensor | None] = [None]
 
-    def take(self, samples: int) -> None:
+        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            seen.append(first_tensor(output if self._of_output else args or kwargs))
+
+        layer = [] if self._layer is None else [self._model.get_submodule(self._layer)]
+        with hooked([module.register_forward_hook(read, with_kwargs=True) for module in layer]):
+            return call(self._model, inputs), seen[-1]
+
+    def add(self, read: Tensor | None, samples: int) -> None:
+        """Keeps what was read. Tokens are averaged over, and so are the places of a map."""
         if self._layer is None:
             raise ValueError(
-                f"{self._where}: the features are the input of the last linear layer, whose output must be the model's "
-                "output; there is none such. Name the layer whose output are the features: features='layer name'."
+                f"{OP}: {self._name}: the features are the input of the last linear layer, whose output must be the "
+                "model's output; there is none such. Name the layer whose output are the features: features='layer "
+                "name'."
             )
-        if self._read is None:
-            raise ValueError(f"{self._where}: layer {self._layer!r} must run and give a tensor for every batch.")
-        read, self._read = self._read.detach(), None
-        if read.ndim < 2 or len(read) != samples:
-            raise ValueError(
-                f"{self._where}: layer {self._layer!r} must give one row of features for each of {samples} samples, "
-                f"got shape {validation.shape_of(read)}."
-            )
-        # Tokens are averaged over, and so are the places of a map.
+        if read is None or read.ndim < 2 or len(read) != samples:
+            self._refuse("it gave no tensor" if read is None else f"its shape is {validation.shape_of(read)}")
         if read.ndim > 2:
             read = read.float().mean(1) if read.ndim == 3 else read.float().flatten(2).mean(2)
-        self._features.append(read.float().cpu())
+        self.features.append(read.detach().float().cpu())
 
-    def features(self) -> Tensor:
-        return torch.cat(self._features)
+    def _refuse(self, found: str) -> NoReturn:
+        raise ValueError(
+            f"{OP}: {self._name}: layer {self._layer!r} must give one row of features for each sample, in the order of "
+            f"the batch; {found}."
+        )

@@ -1,41 +1,26 @@
-"""What is still in the features: linear probe, nearest neighbours, similarity to another model's."""
+"""What is still in the features: linear probe, nearest neighbours, similarity to another model's.
+
+What each shows and what it cannot: docs/evaluation.md.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-from discedit.evaluation.membership import scikit_learn_at_work
-from discedit.evaluation.outputs import Outputs, accuracies, is_among
+from discedit.evaluation.membership import quiet_scikit_learn
+from discedit.evaluation.outputs import EvaluationData, ForgetRetain, is_among, means
 
 NEIGHBOURS = 20
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A classifier trained on frozen features, on test samples: means over the forgotten and over the other classes."""
-
-    forget: float
-    retain: float
-
-
-@dataclass(frozen=True)
-class Similarity:
-    """Linear CKA of two models' features, on test samples of the forgotten and of the other classes."""
-
-    forget: float
-    retain: float
-
-
-def linear_probe(train: Outputs, test: Outputs, classes: Sequence[int]) -> Probe:
+def linear_probe(data: EvaluationData) -> dict[str, ForgetRetain]:
     """Recall of a logistic regression on standardised penultimate features, trained on all classes.
-
-    What it cannot show: that nothing is left, because another kind of classifier, or an earlier layer, may find it. And
-    features that never saw a class tell it from others to some extent too: compare with a retrained model.
 
     Source: Alain and Bengio, Understanding Intermediate Layers Using Linear Classifier Probes, ICLR workshop 2017.
     """
@@ -43,52 +28,47 @@ def linear_probe(train: Outputs, test: Outputs, classes: Sequence[int]) -> Probe
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return _probe(make_pipeline(StandardScaler(), LogisticRegression(max_iter=200)), train, test, classes)
+    return _recalls(make_pipeline(StandardScaler(), LogisticRegression(max_iter=200)), data)
 
 
-def knn(train: Outputs, test: Outputs, classes: Sequence[int]) -> Probe:
+def knn(data: EvaluationData) -> dict[str, ForgetRetain]:
     """Recall of the 20 nearest training samples by cosine of penultimate features. No training, no scale.
-
-    What it cannot show: as for `linear_probe`; it also depends on how many training samples there are of each class.
 
     Source: Cover and Hart, Nearest Neighbor Pattern Classification, 1967; of frozen features, Wu et al., Unsupervised
     Feature Learning via Non-Parametric Instance Discrimination, CVPR 2018 (there with weighted votes).
     """
     from sklearn.neighbors import KNeighborsClassifier
 
+    train = next(iter(data.outputs["train"].values()))
     count = min(NEIGHBOURS, len(train.labels))
-    return _probe(KNeighborsClassifier(count, metric="cosine", algorithm="brute"), train, test, classes)
+    return _recalls(KNeighborsClassifier(count, metric="cosine", algorithm="brute"), data)
 
 
-def _probe(classifier: Any, train: Outputs, test: Outputs, classes: Sequence[int]) -> Probe:
-    with scikit_learn_at_work():
+@quiet_scikit_learn()
+def _recalls(classifier: Any, data: EvaluationData) -> dict[str, ForgetRetain]:
+    found = {}
+    for name in data.models:
+        train, test = data.sets(name)
         classifier.fit(train.penultimate().numpy(), train.labels.numpy())
-        found = torch.from_numpy(classifier.predict(test.penultimate().numpy()))
-    num_classes = test.logits.shape[1]
-    right = Outputs(torch.nn.functional.one_hot(found, num_classes), None, test.labels)
-    forget, retain = means(accuracies(right, num_classes), classes)
-    return Probe(forget, retain)
+        answers = torch.from_numpy(classifier.predict(test.penultimate().numpy()))
+        found[name] = means(replace(test, logits=one_hot(answers, test.logits.shape[1])).recall(), data.classes)
+    return found
 
 
-def means(values: Tensor, classes: Sequence[int]) -> tuple[float, float]:
-    """The means over these classes and over all others; classes without samples (NaN) do not count."""
-    own = is_among(torch.arange(len(values)), classes)
-    return float(values[own].nanmean()), float(values[~own].nanmean())
-
-
-def cka(one: Outputs, other: Outputs, classes: Sequence[int]) -> Similarity:
+def cka(data: EvaluationData) -> dict[str, ForgetRetain]:
     """Linear centred kernel alignment of two models' penultimate features of the same test samples.
 
-    1 for features that differ by a rotation and a scale alone. What it cannot show: it weighs directions by their
-    variance, so a small direction that tells the class apart hardly counts; and it is biased upwards where there are
-    few samples for the width of the features.
+    1 for features that differ by a rotation and a scale alone.
 
     Source: Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019.
     """
-    own = is_among(one.labels, classes)
-    return Similarity(
-        *(linear_cka(one.of(mask).penultimate(), other.of(mask).penultimate()) for mask in (own, ~own)),
-    )
+    found = {}
+    for one, other in combinations(data.models, 2):  # which are in this order: edited, original, retrained
+        x, y = data.outputs["test"][one], data.outputs["test"][other]
+        own = is_among(x.labels, data.classes)
+        similar = (linear_cka(x.of(mask).penultimate(), y.of(mask).penultimate()) for mask in (own, ~own))
+        found[f"{one}-{other}"] = ForgetRetain(*similar)
+    return found
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:

@@ -1,8 +1,12 @@
-"""Can the class be brought back? By a few steps of training, or by batch-norm statistics alone."""
+"""Can the class be brought back? By a few steps of training, or by batch-norm statistics alone.
+
+What each shows and what it cannot: docs/evaluation.md.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from discedit.evaluation.outputs import Outputs, Samples, accuracies, is_among
-from discedit.evaluation.probes import means
-from discedit.model.forward import Quota, call, chosen, first_tensor, moved, undisturbed
+from discedit.common import validation
+from discedit.evaluation.outputs import EvaluationData, ForgetRetain, Kept, Outputs, means
+from discedit.model.forward import call, first_tensor, undisturbed
 from discedit.moments.calibration import batch_norms
 
 EVALUATED = 100  # samples at once
 RECALIBRATED = 128
+JUDGED = 200  # test samples that every step of relearning is judged by
 
 
 @dataclass(frozen=True)
-class Relearning:
+class RelearnTime:
     """Steps of SGD until the forget accuracy is `target`, half of the original's; None: more than `most`.
 
     `accuracy`: the forget accuracy then (or after the last step), on `samples` test samples.
@@ -35,101 +40,92 @@ class Relearning:
 
 
 @dataclass(frozen=True)
-class Recall:
+class Recall(ForgetRetain):
     """Accuracy on `samples` test samples with batch-norm statistics of retained samples alone: means over classes."""
 
-    forget: float
-    retain: float
     samples: int
 
 
-class Kept:
-    """Inputs with labels, of which some can be taken."""
+@dataclass(frozen=True)
+class Relearning:
+    """The metric "relearning" with other options: steps of plain SGD that bring the classes back.
 
-    def __init__(self, inputs: Any, labels: Tensor) -> None:
-        self.inputs, self.labels = inputs, labels
+    A copy is trained, all parameters of it, until it knows the classes half as well as the original did. It stays in
+    eval mode: batch-norm statistics and dropout play no part.
 
-    @classmethod
-    def of(cls, samples: Samples, device: torch.device) -> Kept:
-        return cls(moved(samples.joined(), device), moved(samples.labels, device))
+    Args:
+        learning_rate: another one needs another number of steps, so only models measured alike compare.
+        batch_size: half of each batch are forgotten, half retained classes.
+        max_steps: then it is given up.
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, index: Tensor) -> Kept:
-        return Kept(chosen(self.inputs, index, len(self)), self.labels[index.to(self.labels.device)])
-
-    def first(self, number: int) -> Kept:
-        """About so many, as many of each class."""
-        classes = set(self.labels.tolist())
-        return self.take(Quota(dict.fromkeys(classes, -(-number // max(1, len(classes))))).take(self.labels))
-
-    def among(self, classes: Sequence[int], *, inside: bool = True) -> Kept:
-        return self.take((is_among(self.labels, classes) == inside).nonzero()[:, 0])
-
-
-def relearning(
-    model: nn.Module,
-    train: Kept,
-    test: Kept,
-    classes: Sequence[int],
-    *,
-    target: float,
-    learning_rate: float,
-    batch_size: int,
-    most: int,
-    seed: int,
-) -> Relearning:
-    """Train a copy, with plain SGD on all parameters, until it knows the classes half as well as the original did.
-
-    Every batch is half forgotten, half retained classes. The copy stays in eval mode: batch-norm statistics and dropout
-    play no part. What it cannot show: another learning rate needs another number of steps, so only models measured
-    alike compare; and every model learns a class in the end, so compare with a retrained model.
+    Raises:
+        ValueError: a number out of range.
 
     Source: relearn time of Golatkar et al., Forgetting Outside the Box, ECCV 2020, and Tarun et al., Fast Yet Effective
     Machine Unlearning, 2021 (there until the original's accuracy is reached, within a margin).
     """
-    half = max(1, batch_size // 2)
-    forget, retain = train.among(classes), train.among(classes, inside=False)
-    random = torch.Generator().manual_seed(seed)
-    batches = [_cycle(len(part), half, random) for part in (forget, retain)]
-    with undisturbed(model):
-        student = copy.deepcopy(model)
-        student.requires_grad_(True)
-        accuracy = forget_accuracy(student, test, classes)
-        steps = 0
-        while not accuracy >= target and steps < most:
-            student.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                for part, indices in zip((forget, retain), batches, strict=True):
-                    batch = part.take(next(indices))
-                    loss = F.cross_entropy(_logits(student, batch.inputs), batch.labels) / 2
-                    loss.backward()  # type: ignore[no-untyped-call]
-            # By hand: the first optimizer of a process takes seconds to import what compiles it.
-            for parameter in student.parameters():
-                if parameter.grad is not None:
-                    parameter.add_(parameter.grad, alpha=-learning_rate)
-            steps += 1
-            accuracy = forget_accuracy(student, test, classes)
-    return Relearning(steps if accuracy >= target else None, most, accuracy, target, len(test))
+
+    learning_rate: float = 0.001
+    batch_size: int = 64
+    max_steps: int = 50
+
+    def __post_init__(self) -> None:
+        rate = validation.at_least_zero("Relearning", "learning_rate", self.learning_rate)
+        object.__setattr__(self, "learning_rate", rate)
+        for name in ("batch_size", "max_steps"):
+            object.__setattr__(self, name, validation.positive_integer("Relearning", name, getattr(self, name)))
+
+    def __call__(self, data: EvaluationData) -> dict[str, RelearnTime]:
+        found, target = {}, math.nan
+        for name in sorted(data.models, key=lambda name: name != "original"):  # whose accuracy sets the target
+            train, test = data.samples(name)
+            test = test.among(data.classes).first(JUDGED)
+            if name == "original":
+                target = accuracies(data.models[name], test, data.classes).forget / 2
+            found[name] = self._relearn(data.models[name], train, test, data, target)
+        return {name: found[name] for name in data.models}
+
+    def _relearn(self, model: nn.Module, train: Kept, test: Kept, data: EvaluationData, target: float) -> RelearnTime:
+        random = torch.Generator().manual_seed(data.seed)
+        parts = [train.among(data.classes, inside=inside) for inside in (True, False)]
+        batches = [_cycle(len(part), max(1, self.batch_size // 2), random) for part in parts]
+        with undisturbed(model):
+            student = copy.deepcopy(model)
+            student.requires_grad_(True)
+            for steps in range(self.max_steps + 1):
+                accuracy = accuracies(student, test, data.classes).forget
+                if accuracy >= target or steps == self.max_steps:
+                    break
+                student.zero_grad(set_to_none=True)
+                with torch.enable_grad():
+                    for part, indices in zip(parts, batches, strict=True):
+                        batch = part.take(next(indices))
+                        loss = F.cross_entropy(_logits(student, batch.inputs), batch.labels) / 2
+                        loss.backward()  # type: ignore[no-untyped-call]
+                # By hand: the first optimizer of a process takes seconds to import what compiles it.
+                for parameter in student.parameters():
+                    if parameter.grad is not None:
+                        parameter.add_(parameter.grad, alpha=-self.learning_rate)
+        return RelearnTime(steps if accuracy >= target else None, self.max_steps, accuracy, target, len(test))
 
 
-def forget_accuracy(model: nn.Module, test: Kept, classes: Sequence[int]) -> float:
-    return both_accuracies(model, test.among(classes), classes)[0]
-
-
-def both_accuracies(model: nn.Module, test: Kept, classes: Sequence[int]) -> tuple[float, float]:
-    """Means over these and over the other classes."""
+def accuracies(model: nn.Module, test: Kept, classes: Sequence[int]) -> ForgetRetain:
     with undisturbed(model):
         batches = [torch.arange(start, min(start + EVALUATED, len(test))) for start in range(0, len(test), EVALUATED)]
         logits = torch.cat([_logits(model, test.take(batch).inputs).cpu() for batch in batches])
-    return means(accuracies(Outputs(logits, None, test.labels.cpu()), logits.shape[1]), classes)
+    return means(Outputs(logits, None, test.labels.cpu()).recall(), classes)
+
+
+def recall_by_batch_norms(data: EvaluationData) -> dict[str, Recall]:
+    """`batchnorm_recall` of the models that have batch norms."""
+    having = {name: model for name, model in data.models.items() if batch_norms(model)}
+    return {
+        name: batchnorm_recall(model, *data.samples(name), data.classes, data.seed) for name, model in having.items()
+    }
 
 
 def batchnorm_recall(model: nn.Module, train: Kept, test: Kept, classes: Sequence[int], seed: int) -> Recall:
     """Accuracy of a copy whose batch norms take their statistics from retained training samples alone.
-
-    What it cannot show: the class may be brought back by other means where it does not come back by this one.
 
     Source: Li et al., Revisiting Batch Normalization for Practical Domain Adaptation, 2016 (re-estimated statistics);
     that this alone can undo unlearning is what was published as CoBRA.
@@ -145,13 +141,13 @@ def batchnorm_recall(model: nn.Module, train: Kept, test: Kept, classes: Sequenc
         for index in order.tensor_split(max(1, round(len(order) / RECALIBRATED))):
             call(other, retain.take(index).inputs)
         other.eval()
-        return Recall(*both_accuracies(other, test, classes), len(test))
+        found = accuracies(other, test, classes)
+    return Recall(found.forget, found.retain, len(test))
 
 
 def _logits(model: nn.Module, inputs: Any) -> Tensor:
     logits = first_tensor(call(model, inputs))
-    if logits is None:
-        raise ValueError("evaluate: model must give logits, it gave none.")
+    assert logits is not None  # it gave some when its outputs were gathered
     return logits.float()
 
 

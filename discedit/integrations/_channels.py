@@ -7,26 +7,17 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from discedit.common import validation
-from discedit.scoring.scores import OVER_CLASSES, Scores
+from discedit.scoring.scores import OVER_CLASSES, Scores, over_classes
 
 
 def per_channel(op: str, scores: Scores | Mapping[str, Tensor], reduction: str) -> dict[str, Tensor]:
-    """Layer -> (channels,) float64 on the CPU, all finite.
-
-    Args:
-        scores: `Scores`, or layer -> (channels,) or (channels, classes); a class that is NaN everywhere is left out.
-        reduction: over classes, as in `Scores.reduce`; those over pairs need `Scores`.
-
-    Raises:
-        ValueError: as `Scores.reduce`, no layer, or a tensor of another form. TypeError: no mapping.
-    """
+    """Layer -> (channels,) float64 on the CPU; of a plain mapping as `of_layer`."""
     if isinstance(scores, Scores):
         return {layer: values.cpu() for layer, values in scores.reduce(reduction).items()}
     if not isinstance(scores, Mapping):
         raise TypeError(
             f"{op}: scores must be Scores or a mapping of layer names to tensors, got {type(scores).__name__}."
         )
-    validation.choice(op, "reduction", reduction, OVER_CLASSES)
     if not scores:
         raise ValueError(f"{op}: scores must hold at least one layer, it is empty.")
     return {layer: of_layer(op, f"scores[{layer!r}]", values, reduction) for layer, values in scores.items()}
@@ -34,6 +25,7 @@ def per_channel(op: str, scores: Scores | Mapping[str, Tensor], reduction: str) 
 
 def of_layer(op: str, argument: str, values: Tensor, reduction: str) -> Tensor:
     """(channels,) or (channels, classes) -> (channels,) float64 on the CPU, all finite."""
+    validation.choice(op, "reduction", reduction, OVER_CLASSES)
     if not isinstance(values, Tensor):
         raise TypeError(f"{op}: {argument} must be a torch.Tensor, got {type(values).__name__}.")
     if values.ndim not in (1, 2):
@@ -42,10 +34,9 @@ def of_layer(op: str, argument: str, values: Tensor, reduction: str) -> Tensor:
         )
     reduced = values.detach().cpu().double()
     if values.ndim == 2:
-        seen = ~reduced.isnan().all(dim=0)
-        if not bool(seen.any()):
+        if bool(reduced.isnan().all()):
             raise ValueError(f"{op}: {argument} must hold numbers for at least one class, all of it is NaN.")
-        reduced = OVER_CLASSES[reduction](reduced[:, seen])
+        reduced = over_classes(reduced, reduction)
     if not bool(reduced.isfinite().all()):
         channel = int((~reduced.isfinite()).nonzero()[0, 0])
         raise ValueError(

@@ -25,16 +25,15 @@ WEIGHTS = "model.safetensors"
 def save_pretrained(edit: Edit, folder: str | os.PathLike[str]) -> bool:
     """Save an edited transformers model: what its own `save_pretrained` writes, and the recipe beside it.
 
-    transformers builds a model from its configuration, in which pruned sizes often have no place: then only
-    `load_pretrained` loads the folder. Where they have one, the configuration is written with it and transformers' own
-    `from_pretrained` loads the folder too: where each layer kept as many neurons as every other (`intermediate_size`),
-    or as many attention heads (`num_attention_heads`, with `head_dim`) and the model class heeds these. It must give
-    the same logits, bit for bit, for random images; where it does not, the configuration stays that of the whole model.
+    Where each layer kept as many neurons as every other (`intermediate_size`), or as many attention heads
+    (`num_attention_heads`, with `head_dim`), and the model class heeds these, the configuration is written with them,
+    and transformers' own `from_pretrained` loads the folder too. It must give the same logits, bit for bit, for random
+    images; else the configuration stays that of the whole model, and only `load_pretrained` loads the folder.
 
     Args:
         edit: from `prune`, `unlearn` or `Recipe.apply`, on a model class of transformers. Its model may have been
             trained since.
-        folder: made if it is not there. config.json, model.safetensors, discedit.json, discedit.values.safetensors.
+        folder: made if it is not there.
 
     Returns:
         Whether transformers' own `from_pretrained` loads the folder too.

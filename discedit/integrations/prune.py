@@ -14,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod, custom_from_mask
 from discedit.common import validation
 from discedit.integrations._channels import of_layer, per_channel
 from discedit.model.trace import width_of
-from discedit.scoring.scores import OVER_CLASSES, Scores
+from discedit.scoring.scores import Scores
 
 
 class DiscEditStructured(BasePruningMethod):
@@ -102,9 +102,8 @@ def discedit_structured(
     >>> conv.weight_mask[:, 0, 0, 0]
     tensor([1., 0., 0., 1.])
     """
-    op = "discedit_structured"
-    validation.choice(op, "reduction", reduction, OVER_CLASSES)
-    DiscEditStructured.apply(module, name, amount, of_layer(op, "scores", scores, reduction), dim)
+    values = of_layer("discedit_structured", "scores", scores, reduction)
+    DiscEditStructured.apply(module, name, amount, values, dim)
     return module
 
 
@@ -152,7 +151,7 @@ def prune_model(
         if width != len(values[layer]):
             has = "is no convolution or linear layer of the model" if width is None else f"has {width} channels"
             raise ValueError(f"{op}: scores must fit the layers, {layer!r} {has}, it has {len(values[layer])} scores.")
-        left = int(_heard(modules[layer]).sum())
+        left = int(_active(modules[layer]).sum())
         if isinstance(number, int) and number > left:
             raise ValueError(f"{op}: amount must be at most the {left} channels that {layer!r} has left, got {number}.")
         if layer in norms and norms[layer] not in modules:
@@ -164,9 +163,9 @@ def prune_model(
                     f"{op}: norms must be as wide as their layers, {norms[layer]!r} has {len(own)} channels, {layer!r} "
                     f"has {width}."
                 )
-    owners = [modules[name] for layer in chosen for name in (layer, norms.get(layer)) if name is not None]
-    with _all_or_none(owners):
-        return _masked(modules, norms, chosen, amounts, values)
+    owners = {layer: [modules[layer], *([modules[norms[layer]]] if layer in norms else [])] for layer in chosen}
+    with _all_or_none(module for pair in owners.values() for module in pair):
+        return {layer: _mask(*owners[layer], amount=amounts[layer], scores=values[layer]) for layer in chosen}
 
 
 @contextmanager
@@ -185,38 +184,26 @@ def _all_or_none(modules: Iterable[nn.Module]) -> Iterator[None]:
         raise
 
 
-def _masked(
-    modules: Mapping[str, nn.Module],
-    norms: Mapping[str, str],
-    layers: Iterable[str],
-    amounts: Mapping[str, int | float],
-    values: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    silent = {}
-    for layer in layers:
-        module = modules[layer]
-        DiscEditStructured.apply(module, "weight", amounts[layer], values[layer], _outputs(module))
-        heard = _heard(module)
-        for owner, name in (
-            (module, "bias"),
-            *((modules[norms[layer]], n) for n in ("weight", "bias") if layer in norms),
-        ):
-            own = getattr(owner, name, None)
-            if own is not None:
-                custom_from_mask(owner, name, heard.to(own.dtype))  # type: ignore[no-untyped-call]
-        silent[layer] = (~heard).nonzero()[:, 0].cpu()
-    return silent
+def _mask(module: nn.Module, norm: nn.Module | None = None, *, amount: int | float, scores: Tensor) -> Tensor:
+    """The channels of a layer that are masked then."""
+    DiscEditStructured.apply(module, "weight", amount, scores, _output_axis(module))
+    active = _active(module)
+    for owner, name in ((module, "bias"), (norm, "weight"), (norm, "bias")):
+        own = getattr(owner, name, None)
+        if own is not None:
+            custom_from_mask(owner, name, active.to(own.dtype))  # type: ignore[no-untyped-call]
+    return (~active).nonzero()[:, 0].cpu()
 
 
-def _outputs(module: nn.Module) -> int:
+def _output_axis(module: nn.Module) -> int:
     """Axis of the weight that a layer's channels are on."""
     return 1 if getattr(module, "transposed", False) else 0
 
 
-def _heard(module: Any) -> Tensor:
+def _active(module: Any) -> Tensor:
     """(channels,): whether any weight of a channel is not masked."""
     mask: Tensor = module.weight_mask if hasattr(module, "weight_mask") else torch.ones_like(module.weight)
-    return mask.movedim(_outputs(module), 0).flatten(1).any(1)
+    return mask.movedim(_output_axis(module), 0).flatten(1).any(1)
 
 
 def _amount(op: str, value: Any) -> int | float:

@@ -26,44 +26,30 @@ OP = "DiscEditImportance"
 class DiscEditImportance(GroupMagnitudeImportance):  # type: ignore[misc]
     """How much the channels of a torch-pruning group count, by scores of the layers that produce them.
 
-    Pass it as ``importance`` to `torch_pruning.pruner.BasePruner` (alias MetaPruner) or one of its kind. For a group it
-    returns one number per channel of the root, in the order of torch-pruning's ``root_idxs``: float64 on the device of
-    the root (float32 on devices without), higher = keep. A layer counts for a group where the group prunes its outputs;
-    layers that only read the channels, and layers without scores, do not. Each output is attributed to its root
-    channel, through concatenation, splitting and flattening, so in attention, whose groups torch-pruning roots on the
-    inputs of the projection, the rows of query, key and value that a channel goes with.
-
-    A root channel that no scored output belongs to, in a group that has others, counts infinitely much: it goes last.
-    A group without any score goes to `fallback`; without one the result is None, and torch-pruning leaves it whole.
-
-    Scores follow the model while torch-pruning shrinks it: from its first group on, every ``group.prune()`` of the same
-    dependency graph is observed. Groups pruned before the first call need `follow`.
+    Pass it as ``importance`` to a pruner of torch-pruning. For a group it gives one number per channel of the root, in
+    the order of torch-pruning's ``root_idxs``: float64 on the device of the root (float32 on devices without), higher =
+    keep; infinite for a channel that no scored output belongs to, and None for a group without scores. How outputs
+    belong to a root channel: docs/embedding.md. Scores follow the groups that are pruned after the first call.
 
     Args:
         model: the model that is pruned, or a part of it, as it was scored.
         scores: `Scores`, or a mapping of layer names to tensors (channels,) or (channels, classes). A class that is NaN
-            in a whole layer, because it had no samples, is left out there.
-        reduction: over classes, as in `Scores.reduce`: "max", "mean", "min", and of `Scores` with pairs "pairwise_min"
-            and "pairwise_mean".
-        group_reduction: over the outputs that belong to one root channel: "mean", "sum", "max", "prod", or the mean
-            within one layer, the "first" of the group that has the channel, or the last ("gate"). As in torch-pruning,
-            but that "mean" divides by the number of outputs that a channel has.
-        normalizer: of a group's values, as in torch-pruning: "mean" (divides by it), "sum", "max", "standarization",
-            "gaussian", "lamp", "sentinel_0.5" (any quantile), a function, or None. It matters where groups are ranked
-            together (``global_pruning``); None then compares the scores as they are. Values that are all 0 stay 0.
-        fallback: an importance for groups without scores, such as ``torch_pruning.importance.MagnitudeImportance()``.
+            in a whole layer is left out there.
+        reduction: over classes, as in `Scores.reduce`.
+        group_reduction: over the outputs of one root channel: "mean", "sum", "max", "prod", or the mean within the
+            "first" layer of the group that has the channel, or the last ("gate").
+        normalizer: of a group's values, as in torch-pruning: "mean", "sum", "max", "standarization", "gaussian",
+            "lamp", "sentinel_0.5" (any quantile), a function, or None. Values that are all 0 stay 0.
+        fallback: an importance for groups without scores.
 
     Attributes:
         kept: layer -> indices of the channels that are left, int64, ascending; `Scores.select` takes it.
 
     Raises:
-        ValueError: an unknown reduction or normalizer, a layer that the model does not have, a number of scores that is
-            not the layer's number of channels; when called, a group of another model, a scored layer that was replaced
-            or whose channels were changed by anything but the groups observed, a group that reaches beyond a layer's
-            channels, or a normalizer whose result is not finite.
+        ValueError: an argument that does not fit; when called, a group of another model, a layer that was changed
+            otherwise, or a normalizer whose result is not finite.
 
-    Source: Fang, Ma, Song, Mi and Wang, DepGraph: Towards Any Structural Pruning, CVPR 2023 (torch-pruning 1.6.1) for
-    groups, reductions and normalizers.
+    Source: Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023 (torch-pruning 1.6.1).
     """
 
     def __init__(
@@ -88,18 +74,13 @@ class DiscEditImportance(GroupMagnitudeImportance):  # type: ignore[misc]
         for layer, values in self._values.items():
             if layer not in modules:
                 raise ValueError(f"{OP}: scores must name modules of the model, {layer!r} is none of them.")
-            module = modules[layer]
-            if module in self._names:
-                raise ValueError(
-                    f"{OP}: scores must name a module once, {layer!r} and {self._names[module]!r} are the same."
-                )
-            width = width_of(module)
+            same = self._names.setdefault(modules[layer], layer)
+            if same != layer:
+                raise ValueError(f"{OP}: scores must name a module once, {layer!r} and {same!r} are the same.")
+            width = width_of(modules[layer])
             if width is not None and width != len(values):
-                raise ValueError(
-                    f"{OP}: scores[{layer!r}] must have a row for each of the layer's {width} channels, got "
-                    f"{len(values)}."
-                )
-            self._names[module] = layer
+                rule = f"must have a row for each of the layer's {width} channels, got {len(values)}"
+                raise ValueError(f"{OP}: scores[{layer!r}] {rule}.")
         self.kept = {layer: torch.arange(len(values)) for layer, values in self._values.items()}
         self._followed: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -151,8 +132,7 @@ class DiscEditImportance(GroupMagnitudeImportance):  # type: ignore[misc]
         self._followed.add(graph)
 
     def _prune(self, graph: Any, group: Any, prune: Any, idxs: Any = None, record_history: bool = True) -> None:
-        """`Group.prune`, and then the same channels go here. With `idxs` it prunes a group of its own, which is
-        observed as well."""
+        """`Group.prune`, and then the same channels go here. With `idxs` it prunes a group that is observed itself."""
         gone = [(layer, list(own)) for dep, own in group.items if (layer := self._scored(graph, dep))]
         prune(idxs, record_history)
         for layer, channels in gone if idxs is None else ():

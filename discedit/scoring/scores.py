@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,69 +31,58 @@ REDUCTIONS = (*OVER_CLASSES, *OVER_PAIRS)
 NEVER_NEGATIVE = ("l2", "rms", "absmax", "positive_fraction")
 
 
+@dataclass(eq=False, repr=False)
 class Scores(Mapping[str, Tensor]):
     """Scores of every component: a mapping from layer name to a tensor (channels, classes), float64, in [0, 1].
 
     ``dict(scores)`` is the same as a plain dictionary of tensors.
 
     Attributes:
+        layers: the tensors.
         direction: layer name -> int8 (channels, classes): 1 where the component is more active for the class than for
             the rest, -1 where less, 0 where equal. More active: a larger mean of the statistic, of the first one where
             there are several; for the witness "exp" a smaller mean of exp(-scale t), which falls as t grows.
         counts: samples per class, int64 (classes,).
-        bound, witness, statistic, scale, read: what the numbers are; the last three as in `Moments`.
+        bound, witness, statistic, scale, read, norms: what the numbers are; the last four as in `Moments`.
         options: those of the bound, as in `ops.one_vs_rest`.
         pairs: layer name -> (channels, 2) float64: smallest and mean bound over all pairs of classes. Empty unless
             `score` was asked for them.
         errors: layer name -> (channels, classes) float64: standard errors of the separation sqrt(b / (1 - b)) of a
-            score b. Empty unless `score` was asked for them.
-        degrees: degrees of freedom of the errors, float64 (classes,).
-        norms: as in `Moments`.
+            score b; empty likewise.
+        degrees: degrees of freedom of the errors, float64 (classes,); NaN without errors.
     """
 
-    def __init__(
-        self,
-        values: dict[str, Tensor],
-        direction: dict[str, Tensor],
-        counts: Tensor,
-        *,
-        bound: str,
-        witness: str,
-        statistic: Statistic,
-        norms: dict[str, str],
-        scale: Scale = None,
-        read: str = "consumer",
-        options: dict[str, Any] | None = None,
-        pairs: dict[str, Tensor] | None = None,
-        errors: dict[str, Tensor] | None = None,
-        degrees: Tensor | None = None,
-    ) -> None:
-        self._values = values
-        self.options = options or {}
-        self.pairs = pairs or {}
-        self.errors = errors or {}
-        self.degrees = torch.full_like(counts, torch.nan, dtype=torch.float64) if degrees is None else degrees
-        self.direction = direction
-        self.counts = counts
-        self.bound = bound
-        self.witness = witness
-        self.statistic = statistic
-        self.scale = scale
-        self.read = read
-        self.norms = norms
+    layers: dict[str, Tensor]
+    direction: dict[str, Tensor]
+    counts: Tensor
+    _: KW_ONLY
+    bound: str
+    witness: str
+    statistic: Statistic
+    norms: dict[str, str]
+    scale: Scale = None
+    read: str = "consumer"
+    options: dict[str, Any] = field(default_factory=dict)
+    pairs: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, Tensor] = field(default_factory=dict)
+    degrees: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def __post_init__(self) -> None:
+        if not len(self.degrees):
+            self.degrees = torch.full_like(self.counts, torch.nan, dtype=torch.float64)
 
     # A mapping of tensors has no equality of its own: identity, as for tensors' owners elsewhere.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     def __getitem__(self, layer: str) -> Tensor:
-        return self._values[layer]
+        return self.layers[layer]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        return iter(self.layers)
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self.layers)
 
     def __repr__(self) -> str:
         channels = sum(len(values) for values in self.values())
@@ -111,16 +99,12 @@ class Scores(Mapping[str, Tensor]):
     def settings(self) -> dict[str, Any]:
         """What the numbers are, as JSON has it: bound, witness, statistic, where the layers were read, and the scale
         of the witness "exp"."""
-        statistic = self.statistic if isinstance(self.statistic, str) else list(self.statistic)
-        settings: dict[str, Any] = {
-            "bound": self.bound,
-            "witness": self.witness,
-            "statistic": statistic,
-            "read": self.read,
-        }
+        found: dict[str, Any] = {name: getattr(self, name) for name in ("bound", "witness", "statistic", "read")}
+        if isinstance(self.statistic, tuple):
+            found["statistic"] = list(self.statistic)
         if self.options:
-            settings["options"] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()}
-        return settings if self.scale is None else {**settings, "scale": self.scale}
+            found["options"] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()}
+        return found if self.scale is None else {**found, "scale": self.scale}
 
     def reduce(self, reduction: str = "max") -> dict[str, Tensor]:
         """One number per component: layer name -> (channels,), over the classes that the layer has samples of.
@@ -139,8 +123,8 @@ class Scores(Mapping[str, Tensor]):
             raise ValueError(f"{op}: reduction={reduction!r} needs the scores of pairs: score(moments, pairs=True).")
         reduced = {}
         for layer, values in self.items():
-            seen = ~values.isnan().all(dim=0)
-            if len(values) and int(seen.sum()) < 2:
+            seen = int((~values.isnan().all(dim=0)).sum())
+            if len(values) and seen < 2:
                 raise ValueError(
                     f"{op}: at least two classes must have samples to be told apart, layer {layer!r} has "
                     f"{int((self.counts > 0).sum())} of {self.num_classes}."
@@ -148,7 +132,7 @@ class Scores(Mapping[str, Tensor]):
             if reduction in OVER_PAIRS:
                 reduced[layer] = self.pairs[layer][:, OVER_PAIRS.index(reduction)]
             else:
-                reduced[layer] = OVER_CLASSES[reduction](values[:, seen])
+                reduced[layer] = over_classes(values, reduction)
         return reduced
 
     def select(self, components: Mapping[str, Tensor | Sequence[int]]) -> Scores:
@@ -161,39 +145,19 @@ class Scores(Mapping[str, Tensor]):
         Raises:
             ValueError: an unknown layer, or an index out of range.
         """
-        op = "Scores.select"
-        kept: dict[str, Tensor] = {}
+        kept = {}
         for layer, indices in components.items():
             if layer not in self:
-                raise ValueError(f"{op}: components must name layers of the scores, {layer!r} is none of {list(self)}.")
-            index = torch.as_tensor(indices, device=self[layer].device)
-            whole = not index.numel() or not (index.is_floating_point() or index.dtype == torch.bool)
-            index = index.long()
-            inside = whole and (not index.numel() or 0 <= int(index.min()) <= int(index.max()) < len(self[layer]))
-            if index.ndim != 1 or not inside:
                 raise ValueError(
-                    f"{op}: components[{layer!r}] must be indices in 0..{len(self[layer]) - 1}, got {indices!r}."
+                    f"Scores.select: components must name layers of the scores, {layer!r} is none of {list(self)}."
                 )
-            kept[layer] = index
+            kept[layer] = _checked_indices(layer, indices, self[layer])
 
         def part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {layer: t[kept[layer]] if layer in kept else t for layer, t in tensors.items()}
 
-        return Scores(
-            part(self._values),
-            part(self.direction),
-            self.counts,
-            bound=self.bound,
-            witness=self.witness,
-            statistic=self.statistic,
-            norms=self.norms,
-            scale=self.scale,
-            read=self.read,
-            options=self.options,
-            pairs=part(self.pairs),
-            errors=part(self.errors),
-            degrees=self.degrees,
-        )
+        layers, direction, pairs, errors = map(part, (self.layers, self.direction, self.pairs, self.errors))
+        return replace(self, layers=layers, direction=direction, pairs=pairs, errors=errors)
 
     def standard_error(self) -> dict[str, Tensor]:
         """Standard error of every score b: layer name -> (channels, classes), float64.
@@ -205,11 +169,8 @@ class Scores(Mapping[str, Tensor]):
             ValueError: `score` was not asked for errors.
         """
         self._has_errors("standard_error")
-        found = {}
-        for layer, values in self.items():
-            r = separation(values)
-            found[layer] = 2 * r / (1 + r**2) ** 2 * self.errors[layer]
-        return found
+        r = {layer: separation(values) for layer, values in self.items()}
+        return {layer: 2 * r[layer] / (1 + r[layer] ** 2) ** 2 * self.errors[layer] for layer in self}
 
     def interval(self, confidence: float = 0.95) -> dict[str, Tensor]:
         """Confidence interval of every score: layer name -> (channels, classes, 2), float64, lower end first.
@@ -224,8 +185,7 @@ class Scores(Mapping[str, Tensor]):
         Raises:
             ValueError: a confidence out of range, or `score` was not asked for errors.
         """
-        op = "Scores.interval"
-        level = validation.alpha(op, confidence, "confidence")
+        level = validation.alpha("Scores.interval", confidence, "confidence")
         self._has_errors("interval")
         from scipy.stats import chi2, t
 
@@ -237,8 +197,7 @@ class Scores(Mapping[str, Tensor]):
         equal = float(chi2.ppf(level, dimension)) * (1 / own.clamp(min=1) + 1 / rest) / 4 if dimension > 1 else 0 * own
         found = {}
         for layer, values in self.items():
-            r = separation(values)
-            reach = quantile.to(values.device) * self.errors[layer]
+            r, reach = separation(values), quantile.to(values.device) * self.errors[layer]
             low = torch.where(r**2 <= equal.to(values.device), 0.0, (r - reach).clamp(min=0))
             ends = torch.stack([low, r + reach], dim=-1) ** 2
             found[layer] = torch.where(ends.isinf(), 1.0, ends / (1 + ends))
@@ -256,21 +215,15 @@ class Scores(Mapping[str, Tensor]):
         pandas."""
         import pandas as pd
 
+        columns = {"score": self.layers, "direction": self.direction}
+        if self.errors:
+            columns["standard_error"] = self.standard_error()
         frames = []
-        errors = self.standard_error() if self.errors else {}
         for layer, values in self.items():
-            channels, classes = values.shape
-            columns = {
-                "layer": layer,
-                "channel": torch.arange(channels).repeat_interleave(classes).numpy(),
-                "class": torch.arange(classes).repeat(channels).numpy(),
-                "score": values.cpu().flatten().numpy(),
-                "direction": self.direction[layer].cpu().flatten().numpy(),
-                "samples": self.counts.cpu().repeat(channels).numpy(),
-            }
-            if errors:
-                columns["standard_error"] = errors[layer].cpu().flatten().numpy()
-            frames.append(pd.DataFrame(columns))
+            channels, classes = (axis.flatten().numpy() for axis in torch.ones_like(values).nonzero().T.cpu())
+            frame = pd.DataFrame({"layer": layer, "channel": channels, "class": classes})
+            frame = frame.assign(**{name: part[layer].cpu().flatten().numpy() for name, part in columns.items()})
+            frames.append(frame.assign(samples=self.counts.cpu().numpy()[classes]))
         return pd.concat(frames, ignore_index=True)
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, class_names: list[str] | None = None) -> Figure:
@@ -280,41 +233,9 @@ class Scores(Mapping[str, Tensor]):
             path: where to save the picture (its suffix is the format); by default it is only returned.
             class_names: one name per class for the axis.
         """
-        from matplotlib.figure import Figure
+        from discedit.scoring.plot import plot
 
-        if class_names is not None and len(class_names) != self.num_classes:
-            raise ValueError(
-                f"Scores.plot: class_names must name {self.num_classes} classes, got {len(class_names)} names."
-            )
-        columns, edges = [], [0]
-        for values in self.values():
-            order = values.nan_to_num().amax(1).argsort(descending=True)
-            columns.append(values[order].T.cpu())
-            edges.append(edges[-1] + len(values))
-        figure = Figure(figsize=(12, 1.8 + 0.28 * self.num_classes), layout="constrained")
-        axes = figure.add_subplot()
-        image = axes.imshow(
-            torch.cat(columns, dim=1).numpy(), aspect="auto", vmin=0, vmax=1, cmap="magma", interpolation="nearest"
-        )
-        for edge in edges[1:-1]:
-            axes.axvline(edge - 0.5, color="white", linewidth=0.4 if len(self) > 12 else 1.0)
-        # With many layers the names would overlap: name every k-th.
-        step = -(-len(self) // 28)
-        middles = [(a + b - 1) / 2 for a, b in itertools.pairwise(edges)]
-        names = [f"{layer} ({len(values)})" for layer, values in self.items()]
-        few = len(self) <= 8
-        axes.set_xticks(middles[::step], names[::step], rotation=0 if few else 60, ha="center" if few else "right")
-        axes.set_yticks(range(self.num_classes), class_names or [str(k) for k in range(self.num_classes)])
-        axes.set_xlabel("layer (channels, the most discriminative first)")
-        axes.set_ylabel("class")
-        axes.set_title(f"How well each component tells each class from the rest ({self.bound}, {self.witness})")
-        bounds = self.bound != "hellinger"
-        label = "lower bound on total variation" if bounds else "squared Hellinger distance of Gaussians"
-        figure.colorbar(image, ax=axes, label=label, pad=0.01)
-        if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=130)
-        return figure
+        return plot(self, path, class_names)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically."""
@@ -322,16 +243,10 @@ class Scores(Mapping[str, Tensor]):
 
     def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Header and tensors of the file format."""
-        tensors = {"counts": self.counts}
-        for index, (layer, values) in enumerate(self.items()):
-            tensors[f"{index}.score"] = values
-            tensors[f"{index}.direction"] = self.direction[layer]
-            if self.pairs:
-                tensors[f"{index}.pairs"] = self.pairs[layer]
-            if self.errors:
-                tensors[f"{index}.error"] = self.errors[layer]
-        if self.errors:
-            tensors["degrees"] = self.degrees
+        tensors = {"counts": self.counts} | ({"degrees": self.degrees} if self.errors else {})
+        parts = {"score": self.layers, "direction": self.direction, "pairs": self.pairs, "error": self.errors}
+        for index, layer in enumerate(self):
+            tensors |= {f"{index}.{name}": part[layer] for name, part in parts.items() if part}
         header = {
             **self.settings,
             "pairs": bool(self.pairs),
@@ -353,18 +268,16 @@ class Scores(Mapping[str, Tensor]):
         header, tensors = files.load_tensors(path, "scores")
         statistic = files.field(header, "statistic", (str, list), path)
         classes = files.field(header, "num_classes", int, path)
+        layers = files.field(header, "layers", dict, path)
         has_pairs, has_errors = (files.field(header, name, (bool, type(None)), path) for name in ("pairs", "errors"))
-        values, direction, pairs, errors = {}, {}, {}, {}
-        for index, (layer, channels) in enumerate(files.field(header, "layers", dict, path).items()):
-            values[layer] = files.take(tensors, f"{index}.score", (channels, classes), torch.float64, path)
-            direction[layer] = files.take(tensors, f"{index}.direction", (channels, classes), torch.int8, path)
-            if has_pairs:
-                pairs[layer] = files.take(tensors, f"{index}.pairs", (channels, 2), torch.float64, path)
-            if has_errors:
-                errors[layer] = files.take(tensors, f"{index}.error", (channels, classes), torch.float64, path)
+
+        def part(name: str, columns: int = classes, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+            sizes = {layer: (f"{index}.{name}", (layers[layer], columns)) for index, layer in enumerate(layers)}
+            return {layer: files.take(tensors, *size, dtype, path) for layer, size in sizes.items()}
+
         scores = cls(
-            values,
-            direction,
+            part("score"),
+            part("direction", dtype=torch.int8),
             files.take(tensors, "counts", (classes,), torch.int64, path),
             bound=files.field(header, "bound", str, path),
             witness=files.field(header, "witness", str, path),
@@ -372,11 +285,12 @@ class Scores(Mapping[str, Tensor]):
             scale=files.field(header, "scale", (float, dict, type(None)), path),
             read=READ_ONCE if "read" not in header else files.field(header, "read", str, path),
             norms=files.field(header, "norms", dict, path),
-            options=files.field(header, "options", (dict, type(None)), path),
-            pairs=pairs,
-            errors=errors,
-            degrees=files.take(tensors, "degrees", (classes,), torch.float64, path) if has_errors else None,
+            options=files.field(header, "options", (dict, type(None)), path) or {},
+            pairs=part("pairs", 2) if has_pairs else {},
+            errors=part("error") if has_errors else {},
         )
+        if has_errors:
+            scores.degrees = files.take(tensors, "degrees", (classes,), torch.float64, path)
         files.nothing_else(header, tensors, scores.contents(), path)
         return scores
 
@@ -398,29 +312,23 @@ def score(
         moments: what `collect_moments` returned; or blocks of samples, as from `collect_blocks`, which are scored
             together and give standard errors by the jackknife.
         bound: "minimax" (the tightest from two moments), "fisher" (the published DISCEDIT bound), or another of the
-            family, as for `ops.one_vs_rest`: "minimax_published", "robust", "hellinger", "witness",
-            "witness_published", "certified".
+            family, as for `ops.one_vs_rest`.
         witness: "quadratic" (t and t^2 of the pooled map t) or "linear" (t alone), of moments collected for either;
-            "exp" or "vector" of moments collected for that. By default the moments' own, and "quadratic" of those that
-            serve both; "linear" for the bounds of one number.
+            by default the former, for the bounds of one number the latter. Of other moments their own.
         pairs: also score all pairs of classes, for the reductions "pairwise_min" and "pairwise_mean".
         errors: also compute standard errors, from a single `Moments` by the delta method: for the bounds "minimax" and
             "fisher" and the witnesses "linear" and "exp". Blocks always give errors, but for "certified".
-        shrinkage: for the witness "vector", how far covariances are drawn towards the identity, as in
-            `uncertainty.shrink`: "auto" where a class has no more samples than there are statistics, a number in 0..1
-            everywhere, None nowhere.
-        backend: as in `discedit.ops`.
-        options: of the bound, as for `ops.one_vs_rest`. For "certified", alpha is shared over all scores of all layers,
-            those of pairs included; its ``value_range`` must be given unless witness="exp" and the statistic is never
-            negative.
+        shrinkage: of covariances, for the witness "vector", as in `uncertainty.shrink`; None: none.
+        options: of the bound, as for `ops.one_vs_rest`. For "certified", alpha is shared over all scores that are
+            returned; ``value_range`` must be given unless it is exp(-scale t) of a statistic that is never negative.
 
     Returns:
         `Scores`. A class without samples has NaN scores, is reported in one warning, and is left out of every
-        reduction; a class with one sample has no spread to judge by, which is reported in the same way.
+        reduction; so is reported a class with one sample, which has no spread to judge by.
 
     Raises:
-        ValueError: `moments` holds no layer, an argument is not one of its choices, the witness is not one that the
-            moments were collected for or that the bound can use, or errors were asked for where there is no formula.
+        ValueError: `moments` holds no layer, an argument is not one of its choices, or does not fit the moments or the
+            bound.
         TypeError: an option is not one of the bound's, or moments is neither a `Moments` nor a sequence of them.
 
     >>> import torch, discedit
@@ -443,19 +351,19 @@ def score(
     _report_thin_classes(counts, len(blocks) if by_jackknife else 0)
     if bound == "certified":
         options = _certified_options(moments, witness, pairs, counts, options)
-    chosen: dict[str, Any] = {"bound": bound, "witness": witness, "backend": backend}
+    chosen: dict[str, Any] = {"bound": bound, "witness": witness, "backend": backend, **options}
     values, found_pairs, found_errors = {}, {}, {}
     for layer, state in moments.items():
-        shrunk = _shrunk(state, shrinkage)
-        values[layer] = ops.one_vs_rest(shrunk, **chosen, **options)
+        shrunk = shrink(state, shrinkage) if isinstance(state, VectorMoments) and shrinkage is not None else state
+        values[layer] = ops.one_vs_rest(shrunk, **chosen)
         if pairs:
-            least = ops.pairwise_min(shrunk, **chosen, **options)[0]
-            found_pairs[layer] = torch.stack([least, ops.pairwise_mean(shrunk, **chosen, **options)], dim=-1)
+            of_pairs = [ops.pairwise_min(shrunk, **chosen)[0], ops.pairwise_mean(shrunk, **chosen)]
+            found_pairs[layer] = torch.stack(of_pairs, dim=-1)
         if by_jackknife:
             parts = [block[layer] for block in blocks if layer in block]
-            found_errors[layer] = jackknife(parts, shrinkage=shrinkage, **chosen, **options)
-        elif errors:
-            found_errors[layer] = standard_error(_scalar(state), bound=bound, witness=witness)
+            found_errors[layer] = jackknife(parts, shrinkage=shrinkage, **chosen)
+        elif errors and isinstance(state, ClassMoments):
+            found_errors[layer] = standard_error(state, bound=bound, witness=witness)
     degrees = torch.full((len(counts),), float(len(blocks) - 1), dtype=torch.float64)
     if not by_jackknife:
         degrees = (torch.minimum(counts, counts.sum() - counts) - 1).clamp(min=1).double()
@@ -465,15 +373,30 @@ def score(
         counts,
         bound=bound,
         witness=witness,
-        statistic=moments.statistic,
-        scale=moments.scale,
-        read=moments.read,
+        **{name: getattr(moments, name) for name in ("statistic", "scale", "read")},
         norms=dict(moments.norms),
         options=options,
         pairs=found_pairs,
         errors=found_errors,
         degrees=degrees,
     )
+
+
+def over_classes(values: Tensor, reduction: str) -> Tensor:
+    """(channels, classes) -> (channels,): over the classes that are not NaN everywhere, which have no samples."""
+    return OVER_CLASSES[reduction](values[:, ~values.isnan().all(dim=0)])
+
+
+def _checked_indices(layer: str, indices: Any, values: Tensor) -> Tensor:
+    index = torch.as_tensor(indices, device=values.device)
+    whole = not index.numel() or not (index.is_floating_point() or index.dtype == torch.bool)
+    index = index.long()
+    inside = whole and (not index.numel() or 0 <= int(index.min()) <= int(index.max()) < len(values))
+    if index.ndim != 1 or not inside:
+        raise ValueError(
+            f"Scores.select: components[{layer!r}] must be indices in 0..{len(values) - 1}, got {indices!r}."
+        )
+    return index
 
 
 def _blocks(moments: Any) -> list[Moments]:
@@ -495,15 +418,6 @@ def _together(blocks: list[Moments]) -> Moments:
     return together
 
 
-def _scalar(state: State) -> ClassMoments:
-    assert isinstance(state, ClassMoments)  # of the witnesses "linear" and "exp"
-    return state
-
-
-def _shrunk(state: State, shrinkage: str | float | None) -> State:
-    return shrink(state, shrinkage) if isinstance(state, VectorMoments) and shrinkage is not None else state
-
-
 def _has_delta_method(bound: str, witness: str) -> None:
     if bound not in ("minimax", "fisher") or witness not in ("linear", "exp"):
         raise ValueError(
@@ -516,7 +430,7 @@ def _has_delta_method(bound: str, witness: str) -> None:
 def _certified_options(
     moments: Moments, witness: str, pairs: bool, counts: Tensor, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Those of "certified", with one share of alpha for every number that `score` returns."""
+    """With one share of alpha for every number that `score` returns."""
     names = (moments.statistic,) if isinstance(moments.statistic, str) else moments.statistic
     if witness == "exp" and "value_range" not in options and names[0] not in NEVER_NEGATIVE:
         raise ValueError(
@@ -544,25 +458,19 @@ def _witness(moments: Moments, witness: str | None, bound: str) -> str:
 
 
 def _report_thin_classes(counts: Tensor, blocks: int) -> None:
-    empty = [k for k, n in enumerate(counts.tolist()) if n == 0]
-    single = [k for k, n in enumerate(counts.tolist()) if n == 1]
-    if empty:
-        warnings.warn(
-            f"score: classes without samples: {empty}. Their scores are NaN and they are never chosen.", stacklevel=3
-        )
-    if len(counts) - len(empty) < 2:
-        warnings.warn("score: fewer than two classes have samples, so there is nothing to tell apart.", stacklevel=3)
-    if single:
-        warnings.warn(
-            f"score: classes with one sample: {single}. One sample shows no spread, so their scores are too high.",
-            stacklevel=3,
-        )
-    thin = [k for k, n in enumerate(counts.tolist()) if 0 < n < blocks]
-    if thin:
-        warnings.warn(
-            f"score: classes with fewer samples than there are blocks ({blocks}): {thin}. Their errors are NaN.",
-            stacklevel=3,
-        )
+    numbers = counts.tolist()
+    empty = [k for k, n in enumerate(numbers) if n == 0]
+    single = [k for k, n in enumerate(numbers) if n == 1]
+    thin = [k for k, n in enumerate(numbers) if 0 < n < blocks]
+    texts = {
+        f"classes without samples: {empty}. Their scores are NaN and they are never chosen.": empty,
+        "fewer than two classes have samples, so there is nothing to tell apart.": len(numbers) - len(empty) < 2,
+        f"classes with one sample: {single}. One sample shows no spread, so their scores are too high.": single,
+        f"classes with fewer samples than there are blocks ({blocks}): {thin}. Their errors are NaN.": thin,
+    }
+    for text, applies in texts.items():
+        if applies:
+            warnings.warn(f"score: {text}", stacklevel=3)
 
 
 def _direction(state: State, factor: int) -> Tensor:

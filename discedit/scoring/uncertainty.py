@@ -32,19 +32,15 @@ def separation(bound: Tensor) -> Tensor:
 def standard_error(moments: ClassMoments, *, bound: str = "minimax", witness: str = "linear") -> Tensor:
     """Standard error of the separation of each class from the rest, by the delta method from moments up to order 4.
 
-    First order in 1 / n, with n - 1 for n, for samples that are independent within a class. The rest counts as one
-    sample of its mixture, which it is not quite where the numbers per class were fixed beforehand: the error is then a
-    little too large.
+    First order in 1 / n, with n - 1 for n, for samples that are independent within a class.
 
     Args:
         moments: state of one layer.
         bound: "minimax" or "fisher".
-        witness: "linear", or "exp" for the state of exp(-scale t). The variances of t^2 would need moments up to order
-            8: for "quadratic" and "vector" see `jackknife`.
+        witness: "linear", or "exp" for the state of exp(-scale t); for others see `jackknife`.
 
     Returns:
-        Shape (channels, classes), float64, at least 0. NaN for a class with fewer than two samples or against a rest
-        with fewer. 0 where neither law varies.
+        Shape (channels, classes), float64, at least 0. NaN where a class or its rest has fewer than two samples.
 
     Raises:
         TypeError: moments is no `ClassMoments`.
@@ -78,11 +74,10 @@ def _delta_method(own: ClassMoments, rest: ClassMoments, bound: str) -> Tensor:
     scale = torch.where(total > 0, 1 / total, 0.0)
     r = (own.mean - rest.mean) * scale
     error = torch.zeros_like(r)
-    for var, third, fourth, n in laws:
+    for sign, (var, third, fourth, n) in zip((1.0, -1.0), laws, strict=True):
         # Influence of one sample t of this law on r: scale (t - mean) + slope ((t - mean)^2 - var), up to sign.
         half = var.sqrt() * total if bound == "minimax" else (var1 + var2)
         slope = torch.where(half > 0, -r / (2 * half), 0.0)
-        sign = 1.0 if var is var1 else -1.0
         spread = scale**2 * var + 2 * sign * scale * slope * third + slope**2 * (fourth - var**2)
         error = error + spread.clamp(min=0) / (n - 1).clamp(min=1)
     enough = ((own.count > 1) & (rest.count > 1))[:, None]
@@ -100,12 +95,11 @@ def jackknife(
 ) -> Tensor:
     """Standard error of the separation of each class from the rest, by leaving out one block of the samples at a time.
 
-    For every bound and witness of `one_vs_rest` but "certified", whose error is its own. Take at least 10 blocks with
-    each class spread evenly over them, as `discedit.collect_blocks` does.
+    Take at least 10 blocks with each class spread evenly over them, as `discedit.collect_blocks` does.
 
     Args:
         blocks: at least two states of one layer, of disjoint parts of the samples.
-        bound, witness, backend, options: as for `ops.one_vs_rest`.
+        bound, witness, backend, options: as for `ops.one_vs_rest`; any bound but "certified".
         shrinkage: for `VectorMoments`, that of each state that lacks a block, as in `shrink`; None: none.
 
     Returns:
@@ -135,16 +129,14 @@ def jackknife(
         raise ValueError(f"{op}: bound must not be 'certified', which accounts for the size of the sample itself.")
     for block in blocks:
         arguments.state(op, "blocks", block)
-    after: list[Kind] = [blocks[-1]]
+    after: list[Kind] = [blocks[-1]]  # in the end after[i]: blocks i + 1 and later
     for block in reversed(blocks[1:-1]):
-        after.append(ops.merge_moments(after[-1], block))
-    after.reverse()  # after[i]: blocks i + 1 and later
+        after.insert(0, ops.merge_moments(after[0], block))
     separations, before = [], None
     for index, block in enumerate(blocks):
-        if before is None:
-            others = after[0]
-        else:
-            others = ops.merge_moments(before, after[index]) if index < len(after) else before
+        others = after[0] if before is None else before
+        if before is not None and index < len(after):
+            others = ops.merge_moments(before, after[index])
         seen = shrink(others, shrinkage) if isinstance(others, VectorMoments) and shrinkage is not None else others
         bounds = ops.one_vs_rest(seen, bound=bound, witness=witness, backend=backend, **options)
         separations.append(separation(bounds))
@@ -159,16 +151,13 @@ def shrink(moments: VectorMoments, intensity: str | float = "auto") -> VectorMom
     """The state with each class's covariance drawn towards a multiple of the identity.
 
     With no more samples than dimensions a covariance is singular, and a bound computed from it says that the classes
-    are apart whatever they are. Coordinates are first scaled by their deviation within classes, so that their units do
-    not matter: S becomes (1 - rho) S + rho m I, m the mean of S's diagonal. A coordinate that is constant within all
-    classes stays as it is.
+    are apart whatever they are. In units of the deviations within classes, S becomes (1 - rho) S + rho m I, m the mean
+    of S's diagonal; docs/bounds.md has the formula. A coordinate that is constant within all classes stays as it is.
 
     Args:
         moments: state of one layer.
         intensity: rho in 0..1 for every class; or "auto": none for d <= 2 and for classes with more than d samples, and
-            for the others the oracle approximating estimate, the minimiser of the expected squared error under
-            normality in closed form from S and n alone. (Ledoit and Wolf's own estimate needs E |x - mean|^4, which the
-            state does not hold.)
+            for the others the oracle approximating estimate.
 
     Returns:
         A new state with the same counts and means.
@@ -176,9 +165,6 @@ def shrink(moments: VectorMoments, intensity: str | float = "auto") -> VectorMom
     Raises:
         TypeError: moments is no `VectorMoments`.
         ValueError: intensity is neither "auto" nor a number in 0..1.
-
-    Equivalent to ``(1 - rho) * S + rho * torch.eye(d) * S.trace() / d`` in scaled coordinates, rho = min(1, a / b) with
-    a = (1 - 2 / d) tr(S^2) + tr(S)^2 and b = (n - 2 / d) (tr(S^2) - tr(S)^2 / d): n - 1 for the n of a known mean.
 
     Source: Ledoit and Wolf 2004 (the estimator); Chen, Wiesel, Eldar and Hero 2010 (the intensity).
 
