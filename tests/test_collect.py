@@ -305,12 +305,12 @@ def test_not_finite_names_layer_and_batch(value, labels):
 def deferred(monkeypatch):
     """As on a device that nobody waits for between batches."""
 
-    class Deferring(collect._Watch):
+    class Deferring(collect.NonFiniteMonitor):
         def __init__(self, device):
             super().__init__(device)
             self.defers = True
 
-    monkeypatch.setattr(collect, "_Watch", Deferring)
+    monkeypatch.setattr(collect, "NonFiniteMonitor", Deferring)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -12,7 +12,7 @@ from torch.nn import functional
 from discedit import Moments, Recipe, collect_moments, prune, score, zoo
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.model.trace import ModelTrace
-from discedit.moments import calibration
+from discedit.moments import calibration, positions
 from discedit.repair import least_squares
 
 REPAIRS = ("mean", "least_squares")
@@ -523,7 +523,7 @@ def test_nothing_else_of_the_model_changes(images):
 def test_parts_give_what_one_batch_gives(how, images, monkeypatch):
     """Every position is looked at, so that both fit the same rows."""
     batches, x = images
-    monkeypatch.setattr(calibration, "LEAST_PER_UNKNOWN", 10**9)
+    monkeypatch.setattr(positions, "LEAST_PER_UNKNOWN", 10**9)
     found = {}
     for parts in (1, 5):
         monkeypatch.setattr(calibration, "PARTS", parts)
@@ -670,7 +670,7 @@ def test_a_shared_output_that_is_put_back(first, images, monkeypatch):
 
 def test_layers_that_do_not_help_together_give_a_warning(monkeypatch):
     model = of_two_inputs()
-    monkeypatch.setattr(sys.modules["discedit.prune"], "take_back", lambda *_, **__: None)
+    monkeypatch.setattr(sys.modules["discedit.editing.prune"], "take_back", lambda *_, **__: None)
     data = [two_inputs(1024, 1), two_inputs(100, -1)]
     with pytest.warns(UserWarning, match="prune: the repair brings the network's outputs no closer .* on 100 samples"):
         prune(model, importances_of(model, {"0": [0]}), threshold=0.5, example_inputs=data[0][:2], data=data)

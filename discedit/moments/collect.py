@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -20,13 +16,14 @@ from torch.utils.hooks import RemovableHandle
 
 from discedit.backends import select
 from discedit.common import validation
-from discedit.model.forward import call, device_of, first_tensor, moved, outside_inference_mode, samples_in
+from discedit.model.forward import call, first_tensor, moved, outside_inference_mode, samples_in
 from discedit.model.sharded import Channels, has_shards, unwrapped
 from discedit.model.trace import ModelTrace, SampleOrder, Tracing, components_in, has_channels_last, is_layer
-from discedit.moments.checkpoint import Checkpoint, Progress, digest_of
-from discedit.moments.data_pass import Pass
-from discedit.moments.group import Group, OtherFailed
+from discedit.moments.data_pass import Pass, RunOptions, warn
 from discedit.moments.moments import GREATEST_EXPONENT, READS, Moments, Statistic
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 OP = "collect_moments"
 INPUT = "input of "  # a place that is not the output of the module named
@@ -45,67 +42,32 @@ def collect_moments(
     statistic: Statistic | list[str] = "mean",
     witness: str = "quadratic",
     scale: float | Mapping[str, float] | None = None,
-    progress: bool | None = None,
-    backend: str = "auto",
-    group: dist.ProcessGroup | str | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_every: float = 60.0,
+    **run: Unpack[RunOptions],
 ) -> Moments:
     """Accumulate the class-conditional moments of every layer's components in one forward pass over the data.
 
-    Where a convolution or linear layer is read, `read` says. The head is left out, because its components are the
-    classes: the layer whose output is the model's output, or else the last layer if it has one component per class.
-
     Args:
-        model: a classifier. It runs in eval mode without gradients; its mode, parameters, buffers and hooks, and
-            torch's random state, are afterwards what they were, also after an exception.
-        loader: any iterable of (inputs, labels). Inputs are a tensor, a tuple of positional or a dict of keyword
-            arguments; they are moved to the model's device.
+        model: a classifier, perhaps wrapped. It runs in eval mode without gradients, and is afterwards what it was.
+        loader: (inputs, labels); inputs are a tensor, a tuple of positional or a dict of keyword arguments.
         num_classes: number of classes.
         labels: "given", or "predicted": the model's own argmax, for which batches may also be bare inputs.
-        layers: module names to read instead of all; any module with a tensor output will do. Channels are the last
-            axis of linear and layer-norm outputs, axis 1 otherwise.
-        read: where the components of a layer are read. "consumer": as the first convolution or linear layer gets them
-            that reads them channel by channel, so after the activation and what else is between; where there is none
-            (the sum of a residual stream, attention), as by "norm". What the heads of an `nn.MultiheadAttention` give
-            is always read where its output projection reads it. "norm": at the layer's output or, where that goes
-            straight into a batch norm with running statistics, at the norm's output (an affine map per channel, so the
-            scores of the mean are the same; the sign of the norm's weight counts). "output": always at its output.
-        statistic: what a feature map is reduced to, as for `discedit.ops.pool`: "mean", "sum", "l2", "rms", "absmax",
-            "max", "positive_fraction" or "cls"; for the witness "vector" a tuple or list of several. With "cls" only
-            layers with tokens are read: linear or layer norm, output of shape (samples, tokens, channels).
-        witness, scale: what the moments are of, as in `Moments`: "quadratic" or "linear" (the statistic t), "exp"
-            (exp(-scale t)) or "vector".
-        progress: show a progress bar on stderr; by default only on a terminal, and only of the first process.
-        backend: as in `discedit.ops`.
-        group: "world" or a process group of torch.distributed whose processes each pass over a share of the data; every
-            one of them gets the moments of all, the same bits. Shares may differ in size, and be empty. What a
-            `DistributedSampler` repeats to make them equal counts once; `discedit.distributed.ShardSampler` repeats
-            nothing. The model may be wrapped in DistributedDataParallel, FSDP2 (`fully_shard`) or tensor-parallel
-            (`parallelize_module`): processes of one tensor-parallel group get the same batches, and `group` is then
-            that of the data-parallel dimension. Where tokens are dealt out between a layer and its consumer (sequence
-            parallelism), the layer is read as by "norm".
-        checkpoint: a folder for the state of the pass. A pass that ended before its time, however it did, goes on from
-            there when it is called again, and ends with the same bits. The loader must give the same batches again (a
-            sampler that shuffles needs a generator with a seed); that they are is checked. Delete the folder to begin
-            anew.
-        checkpoint_every: seconds between two states on disk.
+        layers: modules to read; by default all convolutions and linear layers but the head.
+        read: where: "consumer": as the first layer gets the components that reads them channel by channel; "norm": at
+            the output of the layer, or of the batch norm that it goes straight into; "output": always at its output.
+        statistic: what a feature map is reduced to, as for `discedit.ops.pool`; for the witness "vector" several.
+        witness, scale: what the moments are of, as in `Moments`.
+        run: progress, backend, group, checkpoint, checkpoint_every: see `RunOptions`.
 
     Returns:
-        `Moments`, with one entry per layer in the order of execution. A layer that runs on parts of a sample as if they
-        were samples (windows in Swin, views or frames folded into the batch) is pooled over all of them. Where samples
-        are the second axis, as in sequence-first layers, or come in another order, is seen from two passes over the
-        first three; what has no order of samples is left out, with a warning.
+        `Moments`, float64, with one entry per layer in the order of execution. Layers that cannot be read are left out,
+        with a warning.
 
     Raises:
-        ValueError: an empty loader, labels that do not fit, no layer to read, an unknown layer name, a layer named in
-            `layers` without tokens for "cls", a statistic or scale that does not fit the witness, NaN or Inf in a
-            feature map (the message names layer and batch), or a checkpoint of another run or other batches.
-        RuntimeError: another process of the group failed (the message holds its error), died, or did not come to the
-            end in the group's timeout.
+        ValueError: an empty loader, labels that do not fit, no layer to read, an unknown layer name, a statistic or
+            scale that does not fit, NaN or Inf in a feature map, or a checkpoint of another run or other batches.
+        RuntimeError: another process of the group failed, died, or did not come to the end in the group's timeout.
 
-    Memory: the state, classes x channels x 32 bytes (for d statistics 8 d + 4 d (d + 1)), and one batch's pooled
-    features, samples x channels x 8 bytes per statistic.
+    Memory: classes x channels x 32 bytes, and one batch's pooled features. docs/how-to/score.md has the details.
 
     >>> import torch, discedit
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 2))
@@ -113,40 +75,21 @@ def collect_moments(
     >>> discedit.collect_moments(model, loader, num_classes=2)
     Moments(1 layers, 4 channels, 2 classes, 8 samples)
     """
-    options = _Options(
-        labels, layers, read, statistic, witness, scale, progress, backend, group, checkpoint, checkpoint_every
-    )
-    return _collect(model, loader, num_classes, options, None)
+    settings: dict[str, Any] = {"read": read, "statistic": statistic, "witness": witness, "scale": scale}
+    return _collect(model, loader, num_classes, 1, labels=labels, layers=layers, **settings, **run)
 
 
 @outside_inference_mode
 def collect_blocks(
-    model: nn.Module,
-    loader: Iterable[Any],
-    num_classes: int,
-    *,
-    blocks: int = 10,
-    labels: str = "given",
-    layers: Iterable[str] | None = None,
-    read: str = "consumer",
-    statistic: Statistic | list[str] = "mean",
-    witness: str = "quadratic",
-    scale: float | Mapping[str, float] | None = None,
-    progress: bool | None = None,
-    backend: str = "auto",
-    group: dist.ProcessGroup | str | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_every: float = 60.0,
+    model: nn.Module, loader: Iterable[Any], num_classes: int, *, blocks: int = 10, **options: Any
 ) -> list[Moments]:
     """`collect_moments` in disjoint blocks of the samples, each class spread evenly over them, in the same one pass.
 
     `discedit.score` of the blocks gives the scores of all samples together, with standard errors by the jackknife.
 
     Args:
-        blocks: number of blocks, at least 2. The samples of a class go to them in turn.
-        model, loader, num_classes, labels, layers, read, statistic, witness, scale, progress, backend: as for
-            `collect_moments`.
-        group, checkpoint, checkpoint_every: as for `collect_moments`. Each process of a group deals its own share.
+        blocks: number of blocks, at least 2. The samples of a class go to them in turn, in each process of a group.
+        model, loader, num_classes, options: as for `collect_moments`.
 
     Returns:
         One `Moments` for each block. Merged, they are what `collect_moments` returns, up to rounding.
@@ -165,45 +108,50 @@ def collect_blocks(
     number = validation.index(blocks)
     if number is None or number < 2:
         raise ValueError(f"collect_blocks: blocks must be an integer of at least 2, got {blocks!r}.")
-    classes = validation.positive_integer(OP, "num_classes", num_classes)
-    options = _Options(
-        labels, layers, read, statistic, witness, scale, progress, backend, group, checkpoint, checkpoint_every
-    )
-    turns = _Turns(classes, number)
+    together = _collect(model, loader, num_classes, number, **options)
     # A class's share of a block is a class of its own.
-    together = _collect(model, loader, classes, options, turns)
     return [together.rows(slice(block, None, number)) for block in range(number)]
 
 
-@dataclass(frozen=True)
-class _Options:
-    """The arguments that `collect_moments` and `collect_blocks` have in common."""
+def _collect(
+    model: nn.Module,
+    loader: Iterable[Any],
+    num_classes: int,
+    blocks: int,
+    *,
+    labels: str = "given",
+    layers: Iterable[str] | None = None,
+    read: str = "consumer",
+    **options: Any,
+) -> Moments:
+    """As `collect_moments`; each class times each block is a class, class by class."""
+    validation.module(OP, model)
+    num_classes = validation.positive_integer(OP, "num_classes", num_classes)
+    validation.choice(OP, "labels", labels, ("given", "predicted"))
+    validation.choice(OP, "read", read, READS)
+    settings = {name: options.pop(name) for name in ("statistic", "witness", "scale") if name in options}
+    statistic, scale = settings.get("statistic", "mean"), settings.get("scale")
+    validation.statistics(OP, statistic)
+    validation.witness(OP, settings.get("witness", "quadratic"), statistic, scale)
+    moments = Moments(num_classes * blocks, read=read, backend=options.get("backend", "auto"), **settings)
+    run: RunOptions = options  # type: ignore[assignment]
+    moments = _MomentPass(model, loader, moments, num_classes, labels, layers, run).collect()
+    if not moments:
+        raise ValueError(f"{OP}: loader must give at least one batch, it gave none.")
+    return moments
 
-    labels: str
-    layers: Iterable[str] | None
-    read: str
-    statistic: Statistic | list[str]
-    witness: str
-    scale: float | Mapping[str, float] | None
-    progress: bool | None
-    backend: str
-    group: dist.ProcessGroup | str | None
-    checkpoint: str | os.PathLike[str] | None
-    checkpoint_every: float
 
-
-class _Turns:
+class BlockAssigner:
     """Deals the samples of each class to the blocks in turn; nobody waits for the device."""
 
     def __init__(self, classes: int, blocks: int) -> None:
-        self.rows = classes * blocks
-        self._blocks = blocks
+        self.blocks = blocks
         self._seen = torch.zeros(classes, dtype=torch.int64)
 
     def go_on(self, moments: Moments) -> None:
         """From the samples that were dealt already."""
         for state in moments.values():
-            self._seen = state.count.view(-1, self._blocks).sum(1)
+            self._seen = state.count.view(-1, self.blocks).sum(1)
 
     def __call__(self, labels: Tensor) -> Tensor:
         """Class x blocks + block of each sample."""
@@ -212,122 +160,72 @@ class _Turns:
         position = torch.arange(len(labels), device=labels.device)
         rank = torch.empty_like(position)
         rank[order] = position - torch.searchsorted(ordered, ordered)
-        turn = (self._seen[labels] + rank) % self._blocks
+        turn = (self._seen[labels] + rank) % self.blocks
         self._seen = self._seen.index_add(0, labels, torch.ones_like(labels))
-        return labels * self._blocks + turn
+        return labels * self.blocks + turn
 
 
-def _collect(
-    model: nn.Module, loader: Iterable[Any], num_classes: int, options: _Options, turns: _Turns | None
-) -> Moments:
-    validation.module(OP, model)
-    num_classes = validation.positive_integer(OP, "num_classes", num_classes)
-    validation.choice(OP, "labels", options.labels, ("given", "predicted"))
-    validation.choice(OP, "read", options.read, READS)
-    names = validation.statistics(OP, options.statistic)
-    validation.witness(OP, options.witness, options.statistic, options.scale)
-    group = Group(OP, options.group)
-    try:
-        reader = _Reader(model, names, options.backend, options.layers, options.read)
-        moments = Moments(
-            turns.rows if turns else num_classes,
-            statistic=options.statistic,
-            witness=options.witness,
-            scale=options.scale,
-            read=options.read,
-            backend=options.backend,
-        )
-        passing = _Pass(model, loader, num_classes, options, turns, group, reader, moments)
-        passing.run()
-        moments = passing.moments
-    except OtherFailed:
-        raise
-    except Exception as error:
-        group.fail(error)
-        raise
-    if not group.alone:
-        moments.reduce_in(group, device_of(model))
-    if not moments:
-        raise ValueError(f"{OP}: loader must give at least one batch, it gave none.")
-    return moments
-
-
-class _Pass(Pass):
+class _MomentPass(Pass[Moments]):
     """Pools every layer and folds what it gives into the moments."""
 
     def __init__(
         self,
         model: nn.Module,
         loader: Iterable[Any],
-        num_classes: int,
-        options: _Options,
-        turns: _Turns | None,
-        group: Group,
-        reader: _Reader,
         moments: Moments,
+        num_classes: int,
+        labels: str,
+        layers: Iterable[str] | None,
+        run: RunOptions,
     ) -> None:
-        self.num_classes, self.turns, self.reader, self.moments = num_classes, turns, reader, moments
-        checkpoint: Checkpoint[Moments] | None = None
-        if options.checkpoint is not None:
-            run = {
-                **moments.settings,
-                "labels": options.labels,
-                "layers": list(reader.layers),
-                "blocks": turns.rows // num_classes if turns else 1,
-                "model": digest_of(model),
-            }
-            load = Moments.from_contents
-            checkpoint = Checkpoint(OP, options.checkpoint, options.checkpoint_every, group, run, load)
-        super().__init__(
-            OP,
-            model,
-            loader,
-            labels=num_classes if options.labels == "given" else None,
-            progress=options.progress,
-            group=group,
-            checkpoint=checkpoint,
-            hooks=reader,
-        )
-        self.watch = _Watch(self.device)
-        if checkpoint is not None and checkpoint.state is not None:
-            self.moments = checkpoint.state.to(self.device)
-            self.moments.backend = moments.backend
-            if turns is not None:
-                turns.go_on(self.moments)
+        super().__init__(OP, model, loader, moments, num_classes if labels == "given" else None, run)
+        self.num_classes, self._layers = num_classes, layers
+        self.assigner = BlockAssigner(num_classes, moments.num_classes // num_classes)
+        self.monitor = NonFiniteMonitor(self.device)
+
+    def prepare(self) -> dict[str, Any]:
+        names = validation.statistics(OP, self.moments.statistic)
+        self.pooling = PoolingHooks(self.model, names, self.moments.backend, self._layers, self.moments.read)
+        labels = "predicted" if self._labels is None else "given"
+        return {"labels": labels, "layers": list(self.pooling.layers), "blocks": self.assigner.blocks}
+
+    def hooks(self) -> PoolingHooks:
+        return self.pooling
+
+    def go_on(self, moments: Moments) -> None:
+        moments.backend = self.moments.backend
+        super().go_on(moments)
+        self.assigner.go_on(self.moments)
 
     def check(self) -> None:
-        self.watch.check()
-        self.moments.norms = {**self.moments.norms, **self.reader.norms}
-
-    def save(self, checkpoint: Checkpoint[Any], progress: Progress) -> None:
-        checkpoint.save(*self.moments.contents(), progress)
+        self.monitor.check()
+        self.moments.norms |= self.pooling.norms
 
     def idle(self, inputs: Any) -> None:
-        self.reader.run(inputs)
-        for _ in self.reader.take():
+        self.pooling.run(inputs)
+        for _ in self.pooling.take():
             pass
 
     def fold(self, inputs: Any, labels: Tensor | None, counted: int) -> None:
         index = self.progress.batches
-        output = self.reader.run(inputs)
+        output = self.pooling.run(inputs)
         classes = moved(_predicted(output, self.num_classes) if labels is None else labels, self.device)
         whole = self.own is None or counted == len(classes)
-        if not whole:
-            classes = classes[:counted]
-        if self.turns is not None:
-            classes = self.turns(classes)
-        for layer, planes in self.reader.take():
+        classes = classes if whole else classes[:counted]
+        if self.assigner.blocks > 1:
+            classes = self.assigner(classes)
+        for layer, planes in self.pooling.take():
+            planes = planes if whole else planes[:, :counted]
             try:
-                planes = planes if whole else planes[:, :counted]
-                self.moments.fold_planes(layer, planes, classes, checked=self.watch.defers)
+                self.moments.fold_planes(layer, planes, classes, checked=self.monitor.defers)
             except ValueError as error:
                 raise ValueError(f"{OP}: layer {layer!r}, batch {index}: {error}") from error
-            if self.watch.defers:
-                self.watch.note(layer, self.moments.sentinel(layer, planes))
-        self.watch.end_batch(index)
+            if self.monitor.defers:
+                self.monitor.note(layer, self.moments.sentinel(layer, planes))
+        self.monitor.end_batch(index)
 
 
-class _Watch:
+class NonFiniteMonitor:
     """Finds batches that are not to be folded after they were, so that nobody waits for the device in between."""
 
     def __init__(self, device: torch.device) -> None:
@@ -360,7 +258,7 @@ class _Watch:
         )
 
 
-class _Place:
+class _Pool:
     """Pools the output of one module. What holds for the first batch is not asked again of outputs like it."""
 
     def __init__(self, name: str, module: nn.Module, statistics: tuple[str, ...], backend: str) -> None:
@@ -414,7 +312,7 @@ class _Place:
         self.planes = self._channels.together(self._own)
 
 
-class _Reader(ExitStack):
+class PoolingHooks(ExitStack):
     """Hooks that pool each layer's output while the model runs.
 
     The first batch is traced: it also tells which norm is behind each layer, which layers read its components and which
@@ -443,7 +341,7 @@ class _Reader(ExitStack):
         self.norms: dict[str, str] = {}  # layer -> the norm that it goes straight into
         self.places: dict[str, str] = {}  # layer -> where it is read, if not at its own output
         self._modules, self._statistics, self._backend = modules, statistics, backend
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, _Pool] = {}
         self._tracing: Tracing | None = None
         self._settled = False
         self._samples = 0
@@ -517,7 +415,7 @@ class _Reader(ExitStack):
         elif name not in self.places.values():
             return False
         module = self._modules[name.removeprefix(INPUT)]
-        place = self._places[name] = _Place(name, module, self._statistics, self._backend)
+        place = self._places[name] = _Pool(name, module, self._statistics, self._backend)
         place.cut(x, self._samples)
         if self._samples and x.ndim and len(x) % self._samples:
             self._foreign.add(name)
@@ -575,10 +473,7 @@ class _Reader(ExitStack):
         """The pooled planes of the batch that just ran, by layer; the next batch overwrites them."""
         self._repeated &= {*self.layers, *self.places.values()}
         if self._repeated:
-            warnings.warn(
-                f"{OP}: left out, because they run more than once per forward pass: {sorted(self._repeated)}.",
-                stacklevel=7,
-            )
+            warn(f"{OP}: left out, because they run more than once per forward pass: {sorted(self._repeated)}.")
             self._order = [layer for layer in self._order if self._place(layer) not in self._repeated]
             self._repeated.clear()
             if not self._order:
@@ -600,7 +495,7 @@ class _Reader(ExitStack):
         foreign = [layer for layer in order if self._place(layer) in self._foreign]
         why = "their rows are not the samples in the order of the batch, nor windows of them that lie together"
         if foreign:
-            warnings.warn(f"{OP}: left out, because {why}: {foreign}.", stacklevel=8)
+            warn(f"{OP}: left out, because {why}: {foreign}.")
         order = [layer for layer in order if layer not in foreign]
         self._order = [layer for layer in order if self._place(layer) not in self._unreadable]
         if self.explicit and len(self._order) < len(self.layers):
@@ -614,7 +509,7 @@ class _Reader(ExitStack):
         if not self._order:
             raise ValueError(f"{OP}: {needs}, no layer has one: {tokenless}.")
         if tokenless:
-            warnings.warn(f"{OP}: left out, because {needs}: {tokenless}.", stacklevel=8)
+            warn(f"{OP}: left out, because {needs}: {tokenless}.")
         self.norms = {layer: norm for layer, norm in trace.norms.items() if layer in self._order}
         self._keep({self._place(layer) for layer in self._order})
         self._settled = True

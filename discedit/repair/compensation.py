@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from discedit.model.trace import ModelTrace
-from discedit.moments.calibration import matrix_of
+from discedit.moments.contributions import Contributions
+from discedit.moments.covariances import fits_of
+from discedit.moments.positions import matrix_of
 from discedit.repair.least_squares import Repairs
-from discedit.selection.contributions import Contributions
-from discedit.selection.importance import fits_of
 
 RIDGE = 1e-4
 

@@ -26,7 +26,9 @@ from torch.overrides import TorchFunctionMode
 from discedit.model.forward import call, first_tensor, undisturbed, version_of
 from discedit.model.functional import LayersCalled
 from discedit.model.trace import ModelTrace, is_layer
-from discedit.moments.calibration import PARTS, HeldOut, Positions, Sums, matrix_of, scale_of
+from discedit.moments.calibration import PARTS, HeldOut, scale_of
+from discedit.moments.covariances import Fit, Sums
+from discedit.moments.positions import Positions, matrix_of
 from discedit.repair.lockstep import Pause, in_lockstep
 
 RIDGE = 1e-3
@@ -120,13 +122,39 @@ def repaired(
             first = PARTS * len(names) - len(inputs) if guards else 0  # of the seeds: another draw for each part
             targets = {}
             for i, name in enumerate(names):
-                positions = Positions(model.get_submodule(name), first + PARTS * i + part, parts)
-                targets[name] = _Target(positions, sorted(removed.get(name, ())))
+                targets[name] = _Target(removed.get(name, ()), first + PARTS * i + part, parts)
             with _Before(trace, targets):
                 call(model, batch)
             works.append(partial(_pass_after, batch, targets, fitted, guards))
         in_lockstep(op, works, fitted.meet)
     return result
+
+
+def ridge_regression(op: str, fit: Fit, weights: Tensor, ridge: float, guard: Tensor | None = None) -> Tensor:
+    """The weights (outputs, inputs) that give y from x, drawn towards the given ones.
+
+    Args:
+        op: what asks, for errors.
+        ridge: share of the mean variance of an input that is added to each; ten times as much as often as the system
+            is not positive definite in float64.
+        guard: second moments (inputs, inputs) of inputs for which the given weights are to stay right.
+
+    Raises:
+        ValueError: NaN or Inf in the moments.
+    """
+    if not bool(fit.xx.isfinite().all() and fit.yx.isfinite().all()):
+        raise ValueError(f"{op}: data must give finite feature maps, found NaN or Inf.")
+    variance = float(fit.xx.diagonal().mean())
+    if variance <= 0:  # nothing varies: nothing to learn
+        return weights
+    missing = fit.yx - weights @ fit.xx
+    eye = torch.eye(len(fit.xx), dtype=fit.xx.dtype, device=fit.xx.device)
+    system = fit.xx if guard is None else fit.xx + guard
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(system + ridge * variance * eye)
+        if not failed:
+            return weights + torch.cholesky_solve(missing.T, factor).T
+        ridge *= 10
 
 
 def _pass_after(batch: Any, targets: Mapping[str, _Target], fitted: _Fitted, guards: bool, pause: Pause) -> None:
@@ -139,10 +167,11 @@ def _pass_after(batch: Any, targets: Mapping[str, _Target], fitted: _Fitted, gua
 class _Target:
     """What a layer is to give at some positions, without its bias, and what then is added to it."""
 
-    def __init__(self, positions: Positions, gone: list[int]) -> None:
-        self.positions = positions
-        self.gone = gone
-        self.rows = torch.empty(0)
+    positions: Positions
+    rows: Tensor
+
+    def __init__(self, gone: Collection[int], seed: int, parts: int) -> None:
+        self.gone, self.seed, self.parts = set(gone), seed, parts
         self.added: Tensor | None = None
         self.shared = False  # read by something before it is added
         self.total: Tensor | None = None  # the sum of what it gives, behind its norm, and what is added
@@ -151,7 +180,7 @@ class _Target:
         """Without the outputs that the layer has lost."""
         if not self.gone:
             return rows
-        left = sorted(set(range(rows.shape[1])) - set(self.gone))
+        left = sorted(set(range(rows.shape[1])) - self.gone)
         return rows[:, torch.tensor(left, device=rows.device)]
 
 
@@ -266,8 +295,8 @@ class _Before(_Watch):
     def after(self, name: str, output: Tensor) -> None:
         target = self.targets[name]
         layer: Any = self.model.get_submodule(name)
-        target.positions.draw(output)
-        rows = target.positions.of_output(output)
+        target.positions = Positions.drawn(layer, output, target.seed, target.parts)
+        rows = target.positions.outputs(output)
         target.rows = target.kept(rows if layer.bias is None else rows - layer.bias)
 
     def touches(self, name: str) -> None:
@@ -275,9 +304,9 @@ class _Before(_Watch):
 
     def meets(self, name: str, output: Tensor, other: Tensor) -> None:
         target = self.targets[name]
-        target.added = target.kept(target.positions.of_output(other))
+        target.added = target.kept(target.positions.outputs(other))
         if self.sums:
-            target.total = target.added + target.kept(target.positions.of_output(output))
+            target.total = target.added + target.kept(target.positions.outputs(output))
 
 
 class _After(_Watch):
@@ -304,7 +333,7 @@ class _After(_Watch):
             return
         x, target = self.waiting.pop(name), self.targets[name]
         assert target.added is not None
-        missing = target.added - target.positions.of_output(other)
+        missing = target.added - target.positions.outputs(other)
         norm = self.norms[name]
         if norm is not None:
             scale = scale_of(norm)
@@ -348,11 +377,11 @@ class _Fitted:
         matrix = matrix_of(layer).double()
         silenced = self.silenced.get(name, [])
         if self.weights:
-            fitted = fit.solve(self.op, matrix, RIDGE, self._guard(name, fit.mean_x))
+            fitted = ridge_regression(self.op, fit, matrix, RIDGE, self._guard(name, fit.mean_x))
             fitted[silenced] = matrix[silenced]
             self.result.set(name, f"{name}.weight", layer.weight, fitted.view_as(layer.weight))
             matrix = matrix_of(layer).double()  # as the layer now has it
-        missing = fit.bias(matrix)  # beyond the layer's own, which is no part of the target
+        missing = fit.mean_y - matrix @ fit.mean_x  # beyond the layer's own, which is no part of the target
         missing[silenced] = 0
         if layer.bias is not None:
             self.result.set(name, f"{name}.bias", layer.bias, self._first(f"{name}.bias", layer.bias) + missing)
@@ -406,10 +435,7 @@ def take_back(
     after = trace.of_copy(edited)
     with undisturbed(model), undisturbed(edited):
         while repairs.layers:
-            targets = {
-                name: _Target(Positions(model.get_submodule(name), i, PARTS), sorted(removed.get(name, ())))
-                for i, name in enumerate(repairs.layers)
-            }
+            targets = {name: _Target(removed.get(name, ()), seed, PARTS) for seed, name in enumerate(repairs.layers)}
             before = _Before(trace, targets)
             before.sums = sums
             with before:
@@ -486,7 +512,7 @@ class _Check(_Watch):
 
         def error(given: Tensor) -> Tensor:
             """Of an output, with the tensors as they are; those of a norm behind count as constants."""
-            missing = target.positions.of_output(given) - target.rows
+            missing = target.positions.outputs(given) - target.rows
             if bias is not None:
                 missing = missing - bias
             elif mean is not None and first is not None:
@@ -501,10 +527,10 @@ class _Check(_Watch):
         target, norm = self.targets[name], self.norms[name]
         total = target.total
         assert total is not None
-        added = target.positions.of_output(other)
+        added = target.positions.outputs(other)
         x = self.waiting.pop(name)
         worse = self._judge(
-            name, x, output, lambda given: target.positions.of_output(given) + added - total, total, behind=norm
+            name, x, output, lambda given: target.positions.outputs(given) + added - total, total, behind=norm
         )
         self.again_from_the_start |= worse and target.shared
         self.forget(name)
@@ -536,7 +562,7 @@ class _Check(_Watch):
             """Of each sample."""
             rows = rows.double()
             rows[:, silent] = 0
-            return rows.square().view(len(self.targets[name].positions.chosen), -1).sum(1)
+            return rows.square().view(len(x), -1).sum(1)
 
         repaired = squares_of(error(output))
         self.put(name, self.repairs.before)
