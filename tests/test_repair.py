@@ -539,14 +539,14 @@ def test_parts_give_what_one_batch_gives(how, images, monkeypatch):
 
 def test_outputs_stay_in_order_where_memory_is_used_again():
     """A tensor may lie where one lay that is gone; of two that are added, the later one is what a fit is for."""
-    watch = least_squares._Watch(ModelTrace(nn.Identity()), {})
+    tracker = least_squares.ActivationTracker(ModelTrace(nn.Identity()), {})
     gone = weakref.ref(torch.ones(1))
     first, later = torch.ones(1), torch.zeros(1)
-    watch.outputs[id(later)] = least_squares._Output("gone", gone, 0, False)
-    watch.note("first", first, normed=False)
-    watch.note("later", later, normed=False)
-    assert [output.layer for output in watch.outputs.values()] == ["first", "later"]
-    assert watch.noted(later).layer == "later"
+    tracker.outputs[id(later)] = least_squares._Output("gone", gone, 0, False)
+    tracker._record("first", False, first, first)
+    tracker._record("later", False, later, later)
+    assert [output.layer for output in tracker.outputs.values()] == ["first", "later"]
+    assert tracker.known(later).layer == "later"
 
 
 # ---- what does not help is taken back -------------------------------------------------------------------------------
@@ -631,16 +631,16 @@ def test_what_aims_at_a_sum_is_judged_by_it(how, images, monkeypatch):
     """A layer whose fit went wrong is put back, also where its output is added in place, and others are not."""
     batches, x = images
     model = residual(how)
-    meet = least_squares._Fitted.meet
+    meet = least_squares._LayerFitter.fit
 
     def spoiled(self, name):
         meet(self, name)
         if name == "blocks.0.conv2":
-            weight = self.model.get_submodule(name).weight
+            weight = self.trace.model.get_submodule(name).weight
             self.result.set(name, f"{name}.weight", weight, 3 * weight)
 
     plain = without(model, INNER, batches, repair="none").model
-    monkeypatch.setattr(least_squares._Fitted, "meet", spoiled)
+    monkeypatch.setattr(least_squares._LayerFitter, "fit", spoiled)
     edit = without(model, INNER, batches)
     assert next(iter(edit.recipe.settings["unrepaired"])) == "blocks.0.conv2"
     assert torch.equal(edit.model.blocks[0].conv2.weight, plain.blocks[0].conv2.weight)
@@ -655,14 +655,14 @@ def test_a_shared_output_that_is_put_back(first, images, monkeypatch):
     batches, _ = images
     torch.manual_seed(0)
     model = ReadTwice(first).eval()
-    meet = least_squares._Fitted.meet
+    meet = least_squares._LayerFitter.fit
 
     def spoiled(self, name):
         meet(self, name)
         if name == "conv2":
-            self.result.set(name, "conv2.weight", self.model.conv2.weight, 3 * self.model.conv2.weight)
+            self.result.set(name, "conv2.weight", self.trace.model.conv2.weight, 3 * self.trace.model.conv2.weight)
 
-    monkeypatch.setattr(least_squares._Fitted, "meet", spoiled)
+    monkeypatch.setattr(least_squares._LayerFitter, "fit", spoiled)
     edit = without(model, {"conv1": [3]}, batches)
     assert "conv2" in edit.recipe.settings["unrepaired"]
     assert torch.equal(edit.model.conv2.bias, model.conv2.bias)
