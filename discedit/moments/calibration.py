@@ -39,38 +39,38 @@ def calibrated(
     Raises:
         ValueError: no sample, or inputs without a sample axis.
     """
-    batches: list[tuple[Any, int]] = []
-    behind: list[tuple[Any, int]] = []
-    samples, limit, more, most = 0, SAMPLES, 0, 0
+    taken: list[Any] = []
+    total, limit, most = 0, SAMPLES, 0
     device = device_of(model)
     for index, batch in enumerate(data):
         inputs, _ = split(op, batch, index, device, labels_needed=False)
         size = samples_of(op, inputs)
-        if size and not batches:
-            trace = ModelTrace.of(model, inputs) if trace is None else trace
-            limit = max(1, min(SAMPLES, MEMORY // (MAPS * trace.largest)))
-            most = held_out_of(limit) if further else 0
         if not size:
             continue
-        if batches and not fits(batches[0][0], inputs):
+        if not taken:
+            trace = ModelTrace.of(model, inputs) if trace is None else trace
+            limit = max(1, min(SAMPLES, MEMORY // (MAPS * trace.largest)))
+            most = limit + (held_out_of(limit) if further else 0)
+        elif not fits(taken[0], inputs):
             break
-        few = min(size, limit - samples)
-        if few:
-            batches.append((narrowed(inputs, size, few), few))
-            samples += few
-        rest = min(size - few, most - more)
-        if rest:
-            behind.append((narrowed(inputs, size, rest, few), rest))
-            more += rest
-        if samples + more >= limit + most:
+        few = min(size, most - total)
+        taken.append(narrowed(inputs, size, few))
+        total += few
+        if total >= most:
             break
-    if not samples or trace is None:
+    if not taken or trace is None:
         raise ValueError(f"{op}: data must give at least one sample, it gave none.")
+    whole, samples = joined(taken, samples_of(op, taken[0])), min(total, limit)
     parts = 1 if device.type != "cpu" else min(PARTS, samples, -(-samples * trace.largest // MAP))
+    rest = total - samples
+    behind = joined([narrowed(whole, total, rest, samples)], rest) if rest else None
+    return _in_parts(whole, total, samples, parts), trace, behind
+
+
+def _in_parts(inputs: Any, total: int, samples: int, parts: int) -> list[Any]:
+    """The first samples of a batch, of so many in total, in equal parts."""
     each = -(-samples // parts)
-    together = joined([inputs for inputs, _ in batches], batches[0][1])
-    found = [narrowed(together, samples, min(each, samples - i), i) for i in range(0, samples, each)]
-    return found, trace, joined([inputs for inputs, _ in behind], behind[0][1]) if behind else None
+    return [narrowed(inputs, total, min(each, samples - start), start) for start in range(0, samples, each)]
 
 
 def held_out_of(samples: int) -> int:
@@ -95,11 +95,8 @@ def kept_back(op: str, inputs: Sequence[Any], further: Any) -> tuple[list[Any], 
     number, samples = held_out_of(sum(sizes)), sum(sizes)
     if samples == 1:
         return list(inputs), HeldOut(inputs[0], 1, apart=False)
-    whole = joined(inputs, sizes[0])
-    left = samples - number
-    each = -(-left // len(sizes))
-    parts = [narrowed(whole, samples, min(each, left - i), i) for i in range(0, left, each)]
-    return parts, HeldOut(narrowed(whole, samples, number, left), number)
+    whole, left = joined(inputs, sizes[0]), samples - number
+    return _in_parts(whole, samples, left, len(sizes)), HeldOut(narrowed(whole, samples, number, left), number)
 
 
 def samples_of(op: str, inputs: Any) -> int:

@@ -76,7 +76,7 @@ def collect_moments(
     Moments(1 layers, 4 channels, 2 classes, 8 samples)
     """
     settings: dict[str, Any] = {"read": read, "statistic": statistic, "witness": witness, "scale": scale}
-    return _collect(model, loader, num_classes, 1, labels=labels, layers=layers, **settings, **run)
+    return _MomentPass(model, loader, num_classes, 1, labels=labels, layers=layers, **settings, **run).collect()
 
 
 @outside_inference_mode
@@ -108,37 +108,9 @@ def collect_blocks(
     number = validation.index(blocks)
     if number is None or number < 2:
         raise ValueError(f"collect_blocks: blocks must be an integer of at least 2, got {blocks!r}.")
-    together = _collect(model, loader, num_classes, number, **options)
+    together = _MomentPass(model, loader, num_classes, number, **options).collect()
     # A class's share of a block is a class of its own.
     return [together.rows(slice(block, None, number)) for block in range(number)]
-
-
-def _collect(
-    model: nn.Module,
-    loader: Iterable[Any],
-    num_classes: int,
-    blocks: int,
-    *,
-    labels: str = "given",
-    layers: Iterable[str] | None = None,
-    read: str = "consumer",
-    **options: Any,
-) -> Moments:
-    """As `collect_moments`; each class times each block is a class, class by class."""
-    validation.module(OP, model)
-    num_classes = validation.positive_integer(OP, "num_classes", num_classes)
-    validation.choice(OP, "labels", labels, ("given", "predicted"))
-    validation.choice(OP, "read", read, READS)
-    settings = {name: options.pop(name) for name in ("statistic", "witness", "scale") if name in options}
-    statistic, scale = settings.get("statistic", "mean"), settings.get("scale")
-    validation.statistics(OP, statistic)
-    validation.witness(OP, settings.get("witness", "quadratic"), statistic, scale)
-    moments = Moments(num_classes * blocks, read=read, backend=options.get("backend", "auto"), **settings)
-    run: RunOptions = options  # type: ignore[assignment]
-    moments = _MomentPass(model, loader, moments, num_classes, labels, layers, run).collect()
-    if not moments:
-        raise ValueError(f"{OP}: loader must give at least one batch, it gave none.")
-    return moments
 
 
 class BlockAssigner:
@@ -166,28 +138,46 @@ class BlockAssigner:
 
 
 class _MomentPass(Pass[Moments]):
-    """Pools every layer and folds what it gives into the moments."""
+    """Pools every layer and folds what it gives into the moments; each class times each block is a class of theirs."""
 
     def __init__(
         self,
         model: nn.Module,
         loader: Iterable[Any],
-        moments: Moments,
         num_classes: int,
-        labels: str,
-        layers: Iterable[str] | None,
-        run: RunOptions,
+        blocks: int,
+        *,
+        labels: str = "given",
+        layers: Iterable[str] | None = None,
+        read: str = "consumer",
+        statistic: Statistic | list[str] = "mean",
+        witness: str = "quadratic",
+        scale: float | Mapping[str, float] | None = None,
+        **run: Unpack[RunOptions],
     ) -> None:
-        super().__init__(OP, model, loader, moments, num_classes if labels == "given" else None, run)
-        self.num_classes, self._layers = num_classes, layers
-        self.assigner = BlockAssigner(num_classes, moments.num_classes // num_classes)
+        validation.module(OP, model)
+        self.num_classes = validation.positive_integer(OP, "num_classes", num_classes)
+        validation.choice(OP, "labels", labels, ("given", "predicted"))
+        validation.choice(OP, "read", read, READS)
+        self._statistics = validation.statistics(OP, statistic)
+        validation.witness(OP, witness, statistic, scale)
+        settings: dict[str, Any] = {"statistic": statistic, "witness": witness, "scale": scale, "read": read}
+        moments = Moments(self.num_classes * blocks, **settings, backend=run.get("backend", "auto"))
+        super().__init__(OP, model, loader, moments, self.num_classes if labels == "given" else None, run)
+        self._named = labels, layers
+        self.assigner = BlockAssigner(self.num_classes, blocks)
         self.monitor = NonFiniteMonitor(self.device)
 
     def prepare(self) -> dict[str, Any]:
-        names = validation.statistics(OP, self.moments.statistic)
-        self.pooling = PoolingHooks(self.model, names, self.moments.backend, self._layers, self.moments.read)
-        labels = "predicted" if self._labels is None else "given"
+        labels, layers = self._named
+        self.pooling = PoolingHooks(self.model, self._statistics, self.moments.backend, layers, self.moments.read)
         return {"labels": labels, "layers": list(self.pooling.layers), "blocks": self.assigner.blocks}
+
+    def collect(self) -> Moments:
+        moments = super().collect()
+        if not moments:
+            raise ValueError(f"{OP}: loader must give at least one batch, it gave none.")
+        return moments
 
     def hooks(self) -> PoolingHooks:
         return self.pooling
@@ -231,60 +221,55 @@ class NonFiniteMonitor:
     def __init__(self, device: torch.device) -> None:
         self.defers = device.type != "cpu"  # where asking costs nothing, each batch is asked
         self._batch: dict[str, Tensor] = {}
-        self._layers: list[str] = []
-        self._first: Tensor | None = None  # of each layer, the first batch that was not sound
+        self._first: dict[tuple[str, ...], Tensor] = {}  # by layers, of each the first batch that was not sound
 
     def note(self, layer: str, sentinel: Tensor) -> None:
         self._batch[layer] = sentinel
 
     def end_batch(self, index: int) -> None:
-        if not self._batch:
-            return
-        sound = torch.stack(list(self._batch.values())).isfinite()
-        if self._first is None or self._layers != list(self._batch):
-            self.check()
-            self._layers = list(self._batch)
-            self._first = torch.full_like(sound, NEVER, dtype=torch.int64)
-        self._first = torch.where(sound | (self._first < NEVER), self._first, index)
-        self._batch.clear()
+        if self._batch:
+            layers, sound = tuple(self._batch), torch.stack(list(self._batch.values())).isfinite()
+            first = torch.where(sound, NEVER, index)
+            self._first[layers] = torch.minimum(self._first.get(layers, first), first)
+            self._batch.clear()
 
     def check(self) -> None:
-        if self._first is None or int(self._first.min()) == NEVER:
-            return
-        index, layer = min(zip(self._first.tolist(), self._layers, strict=True))
-        raise ValueError(
-            f"{OP}: layer {layer!r}, batch {index}: feature maps must be finite, and exp(-scale t) below "
-            f"exp({GREATEST_EXPONENT:g}) for the witness 'exp'; found NaN, Inf or more."
-        )
+        found = [pair for layers, first in self._first.items() for pair in zip(first.tolist(), layers, strict=True)]
+        index, layer = min(found, default=(NEVER, ""))
+        if index != NEVER:
+            raise ValueError(
+                f"{OP}: layer {layer!r}, batch {index}: feature maps must be finite, and exp(-scale t) below "
+                f"exp({GREATEST_EXPONENT:g}) for the witness 'exp'; found NaN, Inf or more."
+            )
 
 
 class _Pool:
     """Pools the output of one module. What holds for the first batch is not asked again of outputs like it."""
 
+    planes: Tensor | None = None  # (statistics, samples, channels) of the last batch: the next one's buffer
+    rows, windows = 0, 1  # of the first batch; parts of a sample, where each comes as a sample of its own
+    foreign = False  # rows are not the samples in their order, nor windows of them
+    samples_second = can_be_turned = False  # (positions, samples, channels): known; or at least possible
+
     def __init__(self, name: str, module: nn.Module, statistics: tuple[str, ...], backend: str) -> None:
-        self.name = name
+        self.name, self.statistics, self.backend = name, statistics, backend
         self.layout = _layout(module)
-        self.statistics = statistics
-        self.backend = backend
-        self.rows, self.can_be_turned = 0, False  # of the first batch; whether its second axis may be that of samples
-        self.samples_second = False  # of (positions, samples, channels)
-        self.windows = 1  # parts of a sample, where each comes as a sample of its own
-        self.planes: Tensor | None = None  # (statistics, samples, channels) of the last batch: the next one's buffer
+        self.readable = True
         self._known: tuple[Any, ...] = ()
         self._axis = 1
         self._channels = Channels()
         self._own: Tensor | None = None  # planes of the channels that this process has
         self._run: Callable[..., Tensor]
 
-    def can_read(self, x: Tensor) -> bool:
-        return "cls" not in self.statistics or (validation.has_tokens(x, self.layout) and self.windows == 1)
-
     def cut(self, x: Tensor, samples: int) -> None:
         """In the first batch: whether a sample comes in parts (windows, views, frames, heads), each as one."""
         self.rows = len(x) if x.ndim else 0
         self.can_be_turned = self.layout == "tokens" and x.ndim == 3 and x.shape[1] == samples
-        if self.layout != "auto" and x.ndim > 1 and samples and len(x) != samples and len(x) % samples == 0:
-            self.windows = len(x) // samples
+        self.foreign = bool(samples and self.rows % samples)
+        if self.layout != "auto" and x.ndim > 1 and samples and not self.foreign:
+            self.windows = self.rows // samples or 1
+        tokens = validation.has_tokens(x, self.layout) and self.windows == 1
+        self.readable = "cls" not in self.statistics or tokens
 
     def read(self, x: Tensor, samples: int) -> None:
         """Pools a batch of so many samples (0: as many as there are rows)."""
@@ -324,39 +309,26 @@ class PoolingHooks(ExitStack):
     ) -> None:
         super().__init__()
         self.callback(self._keep, set())
-        self.model, self.read = model, read
-        modules = dict(unwrapped(model).named_modules())
-        self.explicit = layers is not None
-        self.layers: dict[str, nn.Module]
-        if layers is None:
-            self.layers = {name: module for name, module in modules.items() if components_in(module)}
-            if not self.layers:
-                raise ValueError(
-                    f"{OP}: model must have a convolution or linear layer, {type(model).__name__} has none."
-                )
-        else:
-            self.layers = {name: _named(modules, name) for name in layers}
-            if not self.layers:
-                raise ValueError(f"{OP}: layers must name at least one module, it is empty.")
+        self.model, self.read, self.explicit = model, read, layers is not None
+        self._modules = dict(unwrapped(model).named_modules())
+        self.layers = _layers_of(model, self._modules, layers)
         self.norms: dict[str, str] = {}  # layer -> the norm that it goes straight into
         self.places: dict[str, str] = {}  # layer -> where it is read, if not at its own output
-        self._modules, self._statistics, self._backend = modules, statistics, backend
-        self._places: dict[str, _Pool] = {}
+        self._statistics, self._backend = statistics, backend
+        self._pools: dict[str, _Pool] = {}  # by place
         self._tracing: Tracing | None = None
         self._settled = False
         self._samples = 0
         self._probe: dict[str, Tensor] | None = None
-        self._foreign: set[str] = set()  # places without a sample axis
         self._ran: set[str] = set()
         self._repeated: set[str] = set()
-        self._unreadable: set[str] = set()
         self._order: list[str] = []
         self._handles: dict[str, RemovableHandle] = {}
 
     def _keep(self, places: set[str]) -> None:
         """Hooks at these places and nowhere else; of the others nothing is held."""
-        for name in self._places.keys() - places:
-            del self._places[name]
+        for name in self._pools.keys() - places:
+            del self._pools[name]
             if name in self._handles:
                 self._handles.pop(name).remove()
         for name in places - self._handles.keys():
@@ -373,11 +345,10 @@ class PoolingHooks(ExitStack):
         if x is None or not is_layer(module):
             return
         assert self._tracing is not None
-        sources = self._tracing.layers_of(x, last=has_channels_last(module))
-        if self.read != "consumer":  # what heads give is seen there alone
-            sources = tuple(source for source in sources if isinstance(self._modules[source], nn.MultiheadAttention))
-        for source in sources:
-            if source in self.layers and not self.places.get(source, "").startswith(INPUT):
+        for source in self._tracing.layers_of(x, last=has_channels_last(module)):
+            # What heads give is seen here alone, wherever layers are read.
+            wanted = self.read == "consumer" or isinstance(self._modules[source], nn.MultiheadAttention)
+            if wanted and source in self.layers and not self.places.get(source, "").startswith(INPUT):
                 self.places[source] = INPUT + name
         self._at(INPUT + name, x)
 
@@ -400,13 +371,12 @@ class PoolingHooks(ExitStack):
             raise ValueError(f"{OP}: layer {name!r} must give a tensor, it gave {type(output).__name__}.")
         if self._probe is not None:
             self._probe[name] = x
-            return
-        if name in self._ran:
+        elif name in self._ran:
             self._repeated.add(name)
-            return
-        self._ran.add(name)
-        if self._tracing is None or self._discover(name, x):
-            self._places[name].read(x, self._samples)
+        else:
+            self._ran.add(name)
+            if self._tracing is None or self._discover(name, x):
+                self._pools[name].read(x, self._samples)
 
     def _discover(self, name: str, x: Tensor) -> bool:
         """In the first batch: whether the place is to be read."""
@@ -415,15 +385,9 @@ class PoolingHooks(ExitStack):
         elif name not in self.places.values():
             return False
         module = self._modules[name.removeprefix(INPUT)]
-        place = self._places[name] = _Pool(name, module, self._statistics, self._backend)
-        place.cut(x, self._samples)
-        if self._samples and x.ndim and len(x) % self._samples:
-            self._foreign.add(name)
-            return False
-        if not self.explicit and not place.can_read(x):
-            self._unreadable.add(name)
-            return False
-        return True
+        pool = self._pools[name] = _Pool(name, module, self._statistics, self._backend)
+        pool.cut(x, self._samples)
+        return not pool.foreign and (self.explicit or pool.readable)
 
     def run(self, inputs: Any) -> Any:
         self._ran.clear()
@@ -436,10 +400,10 @@ class PoolingHooks(ExitStack):
         with self._tracing:
             output = call(self.model, inputs)
         trace, self._tracing = self._tracing.trace(output), None
-        self._repeated = {place for place in self._places if trace.runs[place.removeprefix(INPUT)] > 1}
+        self._repeated = {place for place in self._pools if trace.runs[place.removeprefix(INPUT)] > 1}
         self._check_order(inputs)
         self._settle(trace)
-        if any(place.samples_second for place in self._places.values()):
+        if any(pool.samples_second for pool in self._pools.values()):
             self._ran.clear()
             call(self.model, inputs)  # once more, now that it is known how
         return output
@@ -448,7 +412,7 @@ class PoolingHooks(ExitStack):
         """Rows must be the samples in their order, or windows of them that lie together; else they get wrong labels."""
         if not self._samples:
             return
-        self._keep(set(self._places))
+        self._keep(set(self._pools))
 
         def run(batch: Any) -> dict[str, Tensor]:
             self._probe = {}
@@ -457,17 +421,46 @@ class PoolingHooks(ExitStack):
 
         order = SampleOrder(inputs, self._samples, run)
         self._probe = None
-        for place in self._places.values():
-            if place.name in self._foreign or order.windows(place.name) != place.windows:
-                self._foreign.add(place.name)
-                if place.can_be_turned and order.windows(place.name, axis=1) == 1:
-                    place.samples_second, place.windows = True, 1
-                    self._foreign.discard(place.name)
-                elif self.explicit:
-                    raise ValueError(
-                        f"{OP}: layers must give one output per sample, or windows that lie together by samples, layer "
-                        f"{place.name!r} gives {place.rows} rows for {self._samples} samples in another order."
-                    )
+        for name, pool in self._pools.items():
+            if not pool.foreign and order.windows(name) == pool.windows:
+                continue
+            pool.samples_second = pool.can_be_turned and order.windows(name, axis=1) == 1
+            pool.foreign = not pool.samples_second
+            pool.windows = 1 if pool.samples_second else pool.windows
+            if pool.foreign and self.explicit:
+                raise ValueError(
+                    f"{OP}: layers must give one output per sample, or windows that lie together by samples, layer "
+                    f"{name!r} gives {pool.rows} rows for {self._samples} samples in another order."
+                )
+
+    def _settle(self, trace: ModelTrace) -> None:
+        head = None if self.explicit else trace.classifier
+        # What runs twice serves several layers: no single one may be read or edited there.
+        self.places = {layer: place for layer, place in self.places.items() if place not in self._repeated}
+        order = [layer for layer in self._order if layer != head]
+        order = [n for n in order if n in self.places or not isinstance(self._modules[n], nn.MultiheadAttention)]
+        pools = {layer: self._pools[self._place(layer)] for layer in order}
+        foreign = [layer for layer, pool in pools.items() if pool.foreign]
+        tokenless = [layer for layer, pool in pools.items() if not pool.foreign and not pool.readable]
+        tokenless = [] if self.explicit else tokenless
+        self._order = [layer for layer in order if layer not in (*foreign, *tokenless)]
+        why = "their rows are not the samples in the order of the batch, nor windows of them that lie together"
+        needs = "statistic 'cls' needs an output of shape (samples, tokens, channels)"
+        if foreign:
+            warn(f"{OP}: left out, because {why}: {foreign}.")
+        if self.explicit and len(self._order) < len(self.layers):
+            missing = sorted(set(self.layers) - set(self._order))
+            raise ValueError(f"{OP}: layers must name modules that run in the forward pass, these did not: {missing}.")
+        if not self._order and not tokenless:
+            none = "it has none that runs" if not foreign else f"of {foreign}, {why}"
+            raise ValueError(f"{OP}: model must have a convolution or linear layer besides its head {head!r}, {none}.")
+        if not self._order:
+            raise ValueError(f"{OP}: {needs}, no layer has one: {tokenless}.")
+        if tokenless:
+            warn(f"{OP}: left out, because {needs}: {tokenless}.")
+        self.norms = {layer: norm for layer, norm in trace.norms.items() if layer in self._order}
+        self._keep({self._place(layer) for layer in self._order})
+        self._settled = True
 
     def take(self) -> Iterator[tuple[str, Tensor]]:
         """The pooled planes of the batch that just ran, by layer; the next batch overwrites them."""
@@ -481,41 +474,32 @@ class PoolingHooks(ExitStack):
             self._keep({self._place(layer) for layer in self._order})
         for layer in self._order:
             place = self._place(layer)
-            planes = self._places[place].planes
+            planes = self._pools[place].planes
             if place not in self._ran or planes is None:
                 raise ValueError(f"{OP}: layer {layer!r} ran in the first batch but not in a later one.")
             yield layer, planes
 
-    def _settle(self, trace: ModelTrace) -> None:
-        head = None if self.explicit else trace.classifier
-        # What runs twice serves several layers: no single one may be read or edited there.
-        self.places = {layer: place for layer, place in self.places.items() if place not in self._repeated}
-        order = [layer for layer in self._order if layer != head]
-        order = [n for n in order if n in self.places or not isinstance(self._modules[n], nn.MultiheadAttention)]
-        foreign = [layer for layer in order if self._place(layer) in self._foreign]
-        why = "their rows are not the samples in the order of the batch, nor windows of them that lie together"
-        if foreign:
-            warn(f"{OP}: left out, because {why}: {foreign}.")
-        order = [layer for layer in order if layer not in foreign]
-        self._order = [layer for layer in order if self._place(layer) not in self._unreadable]
-        if self.explicit and len(self._order) < len(self.layers):
-            missing = sorted(set(self.layers) - set(self._order))
-            raise ValueError(f"{OP}: layers must name modules that run in the forward pass, these did not: {missing}.")
-        if not order:
-            none = "it has none that runs" if not foreign else f"of {foreign}, {why}"
-            raise ValueError(f"{OP}: model must have a convolution or linear layer besides its head {head!r}, {none}.")
-        tokenless = [layer for layer in order if layer not in self._order]
-        needs = "statistic 'cls' needs an output of shape (samples, tokens, channels)"
-        if not self._order:
-            raise ValueError(f"{OP}: {needs}, no layer has one: {tokenless}.")
-        if tokenless:
-            warn(f"{OP}: left out, because {needs}: {tokenless}.")
-        self.norms = {layer: norm for layer, norm in trace.norms.items() if layer in self._order}
-        self._keep({self._place(layer) for layer in self._order})
-        self._settled = True
-
     def _place(self, layer: str) -> str:
         return self.places.get(layer, layer)
+
+
+def _layers_of(model: nn.Module, modules: Mapping[str, nn.Module], names: Iterable[str] | None) -> dict[str, nn.Module]:
+    """The modules that are named, or all that have components."""
+    if names is None:
+        found = {name: module for name, module in modules.items() if components_in(module)}
+        if not found:
+            raise ValueError(f"{OP}: model must have a convolution or linear layer, {type(model).__name__} has none.")
+        return found
+    found = {}
+    for name in names:
+        if name not in modules:
+            close = difflib.get_close_matches(name, modules, n=3)
+            hint = f"; close names: {validation.quoted(close)}" if close else ""
+            raise ValueError(f"{OP}: layers must name modules of the model, {name!r} is none{hint}.")
+        found[name] = modules[name]
+    if not found:
+        raise ValueError(f"{OP}: layers must name at least one module, it is empty.")
+    return found
 
 
 def _layout(module: nn.Module) -> str:
@@ -523,14 +507,6 @@ def _layout(module: nn.Module) -> str:
     if has_channels_last(module) or isinstance(module, nn.MultiheadAttention):
         return "tokens"
     return "nchw" if isinstance(module, (_ConvNd, _NormBase, nn.GroupNorm)) else "auto"
-
-
-def _named(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
-    if name not in modules:
-        close = difflib.get_close_matches(name, modules, n=3)
-        hint = f"; close names: {validation.quoted(close)}" if close else ""
-        raise ValueError(f"{OP}: layers must name modules of the model, {name!r} is none{hint}.")
-    return modules[name]
 
 
 def _predicted(output: Any, num_classes: int) -> Tensor:

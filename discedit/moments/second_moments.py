@@ -107,12 +107,15 @@ class InputMoments:
 
     def to(self, device: torch.device | str) -> InputMoments:
         """A copy on a device, all of it float64. Count and weight, which are not summed up, stay where they are."""
-        copies = {
-            name: t.clone() if name == "count" else t.to(device, torch.float64, copy=True)
-            for name, t in self.tensors().items()
-            if name != "weight"
-        }
-        return self.of_tensors({**copies, "weight": self.weight})
+
+        def copied(tensor: Tensor) -> Tensor:
+            return tensor.to(device, torch.float64, copy=True)
+
+        known = self.output
+        output = None
+        if known is not None:
+            output = OutputMoments(copied(known.mean), copied(known.cross), copied(known.square))
+        return InputMoments(self.count.clone(), copied(self.mean), copied(self.scatter), self.weight, output)
 
     def add_(self, other: InputMoments) -> InputMoments:
         """Take in the samples of `other`, in place.
