@@ -60,6 +60,16 @@ class Repairs:
         if name not in names:
             names.append(name)
 
+    def shift(self, name: str, trace: ModelTrace, norm: nn.Module | None, missing: Tensor) -> None:
+        """Adds to the outputs of a layer, by its bias or else by the running mean of the batch norm behind it."""
+        layer: Any = trace.model.get_submodule(name)
+        place, tensor, sign = f"{name}.bias", layer.bias, 1
+        if tensor is None:
+            behind: Any = norm
+            place, tensor, sign = f"{trace.norms[name]}.running_mean", behind.running_mean, -1
+        first = self.before.get(place, tensor.detach())  # before anything was set
+        self.set(name, place, tensor, first + sign * missing.to(first.device))
+
     def drop(self, layer: str, why: str) -> None:
         """Forgets the repair of a layer."""
         for name in self.layers.pop(layer):
@@ -391,12 +401,7 @@ class _LayerFitter:
             matrix = matrix_of(layer).double()  # as the layer now has it
         missing = fit.mean_y - matrix @ fit.mean_x  # beyond the layer's own bias, which is no part of the target
         missing[silenced] = 0
-        place, tensor, sign = f"{name}.bias", layer.bias, 1
-        if tensor is None:
-            norm: Any = self.norms[name]
-            place, tensor, sign = f"{self.trace.norms[name]}.running_mean", norm.running_mean, -1
-        first = self.result.before.get(place, tensor)  # before anything was set
-        self.result.set(name, place, tensor, first + sign * missing)
+        self.result.shift(name, self.trace, self.norms[name], missing)
 
     def _guard(self, name: str, mean: Tensor) -> Tensor | None:
         """What a layer reads of protected samples, around what it reads of the others: (inputs, inputs)."""
