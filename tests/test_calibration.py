@@ -193,7 +193,7 @@ def test_solve_of_moments_that_are_not_finite_comes_to_an_end():
         "try: ridge_regression('prune', Fit(n[0], n[0], n, n, n[0]), torch.zeros(2, 2).double(), 1e-3)\n"
         "except (ValueError, RuntimeError): pass"
     )
-    subprocess.run([sys.executable, "-c", code], timeout=20, check=True)
+    subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
 
 
 def net():

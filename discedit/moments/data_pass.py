@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from typing import Any, Generic, TypedDict, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -56,6 +57,8 @@ class Pass(ABC, Generic[M]):
         TypeError: an option that is none of `RunOptions`.
     """
 
+    home: torch.device | None = None  # where the moments go at last; None: the model's device
+
     def __init__(
         self, op: str, model: nn.Module, loader: Iterable[Any], moments: M, labels: int | None, run: RunOptions
     ) -> None:
@@ -93,10 +96,6 @@ class Pass(ABC, Generic[M]):
         """From the state of an earlier run."""
         self.moments = moments.to(self.device)
 
-    def result(self) -> M:
-        """What this process has accumulated."""
-        return self.moments
-
     def collect(self) -> M:
         """To the end of all shares."""
         with self.group:
@@ -115,8 +114,9 @@ class Pass(ABC, Generic[M]):
             if dropped:
                 warn(f"{self.op}: left out: {dropped} samples that the loader's sampler drops.")
             self._run()
-            moments = self.result()
-        return moments if self.group.alone else moments.reduce_in(self.group, self.device)
+            home = self.home or self.device
+            moments = self.moments if home == self.device else self.moments.to(home)
+        return moments if self.group.alone else moments.reduce_in(self.group, home)
 
     def _run(self) -> None:
         """To the end of this share; in step with the other processes where the model needs them."""

@@ -305,6 +305,7 @@ def collect_second_moments(
 class _SecondMomentPass(Pass[SecondMoments]):
     """Takes in what each layer reads while the model runs."""
 
+    home = torch.device("cpu")
     samples = counted = 0  # of a batch, and of them those that count
 
     def __init__(
@@ -345,9 +346,6 @@ class _SecondMomentPass(Pass[SecondMoments]):
         for layer, state in self.moments.items():
             if not bool(state.scatter.isfinite().all()):
                 raise ValueError(f"{OP}: layer {layer!r}: feature maps must be finite, found NaN or Inf.")
-
-    def result(self) -> SecondMoments:
-        return self.moments if self.device.type == "cpu" else self.moments.to("cpu")
 
     def idle(self, inputs: Any) -> None:
         self.counted = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,17 @@ from discedit.moments.distributed import WORLD, Group
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-S = TypeVar("S")
+
+class LayerState(Protocol):
+    """What is known of one layer."""
+
+    @property
+    def mean(self) -> Tensor: ...
+    def clone(self) -> Any: ...
+    def to(self, device: torch.device | str, /) -> Any: ...
+
+
+S = TypeVar("S", bound=LayerState)
 
 
 class LayerStates(Mapping[str, S]):
@@ -80,11 +90,10 @@ class LayerStates(Mapping[str, S]):
         if different:
             wanted, found = (", ".join(f"{name}={of[name]!r}" for name in different) for of in (mine, theirs))
             raise ValueError(f"{op}: other must have {wanted} like this object, it has {found}.")
-        merged: dict[str, Any] = {}
+        merged: dict[str, S] = {}
         for layer, state in other.items():
-            added: Any = state
             try:
-                merged[layer] = self._merged(self._layers[layer], state) if layer in self else added.clone()
+                merged[layer] = self._merged(self._layers[layer], state) if layer in self else state.clone()
             except ValueError as error:
                 raise ValueError(f"{op}: layer {layer!r}: {error}") from error
         self._layers.update(merged)
@@ -116,19 +125,17 @@ class LayerStates(Mapping[str, S]):
                 refused = refused or error
         if refused is not None:
             raise refused
-        devices = {layer: state.mean.device for layer, state in dict[str, Any](self._layers).items()}
-        self._layers = total._layers
-        for layer, state in dict[str, Any](total._layers).items():
-            self._layers[layer] = state.to(devices.get(layer, device or "cpu"))
+        devices = {layer: state.mean.device for layer, state in self.items()}
+        self._layers = {layer: state.to(devices.get(layer, device or "cpu")) for layer, state in total.items()}
         for name in self.EXTRAS:
             setattr(self, name, getattr(total, name))
         return self
 
     def to(self, device: torch.device | str) -> Self:
         """A copy on another device."""
-        copy, states = self._like(), dict[str, Any](self._layers)
+        copy = self._like()
         copy._add_extras(self)
-        copy._layers = {layer: state.to(device) for layer, state in states.items()}
+        copy._layers = {layer: state.to(device) for layer, state in self.items()}
         return copy
 
     def save(self, path: str | os.PathLike[str]) -> None:
