@@ -47,13 +47,13 @@ def collect_moments(
     """Accumulate the class-conditional moments of every layer's components in one forward pass over the data.
 
     Args:
-        model: a classifier, perhaps wrapped. It runs in eval mode without gradients, and is afterwards what it was.
-        loader: (inputs, labels); inputs are a tensor, a tuple of positional or a dict of keyword arguments.
+        model: a classifier, perhaps wrapped; afterwards what it was.
+        loader: (inputs, labels); inputs are a tensor, or a tuple or dict of arguments.
         num_classes: number of classes.
         labels: "given", or "predicted": the model's own argmax, for which batches may also be bare inputs.
         layers: modules to read; by default all convolutions and linear layers but the head.
-        read: where: "consumer": as the first layer gets the components that reads them channel by channel; "norm": at
-            the output of the layer, or of the batch norm that it goes straight into; "output": always at its output.
+        read: "consumer": as the next layer gets the components; "norm": at the output, or behind the batch norm that it
+            goes straight into; "output": always at the output.
         statistic: what a feature map is reduced to, as for `discedit.ops.pool`; for the witness "vector" several.
         witness, scale: what the moments are of, as in `Moments`.
         run: progress, backend, group, checkpoint, checkpoint_every: see `RunOptions`.
@@ -63,9 +63,9 @@ def collect_moments(
         with a warning.
 
     Raises:
-        ValueError: an empty loader, labels that do not fit, no layer to read, an unknown layer name, a statistic or
-            scale that does not fit, NaN or Inf in a feature map, or a checkpoint of another run or other batches.
-        RuntimeError: another process of the group failed, died, or did not come to the end in the group's timeout.
+        ValueError: an empty loader, labels, layers, a statistic or a scale that do not fit, NaN or Inf in a feature
+            map, or a checkpoint of another run or other batches.
+        RuntimeError: another process of the group failed, died, or came to no end in the group's timeout.
 
     Memory: classes x channels x 32 bytes, and one batch's pooled features. docs/how-to/score.md has the details.
 
