@@ -59,8 +59,7 @@ def collect_moments(
         run: progress, backend, group, checkpoint, checkpoint_every: see `RunOptions`.
 
     Returns:
-        `Moments`, float64, with one entry per layer in the order of execution. Layers that cannot be read are left out,
-        with a warning.
+        `Moments`, float64, by layer in order of execution; what cannot be read is left out, with a warning.
 
     Raises:
         ValueError: an empty loader, labels, layers, a statistic or a scale that do not fit, NaN or Inf in a feature
