@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from benchmarks._common import Log, seconds
 from benchmarks.bench_prune import Bench, outcome
 from benchmarks.networks import build
-from discedit.model.forward import call, undisturbed
-from discedit.selection.fidelity import (
+from discedit.fidelity import (
     KINDS,
     SecondMoments,
     collect_second_moments,
@@ -38,6 +37,7 @@ from discedit.selection.fidelity import (
     subset_fidelity,
     top_k,
 )
+from discedit.model.forward import call, undisturbed
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "fidelity.json"

@@ -73,7 +73,7 @@ def test_a_pass_goes_on_to_the_same_bits(options, tmp_path):
     same(collect_moments(network(), batches, 4, checkpoint=tmp_path, **options), whole)
     again = collect_moments(network(), batches, 4, checkpoint=str(tmp_path), **options)
     same(again, whole)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"process-0-of-1.{turn}.safetensors" for turn in "ab"]
+    assert [path.name for path in tmp_path.iterdir()] == ["process-0-of-1.safetensors"]
 
 
 def test_blocks_go_on_too(tmp_path):
@@ -161,26 +161,51 @@ def test_another_run_is_refused(tmp_path):
             collect_moments(model, batches, **{"num_classes": 4, **options}, checkpoint=tmp_path)
 
 
-def test_a_file_cut_short_loses_no_earlier_state(tmp_path):
+def test_a_damaged_file_is_refused(tmp_path):
     batches = list(DataLoader(dataset(), batch_size=10))
-    whole = collect_moments(network(), batches, 4)
     with pytest.raises(Stop):
         collect_moments(network(), until(batches, 6), 4, checkpoint=tmp_path, checkpoint_every=0)
-    files = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    states = [path.read_bytes() for path in files]
-    leftover = tmp_path / f".{files[0].name}.123.tmp"
+    (file,) = tmp_path.iterdir()
+    state = file.read_bytes()
+    leftover = tmp_path / f".{file.name}.123.tmp"
     leftover.write_bytes(b"half a fi")
-    for damage in (b"", states[1][:100], states[1][:-1], states[1][:-9] + b"x" + states[1][-8:]):
-        files[0].write_bytes(states[0])
-        files[1].write_bytes(damage)
-        with pytest.warns(UserWarning, match="goes on from the other file: .*damaged"):
-            found = collect_moments(network(), batches, 4, checkpoint=tmp_path)
-        same(found, whole)
+    for damage in (b"", state[:100], state[:-1], state[:-9] + b"x" + state[-8:]):
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match="is damaged"):
+            collect_moments(network(), batches, 4, checkpoint=tmp_path)
         assert not leftover.exists()
-    for path in files:
-        path.write_bytes(states[0][:50])
-    with pytest.raises(ValueError, match="checkpoint must hold a file that is whole"):
-        collect_moments(network(), batches, 4, checkpoint=tmp_path)
+    file.write_bytes(state)
+    same(collect_moments(network(), batches, 4, checkpoint=tmp_path), collect_moments(network(), batches, 4))
+
+
+class Stateful:
+    """A loader that says where it stands, as torchdata's does."""
+
+    def __init__(self):
+        self.batches, self.place, self.drawn = list(DataLoader(dataset(), batch_size=10)), 0, 0
+
+    def state_dict(self):
+        return {"place": self.place, "rng": torch.zeros(2), "workers": [None, {"a": 1.5}]}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+    def __iter__(self):
+        for batch in self.batches[self.place :]:
+            self.place, self.drawn = self.place + 1, self.drawn + 1
+            yield batch
+
+
+def test_a_loader_with_a_state_goes_on_where_it_was(tmp_path):
+    first = Stateful()
+    first.batches[6] = (first.batches[6][0], torch.full((10,), 9))
+    for _ in range(2):  # the second time from its own state
+        with pytest.raises(ValueError, match="labels must lie in"):
+            collect_moments(network(), first, 4, checkpoint=tmp_path, checkpoint_every=0)
+    last = Stateful()
+    found = collect_moments(network(), last, 4, checkpoint=tmp_path)
+    assert last.drawn == 5
+    same(found, collect_moments(network(), Stateful(), 4))
 
 
 def test_a_full_disk_loses_no_earlier_state(tmp_path, monkeypatch):
@@ -217,9 +242,9 @@ def test_states_are_as_far_apart_as_asked(tmp_path, monkeypatch):
 
     collect_moments(network(), ticking(), 4, checkpoint=tmp_path, checkpoint_every=4)
     assert [(name, when) for name, when, _ in saved] == [
-        ("process-0-of-1.a.safetensors", 4),
-        ("process-0-of-1.b.safetensors", 8),
-        ("process-0-of-1.a.safetensors", 11),
+        ("process-0-of-1.safetensors", 4),
+        ("process-0-of-1.safetensors", 8),
+        ("process-0-of-1.safetensors", 11),
     ]
 
 

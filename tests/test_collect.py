@@ -305,12 +305,12 @@ def test_not_finite_names_layer_and_batch(value, labels):
 def deferred(monkeypatch):
     """As on a device that nobody waits for between batches."""
 
-    class Deferring(collect._Watch):
+    class Deferring(collect.NonFiniteMonitor):
         def __init__(self, device):
             super().__init__(device)
             self.defers = True
 
-    monkeypatch.setattr(collect, "_Watch", Deferring)
+    monkeypatch.setattr(collect, "NonFiniteMonitor", Deferring)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -653,3 +653,9 @@ def test_where_moments_were_read_is_kept_and_must_agree(tmp_path):
         at_consumers.merge(behind_norms)
     with pytest.raises(ValueError, match=r"read must be one of 'consumer', 'norm', 'output', got 'input'"):
         collect_moments(small_model(), loader, 5, read="input")
+
+
+@pytest.mark.parametrize("collected", [collect_moments, discedit.collect_blocks])
+def test_an_unknown_option_is_refused(collected):
+    with pytest.raises(TypeError, match=r"collect_moments\(\) got an unexpected keyword argument 'checkpoint_evry'"):
+        collected(small_model(), DataLoader(small_data(), 20), 5, checkpoint_evry=3)

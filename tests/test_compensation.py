@@ -8,8 +8,8 @@ from torch import nn
 
 from discedit import importances, prune, score, zoo
 from discedit.evaluation.evaluate import accuracy_per_class
+from discedit.fidelity import collect_second_moments, compensation, singleton_fidelity
 from discedit.moments.collect import collect_moments
-from discedit.selection.fidelity import collect_second_moments, compensation, singleton_fidelity
 
 
 def network(norm=True):

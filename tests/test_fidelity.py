@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from discedit import fidelity, zoo
-from discedit.selection.fidelity import (
+from discedit import zoo
+from discedit.fidelity import (
     SecondMoments,
     collect_second_moments,
     compensation,
@@ -19,6 +19,7 @@ from discedit.selection.fidelity import (
     subset_fidelity,
     top_k,
 )
+from discedit.moments import positions
 
 
 def network():
@@ -200,9 +201,9 @@ def same(first, second, tolerance=0.0):
 
 
 @pytest.mark.parametrize("kind", ["full", "singleton"])
-@pytest.mark.parametrize("positions", [None, 4])
-def test_a_stream_gives_what_one_batch_gives(kind, positions, tmp_path):
-    options = {"kind": kind, "positions": positions}
+@pytest.mark.parametrize("number", [None, 4])
+def test_a_stream_gives_what_one_batch_gives(kind, number, tmp_path):
+    options = {"kind": kind, "positions": number}
     together = collect_second_moments(network(), loader(size=40), **options)
     same(collect_second_moments(network(), loader(size=7), **options), together, 1e-12)
     parts = [collect_second_moments(network(), [images()[0][k::3]], **options) for k in range(3)]
@@ -212,11 +213,11 @@ def test_a_stream_gives_what_one_batch_gives(kind, positions, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["full", "singleton"])
-@pytest.mark.parametrize("positions", [None, 4])
-def test_a_batch_may_be_taken_in_parts(kind, positions, monkeypatch):
-    options = {"kind": kind, "positions": positions}
+@pytest.mark.parametrize("number", [None, 4])
+def test_a_batch_may_be_taken_in_parts(kind, number, monkeypatch):
+    options = {"kind": kind, "positions": number}
     whole = collect_second_moments(network(), loader(size=40), **options)
-    monkeypatch.setattr(fidelity, "CHUNK", 1)
+    monkeypatch.setattr(positions, "CHUNK", 1)
     same(collect_second_moments(network(), loader(size=40), **options), whole, 1e-12)
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import discedit
 from discedit import backends, ops
-from discedit.selection.fidelity import collect_second_moments
+from discedit.moments.second_moments import collect_second_moments
 
 # Asked for before the first product on the device: torch looks once.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -12,7 +12,7 @@ from torch.nn import functional
 from discedit import Moments, Recipe, collect_moments, prune, score, zoo
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.model.trace import ModelTrace
-from discedit.moments import calibration
+from discedit.moments import calibration, positions
 from discedit.repair import least_squares
 
 REPAIRS = ("mean", "least_squares")
@@ -524,7 +524,7 @@ def test_nothing_else_of_the_model_changes(images):
 def test_parts_give_what_one_batch_gives(how, images, monkeypatch):
     """Every position is looked at, so that both fit the same rows."""
     batches, x = images
-    monkeypatch.setattr(calibration, "LEAST_PER_UNKNOWN", 10**9)
+    monkeypatch.setattr(positions, "LEAST_PER_UNKNOWN", 10**9)
     found = {}
     for parts in (1, 5):
         monkeypatch.setattr(calibration, "PARTS", parts)
@@ -540,14 +540,14 @@ def test_parts_give_what_one_batch_gives(how, images, monkeypatch):
 
 def test_outputs_stay_in_order_where_memory_is_used_again():
     """A tensor may lie where one lay that is gone; of two that are added, the later one is what a fit is for."""
-    watch = least_squares._Watch(ModelTrace(nn.Identity()), {})
+    tracker = least_squares.ActivationTracker(ModelTrace(nn.Identity()), {})
     gone = weakref.ref(torch.ones(1))
     first, later = torch.ones(1), torch.zeros(1)
-    watch.outputs[id(later)] = least_squares._Output("gone", gone, 0, False)
-    watch.note("first", first, normed=False)
-    watch.note("later", later, normed=False)
-    assert [output.layer for output in watch.outputs.values()] == ["first", "later"]
-    assert watch.noted(later).layer == "later"
+    tracker.outputs[id(later)] = least_squares._Output("gone", gone, 0, False)
+    tracker._record("first", False, first, first)
+    tracker._record("later", False, later, later)
+    assert [output.layer for output in tracker.outputs.values()] == ["first", "later"]
+    assert tracker.known(later).layer == "later"
 
 
 # ---- what does not help is taken back -------------------------------------------------------------------------------
@@ -632,16 +632,16 @@ def test_what_aims_at_a_sum_is_judged_by_it(how, images, monkeypatch):
     """A layer whose fit went wrong is put back, also where its output is added in place, and others are not."""
     batches, x = images
     model = residual(how)
-    meet = least_squares._Fitted.meet
+    meet = least_squares._LayerFitter.fit
 
     def spoiled(self, name):
         meet(self, name)
         if name == "blocks.0.conv2":
-            weight = self.model.get_submodule(name).weight
+            weight = self.trace.model.get_submodule(name).weight
             self.result.set(name, f"{name}.weight", weight, 3 * weight)
 
     plain = without(model, INNER, batches, repair="none").model
-    monkeypatch.setattr(least_squares._Fitted, "meet", spoiled)
+    monkeypatch.setattr(least_squares._LayerFitter, "fit", spoiled)
     edit = without(model, INNER, batches)
     assert next(iter(edit.recipe.settings["unrepaired"])) == "blocks.0.conv2"
     assert torch.equal(edit.model.blocks[0].conv2.weight, plain.blocks[0].conv2.weight)
@@ -656,14 +656,14 @@ def test_a_shared_output_that_is_put_back(first, images, monkeypatch):
     batches, _ = images
     torch.manual_seed(0)
     model = ReadTwice(first).eval()
-    meet = least_squares._Fitted.meet
+    meet = least_squares._LayerFitter.fit
 
     def spoiled(self, name):
         meet(self, name)
         if name == "conv2":
-            self.result.set(name, "conv2.weight", self.model.conv2.weight, 3 * self.model.conv2.weight)
+            self.result.set(name, "conv2.weight", self.trace.model.conv2.weight, 3 * self.trace.model.conv2.weight)
 
-    monkeypatch.setattr(least_squares._Fitted, "meet", spoiled)
+    monkeypatch.setattr(least_squares._LayerFitter, "fit", spoiled)
     edit = without(model, {"conv1": [3]}, batches)
     assert "conv2" in edit.recipe.settings["unrepaired"]
     assert torch.equal(edit.model.conv2.bias, model.conv2.bias)
@@ -671,7 +671,7 @@ def test_a_shared_output_that_is_put_back(first, images, monkeypatch):
 
 def test_layers_that_do_not_help_together_give_a_warning(monkeypatch):
     model = of_two_inputs()
-    monkeypatch.setattr(sys.modules["discedit.prune"], "take_back", lambda *_, **__: None)
+    monkeypatch.setattr(sys.modules["discedit.editing.prune"], "take_back", lambda *_, **__: None)
     data = [two_inputs(1024, 1), two_inputs(100, -1)]
     with pytest.warns(UserWarning, match="prune: the repair brings the network's outputs no closer .* on 100 samples"):
         prune(model, importances_of(model, {"0": [0]}), threshold=0.5, example_inputs=data[0][:2], data=data)

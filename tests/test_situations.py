@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import discedit
-from discedit.selection.fidelity import collect_second_moments
+from discedit.moments.second_moments import collect_second_moments
 
 CLASSES = 4
 X = torch.randn(48, 2, 8, 8, generator=torch.Generator().manual_seed(0))

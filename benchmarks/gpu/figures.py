@@ -27,7 +27,7 @@ from discedit import backends, ops, reference
 from discedit.backends.arguments import Rule
 from discedit.common.state import ClassMoments, VectorMoments
 from discedit.model.forward import call, undisturbed
-from discedit.selection.fidelity import collect_second_moments
+from discedit.moments.second_moments import collect_second_moments
 
 KERNELS = ("cuda", "triton")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -32,7 +32,7 @@ from discedit.model.forward import call, chosen, device_of, first_tensor, moved,
 from discedit.model.size import accuracy_per_class, count_macs, count_parameters
 from discedit.moments.calibration import samples_of
 from discedit.moments.collect import collect_blocks, collect_moments
-from discedit.moments.group import OtherFailed
+from discedit.moments.distributed import OtherFailed
 from discedit.moments.moments import Moments
 from discedit.recipes.recipe import Edit, Recipe
 from discedit.recipes.stack import Stack

@@ -25,6 +25,7 @@ from discedit.model.functional import LayersCalled
 from discedit.model.layers import as_its_class, input_of
 from discedit.model.trace import ModelTrace, is_layer
 from discedit.moments.calibration import SAMPLES
+from discedit.moments.covariances import OTHERS, GroupSums
 from discedit.moments.forget_retain import Classified
 from discedit.ops import fisher_bound
 from discedit.recipes.recipe import Edit, Operation, Recipe, architecture_of, copied
@@ -34,9 +35,6 @@ from discedit.selection.candidates import why_not_editable
 RIDGE = 1e-2  # of the mean variance: a few hundred samples know little of the directions that hardly vary
 LEAST_DIFFERENCE = 1e-6
 MISSED = 0.1  # of what an erasure is to change, where the rounding of the weights may leave so much
-ROWS_PER_CHANNEL = 64
-LEAST_ROWS = 2**14
-OTHERS = -1  # the group of all samples that stay
 # Shares of the layers, from the last, that directions are erased from: by default, and at most in a search.
 LAYERS, SEARCHED_LAYERS = 0.1, 1 / 3
 LEAST_LAYERS = 2
@@ -86,7 +84,7 @@ def erased(
     """
     result = Erased()
     trace = trace.of_copy(edited)
-    sums = {layer: _Sums(len(classes)) for layer in layers}
+    sums = {layer: GroupSums(len(classes)) for layer in layers}
     place = threading.local()
 
     def meet(layer: str) -> None:
@@ -126,50 +124,7 @@ def erased(
     return result
 
 
-class _Sums:
-    """Means and covariances of what a layer reads at one position: (channels,), of each class and of the others."""
-
-    def __init__(self, classes: int) -> None:
-        self.totals: list[list[Tensor]] = [[] for _ in range(classes + 1)]  # the others last
-        self.counts = [[0, 0] for _ in range(classes + 1)]
-        self.shift = torch.empty(0)
-
-    def add(self, layer: nn.Module, x: Tensor, groups: Tensor, parts: int, seed: int) -> None:
-        """One part; means are over all positions, covariances over some."""
-        x = x.detach()
-        if isinstance(layer, nn.Conv2d):
-            x = x.flatten(2).transpose(1, 2)
-        else:
-            x = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
-        samples, places, channels = x.shape
-        if not self.shift.numel():
-            self.shift = x.mean((0, 1), dtype=torch.float32 if x.element_size() < 4 else x.dtype)
-        each = min(places, -(-max(LEAST_ROWS, ROWS_PER_CHANNEL * channels) // (samples * parts)))
-        generator = torch.Generator().manual_seed(seed)
-        positions = torch.randperm(places, generator=generator)[:each].to(x.device)
-        sums = x.sum(1, dtype=torch.float64)
-        picked = x.index_select(1, positions) - self.shift
-        for group in range(len(self.totals)):
-            chosen = (groups == (group if group < len(self.totals) - 1 else OTHERS)).nonzero()[:, 0].to(x.device)
-            if not len(chosen):
-                continue
-            rows = picked[chosen].flatten(0, 1)
-            terms = [sums[chosen].sum(0), rows.sum(0, dtype=torch.float64), (rows.T @ rows).double()]
-            known = self.totals[group]
-            self.totals[group] = [a + b for a, b in zip(known, terms, strict=True)] if known else terms
-            self.counts[group][0] += len(chosen) * places
-            self.counts[group][1] += len(rows)
-
-    def moments(self) -> list[tuple[Tensor, Tensor]]:
-        """Mean and covariance of each group, float64."""
-        found = []
-        for (total, some, gram), (number, rows) in zip(self.totals, self.counts, strict=True):
-            mean = some / rows  # around the shift
-            found.append((total / number, gram / rows - torch.outer(mean, mean)))
-        return found
-
-
-def _edit(trace: ModelTrace, name: str, sums: _Sums, factor: float, result: Erased) -> None:
+def _edit(trace: ModelTrace, name: str, sums: GroupSums, factor: float, result: Erased) -> None:
     """Takes the directions out of one layer's weights, around the mean of the samples that stay."""
     *forget, (mean, covariance) = sums.moments()
     if not all(bool(m.isfinite().all() and c.isfinite().all()) for m, c in (*forget, (mean, covariance))):

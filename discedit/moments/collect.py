@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -20,13 +16,14 @@ from torch.utils.hooks import RemovableHandle
 
 from discedit.backends import arguments, select
 from discedit.common import validation
-from discedit.model.forward import call, device_of, first_tensor, moved, outside_inference_mode, samples_in
+from discedit.model.forward import call, first_tensor, moved, outside_inference_mode, samples_in
 from discedit.model.sharded import Channels, has_shards, unwrapped
 from discedit.model.trace import ModelTrace, SampleOrder, Tracing, components_in, has_channels_last, is_layer
-from discedit.moments.checkpoint import Checkpoint, Progress, digest_of
-from discedit.moments.data_pass import Pass
-from discedit.moments.group import Group, OtherFailed
+from discedit.moments.data_pass import Pass, RunOptions, warn
 from discedit.moments.moments import GREATEST_EXPONENT, READS, Moments, Statistic
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 OP = "collect_moments"
 INPUT = "input of "  # a place that is not the output of the module named
@@ -45,67 +42,31 @@ def collect_moments(
     statistic: Statistic | list[str] = "mean",
     witness: str = "quadratic",
     scale: float | Mapping[str, float] | None = None,
-    progress: bool | None = None,
-    backend: str = "auto",
-    group: dist.ProcessGroup | str | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_every: float = 60.0,
+    **run: Unpack[RunOptions],
 ) -> Moments:
     """Accumulate the class-conditional moments of every layer's components in one forward pass over the data.
 
-    Where a convolution or linear layer is read, `read` says. The head is left out, because its components are the
-    classes: the layer whose output is the model's output, or else the last layer if it has one component per class.
-
     Args:
-        model: a classifier. It runs in eval mode without gradients; its mode, parameters, buffers and hooks, and
-            torch's random state, are afterwards what they were, also after an exception.
-        loader: any iterable of (inputs, labels). Inputs are a tensor, a tuple of positional or a dict of keyword
-            arguments; they are moved to the model's device.
+        model: a classifier, perhaps wrapped; afterwards what it was.
+        loader: (inputs, labels); inputs are a tensor, or a tuple or dict of arguments.
         num_classes: number of classes.
         labels: "given", or "predicted": the model's own argmax, for which batches may also be bare inputs.
-        layers: module names to read instead of all; any module with a tensor output will do. Channels are the last
-            axis of linear and layer-norm outputs, axis 1 otherwise.
-        read: where the components of a layer are read. "consumer": as the first convolution or linear layer gets them
-            that reads them channel by channel, so after the activation and what else is between; where there is none
-            (the sum of a residual stream, attention), as by "norm". What the heads of an `nn.MultiheadAttention` give
-            is always read where its output projection reads it. "norm": at the layer's output or, where that goes
-            straight into a batch norm with running statistics, at the norm's output (an affine map per channel, so the
-            scores of the mean are the same; the sign of the norm's weight counts). "output": always at its output.
-        statistic: what a feature map is reduced to, as for `discedit.ops.pool`: "mean", "sum", "l2", "rms", "absmax",
-            "max", "positive_fraction" or "cls"; for the witness "vector" a tuple or list of several. With "cls" only
-            layers with tokens are read: linear or layer norm, output of shape (samples, tokens, channels).
-        witness, scale: what the moments are of, as in `Moments`: "quadratic" or "linear" (the statistic t), "exp"
-            (exp(-scale t)) or "vector".
-        progress: show a progress bar on stderr; by default only on a terminal, and only of the first process.
-        backend: as in `discedit.ops`.
-        group: "world" or a process group of torch.distributed whose processes each pass over a share of the data; every
-            one of them gets the moments of all, the same bits. Shares may differ in size, and be empty. What a
-            `DistributedSampler` repeats to make them equal counts once; `discedit.distributed.ShardSampler` repeats
-            nothing. The model may be wrapped in DistributedDataParallel, FSDP2 (`fully_shard`) or tensor-parallel
-            (`parallelize_module`): processes of one tensor-parallel group get the same batches, and `group` is then
-            that of the data-parallel dimension. Where tokens are dealt out between a layer and its consumer (sequence
-            parallelism), the layer is read as by "norm".
-        checkpoint: a folder for the state of the pass. A pass that ended before its time, however it did, goes on from
-            there when it is called again, and ends with the same bits. The loader must give the same batches again (a
-            sampler that shuffles needs a generator with a seed); that they are is checked. Delete the folder to begin
-            anew.
-        checkpoint_every: seconds between two states on disk.
+        layers: modules to read; by default all convolutions and linear layers but the head.
+        read: "consumer": as the next layer gets the components; "norm": at the output, or behind the batch norm that it
+            goes straight into; "output": always at the output.
+        statistic: what a feature map is reduced to, as for `discedit.ops.pool`; for the witness "vector" several.
+        witness, scale: what the moments are of, as in `Moments`.
+        run: progress, backend, group, checkpoint, checkpoint_every: see `RunOptions`.
 
     Returns:
-        `Moments`, with one entry per layer in the order of execution. A layer that runs on parts of a sample as if they
-        were samples (windows in Swin, views or frames folded into the batch) is pooled over all of them. Where samples
-        are the second axis, as in sequence-first layers, or come in another order, is seen from two passes over the
-        first three; what has no order of samples is left out, with a warning.
+        `Moments`, float64, by layer in order of execution; what cannot be read is left out, with a warning.
 
     Raises:
-        ValueError: an empty loader, labels that do not fit, no layer to read, an unknown layer name, a layer named in
-            `layers` without tokens for "cls", a statistic or scale that does not fit the witness, NaN or Inf in a
-            feature map (the message names layer and batch), or a checkpoint of another run or other batches.
-        RuntimeError: another process of the group failed (the message holds its error), died, or did not come to the
-            end in the group's timeout.
+        ValueError: an empty loader, labels, layers, a statistic or a scale that do not fit, NaN or Inf in a feature
+            map, or a checkpoint of another run or other batches.
+        RuntimeError: another process of the group failed, died, or came to no end in the group's timeout.
 
-    Memory: the state, classes x channels x 32 bytes (for d statistics 8 d + 4 d (d + 1)), and one batch's pooled
-    features, samples x channels x 8 bytes per statistic.
+    Memory: classes x channels x 32 bytes, and one batch's pooled features. docs/how-to/score.md has the details.
 
     >>> import torch, discedit
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 2))
@@ -113,40 +74,21 @@ def collect_moments(
     >>> discedit.collect_moments(model, loader, num_classes=2)
     Moments(1 layers, 4 channels, 2 classes, 8 samples)
     """
-    options = _Options(
-        labels, layers, read, statistic, witness, scale, progress, backend, group, checkpoint, checkpoint_every
-    )
-    return _collect(model, loader, num_classes, options, None)
+    settings: dict[str, Any] = {"read": read, "statistic": statistic, "witness": witness, "scale": scale}
+    return _MomentPass(model, loader, num_classes, 1, labels=labels, layers=layers, **settings, **run).collect()
 
 
 @outside_inference_mode
 def collect_blocks(
-    model: nn.Module,
-    loader: Iterable[Any],
-    num_classes: int,
-    *,
-    blocks: int = 10,
-    labels: str = "given",
-    layers: Iterable[str] | None = None,
-    read: str = "consumer",
-    statistic: Statistic | list[str] = "mean",
-    witness: str = "quadratic",
-    scale: float | Mapping[str, float] | None = None,
-    progress: bool | None = None,
-    backend: str = "auto",
-    group: dist.ProcessGroup | str | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_every: float = 60.0,
+    model: nn.Module, loader: Iterable[Any], num_classes: int, *, blocks: int = 10, **options: Any
 ) -> list[Moments]:
     """`collect_moments` in disjoint blocks of the samples, each class spread evenly over them, in the same one pass.
 
     `discedit.score` of the blocks gives the scores of all samples together, with standard errors by the jackknife.
 
     Args:
-        blocks: number of blocks, at least 2. The samples of a class go to them in turn.
-        model, loader, num_classes, labels, layers, read, statistic, witness, scale, progress, backend: as for
-            `collect_moments`.
-        group, checkpoint, checkpoint_every: as for `collect_moments`. Each process of a group deals its own share.
+        blocks: number of blocks, at least 2. The samples of a class go to them in turn, in each process of a group.
+        model, loader, num_classes, options: as for `collect_moments`.
 
     Returns:
         One `Moments` for each block. Merged, they are what `collect_moments` returns, up to rounding.
@@ -165,45 +107,22 @@ def collect_blocks(
     number = validation.index(blocks)
     if number is None or number < 2:
         raise ValueError(f"collect_blocks: blocks must be an integer of at least 2, got {blocks!r}.")
-    classes = validation.positive_integer(OP, "num_classes", num_classes)
-    options = _Options(
-        labels, layers, read, statistic, witness, scale, progress, backend, group, checkpoint, checkpoint_every
-    )
-    turns = _Turns(classes, number)
+    together = _MomentPass(model, loader, num_classes, number, **options).collect()
     # A class's share of a block is a class of its own.
-    together = _collect(model, loader, classes, options, turns)
     return [together.rows(slice(block, None, number)) for block in range(number)]
 
 
-@dataclass(frozen=True)
-class _Options:
-    """The arguments that `collect_moments` and `collect_blocks` have in common."""
-
-    labels: str
-    layers: Iterable[str] | None
-    read: str
-    statistic: Statistic | list[str]
-    witness: str
-    scale: float | Mapping[str, float] | None
-    progress: bool | None
-    backend: str
-    group: dist.ProcessGroup | str | None
-    checkpoint: str | os.PathLike[str] | None
-    checkpoint_every: float
-
-
-class _Turns:
+class BlockAssigner:
     """Deals the samples of each class to the blocks in turn; nobody waits for the device."""
 
     def __init__(self, classes: int, blocks: int) -> None:
-        self.rows = classes * blocks
-        self._blocks = blocks
+        self.blocks = blocks
         self._seen = torch.zeros(classes, dtype=torch.int64)
 
     def go_on(self, moments: Moments) -> None:
         """From the samples that were dealt already."""
         for state in moments.values():
-            self._seen = state.count.view(-1, self._blocks).sum(1)
+            self._seen = state.count.view(-1, self.blocks).sum(1)
 
     def __call__(self, labels: Tensor) -> Tensor:
         """Class x blocks + block of each sample."""
@@ -212,181 +131,144 @@ class _Turns:
         position = torch.arange(len(labels), device=labels.device)
         rank = torch.empty_like(position)
         rank[order] = position - torch.searchsorted(ordered, ordered)
-        turn = (self._seen[labels] + rank) % self._blocks
+        turn = (self._seen[labels] + rank) % self.blocks
         self._seen = self._seen.index_add(0, labels, torch.ones_like(labels))
-        return labels * self._blocks + turn
+        return labels * self.blocks + turn
 
 
-def _collect(
-    model: nn.Module, loader: Iterable[Any], num_classes: int, options: _Options, turns: _Turns | None
-) -> Moments:
-    validation.module(OP, model)
-    num_classes = validation.positive_integer(OP, "num_classes", num_classes)
-    validation.choice(OP, "labels", options.labels, ("given", "predicted"))
-    validation.choice(OP, "read", options.read, READS)
-    names = arguments.statistics(OP, options.statistic)
-    arguments.witness(OP, options.witness, options.statistic, options.scale)
-    group = Group(OP, options.group)
-    try:
-        reader = _Reader(model, names, options.backend, options.layers, options.read)
-        moments = Moments(
-            turns.rows if turns else num_classes,
-            statistic=options.statistic,
-            witness=options.witness,
-            scale=options.scale,
-            read=options.read,
-            backend=options.backend,
-        )
-        passing = _Pass(model, loader, num_classes, options, turns, group, reader, moments)
-        passing.run()
-        moments = passing.moments
-    except OtherFailed:
-        raise
-    except Exception as error:
-        group.fail(error)
-        raise
-    if not group.alone:
-        moments.reduce_in(group, device_of(model))
-    if not moments:
-        raise ValueError(f"{OP}: loader must give at least one batch, it gave none.")
-    return moments
-
-
-class _Pass(Pass):
-    """Pools every layer and folds what it gives into the moments."""
+class _MomentPass(Pass[Moments]):
+    """Pools every layer and folds what it gives into the moments; each class times each block is a class of theirs."""
 
     def __init__(
         self,
         model: nn.Module,
         loader: Iterable[Any],
         num_classes: int,
-        options: _Options,
-        turns: _Turns | None,
-        group: Group,
-        reader: _Reader,
-        moments: Moments,
+        blocks: int,
+        *,
+        labels: str = "given",
+        layers: Iterable[str] | None = None,
+        read: str = "consumer",
+        statistic: Statistic | list[str] = "mean",
+        witness: str = "quadratic",
+        scale: float | Mapping[str, float] | None = None,
+        **run: Unpack[RunOptions],
     ) -> None:
-        self.num_classes, self.turns, self.reader, self.moments = num_classes, turns, reader, moments
-        checkpoint: Checkpoint[Moments] | None = None
-        if options.checkpoint is not None:
-            run = {
-                **moments.settings,
-                "labels": options.labels,
-                "layers": list(reader.layers),
-                "blocks": turns.rows // num_classes if turns else 1,
-                "model": digest_of(model),
-            }
-            load = Moments.from_contents
-            checkpoint = Checkpoint(OP, options.checkpoint, options.checkpoint_every, group, run, load)
-        super().__init__(
-            OP,
-            model,
-            loader,
-            labels=num_classes if options.labels == "given" else None,
-            progress=options.progress,
-            group=group,
-            checkpoint=checkpoint,
-            hooks=reader,
-        )
-        self.watch = _Watch(self.device)
-        if checkpoint is not None and checkpoint.state is not None:
-            self.moments = checkpoint.state.to(self.device)
-            self.moments.backend = moments.backend
-            if turns is not None:
-                turns.go_on(self.moments)
+        validation.module(OP, model)
+        self.num_classes = validation.positive_integer(OP, "num_classes", num_classes)
+        validation.choice(OP, "labels", labels, ("given", "predicted"))
+        validation.choice(OP, "read", read, READS)
+        self._statistics = arguments.statistics(OP, statistic)
+        arguments.witness(OP, witness, statistic, scale)
+        settings: dict[str, Any] = {"statistic": statistic, "witness": witness, "scale": scale, "read": read}
+        moments = Moments(self.num_classes * blocks, **settings, backend=run.get("backend", "auto"))
+        super().__init__(OP, model, loader, moments, self.num_classes if labels == "given" else None, run)
+        self._named = labels, layers
+        self.assigner = BlockAssigner(self.num_classes, blocks)
+        self.monitor = NonFiniteMonitor(self.device)
+
+    def prepare(self) -> dict[str, Any]:
+        labels, layers = self._named
+        self.pooling = PoolingHooks(self.model, self._statistics, self.moments.backend, layers, self.moments.read)
+        return {"labels": labels, "layers": list(self.pooling.layers), "blocks": self.assigner.blocks}
+
+    def collect(self) -> Moments:
+        moments = super().collect()
+        if not moments:
+            raise ValueError(f"{OP}: loader must give at least one batch, it gave none.")
+        return moments
+
+    def hooks(self) -> PoolingHooks:
+        return self.pooling
+
+    def go_on(self, moments: Moments) -> None:
+        moments.backend = self.moments.backend
+        super().go_on(moments)
+        self.assigner.go_on(self.moments)
 
     def check(self) -> None:
-        self.watch.check()
-        self.moments.norms = {**self.moments.norms, **self.reader.norms}
-
-    def save(self, checkpoint: Checkpoint[Any], progress: Progress) -> None:
-        checkpoint.save(*self.moments.contents(), progress)
+        self.monitor.check()
+        self.moments.norms |= self.pooling.norms
 
     def idle(self, inputs: Any) -> None:
-        self.reader.run(inputs)
-        for _ in self.reader.take():
+        self.pooling.run(inputs)
+        for _ in self.pooling.take():
             pass
 
     def fold(self, inputs: Any, labels: Tensor | None, counted: int) -> None:
         index = self.progress.batches
-        output = self.reader.run(inputs)
+        output = self.pooling.run(inputs)
         classes = moved(_predicted(output, self.num_classes) if labels is None else labels, self.device)
         whole = self.own is None or counted == len(classes)
-        if not whole:
-            classes = classes[:counted]
-        if self.turns is not None:
-            classes = self.turns(classes)
-        for layer, planes in self.reader.take():
+        classes = classes if whole else classes[:counted]
+        if self.assigner.blocks > 1:
+            classes = self.assigner(classes)
+        for layer, planes in self.pooling.take():
+            planes = planes if whole else planes[:, :counted]
             try:
-                planes = planes if whole else planes[:, :counted]
-                self.moments.fold_planes(layer, planes, classes, checked=self.watch.defers)
+                self.moments.fold_planes(layer, planes, classes, checked=self.monitor.defers)
             except ValueError as error:
                 raise ValueError(f"{OP}: layer {layer!r}, batch {index}: {error}") from error
-            if self.watch.defers:
-                self.watch.note(layer, self.moments.sentinel(layer, planes))
-        self.watch.end_batch(index)
+            if self.monitor.defers:
+                self.monitor.note(layer, self.moments.sentinel(layer, planes))
+        self.monitor.end_batch(index)
 
 
-class _Watch:
+class NonFiniteMonitor:
     """Finds batches that are not to be folded after they were, so that nobody waits for the device in between."""
 
     def __init__(self, device: torch.device) -> None:
         self.defers = device.type != "cpu"  # where asking costs nothing, each batch is asked
         self._batch: dict[str, Tensor] = {}
-        self._layers: list[str] = []
-        self._first: Tensor | None = None  # of each layer, the first batch that was not sound
+        self._first: dict[tuple[str, ...], Tensor] = {}  # by layers, of each the first batch that was not sound
 
     def note(self, layer: str, sentinel: Tensor) -> None:
         self._batch[layer] = sentinel
 
     def end_batch(self, index: int) -> None:
-        if not self._batch:
-            return
-        sound = torch.stack(list(self._batch.values())).isfinite()
-        if self._first is None or self._layers != list(self._batch):
-            self.check()
-            self._layers = list(self._batch)
-            self._first = torch.full_like(sound, NEVER, dtype=torch.int64)
-        self._first = torch.where(sound | (self._first < NEVER), self._first, index)
-        self._batch.clear()
+        if self._batch:
+            layers, sound = tuple(self._batch), torch.stack(list(self._batch.values())).isfinite()
+            first = torch.where(sound, NEVER, index)
+            self._first[layers] = torch.minimum(self._first.get(layers, first), first)
+            self._batch.clear()
 
     def check(self) -> None:
-        if self._first is None or int(self._first.min()) == NEVER:
-            return
-        index, layer = min(zip(self._first.tolist(), self._layers, strict=True))
-        raise ValueError(
-            f"{OP}: layer {layer!r}, batch {index}: feature maps must be finite, and exp(-scale t) below "
-            f"exp({GREATEST_EXPONENT:g}) for the witness 'exp'; found NaN, Inf or more."
-        )
+        found = [pair for layers, first in self._first.items() for pair in zip(first.tolist(), layers, strict=True)]
+        index, layer = min(found, default=(NEVER, ""))
+        if index != NEVER:
+            raise ValueError(
+                f"{OP}: layer {layer!r}, batch {index}: feature maps must be finite, and exp(-scale t) below "
+                f"exp({GREATEST_EXPONENT:g}) for the witness 'exp'; found NaN, Inf or more."
+            )
 
 
-class _Place:
+class _Pool:
     """Pools the output of one module. What holds for the first batch is not asked again of outputs like it."""
 
+    planes: Tensor | None = None  # (statistics, samples, channels) of the last batch: the next one's buffer
+    rows, windows = 0, 1  # of the first batch; parts of a sample, where each comes as a sample of its own
+    foreign = False  # rows are not the samples in their order, nor windows of them
+    samples_second = can_be_turned = False  # (positions, samples, channels): known; or at least possible
+
     def __init__(self, name: str, module: nn.Module, statistics: tuple[str, ...], backend: str) -> None:
-        self.name = name
+        self.name, self.statistics, self.backend = name, statistics, backend
         self.layout = _layout(module)
-        self.statistics = statistics
-        self.backend = backend
-        self.rows, self.can_be_turned = 0, False  # of the first batch; whether its second axis may be that of samples
-        self.samples_second = False  # of (positions, samples, channels)
-        self.windows = 1  # parts of a sample, where each comes as a sample of its own
-        self.planes: Tensor | None = None  # (statistics, samples, channels) of the last batch: the next one's buffer
+        self.readable = True
         self._known: tuple[Any, ...] = ()
         self._axis = 1
         self._channels = Channels()
         self._own: Tensor | None = None  # planes of the channels that this process has
         self._run: Callable[..., Tensor]
 
-    def can_read(self, x: Tensor) -> bool:
-        return "cls" not in self.statistics or (arguments.has_tokens(x, self.layout) and self.windows == 1)
-
     def cut(self, x: Tensor, samples: int) -> None:
         """In the first batch: whether a sample comes in parts (windows, views, frames, heads), each as one."""
         self.rows = len(x) if x.ndim else 0
         self.can_be_turned = self.layout == "tokens" and x.ndim == 3 and x.shape[1] == samples
-        if self.layout != "auto" and x.ndim > 1 and samples and len(x) != samples and len(x) % samples == 0:
-            self.windows = len(x) // samples
+        self.foreign = bool(samples and self.rows % samples)
+        if self.layout != "auto" and x.ndim > 1 and samples and not self.foreign:
+            self.windows = self.rows // samples or 1
+        tokens = arguments.has_tokens(x, self.layout) and self.windows == 1
+        self.readable = "cls" not in self.statistics or tokens
 
     def read(self, x: Tensor, samples: int) -> None:
         """Pools a batch of so many samples (0: as many as there are rows)."""
@@ -414,7 +296,7 @@ class _Place:
         self.planes = self._channels.together(self._own)
 
 
-class _Reader(ExitStack):
+class PoolingHooks(ExitStack):
     """Hooks that pool each layer's output while the model runs.
 
     The first batch is traced: it also tells which norm is behind each layer, which layers read its components and which
@@ -426,39 +308,26 @@ class _Reader(ExitStack):
     ) -> None:
         super().__init__()
         self.callback(self._keep, set())
-        self.model, self.read = model, read
-        modules = dict(unwrapped(model).named_modules())
-        self.explicit = layers is not None
-        self.layers: dict[str, nn.Module]
-        if layers is None:
-            self.layers = {name: module for name, module in modules.items() if components_in(module)}
-            if not self.layers:
-                raise ValueError(
-                    f"{OP}: model must have a convolution or linear layer, {type(model).__name__} has none."
-                )
-        else:
-            self.layers = {name: _named(modules, name) for name in layers}
-            if not self.layers:
-                raise ValueError(f"{OP}: layers must name at least one module, it is empty.")
+        self.model, self.read, self.explicit = model, read, layers is not None
+        self._modules = dict(unwrapped(model).named_modules())
+        self.layers = _layers_of(model, self._modules, layers)
         self.norms: dict[str, str] = {}  # layer -> the norm that it goes straight into
         self.places: dict[str, str] = {}  # layer -> where it is read, if not at its own output
-        self._modules, self._statistics, self._backend = modules, statistics, backend
-        self._places: dict[str, _Place] = {}
+        self._statistics, self._backend = statistics, backend
+        self._pools: dict[str, _Pool] = {}  # by place
         self._tracing: Tracing | None = None
         self._settled = False
         self._samples = 0
         self._probe: dict[str, Tensor] | None = None
-        self._foreign: set[str] = set()  # places without a sample axis
         self._ran: set[str] = set()
         self._repeated: set[str] = set()
-        self._unreadable: set[str] = set()
         self._order: list[str] = []
         self._handles: dict[str, RemovableHandle] = {}
 
     def _keep(self, places: set[str]) -> None:
         """Hooks at these places and nowhere else; of the others nothing is held."""
-        for name in self._places.keys() - places:
-            del self._places[name]
+        for name in self._pools.keys() - places:
+            del self._pools[name]
             if name in self._handles:
                 self._handles.pop(name).remove()
         for name in places - self._handles.keys():
@@ -475,11 +344,10 @@ class _Reader(ExitStack):
         if x is None or not is_layer(module):
             return
         assert self._tracing is not None
-        sources = self._tracing.layers_of(x, last=has_channels_last(module))
-        if self.read != "consumer":  # what heads give is seen there alone
-            sources = tuple(source for source in sources if isinstance(self._modules[source], nn.MultiheadAttention))
-        for source in sources:
-            if source in self.layers and not self.places.get(source, "").startswith(INPUT):
+        for source in self._tracing.layers_of(x, last=has_channels_last(module)):
+            # What heads give is seen here alone, wherever layers are read.
+            wanted = self.read == "consumer" or isinstance(self._modules[source], nn.MultiheadAttention)
+            if wanted and source in self.layers and not self.places.get(source, "").startswith(INPUT):
                 self.places[source] = INPUT + name
         self._at(INPUT + name, x)
 
@@ -502,13 +370,12 @@ class _Reader(ExitStack):
             raise ValueError(f"{OP}: layer {name!r} must give a tensor, it gave {type(output).__name__}.")
         if self._probe is not None:
             self._probe[name] = x
-            return
-        if name in self._ran:
+        elif name in self._ran:
             self._repeated.add(name)
-            return
-        self._ran.add(name)
-        if self._tracing is None or self._discover(name, x):
-            self._places[name].read(x, self._samples)
+        else:
+            self._ran.add(name)
+            if self._tracing is None or self._discover(name, x):
+                self._pools[name].read(x, self._samples)
 
     def _discover(self, name: str, x: Tensor) -> bool:
         """In the first batch: whether the place is to be read."""
@@ -517,15 +384,9 @@ class _Reader(ExitStack):
         elif name not in self.places.values():
             return False
         module = self._modules[name.removeprefix(INPUT)]
-        place = self._places[name] = _Place(name, module, self._statistics, self._backend)
-        place.cut(x, self._samples)
-        if self._samples and x.ndim and len(x) % self._samples:
-            self._foreign.add(name)
-            return False
-        if not self.explicit and not place.can_read(x):
-            self._unreadable.add(name)
-            return False
-        return True
+        pool = self._pools[name] = _Pool(name, module, self._statistics, self._backend)
+        pool.cut(x, self._samples)
+        return not pool.foreign and (self.explicit or pool.readable)
 
     def run(self, inputs: Any) -> Any:
         self._ran.clear()
@@ -538,10 +399,10 @@ class _Reader(ExitStack):
         with self._tracing:
             output = call(self.model, inputs)
         trace, self._tracing = self._tracing.trace(output), None
-        self._repeated = {place for place in self._places if trace.runs[place.removeprefix(INPUT)] > 1}
+        self._repeated = {place for place in self._pools if trace.runs[place.removeprefix(INPUT)] > 1}
         self._check_order(inputs)
         self._settle(trace)
-        if any(place.samples_second for place in self._places.values()):
+        if any(pool.samples_second for pool in self._pools.values()):
             self._ran.clear()
             call(self.model, inputs)  # once more, now that it is known how
         return output
@@ -550,7 +411,7 @@ class _Reader(ExitStack):
         """Rows must be the samples in their order, or windows of them that lie together; else they get wrong labels."""
         if not self._samples:
             return
-        self._keep(set(self._places))
+        self._keep(set(self._pools))
 
         def run(batch: Any) -> dict[str, Tensor]:
             self._probe = {}
@@ -559,37 +420,17 @@ class _Reader(ExitStack):
 
         order = SampleOrder(inputs, self._samples, run)
         self._probe = None
-        for place in self._places.values():
-            if place.name in self._foreign or order.windows(place.name) != place.windows:
-                self._foreign.add(place.name)
-                if place.can_be_turned and order.windows(place.name, axis=1) == 1:
-                    place.samples_second, place.windows = True, 1
-                    self._foreign.discard(place.name)
-                elif self.explicit:
-                    raise ValueError(
-                        f"{OP}: layers must give one output per sample, or windows that lie together by samples, layer "
-                        f"{place.name!r} gives {place.rows} rows for {self._samples} samples in another order."
-                    )
-
-    def take(self) -> Iterator[tuple[str, Tensor]]:
-        """The pooled planes of the batch that just ran, by layer; the next batch overwrites them."""
-        self._repeated &= {*self.layers, *self.places.values()}
-        if self._repeated:
-            warnings.warn(
-                f"{OP}: left out, because they run more than once per forward pass: {sorted(self._repeated)}.",
-                stacklevel=7,
-            )
-            self._order = [layer for layer in self._order if self._place(layer) not in self._repeated]
-            self._repeated.clear()
-            if not self._order:
-                raise ValueError(f"{OP}: no layer is left to read.")
-            self._keep({self._place(layer) for layer in self._order})
-        for layer in self._order:
-            place = self._place(layer)
-            planes = self._places[place].planes
-            if place not in self._ran or planes is None:
-                raise ValueError(f"{OP}: layer {layer!r} ran in the first batch but not in a later one.")
-            yield layer, planes
+        for name, pool in self._pools.items():
+            if not pool.foreign and order.windows(name) == pool.windows:
+                continue
+            pool.samples_second = pool.can_be_turned and order.windows(name, axis=1) == 1
+            pool.foreign = not pool.samples_second
+            pool.windows = 1 if pool.samples_second else pool.windows
+            if pool.foreign and self.explicit:
+                raise ValueError(
+                    f"{OP}: layers must give one output per sample, or windows that lie together by samples, layer "
+                    f"{name!r} gives {pool.rows} rows for {self._samples} samples in another order."
+                )
 
     def _settle(self, trace: ModelTrace) -> None:
         head = None if self.explicit else trace.classifier
@@ -597,30 +438,67 @@ class _Reader(ExitStack):
         self.places = {layer: place for layer, place in self.places.items() if place not in self._repeated}
         order = [layer for layer in self._order if layer != head]
         order = [n for n in order if n in self.places or not isinstance(self._modules[n], nn.MultiheadAttention)]
-        foreign = [layer for layer in order if self._place(layer) in self._foreign]
+        pools = {layer: self._pools[self._place(layer)] for layer in order}
+        foreign = [layer for layer, pool in pools.items() if pool.foreign]
+        tokenless = [layer for layer, pool in pools.items() if not pool.foreign and not pool.readable]
+        tokenless = [] if self.explicit else tokenless
+        self._order = [layer for layer in order if layer not in (*foreign, *tokenless)]
         why = "their rows are not the samples in the order of the batch, nor windows of them that lie together"
+        needs = "statistic 'cls' needs an output of shape (samples, tokens, channels)"
         if foreign:
-            warnings.warn(f"{OP}: left out, because {why}: {foreign}.", stacklevel=8)
-        order = [layer for layer in order if layer not in foreign]
-        self._order = [layer for layer in order if self._place(layer) not in self._unreadable]
+            warn(f"{OP}: left out, because {why}: {foreign}.")
         if self.explicit and len(self._order) < len(self.layers):
             missing = sorted(set(self.layers) - set(self._order))
             raise ValueError(f"{OP}: layers must name modules that run in the forward pass, these did not: {missing}.")
-        if not order:
+        if not self._order and not tokenless:
             none = "it has none that runs" if not foreign else f"of {foreign}, {why}"
             raise ValueError(f"{OP}: model must have a convolution or linear layer besides its head {head!r}, {none}.")
-        tokenless = [layer for layer in order if layer not in self._order]
-        needs = "statistic 'cls' needs an output of shape (samples, tokens, channels)"
         if not self._order:
             raise ValueError(f"{OP}: {needs}, no layer has one: {tokenless}.")
         if tokenless:
-            warnings.warn(f"{OP}: left out, because {needs}: {tokenless}.", stacklevel=8)
+            warn(f"{OP}: left out, because {needs}: {tokenless}.")
         self.norms = {layer: norm for layer, norm in trace.norms.items() if layer in self._order}
         self._keep({self._place(layer) for layer in self._order})
         self._settled = True
 
+    def take(self) -> Iterator[tuple[str, Tensor]]:
+        """The pooled planes of the batch that just ran, by layer; the next batch overwrites them."""
+        self._repeated &= {*self.layers, *self.places.values()}
+        if self._repeated:
+            warn(f"{OP}: left out, because they run more than once per forward pass: {sorted(self._repeated)}.")
+            self._order = [layer for layer in self._order if self._place(layer) not in self._repeated]
+            self._repeated.clear()
+            if not self._order:
+                raise ValueError(f"{OP}: no layer is left to read.")
+            self._keep({self._place(layer) for layer in self._order})
+        for layer in self._order:
+            place = self._place(layer)
+            planes = self._pools[place].planes
+            if place not in self._ran or planes is None:
+                raise ValueError(f"{OP}: layer {layer!r} ran in the first batch but not in a later one.")
+            yield layer, planes
+
     def _place(self, layer: str) -> str:
         return self.places.get(layer, layer)
+
+
+def _layers_of(model: nn.Module, modules: Mapping[str, nn.Module], names: Iterable[str] | None) -> dict[str, nn.Module]:
+    """The modules that are named, or all that have components."""
+    if names is None:
+        found = {name: module for name, module in modules.items() if components_in(module)}
+        if not found:
+            raise ValueError(f"{OP}: model must have a convolution or linear layer, {type(model).__name__} has none.")
+        return found
+    found = {}
+    for name in names:
+        if name not in modules:
+            close = difflib.get_close_matches(name, modules, n=3)
+            hint = f"; close names: {validation.quoted(close)}" if close else ""
+            raise ValueError(f"{OP}: layers must name modules of the model, {name!r} is none{hint}.")
+        found[name] = modules[name]
+    if not found:
+        raise ValueError(f"{OP}: layers must name at least one module, it is empty.")
+    return found
 
 
 def _layout(module: nn.Module) -> str:
@@ -628,14 +506,6 @@ def _layout(module: nn.Module) -> str:
     if has_channels_last(module) or isinstance(module, nn.MultiheadAttention):
         return "tokens"
     return "nchw" if isinstance(module, (_ConvNd, _NormBase, nn.GroupNorm)) else "auto"
-
-
-def _named(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
-    if name not in modules:
-        close = difflib.get_close_matches(name, modules, n=3)
-        hint = f"; close names: {validation.quoted(close)}" if close else ""
-        raise ValueError(f"{OP}: layers must name modules of the model, {name!r} is none{hint}.")
-    return modules[name]
 
 
 def _predicted(output: Any, num_classes: int) -> Tensor:

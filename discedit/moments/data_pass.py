@@ -2,61 +2,83 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, closing
 from dataclasses import replace
-from typing import Any
+from typing import Any, Generic, TypedDict, TypeVar
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from discedit.model.forward import checked_labels, device_of, moved, samples_in, split, undisturbed
 from discedit.model.sharded import runs_together
-from discedit.moments.checkpoint import Checkpoint, Progress
-from discedit.moments.distributed import dropped_samples, own_samples
-from discedit.moments.group import MORE, NOTHING, Group, pack, unpack
+from discedit.moments.checkpoint import Checkpoint, Progress, digest_of
+from discedit.moments.distributed import MORE, NOTHING, Group, dropped_samples, own_samples
+from discedit.moments.states import LayerStates
 from discedit.moments.stream import Stream
 
+M = TypeVar("M", bound=LayerStates[Any])
 
-class Pass(ABC):
+
+class RunOptions(TypedDict, total=False):
+    """How a pass over the data runs, whatever it collects.
+
+    Attributes:
+        progress: show a progress bar on stderr; by default only on a terminal, and only of the first process.
+        backend: as in `discedit.ops`.
+        group: "world" or a process group of torch.distributed whose processes each pass over a share of the data; every
+            one of them gets the moments of all, the same bits.
+        checkpoint: a folder for the state of the pass, which goes on from there when it is called again.
+        checkpoint_every: seconds between two states on disk, 60 by default.
+    """
+
+    progress: bool | None
+    backend: str
+    group: dist.ProcessGroup | str | None
+    checkpoint: str | os.PathLike[str] | None
+    checkpoint_every: float
+
+
+class Pass(ABC, Generic[M]):
     """What a pass does whatever it accumulates.
 
     Args:
         op: what asks, for errors; its last word names the progress bar.
         loader: batches, as `collect_moments` takes them.
+        moments: what the samples are added to.
         labels: how many classes there are, where the batches must hold labels; else None.
-        progress: as for `collect_moments`.
-        group: whose share this is.
-        checkpoint: of this pass; its progress is gone on from.
-        hooks: entered while the model runs.
+
+    Raises:
+        TypeError: an option that is none of `RunOptions`.
     """
 
+    home: torch.device | None = None  # where the moments go at last; None: the model's device
+
     def __init__(
-        self,
-        op: str,
-        model: nn.Module,
-        loader: Iterable[Any],
-        *,
-        labels: int | None,
-        progress: bool | None,
-        group: Group,
-        checkpoint: Checkpoint[Any] | None,
-        hooks: AbstractContextManager[Any],
+        self, op: str, model: nn.Module, loader: Iterable[Any], moments: M, labels: int | None, run: RunOptions
     ) -> None:
-        self.op, self.model, self.loader, self.group = op, model, loader, group
+        for name in run.keys() - RunOptions.__annotations__.keys():
+            raise TypeError(f"{op}() got an unexpected keyword argument {name!r}")
+        self.op, self.model, self.loader, self.moments, self.options = op, model, loader, moments, run
+        self.group = Group(op, run.get("group"))
         self.device = device_of(model)
-        self._labels, self._bar, self._hooks = labels, progress, hooks
-        self.checkpoint = checkpoint
-        self.progress = Progress() if checkpoint is None else replace(checkpoint.progress)
-        self._stream: Stream | None = None
-        if checkpoint is not None:
-            self._stream = Stream(op, loader, self.progress.batches, self.progress.digest)
-        self.own = own_samples(loader)
-        dropped = dropped_samples(loader)
-        if dropped:
-            warnings.warn(f"{op}: left out: {dropped} samples that the loader's sampler drops.", stacklevel=6)
+        self.progress = Progress()
+        self.checkpoint: Checkpoint[M] | None = None
+        self._labels = labels
+        self._batches_of: Iterable[Any] = loader
+
+    @abstractmethod
+    def prepare(self) -> dict[str, Any]:
+        """Finds out what is to be read; returns what must be the same in a run that goes on, beside settings: JSON."""
+
+    @abstractmethod
+    def hooks(self) -> AbstractContextManager[Any]:
+        """Entered while the model runs."""
 
     @abstractmethod
     def fold(self, inputs: Any, labels: Tensor | None, counted: int) -> None:
@@ -67,19 +89,40 @@ class Pass(ABC):
         """Runs the model on a batch that does not count, because other processes need this one to."""
 
     @abstractmethod
-    def save(self, checkpoint: Checkpoint[Any], progress: Progress) -> None:
-        """Puts the state on disk."""
-
-    @abstractmethod
     def check(self) -> None:
         """Before the state leaves the pass: raises what nobody has waited for so far."""
 
-    def run(self) -> None:
+    def go_on(self, moments: M) -> None:
+        """From the state of an earlier run."""
+        self.moments = moments.to(self.device)
+
+    def collect(self) -> M:
+        """To the end of all shares."""
+        with self.group:
+            folder = self.options.get("checkpoint")
+            run = {**self.moments.settings, **self.prepare()}
+            if folder is not None:
+                run["model"] = digest_of(self.model)
+                every = self.options.get("checkpoint_every", 60.0)
+                self.checkpoint = Checkpoint(self.op, folder, every, self.group, run, self.moments.from_contents)
+                self.progress = replace(self.checkpoint.progress)
+                self._batches_of = Stream(self.op, self.loader, self.progress)
+                if self.checkpoint.state is not None:
+                    self.go_on(self.checkpoint.state)
+            self.own = own_samples(self.loader)
+            dropped = dropped_samples(self.loader)
+            if dropped:
+                warn(f"{self.op}: left out: {dropped} samples that the loader's sampler drops.")
+            self._run()
+            home = self.home or self.device
+            moments = self.moments if home == self.device else self.moments.to(home)
+        return moments if self.group.alone else moments.reduce_in(self.group, home)
+
+    def _run(self) -> None:
         """To the end of this share; in step with the other processes where the model needs them."""
         together = not self.group.alone and runs_together(self.model)
         last: Any = None  # inputs for a pass that does not count
-        begun = False
-        with undisturbed(self.model) as calls, self._hooks, closing(self._batches()) as batches:
+        with undisturbed(self.model) as calls, self.hooks(), closing(self._batches()) as batches:
             while True:
                 batch = next(batches, None)
                 if together:
@@ -87,11 +130,8 @@ class Pass(ABC):
                     self.group.check(words)
                     if MORE not in words:
                         break
-                    if not begun and NOTHING in words:
-                        mine = words.index(MORE) == self.group.rank
-                        packed = self.group.gather(pack(batch[0]) if mine and batch is not None else b"")
-                        last = moved(unpack(packed[words.index(MORE)]), self.device)
-                    begun = True
+                    if last is None and NOTHING in words:
+                        last = moved(self.group.first(words, None if batch is None else batch[0]), self.device)
                 elif batch is None:
                     break
                 if batch is None:
@@ -113,9 +153,9 @@ class Pass(ABC):
         """Inputs on the model's device, labels where they are given, and how many samples count, from the first."""
         from tqdm.auto import tqdm
 
-        shown = sys.stderr.isatty() and self.group.rank == 0 if self._bar is None else self._bar
-        batches = self.loader if self._stream is None else self._stream
-        for batch in tqdm(batches, desc=self.op.split("_")[-1], unit="batch", disable=not shown):
+        shown = self.options.get("progress")
+        shown = sys.stderr.isatty() and self.group.rank == 0 if shown is None else shown
+        for batch in tqdm(self._batches_of, desc=self.op.split("_")[-1], unit="batch", disable=not shown):
             index = self.progress.batches
             inputs, given = split(self.op, batch, index, self.device, labels_needed=self._labels is not None)
             labels = None if self._labels is None else checked_labels(self.op, given, self._labels, index)
@@ -123,8 +163,16 @@ class Pass(ABC):
             counted = samples if self.own is None else max(0, min(samples, self.own - self.progress.samples))
             yield inputs, labels, counted
 
-    def _save(self, checkpoint: Checkpoint[Any]) -> None:
-        assert self._stream is not None
+    def _save(self, checkpoint: Checkpoint[M]) -> None:
         self.check()
-        self.progress.digest = self._stream.digest
-        self.save(checkpoint, replace(self.progress))
+        assert isinstance(self._batches_of, Stream)
+        self._batches_of.describe(self.progress)
+        checkpoint.save(*self.moments.contents(), replace(self.progress))
+
+
+def warn(message: str) -> None:
+    """A warning that names the line that called the library."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("discedit", "contextlib"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -1,13 +1,148 @@
-"""Data for several processes, every sample once."""
+"""Processes that share a pass: what they tell each other, as tensors, and data of which each reads its share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+import io
+from collections.abc import Callable, Iterator, Sized
+from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from discedit.common import validation
+from discedit.model.forward import map_tensors
+
+WORLD = "world"
+NOTHING, MORE, FAILED = 0, 1, 2  # what a process says of its next batch
+
+
+# The last work, kept until the next has ended. Whoever lets go of a work last frees its tensors, which takes Python's
+# lock. Were that gloo's thread when the main one ends the group, it would wait for the main one, which holds the lock
+# and waits for gloo's (seen with torch 2.13, where a script ends with a model in DistributedDataParallel).
+_last: list[dist.Work] = []
+
+
+class OtherFailed(RuntimeError):
+    """What a process raises because another one did."""
+
+
+class Group:
+    """The processes that share a pass; without one, this process alone.
+
+    Args:
+        op: what asks, for errors.
+        group: "world", a process group, or None.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised. ValueError: something else, or a group that this process is
+        not in.
+    """
+
+    def __init__(self, op: str, group: Any) -> None:
+        self.op = op
+        self.rank, self.size, self._group = 0, 1, None
+        if group is None:
+            return
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(f"{op}: torch.distributed must be initialised first.")
+        if group == WORLD:
+            group = dist.group.WORLD
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(f'{op}: group must be "world", a torch.distributed process group or None, got {group!r}.')
+        self._group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        """Tells the others, wherever they meet next, that this process has failed."""
+        if isinstance(error, Exception) and not isinstance(error, OtherFailed) and not self.alone:
+            self.agree(FAILED)
+            self.gather(f"{type(error).__name__}: {error}".encode())
+
+    @property
+    def alone(self) -> bool:
+        """No group was given. A group of one talks to itself, which shows that its engine works."""
+        return self._group is None
+
+    def agree(self, word: int) -> list[int]:
+        """One number of every process, in rank order."""
+        if self.alone:
+            return [word]
+        return [int(number) for number in self._gathered(torch.tensor([word], device=self._device))]
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every process's bytes, in rank order."""
+        if self.alone:
+            return [data]
+        sizes = self.agree(len(data))
+        padded = torch.zeros(max(1, *sizes), dtype=torch.uint8, device=self._device)
+        if data:
+            padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
+        parts = self._gathered(padded)
+        return [part[:size].cpu().numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+
+    def exchange(self, data: bytes) -> Iterator[bytes]:
+        """Every process's bytes, in rank order, one at a time, when all have said that they are done.
+
+        To be taken to the end: each is sent when the one before has been.
+
+        Raises:
+            RuntimeError: another process has failed.
+        """
+        if self.alone:
+            yield data
+            return
+        self.check(self.agree(NOTHING))
+        for rank, size in enumerate(self.agree(len(data))):
+            mine = rank == self.rank
+            sent = torch.empty(size, dtype=torch.uint8, device=self._device)
+            if mine:
+                sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            self._answer(dist.broadcast, sent, group_src=rank)
+            yield data if mine else sent.cpu().numpy().tobytes()
+
+    def check(self, words: list[int]) -> None:
+        """After `agree`.
+
+        Raises:
+            RuntimeError: another process has failed; the message holds its error.
+        """
+        if FAILED not in words:
+            return
+        errors = self.gather(b"")
+        rank = words.index(FAILED)
+        raise OtherFailed(f"{self.op}: process {rank} of {self.size} failed: {errors[rank].decode(errors='replace')}")
+
+    def first(self, words: list[int], inputs: Any) -> Any:
+        """What the first process that has a batch gives as its inputs."""
+        giver, file = words.index(MORE), io.BytesIO()
+        if giver == self.rank:
+            torch.save(map_tensors(inputs, lambda x: x.cpu().clone()), file)  # not all that a view is of
+        packed = self.gather(file.getvalue())[giver]
+        return torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
+
+    def _gathered(self, mine: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        self._answer(dist.all_gather, parts, mine)
+        return parts
+
+    def _answer(self, operation: Callable[..., dist.Work], *tensors: Any, **options: int) -> None:
+        """Runs it to its end."""
+        try:
+            work = operation(*tensors, **options, group=self._group, async_op=True)
+            try:
+                work.wait()
+            finally:
+                _last[:] = [work]
+        except RuntimeError as error:  # a process died, or the group's timeout is over
+            raise OtherFailed(
+                f"{self.op}: another process of {self.size} is gone or does not answer: {error}"
+            ) from error
 
 
 class ShardSampler(Sampler[int]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Classified:
         share["retain"] = -(-KEPT["retain"] // max(1, num_classes - len(forget)))
         quota = Quota({cls: share["forget" if cls in forget else "retain"] for cls in range(num_classes)})
         self._labelled: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
-        self._few: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
+        self._few: dict[tuple[str, int, int], list[tuple[Any, Tensor]]] = {}
         self._apart: dict[str, tuple[list[Any], HeldOut]] = {}
         self._means: dict[tuple[tuple[str, str], ...], dict[str, Tensor]] = {}
         found: dict[str, list[tuple[Any, Tensor]]] = {"forget": [], "retain": []}
@@ -75,32 +75,17 @@ class Classified:
         return [inputs for inputs, _ in self.labelled(kind, SAMPLES)]
 
     def kept_back(self, kind: str) -> tuple[list[Any], HeldOut]:
-        """Samples of a kind as a repair takes them, and others to check it on."""
+        """Samples of a kind as a repair takes them, and others to check it on: those behind, where there are some."""
         if kind not in self._apart:
             parts = self.parts(kind)
             number = held_out_of(sum(samples_of(self.op, part) for part in parts))
-            self._apart[kind] = kept_back(self.op, parts, self._behind(kind, number))
+            behind = self._first(kind, number, behind=SAMPLES)
+            further = None
+            if behind:
+                inputs, labels = _interleaved(behind)[0]  # of batches that cannot be joined, the first
+                further = chosen(inputs, torch.arange(min(number, len(labels))), len(labels))
+            self._apart[kind] = kept_back(self.op, parts, further)
         return self._apart[kind]
-
-    def _behind(self, kind: str, number: int) -> Any:
-        """So many samples, or fewer, as many of each class, behind those that `parts` takes; None where there are none.
-
-        Of batches that cannot be joined, the first.
-        """
-        classes = {label for _, labels in self.batches[kind] for label in labels.tolist()}
-        before, quota = (Quota(dict.fromkeys(classes, -(-most // len(classes)))) for most in (SAMPLES, number))
-        few = []
-        for inputs, labels in self.batches[kind]:
-            left = torch.ones(len(labels), dtype=torch.bool)
-            left[before.take(labels)] = False
-            places = left.nonzero()[:, 0]
-            places = places[quota.take(labels[places])]
-            if len(places):
-                few.append((chosen(inputs, places, len(labels)), labels[places]))
-        if not few:
-            return None
-        inputs, labels = _in_turn(few)[0]
-        return chosen(inputs, torch.arange(min(number, len(labels))), len(labels))
 
     def last(self, number: int) -> list[Any]:
         """So many samples of each kind, the last ones, which little else looks at."""
@@ -114,22 +99,25 @@ class Classified:
         """So many samples of a kind, as many of each class, with their labels, in parts."""
         key = (kind, most)
         if key not in self._labelled:
-            few = _in_turn(self._first(kind, most))
+            few = _interleaved(self._first(kind, most))
             inputs = calibration(self.op, self.model, few, self.trace)  # perhaps not of all
             sizes = [samples_of(self.op, part) for part in inputs]
             labels = torch.split(torch.cat([labels for _, labels in few])[: sum(sizes)], sizes)
             self._labelled[key] = list(zip(inputs, labels, strict=True))
         return self._labelled[key]
 
-    def _first(self, kind: str, most: int) -> list[tuple[Any, Tensor]]:
-        """The first samples of each class, as many of each as make up so many together."""
-        key = (kind, most)
+    def _first(self, kind: str, most: int, behind: int = 0) -> list[tuple[Any, Tensor]]:
+        """The first samples of each class, as many of each as make up so many together; behind the first so many."""
+        key = (kind, most, behind)
         if key not in self._few:
             classes = {label for _, labels in self.batches[kind] for label in labels.tolist()}
-            quota = Quota(dict.fromkeys(classes, -(-most // len(classes))))
+            before, quota = (Quota(dict.fromkeys(classes, -(-number // len(classes)))) for number in (behind, most))
             few = []
             for inputs, labels in self.batches[kind]:
-                places = quota.take(labels)
+                left = torch.ones(len(labels), dtype=torch.bool)
+                left[before.take(labels)] = False
+                places = left.nonzero()[:, 0]
+                places = places[quota.take(labels[places])]
                 if len(places):
                     few.append((chosen(inputs, places, len(labels)), labels[places]))
             self._few[key] = few
@@ -138,7 +126,7 @@ class Classified:
     @cached_property
     def trace(self) -> ModelTrace:
         """Of the model, on retained samples."""
-        return ModelTrace.of(self.model, _in_turn(self._first("retain", FEW))[0][0], windows=True)
+        return ModelTrace.of(self.model, _interleaved(self._first("retain", FEW))[0][0], windows=True)
 
     def means(self, places: Mapping[str, str]) -> dict[str, Tensor]:
         """Layer -> mean over retained samples and positions of what the module in that place gives: (channels,).
@@ -152,30 +140,24 @@ class Classified:
 
     def _measured(self, places: Mapping[str, str]) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
-        number: dict[str, int] = {}
+        number = dict.fromkeys(places, 0)
 
-        def note(layer: str) -> Any:
+        def add(layer: str, _: nn.Module, __: Any, output: Tensor) -> None:
             # By the layer: there are layer norms over the channels of maps that a convolution gives.
-            last = isinstance(self.model.get_submodule(layer), nn.Linear)
+            axis = output.ndim - 1 if isinstance(self.model.get_submodule(layer), nn.Linear) else 1
+            dims = [dim for dim in range(output.ndim) if dim != axis]
+            sums[layer] = sums.get(layer, torch.zeros(())) + output.sum(dims, dtype=torch.float64)
+            number[layer] += output.numel() // output.shape[axis]
 
-            def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-                axis = output.ndim - 1 if last else 1
-                dims = [dim for dim in range(output.ndim) if dim != axis]
-                sums[layer] = sums.get(layer, torch.zeros(())) + output.sum(dims, dtype=torch.float64)
-                number[layer] = number.get(layer, 0) + output.numel() // output.shape[axis]
-
-            return hook
-
-        handles = [
-            self.model.get_submodule(place).register_forward_hook(note(layer)) for layer, place in places.items()
-        ]
+        modules = {layer: self.model.get_submodule(place) for layer, place in places.items()}
+        handles = [module.register_forward_hook(partial(add, layer)) for layer, module in modules.items()]
         with hooked(handles), undisturbed(self.model):
             for inputs, _ in self._first("retain", MEANS):
                 call(self.model, inputs)
         return {layer: (total / number[layer]).cpu() for layer, total in sums.items()}
 
 
-def _in_turn(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
+def _interleaved(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
     """One batch, its classes in turn: however few of its first samples are used, they are as many of each.
 
     Batches that cannot be joined stay as they are.

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from discedit import ops
 from discedit.backends import arguments, select
 from discedit.common import files, validation
 from discedit.common.state import ClassMoments, State, VectorMoments
-from discedit.moments.group import WORLD, Group
+from discedit.moments.states import LayerStates
 
 Statistic = str | tuple[str, ...]
 Scale = float | dict[str, float] | None
@@ -24,7 +23,7 @@ READ_ONCE = "norm"  # what files say that do not name it
 GREATEST_EXPONENT = 350.0  # of exp(-scale t), whose square must stay within the range of float64
 
 
-class Moments(Mapping[str, State]):
+class Moments(LayerStates[State]):
     """Class-conditional moments of the components of a model's layers: a mapping from layer name to the layer's state.
 
     A state is a `ClassMoments` or, for the witness "vector", a `VectorMoments`.
@@ -49,6 +48,9 @@ class Moments(Mapping[str, State]):
         TypeError, ValueError: an argument is not one of its choices, or statistic or scale does not fit the witness.
     """
 
+    KIND = "moments"
+    EXTRAS = ("norms",)
+
     def __init__(
         self,
         num_classes: int,
@@ -59,6 +61,7 @@ class Moments(Mapping[str, State]):
         read: str = "consumer",
         backend: str = "auto",
     ) -> None:
+        super().__init__()
         op = "Moments"
         self.num_classes = validation.positive_integer(op, "num_classes", num_classes)
         self._statistics = arguments.statistics(op, statistic)
@@ -73,20 +76,6 @@ class Moments(Mapping[str, State]):
         self.read = validation.choice(op, "read", read, READS)
         self.backend = backend
         self.norms: dict[str, str] = {}
-        self._layers: dict[str, State] = {}
-
-    # A mapping of tensors has no equality of its own: identity, as for other owners of tensors.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    def __getitem__(self, layer: str) -> State:
-        return self._layers[layer]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
 
     def __repr__(self) -> str:
         channels = sum(state.channels for state in self.values())
@@ -194,55 +183,11 @@ class Moments(Mapping[str, State]):
     def _kind(self) -> type[State]:
         return VectorMoments if self.witness == "vector" else ClassMoments
 
-    def merge(self, other: Moments) -> Moments:
-        """Add the samples of `other` to this object, which is returned. Layers that only one side has are kept.
-
-        Raises:
-            ValueError: the two differ in classes, statistic, witness, scale or in where layers were read, or in a
-                layer's channels. Nothing is then merged.
-        """
-        mine, theirs = self.settings, other.settings
-        different = [name for name in mine if mine[name] != theirs[name]]
-        if different:
-            wanted, found = (", ".join(f"{name}={of[name]!r}" for name in different) for of in (mine, theirs))
-            raise ValueError(f"Moments.merge: other must have {wanted} like this object, it has {found}.")
-        merged = {}
-        for layer, state in other.items():
-            try:
-                own = self._layers.get(layer)
-                merged[layer] = state.clone() if own is None else ops.merge_moments(own, state, backend=self.backend)
-            except ValueError as error:
-                raise ValueError(f"Moments.merge: layer {layer!r}: {error}") from error
-        self._layers.update(merged)
-        self.norms.update(other.norms)
-        return self
+    def _merged(self, own: State, other: State) -> State:
+        return ops.merge_moments(own, other, backend=self.backend)
 
     def _like(self) -> Moments:
-        """One with the same settings and no layers."""
         return Moments(**self.settings, backend=self.backend)
-
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
-        """Merge the moments of all processes of a `torch.distributed` group, in rank order, on every process.
-
-        Every process ends with the same bits.
-
-        Args:
-            group: by default all processes.
-
-        Raises:
-            RuntimeError: no process group is initialised, or another process died, failed or came to no end in the
-                group's timeout. ValueError: the processes accumulated different things.
-        """
-        return self.reduce_in(Group("Moments.all_reduce", WORLD if group is None else group))
-
-    def reduce_in(self, group: Group, device: torch.device | None = None) -> Moments:
-        """`all_reduce`; layers that this process has not read come to the device."""
-        total = self._like()
-        group.total("moments", self, total)
-        devices = {layer: state.device for layer, state in self.items()}
-        self._layers = {layer: state.to(devices.get(layer, device or "cpu")) for layer, state in total.items()}
-        self.norms = total.norms
-        return self
 
     def rows(self, which: slice) -> Moments:
         """A copy with some of the classes alone, in their order."""
@@ -256,27 +201,6 @@ class Moments(Mapping[str, State]):
             sums = (tensor[..., which, :].clone() for tensor in state.tensors()[1:])
             part._layers[layer] = self._kind(state.count[which].clone(), *sums)
         return part
-
-    def to(self, device: torch.device | str) -> Moments:
-        """A copy on another device."""
-        copy = self._like()
-        copy.norms = dict(self.norms)
-        copy._layers = {layer: state.to(device) for layer, state in self.items()}
-        return copy
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, atomically."""
-        files.save_tensors(path, "moments", *self.contents())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Moments:
-        """Read what `save` wrote, bit for bit.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: a damaged or foreign file.
-        """
-        return cls.from_contents(*files.load_tensors(path, "moments"), path)
 
     def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Header and tensors of the file format."""

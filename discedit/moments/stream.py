@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import partial
 from hashlib import sha256
+from io import BytesIO
+from itertools import islice
 from typing import Any, TypeGuard
 
 import torch
@@ -12,52 +14,60 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from discedit.model.forward import map_tensors
+from discedit.moments.checkpoint import Progress
 
 EDGE = 64  # entries of a tensor, from its beginning, that its batch is known by
 
 
 class Stream:
-    """A loader's batches in their order, and a digest of those that were taken.
+    """A loader's batches in their order, from those on that an earlier run has not taken.
 
-    Of a `DataLoader` over a dataset with indices, batches that are passed over are not loaded; nor of a loader that has
-    a `batch_sampler`, and `with_batches(sampler)` to make another one.
+    A loader with `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader`) is put where it was. Of a
+    `DataLoader` over a dataset with indices, batches that are passed over are not loaded; nor of a loader that has a
+    `batch_sampler`, and `with_batches(sampler)` to make another one. All but the first are told by a digest of what
+    was taken whether they give the same batches again.
 
     Args:
         op: what asks, for errors.
         loader: as for `collect_moments`.
-        skip: batches to pass over, which an earlier run has taken.
-        digest: of those.
+        progress: of the earlier run.
+
+    Raises:
+        ValueError: other batches, or fewer.
     """
 
-    def __init__(self, op: str, loader: Iterable[Any], skip: int = 0, digest: str = "") -> None:
-        self.op, self.skip, self.expected = op, skip, digest
+    def __init__(self, op: str, loader: Iterable[Any], progress: Progress) -> None:
+        self.op, self.skip, self.expected = op, progress.batches, progress.digest
         self.taken = 0
         self._digests: list[str] = []  # of the first, of the first two, ...: workers draw ahead of what is taken
         self._hash = sha256()
-        self._loader, self._drawn = loader, False
+        self._loader, self._drawn, self._put = loader, False, False
+        self._state: Any = loader if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") else None
+        if self._state is not None and progress.loader is not None:
+            self._state.load_state_dict(torch.load(BytesIO(progress.loader.numpy().tobytes()), weights_only=True))
+            self._put = True
         remake = partial(remade, loader) if has_indices(loader) else getattr(loader, "with_batches", None)
         sampler = getattr(loader, "batch_sampler", None)
         if remake is not None and sampler is not None:
             self._loader, self._drawn = remake(_Drawn(self, sampler)), True
 
-    @property
-    def digest(self) -> str:
-        return self._digests[self.taken - 1] if self.taken else ""
+    def describe(self, progress: Progress) -> None:
+        """Notes where the loader stands."""
+        progress.digest = self._digests[self.taken - 1] if self.taken and not self._put else ""
+        if self._state is not None:
+            file = BytesIO()
+            torch.save(self._state.state_dict(), file)
+            progress.loader = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
 
     def __iter__(self) -> Iterator[Any]:
         source = iter(self._loader)
-        if not self._drawn:
-            while self.taken < self.skip:
-                try:
-                    batch = next(source)
-                except StopIteration:
-                    self._too_short()
+        if not self._drawn and not self._put:
+            for batch in islice(source, self.skip):
                 self._note(_trace(batch))
-                self.taken += 1
             self._compare()
         self.taken = self.skip
         for batch in source:
-            if not self._drawn:
+            if not self._drawn and not self._put:
                 self._note(_trace(batch))
             self.taken += 1
             yield batch
@@ -67,17 +77,14 @@ class Stream:
         self._digests.append(self._hash.hexdigest())
 
     def _compare(self) -> None:
-        if self.skip and self._digests[self.skip - 1] != self.expected:
+        """When as many batches were passed over as there are, or all that were to be."""
+        rule = f"{self.op}: loader must give the batches that it gave before the checkpoint,"
+        if len(self._digests) < self.skip:
+            raise ValueError(f"{rule} at least {self.skip}, it ends after {len(self._digests)}.")
+        if self.skip and self.expected and self._digests[self.skip - 1] != self.expected:
             raise ValueError(
-                f"{self.op}: loader must give the batches that it gave before the checkpoint, the first {self.skip} "
-                f"are others: a sampler that shuffles needs a generator with a seed."
+                f"{rule} the first {self.skip} are others: a sampler that shuffles needs a generator with a seed."
             )
-
-    def _too_short(self) -> None:
-        raise ValueError(
-            f"{self.op}: loader must give the batches that it gave before the checkpoint, at least {self.skip}, it "
-            f"ends after {len(self._digests)}."
-        )
 
 
 def has_indices(loader: Any) -> TypeGuard[DataLoader[Any]]:
@@ -91,17 +98,8 @@ def has_indices(loader: Any) -> TypeGuard[DataLoader[Any]]:
 
 def remade(loader: DataLoader[Any], batches: Any) -> DataLoader[Any]:
     """The same loader with other batches of indices."""
-    names = (
-        "num_workers",
-        "collate_fn",
-        "pin_memory",
-        "timeout",
-        "worker_init_fn",
-        "multiprocessing_context",
-        "generator",
-        "prefetch_factor",
-    )
-    return DataLoader(loader.dataset, batch_sampler=batches, **{name: getattr(loader, name) for name in names})
+    names = "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context generator prefetch_factor"
+    return DataLoader(loader.dataset, batch_sampler=batches, **{name: getattr(loader, name) for name in names.split()})
 
 
 class _Drawn:
@@ -119,7 +117,7 @@ class _Drawn:
             elif len(stream._digests) == stream.skip:
                 stream._compare()
         if len(stream._digests) < stream.skip:
-            stream._too_short()
+            stream._compare()
 
     def __len__(self) -> int:
         return max(0, len(self.sampler) - self.stream.skip)

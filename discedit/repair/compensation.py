@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from discedit.model.trace import ModelTrace
-from discedit.moments.calibration import matrix_of
+from discedit.moments.contributions import Contributions
+from discedit.moments.covariances import fits_of
+from discedit.moments.positions import matrix_of
 from discedit.repair.least_squares import Repairs
-from discedit.selection.contributions import Contributions
-from discedit.selection.importance import fits_of
 
 RIDGE = 1e-4
 
@@ -37,15 +37,9 @@ def compensated(
         trace: of the model before pruning.
         inputs: calibration images in parts.
     """
-    result = Repairs()
     after = trace.of_copy(edited)
-    names = []
-    for name in read:
-        why = after.why_not_fitted(name)
-        if why:
-            result.skipped[name] = why
-        else:
-            names.append(name)
+    result = Repairs(skipped={name: why for name in read if (why := after.why_not_fitted(name))})
+    names = [name for name in read if name not in result.skipped]
     fits = fits_of(model, names, inputs, trace)
     result.skipped |= dict.fromkeys(set(names) - set(fits), "it does not run just once per forward pass")
     for name, (fit, channels) in fits.items():
@@ -60,14 +54,7 @@ def compensated(
         missing = (whole[rows] * mean).sum((1, 2)) - (weight * mean[kept]).sum((1, 2))
         layer: Any = edited.get_submodule(name)
         result.set(name, f"{name}.weight", layer.weight, weight.view(layer.weight.shape))
-        norm = after.bias_norm(name)
-        if layer.bias is not None:
-            result.set(name, f"{name}.bias", layer.bias, layer.bias.detach().double().cpu() + missing)
-        else:
-            assert norm is not None
-            assert norm.running_mean is not None
-            place = f"{trace.norms[name]}.running_mean"
-            result.set(name, place, norm.running_mean, norm.running_mean.double().cpu() - missing)
+        result.shift(name, after, after.bias_norm(name), missing)
     return result
 
 

@@ -12,8 +12,7 @@ import math
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,11 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from discedit.model.forward import call, first_tensor, undisturbed, version_of
 from discedit.model.functional import LayersCalled
 from discedit.model.trace import ModelTrace, is_layer
-from discedit.moments.calibration import PARTS, HeldOut, Positions, Sums, matrix_of, scale_of
+from discedit.moments.calibration import PARTS, HeldOut, scale_of
+from discedit.moments.covariances import Fit, Sums
+from discedit.moments.positions import Positions, matrix_of
 from discedit.repair.lockstep import Pause, in_lockstep
 
 RIDGE = 1e-3
@@ -57,6 +59,16 @@ class Repairs:
         names = self.layers.setdefault(layer, [])
         if name not in names:
             names.append(name)
+
+    def shift(self, name: str, trace: ModelTrace, norm: nn.Module | None, missing: Tensor) -> None:
+        """Adds to the outputs of a layer, by its bias or else by the running mean of the batch norm behind it."""
+        layer: Any = trace.model.get_submodule(name)
+        place, tensor, sign = f"{name}.bias", layer.bias, 1
+        if tensor is None:
+            behind: Any = norm
+            place, tensor, sign = f"{trace.norms[name]}.running_mean", behind.running_mean, -1
+        first = self.before.get(place, tensor.detach())  # before anything was set
+        self.set(name, place, tensor, first + sign * missing.to(first.device))
 
     def drop(self, layer: str, why: str) -> None:
         """Forgets the repair of a layer."""
@@ -97,52 +109,87 @@ def repaired(
         protection: how much these count, all together, beside all of `inputs`.
         ignore: layers to leave as they are.
     """
-    result = Repairs()
-    readers = set(consumers)
-    after = trace.of_copy(edited)
-    names = []
+    result, after = Repairs(), trace.of_copy(edited)
+    names = _to_fit(trace, after, set(consumers), ignore, result)
+    norms = {name: after.bias_norm(name) for name in names}
+    fitter = _LayerFitter(op, after, norms, weights, silenced or {}, protection, result)
+    works = []
+    with undisturbed(model), undisturbed(edited):
+        for part, batch in enumerate([*inputs, *protected]):
+            protects = part >= len(inputs)
+            parts = len(protected if protects else inputs)
+            seed = part + (PARTS * len(names) - len(inputs) if protects else 0)  # another draw for each part
+            targets = {name: _Target(removed.get(name, ()), PARTS * i + seed, parts) for i, name in enumerate(names)}
+            with _Before(trace, targets):
+                call(model, batch)
+            works.append(partial(_pass_after, batch, targets, fitter, protects, after))
+        in_lockstep(op, works, fitter.fit)
+    return result
+
+
+def _to_fit(
+    trace: ModelTrace, after: ModelTrace, consumers: Collection[str], ignore: Collection[str], result: Repairs
+) -> list[str]:
+    """Layers from the first consumer on, in order; consumers that cannot be fitted are noted in the result."""
+    names: list[str] = []
     begun = False
-    for name in trace.in_order(name for name, module in edited.named_modules() if is_layer(module) or name in readers):
-        begun = begun or name in readers
+    layers = {name for name, module in after.model.named_modules() if is_layer(module)}
+    for name in trace.in_order(layers | set(consumers)):
+        begun = begun or name in consumers
         why = "it runs more than once per forward pass" if trace.runs[name] > 1 else after.why_not_fitted(name)
         if name in ignore:
             continue
         if begun and not why:
             names.append(name)
-        elif name in readers:
+        elif name in consumers:
             result.skipped[name] = why
-    works = []
-    fitted = _Fitted(op, after, names, weights, silenced or {}, protection, result)
-    with undisturbed(model), undisturbed(edited):
-        for part, batch in enumerate([*inputs, *protected]):
-            guards = part >= len(inputs)
-            parts = len(protected if guards else inputs)
-            first = PARTS * len(names) - len(inputs) if guards else 0  # of the seeds: another draw for each part
-            targets = {}
-            for i, name in enumerate(names):
-                positions = Positions(model.get_submodule(name), first + PARTS * i + part, parts)
-                targets[name] = _Target(positions, sorted(removed.get(name, ())))
-            with _Before(trace, targets):
-                call(model, batch)
-            works.append(partial(_pass_after, batch, targets, fitted, guards))
-        in_lockstep(op, works, fitted.meet)
-    return result
+    return names
 
 
-def _pass_after(batch: Any, targets: Mapping[str, _Target], fitted: _Fitted, guards: bool, pause: Pause) -> None:
-    after = _After(targets, fitted, guards, pause)
-    with torch.no_grad(), LayersCalled(fitted.model), after:  # this thread has modes of its own
-        call(fitted.model, batch)
+def ridge_regression(op: str, fit: Fit, weights: Tensor, ridge: float, guard: Tensor | None = None) -> Tensor:
+    """The weights (outputs, inputs) that give y from x, drawn towards the given ones.
+
+    Args:
+        op: what asks, for errors.
+        ridge: share of the mean variance of an input that is added to each; ten times as much as often as the system
+            is not positive definite in float64.
+        guard: second moments (inputs, inputs) of inputs for which the given weights are to stay right.
+
+    Raises:
+        ValueError: NaN or Inf in the moments.
+    """
+    if not bool(fit.xx.isfinite().all() and fit.yx.isfinite().all()):
+        raise ValueError(f"{op}: data must give finite feature maps, found NaN or Inf.")
+    variance = float(fit.xx.diagonal().mean())
+    if variance <= 0:  # nothing varies: nothing to learn
+        return weights
+    missing = fit.yx - weights @ fit.xx
+    eye = torch.eye(len(fit.xx), dtype=fit.xx.dtype, device=fit.xx.device)
+    system = fit.xx if guard is None else fit.xx + guard
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(system + ridge * variance * eye)
+        if not failed:
+            return weights + torch.cholesky_solve(missing.T, factor).T
+        ridge *= 10
+
+
+def _pass_after(
+    batch: Any, targets: Mapping[str, _Target], fitter: _LayerFitter, protects: bool, trace: ModelTrace, pause: Pause
+) -> None:
+    after = _After(trace, targets, fitter.guards if protects else fitter.sums, pause)
+    with torch.no_grad(), LayersCalled(after.model), after:  # this thread has modes of its own
+        call(after.model, batch)
     assert not after.waiting, f"their outputs were never added: {list(after.waiting)}"
 
 
 class _Target:
     """What a layer is to give at some positions, without its bias, and what then is added to it."""
 
-    def __init__(self, positions: Positions, gone: list[int]) -> None:
-        self.positions = positions
-        self.gone = gone
-        self.rows = torch.empty(0)
+    positions: Positions
+    rows: Tensor
+
+    def __init__(self, gone: Collection[int], seed: int, parts: int) -> None:
+        self.gone, self.seed, self.parts = set(gone), seed, parts
         self.added: Tensor | None = None
         self.shared = False  # read by something before it is added
         self.total: Tensor | None = None  # the sum of what it gives, behind its norm, and what is added
@@ -151,8 +198,7 @@ class _Target:
         """Without the outputs that the layer has lost."""
         if not self.gone:
             return rows
-        left = sorted(set(range(rows.shape[1])) - set(self.gone))
-        return rows[:, torch.tensor(left, device=rows.device)]
+        return rows[:, torch.tensor(sorted(set(range(rows.shape[1])) - self.gone), device=rows.device)]
 
 
 @dataclass(frozen=True)
@@ -165,63 +211,68 @@ class _Output:
     normed: bool  # goes into a batch norm
 
 
-class _Watch(TorchFunctionMode):
+class ActivationTracker(TorchFunctionMode):
     """Sees layers run, in a pass, and what their outputs, or those of the batch norms behind them, are added to."""
 
     def __init__(self, trace: ModelTrace, targets: Mapping[str, _Target]) -> None:
         super().__init__()
         self.trace, self.model, self.targets = trace, trace.model, targets
         self.norms = {name: trace.bias_norm(name) for name in targets}
-        self.affine = {name for name in targets if (norm := trace.norm_behind(name)) is not None and norm.is_affine}
         self.outputs: dict[int, _Output] = {}  # by identity
-        self.handles: list[Any] = []
-        self.thread = threading.get_ident()
+        self.repeating = False  # a layer runs once more, which nobody is told
+        self._affine = {name for name in targets if (norm := trace.norm_behind(name)) is not None and norm.is_affine}
+        self._handles: list[RemovableHandle] = []
+        self._thread = threading.get_ident()
 
     def __enter__(self) -> Any:
-        for name in self.targets:
-            self._hook(name)
+        for name, norm in self.norms.items():
+            layer = self.model.get_submodule(name)
+            self._handles.append(layer.register_forward_pre_hook(self._hook(partial(self.before, name))))
+            self._handles.append(layer.register_forward_hook(self._hook(partial(self._ran, name))))
+            if norm is not None and name in self._affine:  # behind an activation, a sum asks nothing of the layer
+                self._handles.append(norm.register_forward_hook(self._hook(partial(self._record, name, False))))
         return super().__enter__()  # type: ignore[no-untyped-call]
 
-    def _hook(self, name: str) -> None:
-        """Other passes over the same model have threads of their own."""
+    def _hook(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Of this pass alone: others over the same model have threads of their own."""
 
-        def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if threading.get_ident() == self.thread:
-                self.before(name, args[0])
+        def hook(_: nn.Module, args: tuple[Tensor, ...], *output: Tensor) -> None:
+            if threading.get_ident() == self._thread and not self.repeating:
+                function(args[0], *output)
 
-        def leave(_: nn.Module, __: Any, output: Tensor) -> None:
-            if threading.get_ident() == self.thread:
-                self.after(name, output)
-                self.note(name, output, normed=norm is not None)
-
-        def leave_norm(_: nn.Module, __: Any, output: Tensor) -> None:
-            if threading.get_ident() == self.thread:
-                self.note(name, output, normed=False)
-
-        layer = self.model.get_submodule(name)
-        self.handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
-        norm = self.norms[name]
-        if norm is not None and name in self.affine:  # behind an activation, a sum asks nothing of the layer
-            self.handles.append(norm.register_forward_hook(leave_norm))
+        return hook
 
     def __exit__(self, *exception: Any) -> None:
-        for handle in self.handles:
+        for handle in self._handles:
             handle.remove()
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def before(self, name: str, x: Tensor) -> None:
         """A layer is about to read x."""
 
-    def after(self, name: str, output: Tensor) -> None:
-        """A layer has given an output."""
+    def after(self, name: str, x: Tensor, output: Tensor) -> None:
+        """A layer has read x and given an output."""
 
-    def touches(self, name: str) -> None:
+    def on_use(self, name: str) -> None:
         """A layer's output is about to be read by something that is no addition."""
 
-    def meets(self, name: str, output: Tensor, other: Tensor) -> None:
+    def on_add(self, name: str, output: Tensor, other: Tensor) -> None:
         """A layer's output is about to be added to something."""
 
-    def note(self, name: str, output: Tensor, *, normed: bool) -> None:
+    def repeat(self, name: str, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """What a layer, and the norm behind it, now makes of x."""
+        self.repeating = True
+        try:
+            out: Tensor = self.model.get_submodule(name)(x)
+            return out if norm is None else norm(out)
+        finally:
+            self.repeating = False
+
+    def _ran(self, name: str, x: Tensor, output: Tensor) -> None:
+        self.after(name, x, output)
+        self._record(name, self.norms[name] is not None, x, output)
+
+    def _record(self, name: str, normed: bool, _: Tensor, output: Tensor) -> None:
         self.forget(name)
         self.outputs.pop(id(output), None)  # of a tensor that is gone: the order of the dict is that of the layers
         # What changes a tensor in place, such as an activation, makes it another one.
@@ -230,9 +281,9 @@ class _Watch(TorchFunctionMode):
             self.outputs[id(output)] = _Output(name, weakref.ref(output), version, normed)
 
     def forget(self, name: str) -> None:
-        self.outputs = {key: noted for key, noted in self.outputs.items() if noted.layer != name}
+        self.outputs = {key: known for key, known in self.outputs.items() if known.layer != name}
 
-    def noted(self, tensor: Tensor) -> _Output | None:
+    def known(self, tensor: Tensor) -> _Output | None:
         """What is known of it, if it is the output of a layer."""
         found = self.outputs.get(id(tensor))
         if found is None or found.tensor() is not tensor or found.version != version_of(tensor):
@@ -245,76 +296,70 @@ class _Watch(TorchFunctionMode):
         tensors = len(args) == 2 and all(isinstance(arg, Tensor) for arg in args) and not kwargs
         if func in _ADDITIONS and tensors and args[0].shape == args[1].shape:
             order = list(self.outputs)
-            known = [i for i in (0, 1) if self.noted(args[i]) is not None]
+            known = [i for i in (0, 1) if self.known(args[i]) is not None]
             if known:  # of two, the one that ran later: only then is the other what it will stay
                 mine = max(known, key=lambda i: order.index(id(args[i])))
-                self.meets(self.outputs.pop(id(args[mine])).layer, args[mine], args[1 - mine])
+                self.on_add(self.outputs.pop(id(args[mine])).layer, args[mine], args[1 - mine])
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and func not in _ADDITIONS:
             for arg in args:
-                noted = self.noted(arg) if isinstance(arg, Tensor) and arg is not result else None
-                if noted is not None and not (noted.normed and func is functional.batch_norm):
-                    self.touches(noted.layer)
+                used = self.known(arg) if isinstance(arg, Tensor) and arg is not result else None
+                if used is not None and not (used.normed and func is functional.batch_norm):
+                    self.on_use(used.layer)
         return result
 
 
-class _Before(_Watch):
+class _Before(ActivationTracker):
     """Over the model before pruning: notes what each layer gives; with `sums`, also the sums that it is added to."""
 
-    sums = False
+    def __init__(self, trace: ModelTrace, targets: Mapping[str, _Target], *, sums: bool = False) -> None:
+        super().__init__(trace, targets)
+        self.sums = sums
 
-    def after(self, name: str, output: Tensor) -> None:
+    def after(self, name: str, x: Tensor, output: Tensor) -> None:
         target = self.targets[name]
         layer: Any = self.model.get_submodule(name)
-        target.positions.draw(output)
-        rows = target.positions.of_output(output)
+        target.positions = Positions.drawn(layer, output, target.seed, target.parts)
+        rows = target.positions.outputs(output)
         target.rows = target.kept(rows if layer.bias is None else rows - layer.bias)
 
-    def touches(self, name: str) -> None:
+    def on_use(self, name: str) -> None:
         self.targets[name].shared = True
 
-    def meets(self, name: str, output: Tensor, other: Tensor) -> None:
+    def on_add(self, name: str, output: Tensor, other: Tensor) -> None:
         target = self.targets[name]
-        target.added = target.kept(target.positions.of_output(other))
+        target.added = target.kept(target.positions.outputs(other))
         if self.sums:
-            target.total = target.added + target.kept(target.positions.of_output(output))
+            target.total = target.added + target.kept(target.positions.outputs(output))
 
 
-class _After(_Watch):
+class _After(ActivationTracker):
     """Over the pruned model: has each layer fitted before it runs, or before its output is added."""
 
-    def __init__(self, targets: Mapping[str, _Target], fitted: _Fitted, guards: bool, pause: Pause) -> None:
-        super().__init__(fitted.trace, targets)
-        self.fitted, self.pause = fitted, pause
-        self.sums = fitted.guards if guards else fitted.sums
+    def __init__(self, trace: ModelTrace, targets: Mapping[str, _Target], sums: dict[str, Sums], pause: Pause) -> None:
+        super().__init__(trace, targets)
+        self.sums, self.pause = sums, pause
         self.waiting: dict[str, Tensor] = {}  # what layers read whose output is to be added
-        self.again = False
 
     def before(self, name: str, x: Tensor) -> None:
-        if self.again:
-            return
         target = self.targets[name]
         if target.added is None or target.shared:
             self._fit(name, x, target.rows)
         if target.added is not None:
             self.waiting[name] = x
 
-    def meets(self, name: str, output: Tensor, other: Tensor) -> None:
+    def on_add(self, name: str, output: Tensor, other: Tensor) -> None:
         if name not in self.waiting:
             return
-        x, target = self.waiting.pop(name), self.targets[name]
+        x, target, norm = self.waiting.pop(name), self.targets[name], self.norms[name]
         assert target.added is not None
-        missing = target.added - target.positions.of_output(other)
-        norm = self.norms[name]
+        missing = target.added - target.positions.outputs(other)
         if norm is not None:
             scale = scale_of(norm)
             useful = scale.abs() > LEAST_SCALE * scale.abs().max()
             missing = torch.where(useful, missing / scale, 0.0)
         self._fit(name, x, target.rows + missing)
-        self.again = True
-        out: Tensor = self.model.get_submodule(name)(x)
-        output.copy_(out if norm is None else norm(out))  # in place, as whatever holds it must see
-        self.again = False
+        output.copy_(self.repeat(name, x, norm))  # in place, as whatever holds it must see
         self.forget(name)
 
     def _fit(self, name: str, x: Tensor, target: Tensor) -> None:
@@ -322,46 +367,41 @@ class _After(_Watch):
         self.pause(name)
 
 
-class _Fitted:
-    """Gives a layer new weights when all passes have come to it."""
+@dataclass
+class _LayerFitter:
+    """Gives a layer new weights when all passes have come to it.
 
-    def __init__(
-        self,
-        op: str,
-        trace: ModelTrace,
-        names: Iterable[str],
-        weights: bool,
-        silenced: Mapping[str, list[int]],
-        protection: float,
-        result: Repairs,
-    ) -> None:
-        self.op, self.trace, self.model, self.weights = op, trace, trace.model, weights
-        self.behind = {name: trace.bias_norm(name) for name in names}  # before there are hooks
-        self.silenced, self.protection = silenced, protection
-        self.sums: dict[str, Sums] = {}
-        self.guards: dict[str, Sums] = {}
-        self.result = result
+    Attributes:
+        op: what asks, for errors.
+        trace: of the model that is repaired.
+        norms: layer -> the batch norm behind it that can take a bias; asked for before there are hooks.
+        weights, silenced, protection: as for `repaired`.
+        sums, guards: of samples to fit, and of protected ones.
+    """
 
-    def meet(self, name: str) -> None:
-        layer: Any = self.model.get_submodule(name)
+    op: str
+    trace: ModelTrace
+    norms: Mapping[str, nn.Module | None]
+    weights: bool
+    silenced: Mapping[str, list[int]]
+    protection: float
+    result: Repairs = field(default_factory=Repairs)
+    sums: dict[str, Sums] = field(default_factory=dict)
+    guards: dict[str, Sums] = field(default_factory=dict)
+
+    def fit(self, name: str) -> None:
+        layer: Any = self.trace.model.get_submodule(name)
         fit = self.sums.pop(name).fit()
         matrix = matrix_of(layer).double()
         silenced = self.silenced.get(name, [])
         if self.weights:
-            fitted = fit.solve(self.op, matrix, RIDGE, self._guard(name, fit.mean_x))
+            fitted = ridge_regression(self.op, fit, matrix, RIDGE, self._guard(name, fit.mean_x))
             fitted[silenced] = matrix[silenced]
             self.result.set(name, f"{name}.weight", layer.weight, fitted.view_as(layer.weight))
             matrix = matrix_of(layer).double()  # as the layer now has it
-        missing = fit.bias(matrix)  # beyond the layer's own, which is no part of the target
+        missing = fit.mean_y - matrix @ fit.mean_x  # beyond the layer's own bias, which is no part of the target
         missing[silenced] = 0
-        if layer.bias is not None:
-            self.result.set(name, f"{name}.bias", layer.bias, self._first(f"{name}.bias", layer.bias) + missing)
-            return
-        norm = self.behind[name]
-        assert norm is not None
-        assert norm.running_mean is not None
-        mean = f"{self.trace.norms[name]}.running_mean"
-        self.result.set(name, mean, norm.running_mean, self._first(mean, norm.running_mean) - missing)
+        self.result.shift(name, self.trace, self.norms[name], missing)
 
     def _guard(self, name: str, mean: Tensor) -> Tensor | None:
         """What a layer reads of protected samples, around what it reads of the others: (inputs, inputs)."""
@@ -371,10 +411,6 @@ class _Fitted:
         seen = sums.fit()
         shift = seen.mean_x - mean
         return self.protection * (seen.xx + torch.outer(shift, shift))
-
-    def _first(self, name: str, tensor: Tensor) -> Tensor:
-        """What the tensor was before anything was set."""
-        return self.result.before.get(name, tensor)
 
 
 def take_back(
@@ -406,47 +442,19 @@ def take_back(
     after = trace.of_copy(edited)
     with undisturbed(model), undisturbed(edited):
         while repairs.layers:
-            targets = {
-                name: _Target(Positions(model.get_submodule(name), i, PARTS), sorted(removed.get(name, ())))
-                for i, name in enumerate(repairs.layers)
-            }
-            before = _Before(trace, targets)
-            before.sums = sums
-            with before:
+            targets = {name: _Target(removed.get(name, ()), seed, PARTS) for seed, name in enumerate(repairs.layers)}
+            with _Before(trace, targets, sums=sums):
                 call(model, held_out.inputs)
-            check = _Check(op, after, targets, repairs, silenced or {}, held_out)
-            with check:
+            with _HeldOutCheck(op, after, targets, repairs, silenced or {}, held_out) as check:
                 call(edited, held_out.inputs)
             for name in [name for name in repairs.layers if name not in check.judged]:
                 check.put(name, repairs.before)
                 repairs.drop(name, f"its repair could not be checked: it does not run on {_named(held_out)}")
-            if not check.again_from_the_start:
+            if not check.stale:
                 return
 
 
-def _more(errors: Tensor, others: Tensor, rounding: float) -> bool:
-    """Whether squared errors of samples are larger than others: by a part of these, or by more than chance explains.
-
-    A fit that gains nothing gives now a little more, now a little less.
-    """
-    total, other = float(errors.sum()), float(others.sum())
-    if not math.isfinite(other) and math.isfinite(total):
-        return False
-    if math.sqrt(total) <= math.sqrt(other) + rounding:
-        return False
-    excess = errors - others
-    chance = CHANCE * float(excess.std()) * math.sqrt(len(excess)) if len(excess) > 1 else math.inf
-    return not (total <= MORE * other and total - other <= chance)
-
-
-def _named(held_out: HeldOut) -> str:
-    if not held_out.apart:
-        return "1 sample"
-    were = "sample that was" if held_out.samples == 1 else "samples that were"
-    return f"{held_out.samples} {were} not used to make it"
-
-
-class _Check(_Watch):
+class _HeldOutCheck(ActivationTracker):
     """Over the repaired model: compares each layer's error with its repair and without, and leaves what is better."""
 
     def __init__(
@@ -460,53 +468,50 @@ class _Check(_Watch):
     ) -> None:
         super().__init__(trace, targets)
         self.op, self.repairs, self.silenced, self.held_out = op, repairs, silenced, held_out
-        self.reads: dict[str, Tensor] = {}
         self.waiting: dict[str, Tensor] = {}  # what layers read whose output is to be added
         self.judged: set[str] = set()
-        self.again_from_the_start = False  # layers behind have read what has changed since
-        self.again = False
+        self.stale = False  # layers behind have read what has changed since
 
-    def before(self, name: str, x: Tensor) -> None:
-        if not self.again:
-            self.reads[name] = x
+    def __enter__(self) -> _HeldOutCheck:
+        super().__enter__()
+        return self
 
-    def after(self, name: str, output: Tensor) -> None:
-        if self.again or name not in self.repairs.layers:
+    def after(self, name: str, x: Tensor, output: Tensor) -> None:
+        if name not in self.repairs.layers:
             return
-        x = self.reads.pop(name)
-        if self.targets[name].total is not None:
+        target, norm = self.targets[name], self.norms[name]
+        if target.total is not None:
             self.waiting[name] = x
             return
-        target = self.targets[name]
         layer: Any = self.model.get_submodule(name)
-        bias, norm = self.repairs.before.get(f"{name}.bias", layer.bias), self.norms[name]
+        bias = self.repairs.before.get(f"{name}.bias", layer.bias)
         mean = None if norm is None else norm.running_mean
         first = None if norm is None else self.repairs.before.get(f"{self.trace.norms[name]}.running_mean", mean)
-        scale = torch.ones(()) if norm is None else scale_of(norm).float()
+        scale = (torch.ones(()) if norm is None else scale_of(norm).float()).to(target.rows)
 
         def error(given: Tensor) -> Tensor:
             """Of an output, with the tensors as they are; those of a norm behind count as constants."""
-            missing = target.positions.of_output(given) - target.rows
+            missing = target.positions.outputs(given) - target.rows
             if bias is not None:
                 missing = missing - bias
             elif mean is not None and first is not None:
                 missing = missing - (mean - first)
             return missing * scale.to(missing)
 
-        self._judge(name, x, output, error, target.rows * scale.to(target.rows))
+        self._judge(name, x, output, error, target.rows * scale)
 
-    def meets(self, name: str, output: Tensor, other: Tensor) -> None:
+    def on_add(self, name: str, output: Tensor, other: Tensor) -> None:
         if name not in self.waiting:
             return
-        target, norm = self.targets[name], self.norms[name]
-        total = target.total
+        target = self.targets[name]
+        total, added = target.total, target.positions.outputs(other)
         assert total is not None
-        added = target.positions.of_output(other)
-        x = self.waiting.pop(name)
-        worse = self._judge(
-            name, x, output, lambda given: target.positions.of_output(given) + added - total, total, behind=norm
-        )
-        self.again_from_the_start |= worse and target.shared
+
+        def error(given: Tensor) -> Tensor:
+            return target.positions.outputs(given) + added - total
+
+        worse = self._judge(name, self.waiting.pop(name), output, error, total, behind=self.norms[name])
+        self.stale |= worse and target.shared
         self.forget(name)
 
     def put(self, name: str, values: Mapping[str, Tensor]) -> None:
@@ -530,19 +535,16 @@ class _Check(_Watch):
                 f"{self.op}: data must give finite feature maps, what {name!r} gives of {_named(self.held_out)} holds "
                 "NaN or Inf."
             )
-        silent = self.silenced.get(name, [])  # no repair touches them
 
         def squares_of(rows: Tensor) -> Tensor:
             """Of each sample."""
             rows = rows.double()
-            rows[:, silent] = 0
-            return rows.square().view(len(self.targets[name].positions.chosen), -1).sum(1)
+            rows[:, self.silenced.get(name, [])] = 0  # no repair touches them
+            return rows.square().view(len(x), -1).sum(1)
 
         repaired = squares_of(error(output))
         self.put(name, self.repairs.before)
-        with self._repeating():
-            plain: Tensor = self.model.get_submodule(name)(x)
-            plain = plain if behind is None else behind(plain)
+        plain = self.repeat(name, x, behind)
         none = squares_of(error(plain))
         self.judged.add(name)
         units = ROUNDING if output.element_size() >= 4 else ROUNDING_OF_HALVES
@@ -552,21 +554,31 @@ class _Check(_Watch):
             return False
         output.copy_(plain)  # in place, as whatever holds it must see
         least = float(none.sum())
-        times = (
-            f"{float(repaired.sum()) / least:.3g} times the squared error of none"
-            if least
-            else "an error, none gave none,"
-        )
-        self.repairs.drop(name, f"its repair gave {times} on {_named(self.held_out)}")
+        share = f"{float(repaired.sum()) / least:.3g} times the squared error of none" if least else ""
+        self.repairs.drop(name, f"its repair gave {share or 'an error, none gave none,'} on {_named(self.held_out)}")
         return True
 
-    @contextmanager
-    def _repeating(self) -> Iterator[None]:
-        self.again = True
-        try:
-            yield
-        finally:
-            self.again = False
+
+def _more(errors: Tensor, others: Tensor, rounding: float) -> bool:
+    """Whether squared errors of samples are larger than others: by a part of these, or by more than chance explains.
+
+    A fit that gains nothing gives now a little more, now a little less.
+    """
+    total, other = float(errors.sum()), float(others.sum())
+    if not math.isfinite(other) and math.isfinite(total):
+        return False
+    if math.sqrt(total) <= math.sqrt(other) + rounding:
+        return False
+    excess = errors - others
+    chance = CHANCE * float(excess.std()) * math.sqrt(len(excess)) if len(excess) > 1 else math.inf
+    return not (total <= MORE * other and total - other <= chance)
+
+
+def _named(held_out: HeldOut) -> str:
+    if not held_out.apart:
+        return "1 sample"
+    were = "sample that was" if held_out.samples == 1 else "samples that were"
+    return f"{held_out.samples} {were} not used to make it"
 
 
 class Outputs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +11,12 @@ from torch import Tensor, nn
 
 from discedit.common import validation
 from discedit.graph.pruning_graph import KINDS, Components, Graph
-from discedit.model.forward import call, hooked, outside_modes, undisturbed
+from discedit.model.forward import outside_modes
 from discedit.model.sharded import unwrapped
 from discedit.model.trace import ModelTrace, components_in
-from discedit.moments.calibration import PARTS, Fit, Positions, Sums, calibrated, matrix_of, scale_of
+from discedit.moments.calibration import calibrated, scale_of
+from discedit.moments.covariances import Fit, fits_of
+from discedit.moments.positions import matrix_of
 from discedit.scoring.scores import REDUCTIONS, Scores
 from discedit.selection.candidates import Candidates
 
@@ -230,30 +231,6 @@ def fidelities(
         layer -> (components,) float64 in [0, 1], NaN where what is read is not finite; layer -> why there is none.
     """
     return _of_consumers(model, _fidelities_around_zero, {}, graph, counts, inputs, trace)
-
-
-def fits_of(model: nn.Module, names: Iterable[str], inputs: Any, trace: ModelTrace) -> dict[str, tuple[Fit, int]]:
-    """Moments of what layers read and give, and how many channels they read; of those that run just once.
-
-    Args:
-        inputs: calibration images in parts.
-    """
-    once = [name for name in trace.in_order(names) if trace.runs[name] == 1]
-    sums = {name: Sums() for name in once}
-    channels: dict[str, int] = {}
-    draws = {name: iter(range(PARTS * i, PARTS * (i + 1))) for i, name in enumerate(once)}
-
-    def read(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        positions = Positions(module, next(draws[name]), len(inputs))
-        positions.draw(output)
-        channels[name] = args[0].shape[positions.axis]
-        sums[name].add(positions, args[0], positions.of_output(output))
-
-    handles = [model.get_submodule(name).register_forward_hook(partial(read, name)) for name in once]
-    with hooked(handles), undisturbed(model):
-        for batch in inputs:
-            call(model, batch)
-    return {name: (sums.pop(name).fit(), channels[name]) for name in once}
 
 
 def _blocks(graph: Graph, layer: str, components: int) -> dict[str, list[list[int]]]:

@@ -1,0 +1,153 @@
+"""What one pass accumulates of each layer: mergeable, saved without pickle, the same on every process of a group."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from discedit.common import files
+from discedit.moments.distributed import WORLD, Group
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class LayerState(Protocol):
+    """What is known of one layer."""
+
+    @property
+    def mean(self) -> Tensor: ...
+    def clone(self) -> Any: ...
+    def to(self, device: torch.device | str, /) -> Any: ...
+
+
+S = TypeVar("S", bound=LayerState)
+
+
+class LayerStates(Mapping[str, S]):
+    """A mapping from layer name to the layer's state."""
+
+    KIND: ClassVar[str]  # of the files
+    EXTRAS: ClassVar[tuple[str, ...]]  # attributes beside the layers: dictionaries are joined, numbers add up
+
+    def __init__(self) -> None:
+        self._layers: dict[str, S] = {}
+
+    # A mapping of tensors has no equality of its own: identity, as for other owners of tensors.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __getitem__(self, layer: str) -> S:
+        return self._layers[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The arguments that the numbers depend on."""
+
+    @abstractmethod
+    def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Header and tensors of the file format."""
+
+    @classmethod
+    @abstractmethod
+    def from_contents(cls, header: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> Self:
+        """What has these contents."""
+
+    @abstractmethod
+    def _merged(self, own: S, other: S) -> S:
+        """Both states of a layer together."""
+
+    def _add_extras(self, other: Self) -> None:
+        for name in self.EXTRAS:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, mine | theirs if isinstance(mine, dict) else mine + theirs)
+
+    def _like(self) -> Self:
+        """One with the same settings and no layers."""
+        return type(self)(**self.settings)
+
+    def merge(self, other: Self) -> Self:
+        """Add the samples of `other` to this object, which is returned. Layers that only one side has are kept.
+
+        Raises:
+            ValueError: the two differ in settings, or in a layer's shape or weights. Nothing is then merged.
+        """
+        op, mine, theirs = f"{type(self).__name__}.merge", self.settings, other.settings
+        different = [name for name in mine if mine[name] != theirs[name]]
+        if different:
+            wanted, found = (", ".join(f"{name}={of[name]!r}" for name in different) for of in (mine, theirs))
+            raise ValueError(f"{op}: other must have {wanted} like this object, it has {found}.")
+        merged: dict[str, S] = {}
+        for layer, state in other.items():
+            try:
+                merged[layer] = self._merged(self._layers[layer], state) if layer in self else state.clone()
+            except ValueError as error:
+                raise ValueError(f"{op}: layer {layer!r}: {error}") from error
+        self._layers.update(merged)
+        self._add_extras(other)
+        return self
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
+        """Merge those of all processes of a `torch.distributed` group, in rank order; all end with the same bits.
+
+        Args:
+            group: by default all processes.
+
+        Raises:
+            RuntimeError: no process group is initialised, or another process died, failed or came to no end in the
+                group's timeout.
+            ValueError: the processes accumulated different things.
+        """
+        return self.reduce_in(Group(f"{type(self).__name__}.all_reduce", WORLD if group is None else group))
+
+    def reduce_in(self, group: Group, device: torch.device | None = None) -> Self:
+        """`all_reduce`; layers that this process has not read come to the device."""
+        total = self._like()
+        refused: ValueError | None = None
+        for rank, data in enumerate(group.exchange(files.to_bytes(self.KIND, *self.contents(), sealed=False))):
+            source = f"rank {rank}"
+            try:
+                total.merge(self.from_contents(*files.from_bytes(data, self.KIND, source), source))
+            except ValueError as error:  # the others still wait for the rest
+                refused = refused or error
+        if refused is not None:
+            raise refused
+        devices = {layer: state.mean.device for layer, state in self.items()}
+        self._layers = {layer: state.to(devices.get(layer, device or "cpu")) for layer, state in total.items()}
+        for name in self.EXTRAS:
+            setattr(self, name, getattr(total, name))
+        return self
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on another device."""
+        copy = self._like()
+        copy._add_extras(self)
+        copy._layers = {layer: state.to(device) for layer, state in self.items()}
+        return copy
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, atomically."""
+        files.save_tensors(path, self.KIND, *self.contents())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote, bit for bit.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a damaged or foreign file.
+        """
+        return cls.from_contents(*files.load_tensors(path, cls.KIND), path)
