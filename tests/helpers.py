@@ -6,6 +6,7 @@ import ctypes
 import mmap
 from typing import TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +15,9 @@ from discedit.backends import triton_interprets
 from discedit.common.state import ClassMoments, State, VectorMoments
 
 BACKENDS = ["cpp", "reference"]
-# What has `pool` and `class_moments` on CPU tensors. Where there is a GPU, Triton compiles for it: tests/test_gpu.py.
-POOLING_BACKENDS = [*BACKENDS, "triton"] if triton_interprets() else BACKENDS
+# What has `pool` and `class_moments` on CPU tensors. Triton's interpreter takes a hundred times as long for the same;
+# where there is a GPU, Triton compiles for it: tests/test_gpu.py.
+POOLING_BACKENDS = [*BACKENDS, pytest.param("triton", marks=pytest.mark.slow)] if triton_interprets() else BACKENDS
 Kind = TypeVar("Kind", ClassMoments, VectorMoments)
 
 

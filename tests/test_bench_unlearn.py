@@ -12,8 +12,6 @@ from benchmarks import bench_unlearn
 from benchmarks.bench_unlearn import MISSING, Bench, Loaded, Log, Row, Setting, Subject
 from discedit import zoo
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CLASS = 3
 
 

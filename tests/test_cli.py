@@ -19,7 +19,6 @@ from discedit.cli import data as _images
 from discedit.cli.main import main
 from discedit.evaluation.evaluate import accuracy_per_class
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = ["--model", "discedit.zoo:DigitsNet"]
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 

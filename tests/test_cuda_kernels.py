@@ -35,10 +35,10 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 @pytest.fixture(scope="session")
-def cuda(tmp_path_factory):
+def cuda(made_once):
     if cuda_on_host.compiler() is None:
         pytest.skip("needs g++ to compile the kernels for the host")
-    return cuda_on_host.build(tmp_path_factory.mktemp("cuda_on_host"))
+    return cuda_on_host.load(made_once("cuda_on_host", cuda_on_host.compile_in))
 
 
 @pytest.fixture(params=["0", "1", "7"], ids=["ascending", "descending", "shuffled"])

@@ -18,10 +18,7 @@ from discedit.editing.concept_erasure import RIDGE, erased
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.model.trace import ModelTrace
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 MODULE = importlib.import_module("discedit.editing.unlearn")
 EACH, REST, MOST_OF_REST = 128, 256, 1024  # samples that directions are found on, as docs say

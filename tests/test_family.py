@@ -720,19 +720,16 @@ def test_moments_that_are_not_finite_are_nan_and_stay_where_they_are(backend, bo
 
 def test_all_pairs_give_the_same_bits_for_any_number_of_threads():
     x, labels, classes = maps(samples=400, channels=203)
-    try:
-        for bound, witness in CELLS:
-            state = state_of(x, labels, classes, witness)
-            options = {"bound": bound, "witness": witness, "backend": "cpp", **OPTIONS.get(bound, {})}
-            results = []
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                results.append((ops.one_vs_one(state, **options), ops.pairwise_mean(state, **options)))
-            for result in results[1:]:
-                for one, two in zip(result, results[0], strict=True):
-                    assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0))
-    finally:
-        torch.set_num_threads(2)
+    for bound, witness in CELLS:
+        state = state_of(x, labels, classes, witness)
+        options = {"bound": bound, "witness": witness, "backend": "cpp", **OPTIONS.get(bound, {})}
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append((ops.one_vs_one(state, **options), ops.pairwise_mean(state, **options)))
+        for result in results[1:]:
+            for one, two in zip(result, results[0], strict=True):
+                assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0))
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from discedit import backends, ops
 from discedit.backends import library
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SEVERAL = ("mean", "max", "l2")
 
 

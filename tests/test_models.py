@@ -17,8 +17,6 @@ transformers = pytest.importorskip("transformers")
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 INNER = ("filters", "neurons", "heads")
 ALL = (*INNER, "stream")
 SIZE = 32

@@ -13,8 +13,6 @@ from discedit import unlearn
 from discedit.scoring.scores import Scores
 from discedit.selection.ranking import rank, retain_damage, taken
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CLASSES = 5
 WIDTHS = {"0": 7, "2": 5, "4": 9}
 

@@ -11,8 +11,6 @@ from discedit import Moments, Recipe, collect_moments, score, unlearn, zoo
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.moments.forget_retain import MEANS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_forgets_the_class_and_keeps_the_rest(trained, digit_scores):
     model, _, test = trained
