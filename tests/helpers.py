@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -32,6 +34,21 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.function(self, x)
+
+
+def all_pairs(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Few rows, a value of each axis in each, in which every value meets every value of every other axis."""
+
+    def pairs(row: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
+        return set(itertools.combinations(enumerate(row), 2))
+
+    values = [list(axis) for axis in axes]
+    rows = list(itertools.product(*(range(len(axis)) for axis in values)))
+    missing, chosen = set().union(*map(pairs, rows)), []
+    while missing:
+        chosen.append(max(rows, key=lambda row: len(pairs(row) & missing)))
+        missing -= pairs(chosen[-1])
+    return [tuple(axis[i] for axis, i in zip(values, row, strict=True)) for row in chosen]
 
 
 def hostile_maps() -> dict[str, Tensor]:

@@ -52,27 +52,31 @@ def claims(source: Path) -> dict[str, Claim]:
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """What ptxas says of each source, all architectures in one run of nvcc, two runs at a time."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+def reports(made_once):
+    """What ptxas says of each source."""
+    if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
-    folder = tmp_path_factory.mktemp("nvcc")
+    folder = made_once("nvcc", compile_all)
+    return {source: (folder / f"{source.stem}.txt").read_text() for source in SOURCES}
+
+
+def compile_all(folder):
+    """All architectures in one run of nvcc, two runs at a time."""
     options = ["-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-c", "-Werror", "all-warnings"]
     for architecture in ARCHITECTURES:
         options += ["-gencode", f"arch=compute_{architecture[3:]},code={architecture}"]
-    waiting, running, said = list(SOURCES), [], {}
+    waiting, running = list(SOURCES), []
     while waiting or running:
         while waiting and len(running) < 2:
             source = waiting.pop(0)
-            command = [nvcc, *options, str(source), "-o", str(folder / f"{source.stem}.o")]
+            command = ["nvcc", *options, str(source), "-o", str(folder / f"{source.stem}.o")]
             running.append(
                 (source, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
             )
         source, process = running.pop(0)
-        said[source] = process.communicate()[0]
-        assert process.returncode == 0, f"{source.name}: {said[source]}"
-    return said
+        said = process.communicate()[0]
+        assert process.returncode == 0, f"{source.name}: {said}"
+        (folder / f"{source.stem}.txt").write_text(said)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -133,13 +137,22 @@ def test_rows_are_read_16_bytes_at_a_time(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def module(tmp_path_factory):
+def module(made_once):
     """discedit._cuda as setup.py has CMake build it, for one architecture."""
-    import pybind11
-
     if shutil.which("nvcc") is None or shutil.which("cmake") is None:
         pytest.skip("needs nvcc and cmake")
-    folder = tmp_path_factory.mktemp("cmake")
+    path = next((made_once("cmake", build_module) / "installed").glob("_cuda.*"))
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)  # also where there is neither GPU nor driver
+    return loaded
+
+
+def build_module(folder):
+    import pybind11
+
     configure = [
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -156,13 +169,6 @@ def module(tmp_path_factory):
     for step in steps:
         done = subprocess.run(["cmake", *step], cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    path = next((folder / "installed").glob("_cuda.*"))
-    spec = importlib.util.spec_from_file_location("_cuda", path)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)  # also where there is neither GPU nor driver
-    return loaded
 
 
 def test_the_module_needs_no_cuda_libraries(module):

@@ -65,14 +65,28 @@ def run_in(unpacked: Path, code: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    modes = {"DISCEDIT_BUILD": "require", "DISCEDIT_CUDA": "off"}  # tests/test_cuda_build.py builds `_cuda`
-    return build(tmp_path_factory.mktemp("built"), **modes)[0]
+def built(made_once):
+    """Without optimisation, in a quarter of the time: nothing here depends on it."""
+
+    def make(folder):
+        launcher = folder / "unoptimised"
+        launcher.write_text('#!/bin/sh\nexec "$@" -O0\n')
+        launcher.chmod(0o755)
+        modes = {"DISCEDIT_BUILD": "require", "DISCEDIT_CUDA": "off"}  # tests/test_cuda_build.py builds `_cuda`
+        said = build(folder, **modes, CMAKE_ARGS=f"-DCMAKE_CXX_COMPILER_LAUNCHER={launcher}")[1]
+        assert (folder / "unpacked").is_dir(), said
+
+    return made_once("built", make) / "unpacked"
 
 
 @pytest.fixture(scope="module")
-def without_compiler(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("plain"), CXX="no-such-compiler", DISCEDIT_BUILD="auto")
+def without_compiler(made_once):
+    def make(folder):
+        said = build(folder, CXX="no-such-compiler", DISCEDIT_BUILD="auto")[1]
+        (folder / "said.txt").write_text(said)
+
+    folder = made_once("without_compiler", make)
+    return folder / "unpacked", (folder / "said.txt").read_text()
 
 
 def test_the_wheel_holds_everything(built):
