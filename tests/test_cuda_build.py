@@ -79,6 +79,7 @@ def compile_all(folder):
         (folder / f"{source.stem}.txt").write_text(said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_kernels_keep_what_their_comments_claim(reports, source):
     claimed, seen = claims(source), set()
@@ -113,6 +114,7 @@ def test_claims_are_those_of_the_launch_bounds(source):
         assert {claim.threads for claim in kernels.values()} == {number}
 
 
+@pytest.mark.slow
 def test_rows_are_read_16_bytes_at_a_time(tmp_path):
     """The chunk that a thread loads must stay one instruction."""
     nvcc = shutil.which("nvcc")
@@ -171,6 +173,7 @@ def build_module(folder):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_module_needs_no_cuda_libraries(module):
     needed = subprocess.run(["readelf", "-d", module.__file__], capture_output=True, text=True, check=False)
     if needed.returncode:
@@ -180,6 +183,7 @@ def test_the_module_needs_no_cuda_libraries(module):
     assert not any("cuda" in line or "torch" in line for line in libraries)
 
 
+@pytest.mark.slow
 def test_the_module_refuses_cpu_memory(module):
     out = torch.zeros(1, 2, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="pool: x must be in CUDA memory, got DLPack device type 1"):
@@ -188,6 +192,7 @@ def test_the_module_refuses_cpu_memory(module):
         module.pool(out.numpy(), 1, ["mean"], to_dlpack(out), None, 0)
 
 
+@pytest.mark.slow
 def test_an_error_of_cuda_names_the_op(module):
     """Without a device the first call fails; with one, there is nothing to see here."""
     from test_cuda_kernels import on_device

@@ -70,6 +70,7 @@ def trained_once():
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [name for name, path in PAGES.items() if blocks(path, "python")])
 def test_examples_of_a_page_run(page, tmp_path, monkeypatch, trained_once):
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ from benchmarks import fuzz
 from discedit import Moments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "cases"),
     [("moments", 80), ("scores", 80), ("second", 600), ("recipe", 80), ("labels", 60), ("command", 60)],
@@ -20,6 +21,7 @@ def test_damage_ends_in_a_documented_way(kind, cases):
     assert len(ends) > 1  # not all alike
 
 
+@pytest.mark.slow
 def test_cases_repeat():
     assert fuzz.run(range(40), 3, {"labels": 1}) == fuzz.run(range(40), 3, {"labels": 1})
 

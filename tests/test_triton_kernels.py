@@ -373,6 +373,7 @@ for ones in ((), ("taps", "size", "channels", "spans", "patches")):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_every_kernel_compiles_ahead_of_time(target, tmp_path):
     """In a process of its own: here the interpreter takes the place of the compiler."""
