@@ -51,6 +51,13 @@ def all_pairs(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
     return [tuple(axis[i] for axis, i in zip(values, row, strict=True)) for row in chosen]
 
 
+def mostly_slow(rows: Iterable[Any], quick: int = 1) -> list[Any]:
+    """Parameters of which `make test` takes the first `quick` alone."""
+    rows = [row if isinstance(row, tuple) else (row,) for row in rows]
+    slow = [pytest.param(*row, marks=pytest.mark.slow) for row in rows[quick:]]
+    return [*(pytest.param(*row) for row in rows[:quick]), *slow]
+
+
 def hostile_maps() -> dict[str, Tensor]:
     """Feature maps chosen to break a reader: offsets, signs, types, and views of every kind."""
     generator = torch.Generator().manual_seed(0)
