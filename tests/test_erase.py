@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import Net
+from helpers import Net, all_pairs
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -169,9 +169,7 @@ def twin(layer, x, labels, classes, factor):
     return weight + change, -sum(read[:, :, entry] @ mean for entry in range(read.shape[2])), bounds
 
 
-@pytest.mark.parametrize("factor", [0, 0.5, -0.5])
-@pytest.mark.parametrize("classes", [[2], [0, 2, 4]], ids=str)
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(("name", "classes", "factor"), all_pairs(READERS, [[2], [0, 2, 4]], [0, 0.5, -0.5]), ids=str)
 def test_one_layer_as_numpy_has_it(name, classes, factor):
     model, x, labels = reader(name)
     edited, result = erase(model, ["layer"], [(x, labels)], classes, factor)

@@ -416,10 +416,11 @@ class TestDegenerate:
         expected = {"fisher": 4 / 6, "robust": 4 / 6, "minimax": 0.8, "minimax_published": (2 / (2**0.5 + 2)) ** 2}
         assert value == pytest.approx(expected.get(bound, 1.0), rel=1e-12)
 
-    @pytest.mark.parametrize("variance", [1e-300, 1e-100, 1e100, 1e300])
-    def test_extreme_variances(self, bound, backend, variance):
-        value = self.value(bound, backend, [math.sqrt(variance)], [[variance]], [0.0], [[variance]])
-        assert value == pytest.approx(self.value(bound, backend, [1.0], [[1.0]], [0.0], [[1.0]]), rel=1e-9)
+    def test_extreme_variances(self, bound, backend):
+        expected = self.value(bound, backend, [1.0], [[1.0]], [0.0], [[1.0]])
+        for variance in (1e-300, 1e-100, 1e100, 1e300):
+            value = self.value(bound, backend, [math.sqrt(variance)], [[variance]], [0.0], [[variance]])
+            assert value == pytest.approx(expected, rel=1e-9)
 
     def test_variances_of_extreme_ratio(self, bound, backend):
         cov = [[1e-300, 0.0], [0.0, 1e300]]

@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 import vision_ops  # noqa: F401
+from helpers import all_pairs
 from torch import nn
 
 from discedit import unlearn
@@ -102,9 +103,7 @@ LIMITS = [
 ]
 
 
-@pytest.mark.parametrize("limit", LIMITS, ids=str)
-@pytest.mark.parametrize("sign", ["up", "any"])
-@pytest.mark.parametrize("by", ["score", "specific"])
+@pytest.mark.parametrize(("limit", "by", "sign"), all_pairs(LIMITS, ["score", "specific"], ["up", "any"]), ids=str)
 def test_limits_against_brute_force(limit, by, sign):
     model = network()
     units = {layer: [[row] for row in range(width)] for layer, width in WIDTHS.items()}

@@ -4,6 +4,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from helpers import all_pairs
 from torch import nn
 from torch.nn import functional
 
@@ -240,7 +241,7 @@ def batched(x, labels, size=100):
 
 
 WITH_BIAS = [name for name in FRONTS if not name.endswith("without weights")]
-CASES = [(name, factor, around) for name in WITH_BIAS for factor in (0, 0.5, -1) for around in ("zero", "mean")]
+CASES = all_pairs(WITH_BIAS, (0, 0.5, -1), ("zero", "mean"))
 CASES += [("convolution and batch norm without weights", factor, "zero") for factor in (0, 0.5, -1)]
 
 
