@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import BACKENDS
+from helpers import BACKENDS, mostly_slow
 from torch import nn
 
 from benchmarks import bench_validity as oracles
@@ -42,7 +42,7 @@ def tensors(*values):
 # ---- validity -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", mostly_slow(BACKENDS))
 @pytest.mark.parametrize("d", [1, 2, 3, 8])
 def test_no_bound_exceeds_the_exact_total_variation(backend, d):
     generator = torch.Generator().manual_seed(d)
@@ -58,7 +58,7 @@ def test_no_bound_exceeds_the_exact_total_variation(backend, d):
                 assert float((bound - exact).max()) <= 1e-9, (name, atoms)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", mostly_slow(BACKENDS))
 def test_no_bound_of_a_state_exceeds_the_exact_total_variation(backend):
     generator = torch.Generator().manual_seed(0)
     for atoms in oracles.ATOMS:
