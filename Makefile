@@ -3,21 +3,26 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+WORKERS := -n 2 --dist worksteal
 NATIVE := find csrc -name '*.?pp' -o -name '*.cu'
 SOURCES := $(shell $(NATIVE)) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint format bench docs gpu-wheel clean
+.PHONY: demo test test-all lint format bench docs gpu-wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/discedit demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS) -m 'not slow'
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest $(WORKERS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy discedit kernels
+	$(BIN)/python tests/lint_docs.py
 	{ $(NATIVE); echo tests/cuda_on_host/cuda_runtime.h; } | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.installed

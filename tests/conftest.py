@@ -3,47 +3,47 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker of pytest-xdist has one core; read when torch is imported
 
 import pytest
 import torch
 import vision_ops  # noqa: F401  (before anything imports torchvision)
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the Triton kernels then run on CPU tensors; read when imported
 
 from discedit import collect_moments, score, zoo
 
-INTERPRETED = ("test_pool.py", "test_class_moments.py")  # cases that the same tests also run on the other backends
-EVERY = 1 if "DISCEDIT_ALL_TESTS" in os.environ else 3
 
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Triton's interpreter takes a third of all the time: of the cases that other backends run as well, every third."""
-    if "TRITON_INTERPRET" not in os.environ:
-        return
-    cases = [item for item in items if item.path.name in INTERPRETED and "triton" in item.name]
-    left_out = {item for index, item in enumerate(cases) if index % EVERY}
-    config.hook.pytest_deselected(items=list(left_out))
-    items[:] = [item for item in items if item not in left_out]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> Iterator[None]:
-    """Or as many as OMP_NUM_THREADS says: beside other work, one."""
+@pytest.fixture(autouse=True)
+def _threads():
+    """A test may change how many threads torch takes."""
     before = torch.get_num_threads()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     yield
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def one_thread(_two_threads: None) -> Iterator[None]:
-    """For networks so small that more threads only wait for each other, on a busy machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once(name, make)`: the folder that `make` fills, in one worker of pytest-xdist, for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                folder.mkdir(exist_ok=True)
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")

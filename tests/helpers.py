@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +28,9 @@ from discedit.backends import triton_interprets
 from discedit.common.state import ClassMoments, State, VectorMoments
 
 BACKENDS = ["cpp", "reference"]
-# What has `pool` and `class_moments` on CPU tensors. Where there is a GPU, Triton compiles for it: tests/test_gpu.py.
-POOLING_BACKENDS = [*BACKENDS, "triton"] if triton_interprets() else BACKENDS
+# What has `pool` and `class_moments` on CPU tensors. Triton's interpreter takes a hundred times as long for the same;
+# where there is a GPU, Triton compiles for it: tests/test_gpu.py.
+POOLING_BACKENDS = [*BACKENDS, pytest.param("triton", marks=pytest.mark.slow)] if triton_interprets() else BACKENDS
 Kind = TypeVar("Kind", ClassMoments, VectorMoments)
 
 
@@ -41,6 +45,28 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.function(self, x)
+
+
+def all_pairs(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Few rows, a value of each axis in each, in which every value meets every value of every other axis."""
+
+    def pairs(row: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
+        return set(itertools.combinations(enumerate(row), 2))
+
+    values = [list(axis) for axis in axes]
+    rows = list(itertools.product(*(range(len(axis)) for axis in values)))
+    missing, chosen = set().union(*map(pairs, rows)), []
+    while missing:
+        chosen.append(max(rows, key=lambda row: len(pairs(row) & missing)))
+        missing -= pairs(chosen[-1])
+    return [tuple(axis[i] for axis, i in zip(values, row, strict=True)) for row in chosen]
+
+
+def mostly_slow(rows: Iterable[Any], quick: int = 1) -> list[Any]:
+    """Parameters of which `make test` takes the first `quick` alone."""
+    rows = [row if isinstance(row, tuple) else (row,) for row in rows]
+    slow = [pytest.param(*row, marks=pytest.mark.slow) for row in rows[quick:]]
+    return [*(pytest.param(*row) for row in rows[:quick]), *slow]
 
 
 def hostile_maps() -> dict[str, Tensor]:

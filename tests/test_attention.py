@@ -20,8 +20,6 @@ from discedit.model.forward import undisturbed
 from discedit.model.functional import attend
 from discedit.model.size import count_macs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WIDTH, HEADS = 12, 4
 
 

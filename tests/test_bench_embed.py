@@ -7,6 +7,8 @@ from benchmarks import bench_embed
 from benchmarks._common import Log
 from benchmarks.bench_prune import Bench
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.data
 def test_compares_and_writes(cifar, monkeypatch, tmp_path):

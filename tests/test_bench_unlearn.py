@@ -12,8 +12,7 @@ from benchmarks import bench_unlearn
 from benchmarks.bench_unlearn import MISSING, Bench, Loaded, Log, Row, Setting, Subject
 from discedit import zoo
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
+pytestmark = pytest.mark.slow
 CLASS = 3
 
 

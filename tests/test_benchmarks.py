@@ -9,6 +9,7 @@ from benchmarks import bench_cifar, bench_prune
 from benchmarks._common import Log
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_bench_cifar_writes_its_tables(cifar):
     text = bench_cifar.report(["resnet20"], train=300, test=200, repeats=2)
@@ -17,6 +18,7 @@ def test_bench_cifar_writes_its_tables(cifar):
     assert text.count("| resnet20 |") == 1 + 10 + 6
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_bench_prune_measures_once_and_writes_what_it_measured(cifar, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_prune, "HERE", tmp_path)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers import BACKENDS
+from helpers import BACKENDS, mostly_slow
 
 from discedit import ops
 
@@ -39,7 +39,7 @@ def random_values(pairs, atoms, generator):
     return torch.where(kind == 3, t + 50, t)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", mostly_slow(BACKENDS))
 def test_never_exceeds_the_exact_total_variation(backend):
     generator = torch.Generator().manual_seed(20240)
     pairs_seen = 0

@@ -273,6 +273,7 @@ def _killed(folder, out):
     collect_moments(network(), batches(), 4, checkpoint=folder, checkpoint_every=0).save(out)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_killed_at_any_moment(tmp_path):
     """Ten kills at moments spread over the pass, then to the end."""

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ CLASSES = 6
 MAPS = hostile_maps()
 EPSILON = torch.finfo(torch.float64).eps
 NAMES = ("mean", "l2", "absmax", "max")
+VECTORS = [("mean",), NAMES, ("sum", "l2", "rms", "absmax", "max", "positive_fraction", "mean")]
 
 
 def scoring(backend):
@@ -63,10 +66,10 @@ def test_matches_the_exact_moments(backend, name):
 
 @pytest.mark.parametrize("backend", POOLING_BACKENDS)
 @pytest.mark.parametrize("statistic", ["sum", "l2", "rms", "absmax", "max", "positive_fraction"])
-@pytest.mark.parametrize("witness", ["quadratic", "linear"])
-def test_is_pool_then_the_moments_of_a_vector_of_numbers(backend, statistic, witness):
+def test_is_pool_then_the_moments_of_a_vector_of_numbers(backend, statistic):
     """The map is pooled (test_pool.py), and what is pooled is folded as features without axes are (above)."""
-    for name in ("plain", "channels_last", "bfloat16 channels_last", "sliced", "float16", "features"):
+    names = ("plain", "channels_last", "bfloat16 channels_last", "sliced", "float16", "features")
+    for name, witness in zip(names, itertools.cycle(["quadratic", "linear"])):
         x, labels = MAPS[name], labels_for(12)
         ours = ops.class_moments(x, labels, CLASSES, statistic=statistic, witness=witness, backend=backend)
         pooled = ops.pool(x, statistic=statistic, backend=backend)
@@ -114,11 +117,9 @@ def exact_vector(pooled, labels):
 
 
 @pytest.mark.parametrize("backend", POOLING_BACKENDS)
-@pytest.mark.parametrize(
-    "names", [("mean",), NAMES, ("sum", "l2", "rms", "absmax", "max", "positive_fraction", "mean")]
-)
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize(("name", "names"), [*zip(MAPS, itertools.cycle(VECTORS))])
 def test_vector_matches_its_definition(backend, names, name):
+    """The map is pooled before it is folded: of each map one vector, of each vector many maps."""
     if backend == "triton" and name == "many channels":
         pytest.skip("a minute in the interpreter; the work has the shape of 'channels_last'")
     x = MAPS[name]
@@ -276,12 +277,9 @@ def test_no_samples_change_nothing(backend):
 def test_same_bits_for_any_number_of_threads(options):
     x, labels = torch.randn(600, 300, 4, 4), torch.randint(0, 9, (600,))
     states = []
-    try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            states.append(ops.class_moments(x, labels, 9, backend="cpp", **options))
-    finally:
-        torch.set_num_threads(2)
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        states.append(ops.class_moments(x, labels, 9, backend="cpp", **options))
     assert all(same_bits(states[0], other) for other in states[1:])
 
 

@@ -20,7 +20,6 @@ from discedit.cli.main import main
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.evaluation.relearning import Relearning
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = ["--model", "discedit.zoo:DigitsNet"]
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -468,6 +467,7 @@ def test_every_sample_goes_to_one_rank(place, tmp_path, monkeypatch):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_gives_what_one_rank_gives(place, scored, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "discedit"]
     run = subprocess.run(
@@ -486,6 +486,7 @@ def test_torchrun_gives_what_one_rank_gives(place, scored, tmp_path):
         torch.testing.assert_close(ours[layer], whole[layer], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_makes_the_others_end_with_4(place, tmp_path):
     (tmp_path / "dying.py").write_text(
         "import os, signal\nfrom discedit import zoo\n"

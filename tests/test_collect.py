@@ -492,8 +492,9 @@ def test_views_in_another_order_are_left_out(first):
         assert list(collect_moments(net, loader, 2)) == ["neck"]
 
 
-@pytest.mark.parametrize("length", [2, 3, 4, 5, 8, 16])
-@pytest.mark.parametrize("batch", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("length", "batch"), [(2, 1), (2, 2), (3, 3), (4, 2), (4, 8), (5, 3), (8, 8), (16, 4), (16, 8)]
+)
 def test_samples_on_the_second_axis(length, batch):
     """A sequence may be as long as a batch, or several times as long."""
     torch.manual_seed(0)

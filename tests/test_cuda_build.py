@@ -52,29 +52,34 @@ def claims(source: Path) -> dict[str, Claim]:
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """What ptxas says of each source, all architectures in one run of nvcc, two runs at a time."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+def reports(made_once):
+    """What ptxas says of each source."""
+    if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
-    folder = tmp_path_factory.mktemp("nvcc")
+    folder = made_once("nvcc", compile_all)
+    return {source: (folder / f"{source.stem}.txt").read_text() for source in SOURCES}
+
+
+def compile_all(folder):
+    """All architectures in one run of nvcc, two runs at a time."""
     options = ["-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-c", "-Werror", "all-warnings"]
     for architecture in ARCHITECTURES:
         options += ["-gencode", f"arch=compute_{architecture[3:]},code={architecture}"]
-    waiting, running, said = list(SOURCES), [], {}
+    waiting, running = list(SOURCES), []
     while waiting or running:
         while waiting and len(running) < 2:
             source = waiting.pop(0)
-            command = [nvcc, *options, str(source), "-o", str(folder / f"{source.stem}.o")]
+            command = ["nvcc", *options, str(source), "-o", str(folder / f"{source.stem}.o")]
             running.append(
                 (source, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
             )
         source, process = running.pop(0)
-        said[source] = process.communicate()[0]
-        assert process.returncode == 0, f"{source.name}: {said[source]}"
-    return said
+        said = process.communicate()[0]
+        assert process.returncode == 0, f"{source.name}: {said}"
+        (folder / f"{source.stem}.txt").write_text(said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_kernels_keep_what_their_comments_claim(reports, source):
     claimed, seen = claims(source), set()
@@ -109,6 +114,7 @@ def test_claims_are_those_of_the_launch_bounds(source):
         assert {claim.threads for claim in kernels.values()} == {number}
 
 
+@pytest.mark.slow
 def test_rows_are_read_16_bytes_at_a_time(tmp_path):
     """The chunk that a thread loads must stay one instruction."""
     nvcc = shutil.which("nvcc")
@@ -133,13 +139,22 @@ def test_rows_are_read_16_bytes_at_a_time(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def module(tmp_path_factory):
+def module(made_once):
     """discedit._cuda as setup.py has CMake build it, for one architecture."""
-    import pybind11
-
     if shutil.which("nvcc") is None or shutil.which("cmake") is None:
         pytest.skip("needs nvcc and cmake")
-    folder = tmp_path_factory.mktemp("cmake")
+    path = next((made_once("cmake", build_module) / "installed").glob("_cuda.*"))
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)  # also where there is neither GPU nor driver
+    return loaded
+
+
+def build_module(folder):
+    import pybind11
+
     configure = [
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -156,15 +171,9 @@ def module(tmp_path_factory):
     for step in steps:
         done = subprocess.run(["cmake", *step], cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    path = next((folder / "installed").glob("_cuda.*"))
-    spec = importlib.util.spec_from_file_location("_cuda", path)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)  # also where there is neither GPU nor driver
-    return loaded
 
 
+@pytest.mark.slow
 def test_the_module_needs_no_cuda_libraries(module):
     needed = subprocess.run(["readelf", "-d", module.__file__], capture_output=True, text=True, check=False)
     if needed.returncode:
@@ -174,6 +183,7 @@ def test_the_module_needs_no_cuda_libraries(module):
     assert not any("cuda" in line or "torch" in line for line in libraries)
 
 
+@pytest.mark.slow
 def test_the_module_refuses_cpu_memory(module):
     out = torch.zeros(1, 2, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="pool: x must be in CUDA memory, got DLPack device type 1"):
@@ -182,6 +192,7 @@ def test_the_module_refuses_cpu_memory(module):
         module.pool(out.numpy(), 1, ["mean"], to_dlpack(out), None, 0)
 
 
+@pytest.mark.slow
 def test_an_error_of_cuda_names_the_op(module):
     """Without a device the first call fails; with one, there is nothing to see here."""
     from test_cuda_kernels import on_device

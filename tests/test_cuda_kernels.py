@@ -10,7 +10,7 @@ from functools import partial
 import cuda_on_host
 import pytest
 import torch
-from helpers import before_the_end_of_memory, hostile_maps, labels_for, poisoned, same_bits
+from helpers import all_pairs, before_the_end_of_memory, hostile_maps, labels_for, poisoned, same_bits
 from test_patch_moments import (
     CONSTANTS,
     NOT_FINITE,
@@ -32,16 +32,21 @@ STATISTICS = ("mean", "sum", "l2", "rms", "absmax", "max", "positive_fraction")
 CLASSES = 6
 MAPS = hostile_maps()
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
 @pytest.fixture(scope="session")
-def cuda(tmp_path_factory):
+def cuda(made_once):
     if cuda_on_host.compiler() is None:
         pytest.skip("needs g++ to compile the kernels for the host")
-    return cuda_on_host.build(tmp_path_factory.mktemp("cuda_on_host"))
+    return cuda_on_host.load(made_once("cuda_on_host", cuda_on_host.compile_in))
 
 
-@pytest.fixture(params=["0", "1", "7"], ids=["ascending", "descending", "shuffled"])
+ORDERS = ["0", "1", "7"]  # ascending, descending, shuffled
+INDIRECT = {"indirect": ["order_of_threads"]}
+
+
+@pytest.fixture(params=ORDERS)
 def order_of_threads(request, monkeypatch):
     monkeypatch.setenv("CUDA_ON_HOST_ORDER", request.param)
 
@@ -122,15 +127,13 @@ def assert_pooled(ours, x, statistics, channel_axis=1):
     assert bool((excess <= 0).all()), f"off by {excess.max():.3e} too much"
 
 
-@pytest.mark.parametrize("statistics", [("mean",), ("rms", "mean"), ("max", "mean"), STATISTICS], ids="-".join)
 @pytest.mark.parametrize("name", MAPS)
-def test_pool_of_hostile_maps(cuda, name, statistics):
-    assert_pooled(pool(cuda, MAPS[name], statistics), MAPS[name], statistics)
+def test_pool_of_hostile_maps(cuda, name):
+    for statistics in (("mean",), ("rms", "mean"), ("max", "mean"), STATISTICS):
+        assert_pooled(pool(cuda, MAPS[name], statistics), MAPS[name], statistics)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [1, 3, 8, 65, 200])
-@pytest.mark.parametrize("tokens", [1, 2, 7, 50, 197])
+@pytest.mark.parametrize(("dtype", "channels", "tokens"), all_pairs(DTYPES, [1, 3, 8, 65, 200], [1, 2, 7, 50, 197]))
 def test_pool_of_tokens(cuda, dtype, channels, tokens):
     x = torch.randn(3, tokens, channels, generator=torch.Generator().manual_seed(0)).to(dtype)
     for maps in (x, x[:, 1:] if tokens > 1 else x, x[:, ::3], x[..., : channels // 2 + 1]):
@@ -149,8 +152,7 @@ def test_pool_of_rows_of_every_length(cuda, dtype, size):
         assert torch.equal(pool(cuda, x, STATISTICS), pool(cuda, x.clone(), STATISTICS))  # alignment leaves no trace
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "memory_format", "order_of_threads"), all_pairs(DTYPES, FORMATS, ORDERS), **INDIRECT)
 def test_few_long_maps_are_cut_into_spans(cuda, dtype, memory_format, order_of_threads):
     x = torch.randn(1, 3, 233, 301, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0, 1] = -x[0, 1].abs() - 1
@@ -174,9 +176,7 @@ def test_every_16_bit_value_widens_exactly(cuda, dtype, columns):
     torch.testing.assert_close(ours, expected, rtol=2 * EPSILON, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("size", [1, 3, 40])
+@pytest.mark.parametrize(("dtype", "memory_format", "size"), all_pairs(DTYPES, FORMATS, [1, 3, 40]))
 def test_nan_stays_in_its_map_and_infinity_counts(cuda, dtype, memory_format, size):
     clean = torch.randn(2, 5, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = pool(cuda, clean.contiguous(memory_format=memory_format), STATISTICS)
@@ -258,11 +258,14 @@ def empty(statistics, classes, channels):
     return VectorMoments.empty(statistics, classes, channels)
 
 
-@pytest.mark.parametrize("ordered", [True, False])
-@pytest.mark.parametrize("offset", [0.0, 1e4, -1e8])
-@pytest.mark.parametrize("dimension", [0, 1, 2, 3, 4, 5, 7, 8])
-@pytest.mark.parametrize(("samples", "channels"), [(1, 1), (12, 33), (37, 5), (600, 3), (300, 70)])
-def test_fold_matches_the_reference(cuda, samples, channels, dimension, offset, ordered):
+@pytest.mark.parametrize(
+    ("shape", "dimension", "offset", "ordered"),
+    all_pairs(
+        [(1, 1), (12, 33), (37, 5), (600, 3), (300, 70)], [0, 1, 2, 3, 4, 5, 7, 8], [0.0, 1e4, -1e8], [True, False]
+    ),
+)
+def test_fold_matches_the_reference(cuda, shape, dimension, offset, ordered):
+    samples, channels = shape
     pooled, labels = features(samples, channels, max(1, dimension), offset), labels_for(samples, CLASSES)
     ours, exact = poisoned(empty(dimension, CLASSES, channels)), empty(dimension, CLASSES, channels)
     for repeat in range(2):  # the second time into what was seen before
@@ -434,9 +437,9 @@ def same_solver(bound, given):
     return out
 
 
-@pytest.mark.parametrize("bound", ["fisher", "minimax"])
-@pytest.mark.parametrize("d", [1, 2, 3, 4, 5, 7, 8])
-@pytest.mark.parametrize("pairs", [0, 1, 64, 150])
+@pytest.mark.parametrize(
+    ("bound", "d", "pairs"), all_pairs(["fisher", "minimax"], [1, 2, 3, 4, 5, 7, 8], [0, 1, 64, 150])
+)
 def test_bound_matches_the_reference(cuda, bound, d, pairs):
     given = [tensor.contiguous() for tensor in laws(pairs, d)]
     out = nan(pairs)
@@ -452,7 +455,8 @@ def test_bound_matches_the_reference(cuda, bound, d, pairs):
 
 # ---- one against the rest, and every pair ---------------------------------------------------------------------------
 
-CASES = [(bound, witness) for bound in ("fisher", "minimax") for witness in ("linear", "quadratic", "vector")]
+WITNESSES = ["linear", "quadratic", "vector"]
+CASES = [(bound, witness) for bound in ("fisher", "minimax") for witness in WITNESSES]
 
 
 def moments_of(witness, classes, channels, samples=None, dimension=3, empty_classes=True):
@@ -473,10 +477,12 @@ def moments_of(witness, classes, channels, samples=None, dimension=3, empty_clas
     return state
 
 
-@pytest.mark.parametrize(("bound", "witness"), CASES)
-@pytest.mark.parametrize(("classes", "channels"), [(1, 3), (2, 1), (9, 40), (16, 5), (17, 150), (70, 3)])
-def test_one_vs_rest_matches_the_reference(cuda, bound, witness, classes, channels):
-    state = moments_of(witness, classes, channels)
+@pytest.mark.parametrize(
+    ("bound", "witness", "shape"),
+    all_pairs(["fisher", "minimax"], WITNESSES, [(1, 3), (2, 1), (9, 40), (16, 5), (17, 150), (70, 3)]),
+)
+def test_one_vs_rest_matches_the_reference(cuda, bound, witness, shape):
+    state = moments_of(witness, *shape)
     exact = reference.one_vs_rest(state, Rule(bound), witness)
     ours = one_vs_rest(cuda, poisoned_where_empty(state), bound, witness)
     torch.testing.assert_close(ours, exact, rtol=1e-8, atol=1e-11, equal_nan=True)
@@ -494,15 +500,17 @@ def test_vectors_of_every_dimension(cuda, bound, dimension):
     assert torch.equal(pairs[1:], first[1:])
 
 
-@pytest.mark.parametrize(("bound", "witness"), CASES)
-@pytest.mark.parametrize(("classes", "channels"), [(1, 3), (2, 1), (9, 40), (65, 4), (140, 2)])
-def test_pairwise_min_matches_the_reference(cuda, bound, witness, classes, channels):
-    state = moments_of(witness, classes, channels)
+@pytest.mark.parametrize(
+    ("bound", "witness", "shape"),
+    all_pairs(["fisher", "minimax"], WITNESSES, [(1, 3), (2, 1), (9, 40), (65, 4), (140, 2)]),
+)
+def test_pairwise_min_matches_the_reference(cuda, bound, witness, shape):
+    state = moments_of(witness, *shape)
     values, pairs = pairwise_min(cuda, poisoned_where_empty(state), bound, witness)
     least, first = reference.pairwise_min(state, Rule(bound), witness)
     torch.testing.assert_close(values, least, rtol=1e-8, atol=1e-11, equal_nan=True)
     if int((state.count > 0).sum()) < 2:
-        assert pairs.tolist() == [[-1, -1]] * channels
+        assert pairs.tolist() == [[-1, -1]] * shape[1]
         return
     assert bool((pairs[:, 0] < pairs[:, 1]).all())
     assert pairs[0].tolist() == first[0].tolist() == state.count.nonzero()[:2, 0].tolist()  # of equals, the first
@@ -546,9 +554,7 @@ def assert_exact(ours, x, kernel_size, positions=None, **options):
     assert_right(ours, x.double(), kernel_size, positions, **options)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize(("dtype", "memory_format", "name"), all_pairs(DTYPES, FORMATS, WINDOWS))
 def test_patch_moments_are_their_definition(cuda, dtype, memory_format, name):
     (kernel_size, options), shape = WINDOWS[name]
     x = batch(shape, dtype, memory_format)
@@ -561,9 +567,11 @@ def test_patch_moments_of_hostile_maps(cuda, name):
     assert_exact(patch_moments(cuda, x, 3, padding=1), x, 3, padding=1)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("kernel_size", [1, 3, 5])
-@pytest.mark.parametrize("places", [None, [0, 1599, 40, 40], list(range(0, 1600, 7))])
+@pytest.mark.parametrize(
+    ("memory_format", "kernel_size", "places", "order_of_threads"),
+    all_pairs(FORMATS, [1, 3, 5], [None, [0, 1599, 40, 40], list(range(0, 1600, 7))], ORDERS),
+    **INDIRECT,
+)
 def test_patch_moments_are_cut_into_spans(cuda, kernel_size, memory_format, places, order_of_threads):
     x = batch((9, 40, 40), torch.float32, memory_format, samples=3)
     positions = None if places is None else torch.tensor(places)
@@ -577,7 +585,7 @@ def test_patch_moments_are_cut_into_spans(cuda, kernel_size, memory_format, plac
     assert all(torch.equal(a, b) for a, b in zip(ours[1:], again[1:], strict=True))
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("kernel_size", [1, 3, 4])
 def test_patch_moments_do_not_depend_on_the_order_of_threads(cuda, kernel_size, memory_format, monkeypatch):
     x, results = batch((40, 13, 11), torch.bfloat16, memory_format), []
@@ -589,14 +597,14 @@ def test_patch_moments_do_not_depend_on_the_order_of_threads(cuda, kernel_size, 
         assert torch.equal(scatter, results[0][2])
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("channels", [3, 20])
 def test_patch_moments_that_are_not_finite_stay_with_their_taps(cuda, memory_format, value, channels):
     assert_stays(partial(patch_moments, cuda), batch((channels, 6, 6), torch.float32, memory_format), value)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("value", CONSTANTS)
 def test_patch_moments_of_a_constant_channel(cuda, value, memory_format):
     assert_constant(partial(patch_moments, cuda), torch.full((7, 9, 6, 5), value).to(memory_format=memory_format))

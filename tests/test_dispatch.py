@@ -120,6 +120,7 @@ def test_an_unknown_level_is_refused():
     assert "DISCEDIT_INSTRUCTION_SET must be one of baseline" in run("avx1024").stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.system() != "Linux", reason="cross-compiles from Linux")
 def test_compiles_for_aarch64(tmp_path):
     """NEON cannot run here, but every source must compile for it, without warnings."""

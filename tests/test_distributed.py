@@ -418,7 +418,6 @@ def test_nests_of_tensors_travel_whole():
     assert torch.equal(back["c"], nest["c"])
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_real_images_by_two_processes(cifar, tmp_path):
     """Blocks of a batch: the features are the same bits, and the moments differ by the order of merging alone."""
     model, _, _ = cifar

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import Net, unlearn_with
+from helpers import Net, all_pairs, unlearn_with
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -18,10 +18,7 @@ from discedit.editing.concept_erasure import RIDGE, erased
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.model.trace import ModelTrace
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 MODULE = importlib.import_module("discedit.editing.unlearn")
 EACH, REST, MOST_OF_REST = 128, 256, 1024  # samples that directions are found on, as docs say
@@ -172,9 +169,7 @@ def twin(layer, x, labels, classes, factor):
     return weight + change, -sum(read[:, :, entry] @ mean for entry in range(read.shape[2])), bounds
 
 
-@pytest.mark.parametrize("factor", [0, 0.5, -0.5])
-@pytest.mark.parametrize("classes", [[2], [0, 2, 4]], ids=str)
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(("name", "classes", "factor"), all_pairs(READERS, [[2], [0, 2, 4]], [0, 0.5, -0.5]), ids=str)
 def test_one_layer_as_numpy_has_it(name, classes, factor):
     model, x, labels = reader(name)
     edited, result = erase(model, ["layer"], [(x, labels)], classes, factor)

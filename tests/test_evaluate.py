@@ -28,8 +28,6 @@ from discedit.evaluation.membership import (
 from discedit.evaluation.outputs import Outputs, gather
 from discedit.evaluation.probes import linear_cka
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CLASS = 3
 
 

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
+pytestmark = pytest.mark.slow
 
 
 def test_finetune():
     path = EXAMPLES / "finetune.py"
-    assert len(path.read_text().splitlines()) <= 60
     command = [sys.executable, "-W", "error", str(path), "--epochs", "6"]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     accuracies = [float(number) for number in re.findall(r": ([\d.]+) %", result.stdout)]
@@ -23,7 +25,6 @@ def test_finetune():
 
 def test_forget_and_finetune():
     path = EXAMPLES / "forget_and_finetune.py"
-    assert len(path.read_text().splitlines()) <= 60
     command = [sys.executable, "-W", "error", str(path)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     before, edited, tuned = (

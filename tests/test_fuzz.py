@@ -9,18 +9,20 @@ from benchmarks import fuzz
 from discedit import Moments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "cases"),
     [("moments", 80), ("scores", 80), ("second", 600), ("recipe", 80), ("labels", 60), ("command", 60)],
 )
-def test_damage_ends_in_a_documented_way(one_thread, kind, cases):
+def test_damage_ends_in_a_documented_way(kind, cases):
     ends, faults = fuzz.run(range(cases), seed=1, kinds={kind: 1})
     assert not faults, "\n".join(faults)
     assert sum(ends.values()) == cases
     assert len(ends) > 1  # not all alike
 
 
-def test_cases_repeat(one_thread):
+@pytest.mark.slow
+def test_cases_repeat():
     assert fuzz.run(range(40), 3, {"labels": 1}) == fuzz.run(range(40), 3, {"labels": 1})
 
 
@@ -41,7 +43,7 @@ def test_a_change_that_nobody_notices_is_found(tmp_path):
         fuzz.must_say(data, len(text).to_bytes(8, "little") + text + rest)
 
 
-def test_a_case_that_hangs_or_crashes_is_a_fault(one_thread, monkeypatch):
+def test_a_case_that_hangs_or_crashes_is_a_fault(monkeypatch):
     def crash(*_):
         raise TypeError("unsupported operand")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import hostile_maps, labels_for, poisoned_state, poisoned_vector, same_bits
+from helpers import all_pairs, hostile_maps, labels_for, poisoned_state, poisoned_vector, same_bits
 from test_patch_moments import WINDOWS, assert_right, batch
 from torch import nn
 
@@ -163,10 +163,10 @@ def test_pairwise_min_small(poison, backend, bound):
     assert torch.equal(pairs.cpu(), expected[1])
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize(
+    ("backend", "name", "dtype", "memory_format"),
+    all_pairs(KERNELS, WINDOWS, [torch.bfloat16, torch.float32], [torch.contiguous_format, torch.channels_last]),
+)
 def test_patch_moments_small(poison, backend, name, dtype, memory_format):
     needs(backend, "patch_moments")
     (kernel_size, options), shape = WINDOWS[name]

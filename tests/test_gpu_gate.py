@@ -19,6 +19,7 @@ import torch
 from benchmarks.gpu import __main__ as gate_program
 from benchmarks.gpu import gate, install, plan, programs, report, table
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 STEPS = (plan.Step("smoke", 20, ""), plan.Step("ceilings", 20, ""))
 FAKE = """
@@ -366,14 +367,16 @@ def test_the_plan_takes_six_minutes_and_names_every_step():
 
 
 @pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory):
+def rehearsed(made_once):
     """The report of a whole rehearsal, and its file."""
-    folder = tmp_path_factory.mktemp("rehearsal")
+    (path,) = made_once("rehearsal", rehearse).glob("*.json")
+    return json.loads(path.read_text()), path
+
+
+def rehearse(folder):
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--installed", "--out", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    (path,) = folder.glob("*.json")
-    return json.loads(path.read_text()), path
 
 
 def test_the_rehearsal_runs_every_step_on_every_backend(rehearsed):

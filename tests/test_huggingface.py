@@ -19,6 +19,7 @@ from discedit.recipes.recipe import Operation, architecture_of
 
 transformers = pytest.importorskip("transformers")
 
+HERE = Path(__file__).parent
 IMAGES = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(12) % 3
 
@@ -186,8 +187,7 @@ def cases(tmp_path_factory):
             (folder / "stock").touch()
     code = "import vision_ops\n" + textwrap.dedent(SCRIPT)
     command = [sys.executable, "-c", code, str(root), str(torch.get_num_threads())]
-    here = Path(__file__).parent
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"})
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}"})
     for name, case in found.items():
         case.after = load_file(root / name / "out")
     return found, root

@@ -65,16 +65,31 @@ def run_in(unpacked: Path, code: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    modes = {"DISCEDIT_BUILD": "require", "DISCEDIT_CUDA": "off"}  # tests/test_cuda_build.py builds `_cuda`
-    return build(tmp_path_factory.mktemp("built"), **modes)[0]
+def built(made_once):
+    """Without optimisation, in a quarter of the time: nothing here depends on it."""
+
+    def make(folder):
+        launcher = folder / "unoptimised"
+        launcher.write_text('#!/bin/sh\nexec "$@" -O0\n')
+        launcher.chmod(0o755)
+        modes = {"DISCEDIT_BUILD": "require", "DISCEDIT_CUDA": "off"}  # tests/test_cuda_build.py builds `_cuda`
+        said = build(folder, **modes, CMAKE_ARGS=f"-DCMAKE_CXX_COMPILER_LAUNCHER={launcher}")[1]
+        assert (folder / "unpacked").is_dir(), said
+
+    return made_once("built", make) / "unpacked"
 
 
 @pytest.fixture(scope="module")
-def without_compiler(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("plain"), CXX="no-such-compiler", DISCEDIT_BUILD="auto")
+def without_compiler(made_once):
+    def make(folder):
+        said = build(folder, CXX="no-such-compiler", DISCEDIT_BUILD="auto")[1]
+        (folder / "said.txt").write_text(said)
+
+    folder = made_once("without_compiler", make)
+    return folder / "unpacked", (folder / "said.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_everything(built):
     names = {str(path.relative_to(built)) for path in built.rglob("*") if path.is_file()}
     assert {"discedit/py.typed", "discedit/_cpu.pyi", "discedit/kernels/__init__.py", "discedit/_build.json"} <= names
@@ -91,11 +106,13 @@ def test_the_wheel_holds_everything(built):
     }
 
 
+@pytest.mark.slow
 def test_the_built_wheel_runs(built):
     code = "import discedit, discedit.kernels, discedit._cpu as c; print(discedit.__file__, c.__file__)"
     assert run_in(built, code).count(str(built)) == 2
 
 
+@pytest.mark.slow
 def test_the_binary_links_no_torch_and_is_portable(built):
     library = next((built / "discedit").glob("_cpu.*.so"))
     needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=False)
@@ -106,6 +123,7 @@ def test_the_binary_links_no_torch_and_is_portable(built):
     assert not any("torch" in line or "c10" in line or "gomp" in line for line in libraries)
 
 
+@pytest.mark.slow
 def test_installs_without_a_compiler_and_says_so(without_compiler):
     unpacked, said = without_compiler
     assert (unpacked / "discedit").is_dir(), said
@@ -116,6 +134,7 @@ def test_installs_without_a_compiler_and_says_so(without_compiler):
     assert "reference  runs" in report
 
 
+@pytest.mark.slow
 def test_works_without_a_compiler_and_warns_once(without_compiler):
     unpacked, _ = without_compiler
     code = "import torch, discedit; [discedit.ops.pool(torch.ones(1, 2, 2, 2)) for _ in range(3)]; print('worked')"
@@ -124,6 +143,7 @@ def test_works_without_a_compiler_and_warns_once(without_compiler):
     assert "worked" in said
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_no_dead_end(tmp_path):
     unpacked, said = build(tmp_path, CXX="false", DISCEDIT_BUILD="auto")
     assert (unpacked / "discedit").is_dir(), said
@@ -179,6 +199,7 @@ def test_why_cuda_was_not_built(build_ext, monkeypatch, modes, compiler, reason)
         build_ext.build_cuda("require", "require", no_cpu=False)
 
 
+@pytest.mark.slow
 def test_the_source_distribution_builds(tmp_path):
     command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
     source = tmp_path / "source"
@@ -197,6 +218,7 @@ def test_the_source_distribution_builds(tmp_path):
     } <= names
 
 
+@pytest.mark.slow
 def test_a_required_build_fails_without_a_compiler(tmp_path):
     folder, said = build(tmp_path, CXX="no-such-compiler", DISCEDIT_BUILD="require")
     assert not list(folder.glob("*.whl"))

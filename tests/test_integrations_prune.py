@@ -15,8 +15,6 @@ from discedit.integrations import prune as integration
 from discedit.integrations.prune import DiscEditStructured, discedit_structured, prune_model
 from discedit.integrations.torch_pruning import DiscEditImportance
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SCORES = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4])  # from the lowest: 1, 5, 3, 7, 0, 4, 6, 2
 
 

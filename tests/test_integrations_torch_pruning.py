@@ -14,10 +14,7 @@ from torch_pruning.pruner.importance import GroupMagnitudeImportance
 from discedit import zoo
 from discedit.integrations.torch_pruning import DiscEditImportance
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:Unwrapped parameters detected:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters detected:UserWarning")
 KINDS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 

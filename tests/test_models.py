@@ -17,8 +17,6 @@ transformers = pytest.importorskip("transformers")
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 INNER = ("filters", "neurons", "heads")
 ALL = (*INNER, "stream")
 SIZE = 32
@@ -225,6 +223,7 @@ def test_recipe_on_another_instance_and_back(name, tmp_path):
         assert plain == {key: vars(a)[key] for key in plain}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_pruned_models_are_exported(name):
     _, edit = pruned_most(name)
@@ -233,6 +232,7 @@ def test_pruned_models_are_exported(name):
     torch.testing.assert_close(logits(exported, x), logits(model, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # within torch
 @pytest.mark.parametrize("name", list(MODELS))
 def test_pruned_models_run_in_onnx(name):

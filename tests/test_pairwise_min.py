@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import BACKENDS, bound_of_samples, poisoned_vector, scalar_features
+from helpers import BACKENDS, all_pairs, bound_of_samples, poisoned_vector, scalar_features
 
 from discedit import ops
 from discedit.common.state import ClassMoments
@@ -168,10 +168,9 @@ def test_classes_without_samples_are_never_read(backend):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("bound", "witness"), CASES)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_moments_that_are_not_finite_have_no_pair(backend, bound, witness, value):
+@pytest.mark.parametrize(("backend", "case", "value"), all_pairs(BACKENDS, CASES, [float("nan"), float("inf")]))
+def test_moments_that_are_not_finite_have_no_pair(backend, case, value):
+    bound, witness = case
     x, labels = data()
     moments = moments_of(x, labels, 6, witness, backend)
     clean = ops.pairwise_min(moments, bound=bound, witness=witness, backend=backend)
@@ -199,12 +198,9 @@ def test_same_bits_for_any_number_of_threads(witness):
     x = torch.randn(600, 300, 2, generator=generator) + labels[:, None, None] % 7
     moments = moments_of(x, labels, 60, witness, "cpp")
     results = []
-    try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            results.append(ops.pairwise_min(moments, backend="cpp"))
-    finally:
-        torch.set_num_threads(2)
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        results.append(ops.pairwise_min(moments, backend="cpp"))
     for values, pairs in results[1:]:
         assert torch.equal(values, results[0][0])
         assert torch.equal(pairs, results[0][1])

@@ -2,13 +2,14 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import BACKENDS, before_the_end_of_memory, hostile_maps
+from helpers import BACKENDS, all_pairs, before_the_end_of_memory, hostile_maps
 
 from discedit import ops, reference, zoo
 from discedit.backends import IMPLEMENTATIONS, arguments, select
 
 EPSILON = torch.finfo(torch.float64).eps
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+FORMATS = [torch.contiguous_format, torch.channels_last]
 MAPS = {name: x for name, x in hostile_maps().items() if x.ndim == 4}
 # Arguments, and the (channels, height, width) of the maps that they meet.
 WINDOWS = {
@@ -110,24 +111,21 @@ def batch(shape, dtype, memory_format=torch.contiguous_format, samples=5):
     return x.relu().to(dtype).contiguous(memory_format=memory_format)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", WINDOWS)
-def test_is_its_definition_in_float64(backend, dtype, memory_format, name):
+@pytest.mark.parametrize(("dtype", "memory_format", "name"), all_pairs(DTYPES, FORMATS, WINDOWS))
+def test_is_its_definition_in_float64(dtype, memory_format, name):
     (kernel_size, options), shape = WINDOWS[name]
     x = batch(shape, dtype, memory_format)
-    assert_right(ops.patch_moments(x, kernel_size, backend=backend, **options), x, kernel_size, **options)
+    for backend in BACKENDS:
+        assert_right(ops.patch_moments(x, kernel_size, backend=backend, **options), x, kernel_size, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", MAPS)
-@pytest.mark.parametrize("padding", [0, 1])
-def test_hostile_maps(backend, name, padding):
+def test_hostile_maps(backend, name):
     x = MAPS[name]
-    kernel_size = min(2, *x.shape[2:]) if padding == 0 else 3
-    options = {"padding": padding}
-    assert_right(ops.patch_moments(x, kernel_size, backend=backend, **options), x, kernel_size, **options)
+    for padding, kernel_size in ((0, min(2, *x.shape[2:])), (1, 3)):
+        ours = ops.patch_moments(x, kernel_size, padding=padding, backend=backend)
+        assert_right(ours, x, kernel_size, padding=padding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,7 +145,7 @@ def test_agrees_with_unfold_on_the_order_of_taps(dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("places", [[0], [27], [13, 13, 13], [27, 0, 5, 6, 5], list(range(0, 28, 3)), []])
 def test_positions(backend, memory_format, places):
     x = batch((9, 8, 14), torch.float32, memory_format)
@@ -219,27 +217,23 @@ def test_nothing_in_nothing_out(backend, shape):
     assert not scatter.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("value", NOT_FINITE)
-@pytest.mark.parametrize("channels", [3, 20])
+@pytest.mark.parametrize(
+    ("backend", "memory_format", "value", "channels"), all_pairs(BACKENDS, FORMATS, NOT_FINITE, [3, 20])
+)
 def test_what_is_not_finite_stays_with_the_taps_that_see_it(backend, memory_format, value, channels):
     assert_stays(
         partial(ops.patch_moments, backend=backend), batch((channels, 6, 6), torch.float32, memory_format), value
     )
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(("channels", "kernel_size"), [(3, 5), (40, 3), (9, 1)])
 def test_same_bits_for_any_number_of_threads(memory_format, channels, kernel_size):
     x = batch((channels, 15, 13), torch.float32, memory_format, samples=7)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 16):
-            torch.set_num_threads(threads)
-            results.append(ops.patch_moments(x, kernel_size, padding=kernel_size // 2, backend="cpp"))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 3, 16):
+        torch.set_num_threads(threads)
+        results.append(ops.patch_moments(x, kernel_size, padding=kernel_size // 2, backend="cpp"))
     for _, mean, scatter in results[1:]:
         assert torch.equal(mean, results[0][1])
         assert torch.equal(scatter, results[0][2])

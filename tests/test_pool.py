@@ -3,13 +3,15 @@ import math
 
 import pytest
 import torch
-from helpers import POOLING_BACKENDS, hostile_maps
+from helpers import POOLING_BACKENDS, all_pairs, hostile_maps
 
 from discedit import ops
 
 # What a GPU does without a word, the interpreter of Triton warns of through NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 MAPS = hostile_maps()
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+FORMATS = [torch.contiguous_format, torch.channels_last]
 EPSILON = torch.finfo(torch.float64).eps
 # From the definitions, on float64 maps (samples, channels, elements). "cls" has tests of its own.
 EXACT = {
@@ -43,33 +45,26 @@ def rounding(x, statistic, backend="reference"):
 
 
 @pytest.mark.parametrize("backend", POOLING_BACKENDS)
-@pytest.mark.parametrize("statistic", NAMES)
 @pytest.mark.parametrize("name", MAPS)
-def test_is_its_definition_in_float64(backend, name, statistic):
+def test_is_its_definition_in_float64_alone_and_among_others(backend, name):
     x = MAPS[name]
-    v = flat(x)
-    ours = ops.pool(x, statistic=statistic, backend=backend)
-    assert ours.dtype == torch.float64
-    assert ours.shape == v.shape[:2]
-    error = (ours - EXACT[statistic](v)).abs()
-    assert bool((error <= rounding(x, statistic, backend)).all()), f"off by {error.max():.3e}"
-
-
-@pytest.mark.parametrize("backend", POOLING_BACKENDS)
-@pytest.mark.parametrize("name", MAPS)
-def test_several_at_once_are_each_alone(backend, name):
-    x = MAPS[name]
+    v, alone = flat(x), {}
+    for statistic in NAMES:
+        alone[statistic] = ours = ops.pool(x, statistic=statistic, backend=backend)
+        assert ours.dtype == torch.float64
+        assert ours.shape == v.shape[:2]
+        error = (ours - EXACT[statistic](v)).abs()
+        assert bool((error <= rounding(x, statistic, backend)).all()), f"{statistic} off by {error.max():.3e}"
     for names in (NAMES, ("max", "mean"), ["absmax", "l2", "sum"], ("positive_fraction",)):
         together = ops.pool(x, statistic=names, backend=backend)
-        assert together.shape == (*flat(x).shape[:2], len(names))
+        assert together.shape == (*v.shape[:2], len(names))
         assert together.permute(2, 0, 1).is_contiguous()
         for k, statistic in enumerate(names):
-            alone = ops.pool(x, statistic=statistic, backend=backend)
-            assert bool(((together[..., k] - alone).abs() <= rounding(x, statistic, backend)).all())
+            assert bool(((together[..., k] - alone[statistic]).abs() <= rounding(x, statistic, backend)).all())
 
 
 @pytest.mark.parametrize("backend", POOLING_BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("several", [False, True])
 def test_cls_is_the_first_token(backend, dtype, several):
     x = torch.randn(6, 5, 37, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -98,24 +93,20 @@ def test_tokens_put_channels_last(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("memory_format", FORMATS)
 def test_same_bits_for_any_number_of_threads(dtype, memory_format):
     x = torch.randn(37, 96, 61, 63).to(dtype).contiguous(memory_format=memory_format)  # enough for five threads
     long = torch.randn(3, 2, 700, 1001).to(dtype).contiguous(memory_format=memory_format)  # more threads than maps
     for maps, statistic in itertools.product((x, long), ("mean", NAMES)):
         results = []
-        try:
-            for threads in (1, 2, 3, 5):
-                torch.set_num_threads(threads)
-                results.append(ops.pool(maps, statistic=statistic, backend="cpp"))
-        finally:
-            torch.set_num_threads(2)
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(ops.pool(maps, statistic=statistic, backend="cpp"))
         assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize("backend", POOLING_BACKENDS)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "memory_format"), [*zip([torch.float16, torch.bfloat16], FORMATS, strict=True)])
 def test_ten_million_16_bit_elements_lose_nothing(backend, dtype, memory_format):
     """A mean of 200 with a spread of 1: an accumulator of less than float64 stalls or drifts."""
     generator = torch.Generator().manual_seed(0)
@@ -127,9 +118,10 @@ def test_ten_million_16_bit_elements_lose_nothing(backend, dtype, memory_format)
 
 
 @pytest.mark.parametrize("backend", POOLING_BACKENDS)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("scale", [1e-39, 1e-25, 1e-12, 1e-6, 1e18, 1e38])
-@pytest.mark.parametrize("spread", [1.0, 1e-8, 1e-20])
+@pytest.mark.parametrize(
+    ("memory_format", "scale", "spread"),
+    all_pairs(FORMATS, [1e-39, 1e-25, 1e-12, 1e-6, 1e18, 1e38], [1.0, 1e-8, 1e-20]),
+)
 def test_bfloat16_has_a_range_that_its_sums_and_squares_leave(backend, memory_format, scale, spread):
     """Elements up to 3 scale beside others that are `spread` times smaller, in the same map and in whole maps."""
     x = torch.randn(3, 40, 9, 10, generator=torch.Generator().manual_seed(0)).clamp(-3, 3).double() * scale
@@ -185,9 +177,7 @@ def test_nothing_in_nothing_out(backend, statistic):
 
 
 @pytest.mark.parametrize("backend", POOLING_BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("size", [1, 3, 40])
+@pytest.mark.parametrize(("dtype", "memory_format", "size"), all_pairs(DTYPES, FORMATS, [1, 3, 40]))
 def test_nan_anywhere_is_nan_and_stays_in_its_map(backend, dtype, memory_format, size):
     clean = torch.randn(2, 5, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = ops.pool(clean, statistic=NAMES, backend=backend)
@@ -203,7 +193,7 @@ def test_nan_anywhere_is_nan_and_stays_in_its_map(backend, dtype, memory_format,
 
 
 @pytest.mark.parametrize("backend", POOLING_BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_infinity_counts_as_a_value(backend, dtype):
     x = torch.zeros(1, 3, 4, 5, dtype=dtype)
     x[0, 0, 1, 1] = math.inf

@@ -477,7 +477,7 @@ def test_importances_that_are_no_tensors(net, wrong):
         ({"ratio": 0.5, "layers": ["conv9"]}, "layers must name layers that scores holds, 'conv9' is none of"),
         ({"ratio": 0.5, "round_to": 0}, "round_to must be .* got 0"),
         ({"ratio": 0.5, "steps": 0}, "steps must be .* got 0"),
-        ({"ratio": 0.5, "rescore": lambda model: None}, "rescore needs steps above 1, got steps=1"),
+        ({"ratio": 0.5, "rescore": len}, "rescore needs steps above 1, got steps=1"),
         ({"ratio": 0.5, "across": "sum"}, "across must be one of 'auto', 'none', 'mean', 'max', 'rank', got 'sum'"),
         ({"ratio": 0.5, "components": "rows"}, "components must be one of .* got 'rows'"),
         ({"ratio": 0.5, "components": ()}, "components must name at least one of"),

@@ -17,7 +17,6 @@ from discedit.model.size import accuracy_per_class
 from discedit.reporting import colours, sections
 
 TEMPLATES = [Path(sections.__file__).with_name(f"report.{suffix}") for suffix in ("html", "css")]
-pytestmark = pytest.mark.usefixtures("one_thread")
 SECTIONS = ["about", "scores", "edits", "accuracy", "curve", "classes", "settings"]
 VOID = {"meta", "link", "br", "path", "use", "line", "rect", "circle", "polyline"}
 HOSTILE = [

@@ -11,6 +11,7 @@ from torch import nn
 from benchmarks.latency import latency_ratio
 from benchmarks.rivals import TORCH_PRUNING, chip, torch_pruning_importance, tvsprune
 
+pytestmark = pytest.mark.slow
 LAYERS = ["conv1", "conv2", "fc1"]
 READERS = {"conv1": "conv2", "conv2": "fc1", "fc1": "fc2"}
 DEAD = 3

@@ -7,13 +7,11 @@ from fractions import Fraction
 import pytest
 import torch
 import vision_ops  # noqa: F401
-from helpers import unlearn_with
+from helpers import all_pairs, unlearn_with
 from torch import nn
 
 from discedit.scoring.scores import Scores
 from discedit.selection.ranking import TopFraction, rank, retain_damage
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLASSES = 5
 WIDTHS = {"0": 7, "2": 5, "4": 9}
@@ -104,9 +102,7 @@ LIMITS = [
 ]
 
 
-@pytest.mark.parametrize("limit", LIMITS, ids=str)
-@pytest.mark.parametrize("sign", ["up", "any"])
-@pytest.mark.parametrize("by", ["score", "specific"])
+@pytest.mark.parametrize(("limit", "by", "sign"), all_pairs(LIMITS, ["score", "specific"], ["up", "any"]), ids=str)
 def test_limits_against_brute_force(limit, by, sign):
     model = network()
     units = {layer: [[row] for row in range(width)] for layer, width in WIDTHS.items()}

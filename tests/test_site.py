@@ -25,7 +25,10 @@ try:
     missing = [name for name in NEEDS if find_spec(name) is None]
 except ModuleNotFoundError as error:
     missing = [str(error.name)]
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"needs {missing}: pip install 'discedit[docs]'")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing), reason=f"needs {missing}: pip install 'discedit[docs]'"),
+]
 
 
 class Page(HTMLParser):
@@ -48,13 +51,16 @@ class Page(HTMLParser):
             self.loads.append(of.get("src") or of["href"])
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> dict[Path, Page]:
-    folder = tmp_path_factory.mktemp("site")
+def build(folder: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr  # --quiet would hide warnings from --strict
+
+
+@pytest.fixture(scope="module")
+def site(made_once) -> dict[Path, Page]:
+    folder = made_once("site", build)
     # The error page has links from the root of a host, since nobody knows where it is shown.
     return {path: Page(path) for path in sorted(folder.rglob("*.html")) if path.name != "404.html"}
 

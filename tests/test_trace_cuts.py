@@ -17,8 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from discedit import AblateComponents, TopFraction, collect_moments, prune, score, unlearn
 from discedit.graph.pruning_graph import KINDS, Graph
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 

@@ -3,6 +3,7 @@
 `pool` and `class_moments` go through all of test_pool.py and test_class_moments.py too.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import hostile_maps, poisoned_state, poisoned_vector, same_bits
+from helpers import all_pairs, hostile_maps, mostly_slow, poisoned_state, poisoned_vector, same_bits
 from test_patch_moments import CONSTANTS, NOT_FINITE, WINDOWS, assert_constant, assert_right, assert_stays, batch
 
 from discedit import ops
@@ -28,6 +29,7 @@ patch_moments = pytest.importorskip("discedit.kernels.patch_moments")
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 interpreted = pytest.mark.skipif(not triton_interprets(), reason="Triton compiles for the GPU here: tests/test_gpu.py")
 
+FORMATS = [torch.contiguous_format, torch.channels_last]
 WITNESSES = {
     "linear": {},
     "quadratic": {},
@@ -64,8 +66,9 @@ def laws(dimension, pairs=150, seed=0):
 
 
 @interpreted
-@pytest.mark.parametrize("bound", ["fisher", "minimax"])
-@pytest.mark.parametrize("dimension", [1, 2])
+@pytest.mark.parametrize(
+    ("bound", "dimension"), mostly_slow([("fisher", 1), ("fisher", 2), ("minimax", 1), ("minimax", 2)])
+)
 def test_bounds_are_those_of_the_core(bound, dimension):
     problem = laws(dimension)
     function = getattr(ops, f"{bound}_bound")
@@ -96,11 +99,11 @@ def moments_of(case, classes, channels, seed=0):
 
 
 @interpreted
-@pytest.mark.parametrize("bound", ["fisher", "minimax"])
-@pytest.mark.parametrize("case", WITNESSES)
-@pytest.mark.parametrize(("classes", "channels"), [(3, 1), (6, 9), (19, 3)])
-def test_pairwise_min_is_that_of_the_reference(bound, case, classes, channels):
-    moments = moments_of(case, classes, channels)
+@pytest.mark.parametrize(
+    ("bound", "case", "shape"), mostly_slow(all_pairs(["fisher", "minimax"], WITNESSES, [(3, 1), (6, 9), (19, 3)]))
+)
+def test_pairwise_min_is_that_of_the_reference(bound, case, shape):
+    moments = moments_of(case, *shape)
     witness = case.split()[0]
     ours = ops.pairwise_min(moments, bound=bound, witness=witness, backend="triton")
     theirs = ops.pairwise_min(moments, bound=bound, witness=witness, backend="reference")
@@ -109,6 +112,7 @@ def test_pairwise_min_is_that_of_the_reference(bound, case, classes, channels):
 
 
 @interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 2, 7])
 def test_how_pairs_are_split_changes_nothing(monkeypatch, splits):
     moments = moments_of("quadratic", 9, 5)
@@ -141,8 +145,9 @@ def test_pairwise_min_where_nothing_is_defined():
 
 
 @interpreted
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "memory_format"), mostly_slow(all_pairs([torch.float32, torch.bfloat16, torch.float64], FORMATS))
+)
 def test_maps_cut_into_spans(monkeypatch, dtype, memory_format):
     x = torch.randn(2, 3, 37, 41, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0, 1, 30, 5], x[1, 2, 0, 0] = float("nan"), -float("inf")
@@ -168,7 +173,7 @@ def test_axes_that_do_not_fuse():
 
 
 @interpreted
-@pytest.mark.parametrize("samples", [1, 5, 70])
+@pytest.mark.parametrize("samples", mostly_slow([5, 1, 70]))
 def test_sorted_and_unsorted_labels_are_folded_alike(monkeypatch, samples):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples, 5, 2, generator=generator)
@@ -218,23 +223,33 @@ def of_patches(x, kernel_size, **options):
 
 
 @interpreted
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", [name for name, (_, shape) in WINDOWS.items() if shape[0] > 3])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "memory_format"),
+    list(zip([name for name, (_, shape) in WINDOWS.items() if shape[0] > 3], itertools.cycle(FORMATS))),
+)
 def test_patch_moments_are_their_definition(name, memory_format):
     (kernel_size, options), shape = WINDOWS[name]
     of_patches(batch(shape, torch.float32, memory_format), kernel_size, **options)
 
 
 @interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATCHES)
 def test_patch_moments_of_hostile_maps(name):
     of_patches(PATCHES[name], 2, padding=1)
 
 
 @interpreted
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("places", [None, [], [27, 0, 5, 6, 5], list(range(0, 28, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("places", "dtype", "memory_format"),
+    all_pairs(
+        [None, [], [27, 0, 5, 6, 5], list(range(0, 28, 3))],
+        [torch.float16, torch.bfloat16, torch.float32, torch.float64],
+        FORMATS,
+    ),
+)
 def test_patch_moments_at_positions_in_spans(monkeypatch, places, dtype, memory_format):
     x = batch((5, 8, 14), dtype, memory_format)
     positions = None if places is None else torch.tensor(places, dtype=torch.int64)
@@ -253,14 +268,13 @@ def test_patch_moments_at_positions_in_spans(monkeypatch, places, dtype, memory_
 
 
 @interpreted
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize(("value", "memory_format"), mostly_slow(all_pairs(NOT_FINITE, FORMATS)))
 def test_patch_moments_that_are_not_finite_stay_with_their_taps(memory_format, value):
     assert_stays(partial(ops.patch_moments, backend="triton"), batch((3, 6, 6), torch.float32, memory_format), value)
 
 
 @interpreted
-@pytest.mark.parametrize("value", CONSTANTS)
+@pytest.mark.parametrize("value", mostly_slow(CONSTANTS))
 def test_patch_moments_of_a_constant_channel(value):
     assert_constant(partial(ops.patch_moments, backend="triton"), torch.full((3, 2, 4, 5), value))
 
@@ -373,6 +387,7 @@ for ones in ((), ("taps", "size", "channels", "spans", "patches")):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_every_kernel_compiles_ahead_of_time(target, tmp_path):
     """In a process of its own: here the interpreter takes the place of the compiler."""

@@ -4,7 +4,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from helpers import unlearn_with
+from helpers import all_pairs, unlearn_with
 from torch import nn
 from torch.nn import functional
 
@@ -12,8 +12,6 @@ import discedit
 from discedit import AblateComponents, EraseDirections, ModHiFiU, Moments, Recipe, collect_moments, score, unlearn, zoo
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.moments.forget_retain import MEANS
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_forgets_the_class_and_keeps_the_rest(trained, digit_scores):
@@ -244,7 +242,7 @@ def batched(x, labels, size=100):
 
 
 WITH_BIAS = [name for name in FRONTS if not name.endswith("without weights")]
-CASES = [(name, factor, around) for name in WITH_BIAS for factor in (0, 0.5, -1) for around in ("zero", "mean")]
+CASES = all_pairs(WITH_BIAS, (0, 0.5, -1), ("zero", "mean"))
 CASES += [("convolution and batch norm without weights", factor, "zero") for factor in (0, 0.5, -1)]
 
 

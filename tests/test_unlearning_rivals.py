@@ -41,8 +41,7 @@ from discedit.evaluation.evaluate import accuracy_per_class, adaptive_unlearning
 
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
+pytestmark = pytest.mark.slow
 CLASS = 3
 TRAINED = [name for name, method in METHODS.items() if "rate" in method.grid[0]]
 SAMPLES = 240

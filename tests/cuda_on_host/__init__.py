@@ -18,15 +18,19 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def build(folder: Path) -> ModuleType:
-    """The module, built in `folder` and imported."""
-    spec = importlib.util.spec_from_file_location(NAME, compile_in(folder))
+def load(folder: Path) -> ModuleType:
+    """The module that `compile_in` built in `folder`."""
+    spec = importlib.util.spec_from_file_location(NAME, library_in(folder))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[NAME] = module
     spec.loader.exec_module(module)
     return module
+
+
+def library_in(folder: Path) -> Path:
+    return folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def compile_in(folder: Path) -> Path:
@@ -49,6 +53,6 @@ def compile_in(folder: Path) -> Path:
         source, process = running.pop(0)
         said = process.communicate()[1]
         assert process.returncode == 0, f"{source.name}: {said}"
-    library = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library = library_in(folder)
     subprocess.run([str(compiler()), "-shared", *map(str, objects), "-o", str(library)], check=True)
     return library
