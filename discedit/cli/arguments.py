@@ -138,8 +138,9 @@ def bound_option(text: str) -> tuple[str, Any]:
 
 
 def option(name: str, type: Any = None, default: Any = None, help: str = "", **settings: Any) -> click.Option:
-    choices = click.Choice(type) if isinstance(type, tuple) else type
-    return click.Option([name], type=choices, default=default, help=help, **settings)
+    if default is not None:  # click takes a None that it is given for a value
+        settings["default"] = default
+    return click.Option([name], type=click.Choice(type) if isinstance(type, tuple) else type, help=help, **settings)
 
 
 def flag(name: str, help: str) -> click.Option:
