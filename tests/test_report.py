@@ -546,7 +546,7 @@ def test_templates_escape_everything():
         ({"curve": [{"title": "a", "accuracy": 0.5, "macs": 40e6}]}, ValueError,
          r"curve\[0\]\['macs'\] must be a share in \[0, 1\], got 40000000.0"),
         ({"curve": [{"title": "a", "accuracy": math.nan, "macs": 1}]}, ValueError, r"\['accuracy'\] must be a share"),
-        ({"curve": [{"title": 3, "accuracy": 0.5, "macs": 1}]}, TypeError, r"\['title'\] must be a string, got 3"),
+        ({"curve": [{"title": 3, "accuracy": 0.5, "macs": 1}]}, TypeError, r"\['title'\] must be a string, got int"),
         ({"curve": [{"title": "a", "flops": 1}]}, ValueError, r"must have keys out of 'title', .* got 'flops'"),
         ({"moments": 1}, TypeError, r"moments must be a discedit.Moments, got int"),
         ({"moments": Moments(4)}, ValueError, r"moments must be of the 3 classes of the scores, they are of 4"),
