@@ -1,5 +1,6 @@
 """Image folders, archives and factories as batches: values against torch and NumPy, and hostile files."""
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from discedit import zoo
-from discedit.cli.data import Archive, Batches, Folder, fitted, number_classes, open_data, parse_size
+from discedit.cli.arguments import size
+from discedit.cli.data import fitted, make_loader, number_classes, open_archive, open_data, open_folder
 from discedit.cli.models import InputError, Preprocessing
 
 
@@ -26,7 +28,7 @@ def folder_of(root, images):
 
 
 def batches(source, **options):
-    return Batches(source, argument="--data", **{"batch_size": 4, "workers": 0, "dtype": torch.float32, **options})
+    return make_loader(source, argument="--data", **{"batch_size": 4, "workers": 0, "dtype": torch.float32, **options})
 
 
 def all_of(source, **options):
@@ -41,7 +43,7 @@ def expected_of(array, mean, std):
 
 def test_a_folder_in_sorted_order(tmp_path):
     images = {cls: {f"{i}.png": pixels(6, 5, seed=10 * k + i) for i in range(3)} for k, cls in enumerate("bca")}
-    data = Folder(folder_of(tmp_path, images))
+    data = open_folder(folder_of(tmp_path, images))
     data.preprocessing = Preprocessing(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
     x, y = all_of(data)
     assert data.class_names == ["a", "b", "c"]
@@ -56,7 +58,7 @@ def test_a_folder_in_sorted_order(tmp_path):
 
 
 def test_workers_give_the_same_and_name_what_is_damaged(tmp_path):
-    data = Folder(
+    data = open_folder(
         folder_of(tmp_path, {"a": {f"{i}.png": pixels(4, 4, seed=i) for i in range(6)}, "b": {"x.png": pixels(4, 4)}})
     )
     assert torch.equal(all_of(data, workers=2)[0], all_of(data)[0])
@@ -90,8 +92,8 @@ def test_archives_of_every_form(tmp_path):
         ("floats", floats, torch.from_numpy(floats).float()),
     ):
         np.savez(tmp_path / f"{name}.npz", images=images, labels=labels)
-        assert torch.equal(all_of(Archive(tmp_path / f"{name}.npz"))[0], expected), name
-    one = Archive(tmp_path / "one.npz")
+        assert torch.equal(all_of(open_archive(tmp_path / f"{name}.npz"))[0], expected), name
+    one = open_archive(tmp_path / "one.npz")
     one.preprocessing = Preprocessing(channels=3, mean=(0.5,), std=(0.25,))
     expected = ((torch.from_numpy(grey)[:, None].float() / 255 - 0.5) / 0.25).expand(-1, 3, -1, -1)
     torch.testing.assert_close(all_of(one)[0], expected)
@@ -124,7 +126,7 @@ def test_archives_that_are_none(tmp_path):
         (tmp_path / f"{name}.npz").write_bytes(data)
         with pytest.raises(InputError, match=rf"^--test: '.*{name}\.npz' is no \.npz file that can be read"):
             open_data(str(tmp_path / f"{name}.npz"), "--test")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(InputError, match="does not exist"):
         open_data(str(tmp_path / "none.npz"), "--data")
     nan = np.zeros((2, 1, 4, 4), np.float32)
     nan[1, 0, 2, 2] = np.nan
@@ -151,8 +153,8 @@ def test_every_mode_of_image(tmp_path):
         "CMYK.jpg": Image.fromarray(rgb).convert("CMYK"),
         "RGB.bmp": Image.fromarray(rgb),
     }
-    data = Folder(folder_of(tmp_path, {"a": names}))
-    order = [path.name for path in data.files]
+    data = open_folder(folder_of(tmp_path, {"a": names}))
+    order = [path.name for path in data.items]
     for channels in (1, 3):
         data.preprocessing = Preprocessing(channels=channels)
         x = all_of(data)[0]
@@ -169,7 +171,7 @@ def test_every_mode_of_image(tmp_path):
 
 
 def test_floating_point_images_are_refused(tmp_path):
-    data = Folder(folder_of(tmp_path, {"a": {"x.tif": Image.fromarray(np.ones((4, 4), np.float32))}}))
+    data = open_folder(folder_of(tmp_path, {"a": {"x.tif": Image.fromarray(np.ones((4, 4), np.float32))}}))
     with pytest.raises(InputError, match=r"x\.tif' has pixels of floating-point numbers"):
         list(batches(data))
 
@@ -190,7 +192,7 @@ def test_resize_then_crop():
 
 
 def test_sizes_that_differ_need_a_size(tmp_path):
-    data = Folder(folder_of(tmp_path, {"a": {"x.png": pixels(4, 4), "y.png": pixels(4, 5)}}))
+    data = open_folder(folder_of(tmp_path, {"a": {"x.png": pixels(4, 4), "y.png": pixels(4, 5)}}))
     with pytest.raises(InputError, match=r"--size be given: .*x\.png' has 4 x 4, .*y\.png' 4 x 5"):
         list(batches(data))
     data.preprocessing = Preprocessing(size=(4, 4))
@@ -204,7 +206,7 @@ def test_folders_that_make_no_sense(tmp_path):
     (tmp_path / "Käfer 虫" / "readme.txt").write_text("no image")
     (tmp_path / "Käfer 虫" / ".hidden.png").write_text("no image")
     data = open_data(str(tmp_path), "--data")
-    assert (data.class_names, len(data), len(data.ignored)) == (["Käfer 虫"], 1, 1)
+    assert (data.class_names, len(data), data.ignored) == (["Käfer 虫"], 1, 1)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="class folder '.*empty' holds no image"):
         open_data(str(tmp_path), "--data")
@@ -213,13 +215,13 @@ def test_folders_that_make_no_sense(tmp_path):
 
 
 def test_folders_get_the_models_numbers(tmp_path):
-    data = Folder(folder_of(tmp_path / "named", {"cat": {"x.png": pixels(2, 2)}, "ant": {"x.png": pixels(2, 2)}}))
-    assert "by name" in number_classes(data, ["dog", "cat", "bee", "ant"], "--data")
+    data = open_folder(folder_of(tmp_path / "named", {"cat": {"x.png": pixels(2, 2)}, "ant": {"x.png": pixels(2, 2)}}))
+    assert "by name" in number_classes(data, ["dog", "cat", "bee", "ant"])
     assert data.labels.tolist() == [3, 1]  # ant, cat
     with pytest.raises(InputError, match="found 'ant'"):
-        number_classes(Folder(tmp_path / "named"), ["cat", "dog"], "--data")
-    data = Folder(folder_of(tmp_path / "numbered", {n: {"x.png": pixels(2, 2)} for n in ("2", "10", "0")}))
-    assert "by the numbers" in number_classes(data, [f"class {k}" for k in range(11)], "--data")
+        number_classes(open_folder(tmp_path / "named"), ["cat", "dog"])
+    data = open_folder(folder_of(tmp_path / "numbered", {n: {"x.png": pixels(2, 2)} for n in ("2", "10", "0")}))
+    assert "by the numbers" in number_classes(data, [f"class {k}" for k in range(11)])
     assert data.labels.tolist() == [0, 10, 2]  # sorted as text: 0, 10, 2
 
 
@@ -252,7 +254,7 @@ def test_inputs_have_the_models_type_and_labels_keep_theirs():
 
 
 def test_sizes():
-    assert [parse_size(text) for text in ("7", "8x9", "8X9")] == [(7, 7), (8, 9), (8, 9)]
+    assert [size(text) for text in ("7", "8x9", "8X9")] == [(7, 7), (8, 9), (8, 9)]
     for text in ("", "x", "0", "-1", "1x2x3", "²", "70000", "1.5"):
-        with pytest.raises(ValueError, match="must be N or HEIGHTxWIDTH"):
-            parse_size(text)
+        with pytest.raises(click.BadParameter):
+            size(text)

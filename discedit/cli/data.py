@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, default_collate
 
-from discedit.cli.models import InputError, Preprocessing, called, some
+from discedit.cli.models import InputError, Preprocessing, resolve, some
 from discedit.model.forward import Quota, chosen, map_tensors
 from discedit.moments.calibration import samples_of
+from discedit.moments.distributed import ShardSampler
 from discedit.moments.stream import has_indices, remade
 
 if TYPE_CHECKING:
@@ -28,198 +25,163 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MOST_CLASSES = 1 << 20
-LARGEST = 1 << 13  # height or width
-TO_8_BITS = 257  # 65,535 / 255
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """In place of a batch: a worker process hands the message on, where an exception would become its traceback."""
+class Images(Dataset[Any]):
+    """Labelled images: files, or an array of uint8 (height, width, channels) or float (channels, height, width)."""
 
-    message: str
-
-
-class Images(Dataset[Any], ABC):
-    """Labelled images. Batches are read as a whole: a tensor (n, channels, height, width), float32, and labels."""
-
-    def __init__(self, spec: str, labels: np.ndarray[Any, Any], class_names: list[str] | None) -> None:
-        self.spec = spec
-        self.labels = torch.from_numpy(labels.astype(np.int64))
-        self.class_names = class_names
+    def __init__(
+        self, spec: str, items: Any, labels: Any, class_names: list[str] | None = None, ignored: int = 0
+    ) -> None:
+        self.spec, self.items, self.class_names = spec, items, class_names
+        self.labels = torch.as_tensor(np.asarray(labels).astype(np.int64))
+        self.ignored = ignored  # files that are no images
         self.preprocessing = Preprocessing()
-        self._first: tuple[int, ...] | None = None  # shape of the first image
+        self.argument = "--data"  # which names them, for messages
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @abstractmethod
-    def pixels(self, index: int) -> Tensor:
-        """One image as the model takes it but for mean and deviation: (channels, height, width), float32.
-
-        Raises:
-            InputError: it cannot be read; the message names it.
-        """
-
-    @abstractmethod
     def name(self, index: int) -> str:
         """What to call an image in a message."""
+        item = self.items[index]
+        return repr(str(item)) if isinstance(item, Path) else f"{index} of {self.spec!r}"
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor] | Unreadable:
-        images: list[Tensor] = []
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """An image (channels, height, width), float32, and its label."""
         try:
-            for index in indices:
-                image = self.pixels(index)
-                if images and image.shape != images[0].shape:
-                    raise InputError(
-                        f"{self.spec}: images must all have one size, or --size be given: {self.name(indices[0])} has "
-                        f"{_size(images[0])}, {self.name(index)} {_size(image)}."
-                    )
-                images.append(image)
-            return self._normalised(torch.stack(images)), self.labels[list(indices)]
-        except InputError as error:
-            return Unreadable(str(error))
+            image = normalised(image_tensor(self.items[index], self.preprocessing), self.preprocessing)
+        except Exception as error:  # Pillow's are of many kinds, by format and damage
+            why = str(error) if isinstance(error, InputError) else f"cannot be read: {type(error).__name__}: {error}"
+            if isinstance(error, ModuleNotFoundError):
+                why = "needs Pillow, which is not installed: pip install 'discedit[cli]'"
+            raise InputError(f"{self.argument}: image {self.name(index)} {why}") from error
+        return image, int(self.labels[index])
 
-    def __getitem__(self, index: int) -> Any:
-        return self.__getitems__([index])
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        mean, std = self.preprocessing.mean, self.preprocessing.std
-        if mean is None or std is None:
-            return images
-        channels = images.shape[1]
-        for argument, values in (("--mean", mean), ("--std", std)):
-            if len(values) not in (1, channels):
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        samples = [self[index] for index in indices]
+        for index, (image, _) in zip(indices, samples, strict=True):
+            if image.shape != samples[0][0].shape:
                 raise InputError(
-                    f"{argument}: must be 1 number or {channels}, one for each channel, got {len(values)}."
+                    f"{self.argument}: images must all have one size, or --size be given: {self.name(indices[0])} has "
+                    f"{times(samples[0][0].shape[1:])}, {self.name(index)} {times(image.shape[1:])}."
                 )
-        shape = (1, -1, 1, 1)
-        return images.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
+        return samples
 
-    def renumbered(self, places: Sequence[int]) -> None:
-        """Gives class i the number places[i]."""
-        self.labels = torch.tensor(places, dtype=torch.int64)[self.labels]
-
-
-class Folder(Images):
-    """root/CLASS/.../image: the classes are the folders in the root, in sorted order."""
-
-    def __init__(self, root: Path) -> None:
-        self._pillow()
-        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        if not names:
-            raise InputError(f"--data: an image folder must hold a folder for each class, {str(root)!r} holds none.")
-        self.files: list[Path] = []
-        self.ignored = [entry for entry in root.iterdir() if entry.is_file() and not entry.name.startswith(".")]
-        labels: list[int] = []
-        for label, name in enumerate(names):
-            own = []
-            for folder, folders, files in os.walk(root / name):
-                folders.sort()
-                paths = [Path(folder) / file for file in sorted(files) if not file.startswith(".")]
-                own += [path for path in paths if path.suffix.lower() in SUFFIXES]
-                self.ignored += [path for path in paths if path.suffix.lower() not in SUFFIXES]
-            if not own:
-                raise InputError(f"--data: class folder {str(root / name)!r} holds no image ({', '.join(SUFFIXES)}).")
-            self.files += own
-            labels += [label] * len(own)
-        super().__init__(str(root), np.array(labels), names)
-
-    def _pillow(self) -> None:
-        try:
-            import PIL  # noqa: F401
-        except ImportError as error:
-            raise InputError(
-                "image folders need Pillow, which is not installed: pip install 'discedit[cli]'"
-            ) from error
-
-    def name(self, index: int) -> str:
-        return repr(str(self.files[index]))
-
-    def pixels(self, index: int) -> Tensor:
-        from PIL import Image
-
-        path = self.files[index]
-        try:
-            with Image.open(path) as opened:
-                opened.load()
-                return tensor_of(fitted(converted(opened, self.preprocessing.channels), self.preprocessing))
-        except InputError as error:
-            raise InputError(f"image {self.name(index)} {error}") from error
-        except Exception as error:  # of many kinds, by format and damage
-            raise InputError(f"image {self.name(index)} cannot be read: {type(error).__name__}: {error}") from error
+    def first_of_each_class(self, limit: int | None) -> Tensor:
+        """Indices of the first samples of each class, in their order."""
+        if limit is None:
+            return torch.arange(len(self))
+        ordered, order = torch.sort(self.labels, stable=True)
+        rank = torch.arange(len(self)) - torch.searchsorted(ordered, ordered)
+        return order[rank < limit].sort().values
 
 
-class Archive(Images):
+def open_data(spec: str, argument: str) -> Images | Any:
+    """What --data or --test names: `Images`, or the dataset or loader of a factory.
+
+    Raises:
+        InputError: nothing that can be read is there.
+    """
+    path = Path(spec)
+    try:
+        if path.is_dir() or (path.is_file() and path.suffix == ".npz"):
+            images = open_folder(path) if path.is_dir() else open_archive(path)
+            images.argument = argument
+            return images
+    except InputError as error:
+        raise InputError(f"{argument}: {error}") from error
+    if path.exists() or ":" not in spec or os.sep in spec.partition(":")[0]:
+        what = "is neither" if path.exists() else "does not exist"
+        raise InputError(f"{argument}: must be an image folder, an .npz file or MODULE:FACTORY; {spec!r} {what}.")
+    return resolve(argument, spec)
+
+
+def open_folder(root: Path) -> Images:
+    """root/CLASS/.../image: the classes are the folders in the root, in sorted order; what is hidden is left out.
+
+    Read with Pillow alone: torchvision's ImageFolder, from the same layout, wants the one torch that it was built for.
+    """
+    classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise InputError(f"an image folder must hold a folder for each class, {str(root)!r} holds none.")
+    items: list[Path] = []
+    labels: list[int] = []
+    ignored = sum(entry.is_file() and not entry.name.startswith(".") for entry in root.iterdir())
+    for label, folder in enumerate(classes):
+        files = [Path(place) / name for place, _, names in sorted(os.walk(folder)) for name in sorted(names)]
+        files = [file for file in files if not file.name.startswith(".")]
+        images = [file for file in files if file.suffix.lower() in SUFFIXES]
+        if not images:
+            raise InputError(f"class folder {str(folder)!r} holds no image ({', '.join(SUFFIXES)}).")
+        items += images
+        labels += [label] * len(images)
+        ignored += len(files) - len(images)
+    return Images(str(root), items, labels, [folder.name for folder in classes], ignored)
+
+
+def open_archive(path: Path) -> Images:
     """An .npz file with `images`, uint8 (n, height, width[, channels]) or float (n, channels, height, width), and
     `labels`; `class_names` may be in it too."""
-
-    def __init__(self, path: Path) -> None:
-        arrays = _arrays(path)
-        for name in ("images", "labels"):
-            if name not in arrays:
-                raise InputError(f"--data: {str(path)!r} must hold images and labels, it holds {sorted(arrays)}.")
-        images, labels = arrays["images"], arrays["labels"]
-        self.of_bytes = images.dtype == np.uint8
-        right = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3)) if self.of_bytes else (
-            images.dtype.kind == "f" and images.ndim == 4
-        )  # fmt: skip
-        if not right or not all(images.shape):
-            raise InputError(
-                f"--data: images of {str(path)!r} must be uint8 of shape (n, height, width) or (n, height, width, 1 or "
-                f"3), or float of shape (n, channels, height, width), not empty; got {images.dtype} {images.shape}."
-            )
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-            raise InputError(
-                f"--data: labels of {str(path)!r} must be one integer for each of {len(images)} images, got "
-                f"{labels.dtype} {labels.shape}."
-            )
-        if int(labels.min()) < 0 or int(labels.max()) > MOST_CLASSES:
-            bad = labels.argmin() if int(labels.min()) < 0 else labels.argmax()
-            raise InputError(
-                f"--data: labels of {str(path)!r} must lie in 0..{MOST_CLASSES}, got {labels[bad]} at position {bad}."
-            )
-        names = arrays.get("class_names")
-        if names is not None and (names.dtype.kind != "U" or names.ndim != 1):
-            raise InputError(f"--data: class_names of {str(path)!r} must be a list of strings, got {names.dtype}.")
-        super().__init__(str(path), labels, None if names is None else names.tolist())
-        self.images = images[..., None] if images.ndim == 3 else images
-
-    def name(self, index: int) -> str:
-        return f"image {index} of {self.spec!r}"
-
-    def pixels(self, index: int) -> Tensor:
-        known, image = self.preprocessing, self.images[index]
-        channels = image.shape[2] if self.of_bytes else image.shape[0]
-        if not self.of_bytes:
-            found = torch.from_numpy(image.astype(np.float32))
-            if known.size not in (None, tuple(found.shape[1:])):
-                raise InputError(
-                    f"{self.name(index)} has {_size(found)}, the model takes {_times(known.size)}: float images are "
-                    f"taken as they are."
-                )
-            if not bool(found.isfinite().all()):
-                raise InputError(f"{self.name(index)} must be finite, it holds NaN or Inf.")
-            return found
-        fits = known.size in (None, image.shape[:2]) and known.resize in (None, min(image.shape[:2]))
-        if fits and known.channels in (None, channels):
-            return torch.from_numpy(image).permute(2, 0, 1).float().div_(255)
-        from PIL import Image
-
-        try:
-            picture = Image.fromarray(image[..., 0] if channels == 1 else image)
-            return tensor_of(fitted(converted(picture, known.channels), known))
-        except InputError as error:
-            raise InputError(f"{self.name(index)} {error}") from error
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"--data: {str(path)!r} does not exist.")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: np.asarray(archive[name]) for name in archive.files}
+            arrays = {name: np.asarray(archive[name]) for name in archive.files}
     except Exception as error:  # a damaged zip file raises many kinds
-        raise InputError(f"--data: {str(path)!r} is no .npz file that can be read: {error}") from error
+        raise InputError(f"{str(path)!r} is no .npz file that can be read: {error}") from error
+    if not {"images", "labels"} <= arrays.keys():
+        raise InputError(f"{str(path)!r} must hold images and labels, it holds {sorted(arrays)}.")
+    images, labels, names = arrays["images"], arrays["labels"], arrays.get("class_names")
+    grey = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
+    if not (grey if images.dtype == np.uint8 else images.dtype.kind == "f" and images.ndim == 4) or not images.size:
+        raise InputError(
+            f"images of {str(path)!r} must be uint8 of shape (n, height, width) or (n, height, width, 1 or 3), or "
+            f"float of shape (n, channels, height, width), not empty; got {images.dtype} {images.shape}."
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise InputError(
+            f"labels of {str(path)!r} must be one integer for each of {len(images)} images, got "
+            f"{labels.dtype} {labels.shape}."
+        )
+    wrong = np.flatnonzero((labels < 0) | (labels > MOST_CLASSES))
+    if wrong.size:
+        raise InputError(
+            f"labels of {str(path)!r} must lie in 0..{MOST_CLASSES}, got {labels[wrong[0]]} at position {wrong[0]}."
+        )
+    if names is not None and (names.dtype.kind != "U" or names.ndim != 1):
+        raise InputError(f"class_names of {str(path)!r} must be a list of strings, got {names.dtype}.")
+    images = images[..., None] if images.ndim == 3 else images
+    return Images(str(path), images, labels, None if names is None else names.tolist())
+
+
+def image_tensor(item: Path | np.ndarray[Any, Any], known: Preprocessing) -> Tensor:
+    """One image as the model takes it but for mean and deviation: (channels, height, width), float32.
+
+    Raises:
+        InputError: it does not fit the model. What Pillow raises: it cannot be read.
+    """
+    if isinstance(item, np.ndarray) and item.dtype != np.uint8:
+        found = torch.from_numpy(item.astype(np.float32))
+        if known.size is not None and known.size != item.shape[1:]:
+            size = f"{times(item.shape[1:])}, the model takes {times(known.size)}"
+            raise InputError(f"has {size}: float images are taken as they are.")
+        if not bool(found.isfinite().all()):
+            raise InputError("must be finite, it holds NaN or Inf.")
+        return found
+    if isinstance(item, np.ndarray):
+        height, width, channels = item.shape
+        fits = known.size in (None, (height, width)) and known.resize in (None, min(height, width))
+        if not fits or known.channels not in (None, channels):
+            from PIL import Image
+
+            picture = Image.fromarray(item[..., 0] if channels == 1 else item)
+            item = np.array(fitted(converted(picture, known.channels), known))
+    else:
+        from PIL import Image
+
+        with Image.open(item) as opened:
+            opened.load()
+            item = np.array(fitted(converted(opened, known.channels), known))
+    return torch.from_numpy(item if item.ndim == 3 else item[..., None]).permute(2, 0, 1).float().div_(255)
 
 
 def converted(image: Image, channels: int | None) -> Image:
@@ -228,20 +190,19 @@ def converted(image: Image, channels: int | None) -> Image:
     Palettes are looked up, transparency is dropped, 16 bits become 8.
 
     Raises:
-        InputError: pixels without a known range, or another number of channels.
+        InputError: pixels without a known range.
     """
-    from PIL import Image as pillow
-
     if image.mode == "F":
         raise InputError("has pixels of floating-point numbers, whose range is not known.")
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64) / TO_8_BITS
+        from PIL import Image as pillow
+
+        values = np.asarray(image).astype(np.float64) / 257  # 65,535 / 255
         image = pillow.fromarray(values.round().clip(0, 255).astype(np.uint8))
     if image.mode == "P":
         image = image.convert("RGBA")
-    if channels is None:
-        channels = 1 if image.mode in ("1", "L", "LA", "La") else 3
-    return image.convert("L" if channels == 1 else "RGB")
+    grey = channels == 1 or (channels is None and image.mode in ("1", "L", "LA", "La"))
+    return image.convert("L" if grey else "RGB")
 
 
 def fitted(image: Image, known: Preprocessing) -> Image:
@@ -261,41 +222,20 @@ def fitted(image: Image, known: Preprocessing) -> Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def tensor_of(image: Image) -> Tensor:
-    """(channels, height, width), float32, in [0, 1]."""
-    array = np.array(image)
-    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1).float().div_(255)
+def normalised(image: Tensor, known: Preprocessing) -> Tensor:
+    if known.mean is None or known.std is None:
+        return image
+    for argument, values in (("--mean", known.mean), ("--std", known.std)):
+        if len(values) not in (1, len(image)):
+            raise InputError(f"has {len(image)} channels: {argument} must be 1 number or {len(image)}, got {values}.")
+    return image.sub_(torch.tensor(known.mean).view(-1, 1, 1)).div_(torch.tensor(known.std).view(-1, 1, 1))
 
 
-def _size(image: Tensor) -> str:
-    return _times(tuple(image.shape[1:]))
+def times(size: Iterable[int]) -> str:
+    return " x ".join(map(str, size))
 
 
-def _times(size: Iterable[int] | None) -> str:
-    return " x ".join(map(str, size or ()))
-
-
-def open_data(spec: str, argument: str) -> Images | Any:
-    """What --data or --test names: `Images`, or the dataset or loader of a factory.
-
-    Raises:
-        InputError: nothing that can be read is there. FileNotFoundError: no such file.
-    """
-    path = Path(spec)
-    try:
-        if path.is_dir():
-            return Folder(path)
-        if path.suffix == ".npz":
-            return Archive(path)
-    except (InputError, FileNotFoundError) as error:
-        raise type(error)(str(error).replace("--data:", f"{argument}:", 1)) from error
-    if path.exists() or ":" not in spec or os.sep in spec.partition(":")[0]:
-        what = "is neither" if path.exists() else "does not exist"
-        raise InputError(f"{argument}: must be an image folder, an .npz file or MODULE:FACTORY; {spec!r} {what}.")
-    return called(argument, spec)
-
-
-def number_classes(data: Images, names: list[str] | None, argument: str) -> str:
+def number_classes(data: Images, names: list[str] | None) -> str:
     """Gives the classes the numbers that the model knows them by.
 
     Args:
@@ -311,168 +251,95 @@ def number_classes(data: Images, names: list[str] | None, argument: str) -> str:
     if own is None or names is None or own == names:
         return ""
     unknown = [name for name in own if name not in names]
-    if isinstance(data, Archive):
-        raise InputError(f"{argument}: class_names must be those of the model, {some(names)}; got {some(own)}.")
-    if unknown == own and all(name.isascii() and name.isdigit() and int(name) < len(names) for name in own):
-        data.renumbered([int(name) for name in own])
-        data.class_names = names
-        return "folders are named by the numbers of the classes"
-    if unknown:
+    numbered = unknown == own and all(name.isascii() and name.isdigit() and int(name) < len(names) for name in own)
+    if not isinstance(data.items, list) or (unknown and not numbered):
         raise InputError(
-            f"{argument}: folders must be named as the classes are ({some(names)}) or by their numbers, found "
-            f"{some([repr(name) for name in unknown])}."
+            f"{data.argument}: classes must be those of the model, {some(names)}, and folders be named so or by their "
+            f"numbers; found {some([repr(name) for name in unknown or own])}."
         )
-    data.renumbered([names.index(name) for name in own])
+    data.labels = torch.tensor([int(name) if numbered else names.index(name) for name in own])[data.labels]
     data.class_names = names
-    return "folders are matched with the classes by name"
+    return f"folders are {'named by the numbers of the classes' if numbered else 'matched with the classes by name'}"
 
 
-def check_labels(data: Images, num_classes: int, argument: str) -> None:
-    greatest = int(data.labels.max())
-    if greatest >= num_classes:
-        position = int((data.labels >= num_classes).nonzero()[0])
+def make_loader(
+    source: Images | Any,
+    *,
+    argument: str,
+    dtype: torch.dtype,
+    batch_size: int = 1,
+    workers: int = 0,
+    limit_per_class: int | None = None,
+    num_classes: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterable[Any]:
+    """(inputs, labels) batches that can be gone through again, in the type that the model runs in.
+
+    Of several ranks, each takes whole batches in turn: so the features do not depend on their number.
+
+    Raises:
+        InputError: the factory gave nothing of the kind.
+    """
+    indexed = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    if isinstance(source, Images):
+        source, limit_per_class = Subset(source, source.first_of_each_class(limit_per_class).tolist()), None
+    if indexed and not isinstance(source, (DataLoader, list, tuple, str)):
+        share = (rank, ranks) if limit_per_class is None else (0, 1)
+        shard = ShardSampler(source, rank=share[0], replicas=share[1], block=batch_size)
+        source = DataLoader(
+            source, batch_sampler=BatchSampler(shard, batch_size, drop_last=False), num_workers=workers,
+            collate_fn=partial(_collated, default_collate, dtype),
+        )  # fmt: skip
+        if limit_per_class is None:
+            return source
+    if isinstance(source, (Iterator, tuple, str)) or not isinstance(source, Iterable):
         raise InputError(
-            f"{argument}: labels must lie in 0..{num_classes - 1} (num_classes={num_classes}), "
-            f"{data.name(position)} has {int(data.labels[position])}."
+            f"{argument}: must give a dataset, or a loader that can be gone through again, it gives a "
+            f"{type(source).__name__}."
         )
+    if limit_per_class is None and has_indices(source):
+        batches = source.batch_sampler if ranks == 1 else list(source.batch_sampler or ())[rank::ranks]
+        loader = remade(source, batches)
+        loader.collate_fn = partial(_collated, source.collate_fn, dtype)
+        return loader
+    quota = None if limit_per_class is None else dict.fromkeys(range(num_classes), limit_per_class)
+    return _Batches(source, argument, dtype, quota, rank, ranks)
 
 
-class Batches:
-    """(inputs, labels) batches that can be gone through again, in the type that the model runs in."""
+def _collated(collate: Callable[[Any], Any], dtype: torch.dtype, samples: Any) -> Any:
+    return _cast(collate(samples), dtype)
 
-    def __init__(
-        self,
-        source: Images | Any,
-        *,
-        argument: str,
-        batch_size: int,
-        workers: int,
-        dtype: torch.dtype,
-        limit_per_class: int | None = None,
-        num_classes: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
-        self._argument = argument
-        self._dtype = dtype
-        self._quota = None
-        self._rank, self._ranks = rank, ranks
-        self.per_class: list[int] | None = None  # samples, where known beforehand
-        self.batch_sampler: Iterable[list[int]] | None = None  # indices in each batch of this rank, where there are any
-        self._remake: Callable[[Any], Any] | None = None
-        if isinstance(source, Images):
-            indices = _first_of_each(source.labels, limit_per_class)
-            self.per_class = torch.bincount(source.labels[indices], minlength=num_classes).tolist()
-            order = indices.tolist()
-            whole = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-            self._remake = partial(_reading, source, workers)
-            self._deal(whole)
-            return
-        if (
-            hasattr(source, "__len__")
-            and hasattr(source, "__getitem__")
-            and not isinstance(source, (DataLoader, list, tuple, str))
-        ):
-            source = DataLoader(source, batch_size=batch_size, num_workers=workers)
-        if isinstance(source, (Iterator, tuple, str)) or not isinstance(source, Iterable):
-            raise InputError(
-                f"{argument}: must give a dataset, or a loader that can be gone through again, it gives a "
-                f"{type(source).__name__}."
-            )
-        self._loader: Any = source
-        if limit_per_class is not None:
-            self._quota = dict.fromkeys(range(num_classes), limit_per_class)
-        elif has_indices(source):
-            self._remake = partial(remade, source)
-            self._deal(source.batch_sampler or ())
 
-    def _deal(self, batches: Iterable[list[int]]) -> None:
-        """Whole batches, in turn: so the features do not depend on the number of ranks."""
-        assert self._remake is not None
-        self.batch_sampler = _Share(batches, self._rank, self._ranks)
-        self._loader = self._remake(self.batch_sampler)
-
-    def with_batches(self, batches: Iterable[list[int]]) -> Batches:
-        """The same samples in batches of these indices: others are not read."""
-        assert self._remake is not None
-        other = copy(self)
-        other._loader = self._remake(batches)
-        return other
-
-    def __iter__(self) -> Iterator[Any]:
-        quota = None if self._quota is None else Quota(self._quota)
-        for index, batch in enumerate(self._loader):
-            if isinstance(batch, Unreadable):
-                raise InputError(f"{self._argument}: {batch.message}")
-            if quota is not None:
-                labels = _labels_of(batch, self._argument)
-                batch = chosen(batch, quota.take(labels), len(labels))
-            mine = self.batch_sampler is not None or index % self._ranks == self._rank
-            if mine and (quota is None or samples_of(self._argument, batch)):
-                yield map_tensors(batch, self._cast)
-            if quota is not None and quota.full():
-                return
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+def _cast(batch: Any, dtype: torch.dtype) -> Any:
+    return map_tensors(batch, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 @dataclass(frozen=True)
-class _Share:
-    """Every so many of the batches."""
+class _Batches:
+    """The batches of a loader that has no indices, or of whose samples so many of each class are wanted."""
 
-    batches: Iterable[list[int]]
+    loader: Iterable[Any]
+    argument: str
+    dtype: torch.dtype
+    per_class: dict[int, int] | None
     rank: int
     ranks: int
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return islice(self.batches, self.rank, None, self.ranks)
+    def __iter__(self) -> Iterator[Any]:
+        quota = None if self.per_class is None else Quota(self.per_class)
+        for index, batch in enumerate(self.loader):
+            if quota is not None:
+                labels = self._labels(batch)
+                batch = chosen(batch, quota.take(labels), len(labels))
+            if index % self.ranks == self.rank and (quota is None or samples_of(self.argument, batch)):
+                yield _cast(batch, self.dtype)
+            if quota is not None and quota.full():
+                return
 
-    def __len__(self) -> int:
-        return len(range(self.rank, len(self.batches), self.ranks))  # type: ignore[arg-type]
-
-
-def _reading(images: Images, workers: int, batches: Any) -> DataLoader[Any]:
-    return DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _first_of_each(labels: Tensor, limit: int | None) -> Tensor:
-    """Indices of the first samples of each class, in their order."""
-    if limit is None:
-        return torch.arange(len(labels))
-    ordered, order = torch.sort(labels, stable=True)
-    rank = torch.arange(len(labels)) - torch.searchsorted(ordered, ordered)
-    return order[rank < limit].sort().values
-
-
-def _labels_of(batch: Any, argument: str) -> Tensor:
-    labels = batch.get("labels") if isinstance(batch, dict) else batch[1] if len(batch) == 2 else None
-    try:
-        found = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"--limit-per-class: needs labels, {argument} gives none.") from error
-    return found
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """ "224" or "224x160" (height x width)."""
-    parts = text.lower().split("x")
-    sizes = [int(part) for part in parts if part.isascii() and part.isdigit()]
-    if len(sizes) != len(parts) or len(sizes) > 2 or not all(1 <= size <= LARGEST for size in sizes):
-        raise ValueError(f"must be N or HEIGHTxWIDTH, from 1 to {LARGEST}, got {text!r}")
-    return sizes[0], sizes[-1]
-
-
-def parse_numbers(text: str) -> tuple[float, ...]:
-    """ "0.5" or "0.485,0.456,0.406"."""
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if not values or not all(map(math.isfinite, values)):
-        raise ValueError(f"must be finite numbers with commas between, got {text!r}")
-    return values
+    def _labels(self, batch: Any) -> Tensor:
+        labels = batch.get("labels") if isinstance(batch, dict) else batch[1] if len(batch) == 2 else None
+        try:
+            return torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"--limit-per-class: needs labels, {self.argument} gives none.") from error

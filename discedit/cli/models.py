@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import pkgutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-PICKLED = (".pt", ".pth")
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which processors store
 EXAMPLES = 'discedit.zoo:cifar_resnet("resnet20"), timm:resnet18 or hf:FOLDER'
 SHOWN = 5  # names in a message
@@ -28,35 +28,29 @@ SHOWN = 5  # names in a message
 class InputError(ValueError):
     """What the caller gave cannot be used; the message says why."""
 
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises an error of a worker process anew, with its traceback for a message: take the last line.
+        super().__init__(message.rpartition("InputError: ")[2].strip())
+
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes what the model takes: resized, cropped, scaled to [0, 1], then (x - mean) / std.
+    """How an image becomes what the model takes: resized, cropped, scaled to [0, 1], then (x - mean) / std."""
 
-    Attributes:
-        size: height and width that the model takes; None: images stay as they are.
-        resize: length of the shorter side before the centre crop; None: the shortest that covers `size`.
-        mean, std: one number for each channel, or one for all; None: not known, so x stays in [0, 1].
-        channels: 1 (grey) or 3 (red, green, blue); None: not known, so images stay as they are.
-        interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
-        source: where this is known from, for the reader; empty where nothing is.
-    """
-
-    size: tuple[int, int] | None = None
-    resize: int | None = None
-    mean: tuple[float, ...] | None = None
+    size: tuple[int, int] | None = None  # height and width; None: images stay as they are
+    resize: int | None = None  # length of the shorter side before the crop; None: the shortest that covers the size
+    mean: tuple[float, ...] | None = None  # for each channel, or one for all; None: x stays in [0, 1]
     std: tuple[float, ...] | None = None
-    channels: int | None = None
-    interpolation: str = "bilinear"
-    source: str = ""
+    channels: int | None = None  # 1 (grey) or 3 (red, green, blue)
+    interpolation: str = "bilinear"  # or "nearest", "bicubic", "lanczos"
+    source: str = ""  # where this is known from, for the reader
 
 
 @dataclass
 class ModelSource:
-    """A model, where it came from and what is known of its inputs and classes."""
+    """A model, and what is known of its inputs and classes."""
 
     model: nn.Module
-    spec: str
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     class_names: list[str] | None = None
     packages: tuple[str, ...] = ()  # whose versions matter beside torch's
@@ -64,11 +58,7 @@ class ModelSource:
 
 
 def open_model(spec: str, *, pretrained: bool = False) -> ModelSource:
-    """The model that a specification names, on the CPU, in eval mode.
-
-    Args:
-        spec: "timm:NAME", "hf:FOLDER" or "module:factory", as `called` takes it.
-        pretrained: of timm: with its published weights.
+    """The model that "timm:NAME", "hf:FOLDER" or "module:factory" names, on the CPU, in eval mode.
 
     Raises:
         InputError: an unknown form, a package that is not installed, or no model there.
@@ -81,17 +71,19 @@ def open_model(spec: str, *, pretrained: bool = False) -> ModelSource:
     elif kind == "hf":
         source = _huggingface(rest)
     else:
-        model = called("--model", spec)
+        model = resolve("--model", spec)
         if not isinstance(model, nn.Module):
             raise InputError(f"--model: {spec!r} must give a torch.nn.Module, it gives a {type(model).__name__}.")
-        source = ModelSource(model, spec)
+        source = ModelSource(model)
     source.model.eval()
     if source.preprocessing.channels is None:
-        source.preprocessing = replace(source.preprocessing, channels=_channels(source.model))
+        first = next((module for module in source.model.modules() if isinstance(module, _ConvNd)), None)
+        if first is not None and first.in_channels in (1, 3):
+            source.preprocessing = replace(source.preprocessing, channels=first.in_channels)
     return source
 
 
-def called(argument: str, spec: str) -> Any:
+def resolve(argument: str, spec: str) -> Any:
     """What "module:name", "module:name(literals)" or either with an "[index]" behind it names.
 
     The module is imported, from the working directory too. Of the rest nothing is evaluated: arguments are literals.
@@ -100,61 +92,32 @@ def called(argument: str, spec: str) -> Any:
     Raises:
         InputError: a specification of another form, or code of that module that fails; it is then the cause.
     """
-    module, colon, rest = spec.partition(":")
-    if not colon or not all(part.isidentifier() for part in module.split(".")):
-        raise InputError(f"{argument}: must be MODULE:FACTORY (such as {EXAMPLES}), got {spec!r}.")
-    names, arguments, keywords, index, has_call = _parsed(argument, spec, rest)
-    with _working_directory_importable():
-        try:
-            found: Any = import_module(module)
-        except Exception as error:
-            raise InputError(f"{argument}: cannot import {module!r}: {type(error).__name__}: {error}") from error
-    for name in names:
-        if not hasattr(found, name):
-            raise InputError(f"{argument}: {module!r} has no {'.'.join(names)!r}.")
-        found = getattr(found, name)
-    if has_call or (callable(found) and not isinstance(found, nn.Module)):
-        try:
-            found = found(*arguments, **keywords)
-        except Exception as error:
-            raise InputError(f"{argument}: {spec!r} failed: {type(error).__name__}: {error}") from error
-    if index is not None:
-        try:
-            found = found[index]
-        except Exception as error:
-            raise InputError(f"{argument}: {spec!r} has no [{index!r}]: {type(error).__name__}: {error}") from error
-    return found
-
-
-def _parsed(argument: str, spec: str, text: str) -> tuple[list[str], list[Any], dict[str, Any], Any, bool]:
-    """Names, literal arguments and index of "a.b(1, c=2)[0]"."""
+    module, _, rest = spec.partition(":")
     try:
-        node = ast.parse(text, mode="eval").body
-        index = None
+        node = ast.parse(rest, mode="eval").body
+        keys = []
         if isinstance(node, ast.Subscript):
-            index, node = ast.literal_eval(node.slice), node.value
-        arguments: list[Any] = []
-        keywords: dict[str, Any] = {}
-        has_call = isinstance(node, ast.Call)
-        if isinstance(node, ast.Call):
-            arguments = [ast.literal_eval(value) for value in node.args]
-            for keyword in node.keywords:
-                if keyword.arg is None:
-                    raise ValueError("** is not allowed")
-                keywords[keyword.arg] = ast.literal_eval(keyword.value)
-            node = node.func
-        names: list[str] = []
-        while isinstance(node, ast.Attribute):
-            names.insert(0, node.attr)
-            node = node.value
-        if not isinstance(node, ast.Name):
-            raise ValueError("it does not begin with a name")
+            keys, node = [ast.literal_eval(node.slice)], node.value
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        arguments = [ast.literal_eval(value) for value in call.args]
+        keywords = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in call.keywords}
+        name = ast.unparse(call.func)
+        if not all(part.isidentifier() for part in (*module.split("."), *name.split("."), *keywords)):
+            raise ValueError("a name is expected")
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise InputError(
-            f"{argument}: after the colon must stand a name, or a name with literal arguments, such as "
-            f'cifar_resnet("resnet20"), got {spec!r} ({error}).'
+            f"{argument}: must be MODULE:FACTORY or MODULE:FACTORY(LITERALS), such as {EXAMPLES}; got {spec!r}."
         ) from error
-    return [node.id, *names], arguments, keywords, index, has_call
+    try:
+        with _working_directory_importable():
+            found: Any = pkgutil.resolve_name(f"{module}:{name}")
+        if call is node or (callable(found) and not isinstance(found, nn.Module)):
+            found = found(*arguments, **keywords)
+        for key in keys:
+            found = found[key]
+    except Exception as error:
+        raise InputError(f"{argument}: {spec!r} failed: {type(error).__name__}: {error}") from error
+    return found
 
 
 @contextmanager
@@ -173,25 +136,22 @@ def _working_directory_importable() -> Iterator[None]:
 
 def _timm(name: str, pretrained: bool) -> ModelSource:
     timm = _package("timm", "--model timm:NAME")
-    if not name:
-        raise InputError("--model: timm: must be followed by the name of one of its models, got nothing.")
     try:
         model = timm.create_model(name, pretrained=pretrained)
         data = import_module("timm.data").resolve_model_data_config(model)
     except Exception as error:
         raise InputError(f"--model: timm cannot make {name!r}: {type(error).__name__}: {error}") from error
     channels, height, width = data["input_size"]
-    share = data.get("crop_pct") or 1.0
     known = Preprocessing(
         size=(height, width),
-        resize=math.floor(min(height, width) / share),
+        resize=math.floor(min(height, width) / (data.get("crop_pct") or 1.0)),
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         channels=channels,
         interpolation=data["interpolation"] if data["interpolation"] in RESAMPLING.values() else "bilinear",
         source="timm's configuration",
     )
-    return ModelSource(model, f"timm:{name}", known, packages=("timm",))
+    return ModelSource(model, known, packages=("timm",))
 
 
 def _huggingface(name: str) -> ModelSource:
@@ -202,35 +162,37 @@ def _huggingface(name: str) -> ModelSource:
     from discedit.integrations import huggingface
 
     transformers.utils.logging.disable_progress_bar()  # for files that load in no time
+    edited = (folder / huggingface.RECIPE).is_file()
     try:
-        if (folder / huggingface.RECIPE).is_file():
+        if edited:
             model = huggingface.load_pretrained(folder).model
         else:
             model, report = transformers.AutoModelForImageClassification.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True
             )
-            absent = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+            absent = {kind.replace("_", " "): sorted(map(str, names)) for kind, names in report.items() if names}
             if absent:
-                kinds = "; ".join(f"{kind.replace('_', ' ')}: {some(names)}" for kind, names in absent.items())
-                raise ValueError(f"its weights do not fit its configuration: {kinds}")
+                raise ValueError("; ".join(f"{kind}: {some(names)}" for kind, names in absent.items()))
     except Exception as error:
         raise InputError(f"--model: cannot load {name!r}: {type(error).__name__}: {error}") from error
     config: Any = model.config
     labels = {int(index): str(label) for index, label in (config.id2label or {}).items()}
     names = [labels.get(index, "") for index in range(len(labels))]
-    placeholders = [f"LABEL_{index}" for index in range(len(names))]
+    known = bool(names) and all(names) and names != [f"LABEL_{index}" for index in range(len(names))]
     return ModelSource(
         model,
-        f"hf:{name}",
         _processor(folder, config),
-        None if names == placeholders or not all(names) else names,
+        names if known else None,
         packages=("transformers",),
-        whole=not (folder / huggingface.RECIPE).is_file(),
+        whole=not edited,
     )
 
 
 def _processor(folder: Path, config: Any) -> Preprocessing:
-    """What the image processor's file says, or else the model's configuration."""
+    """What the image processor's file says, or else the model's configuration.
+
+    The file is read here, since transformers' own processors want a torchvision that fits this very torch.
+    """
     size = getattr(config, "image_size", None)
     known = Preprocessing(
         size=(size, size) if isinstance(size, int) else tuple(size) if size else None,
@@ -242,32 +204,35 @@ def _processor(folder: Path, config: Any) -> Preprocessing:
         return known
     try:
         given = json.loads(file.read_text(encoding="utf-8"))
-        sizes = [given.get(name) if given.get(f"do_{verb}", True) else None
-                 for name, verb in (("size", "resize"), ("crop_size", "center_crop"))]  # fmt: skip
-        whole, crop = ({"height": s, "width": s} if isinstance(s, int) else s or {} for s in sizes)
+        whole, crop = (
+            _sides(given.get(name)) if given.get(f"do_{verb}", True) else {}
+            for name, verb in (("size", "resize"), ("crop_size", "center_crop"))
+        )
         target = crop if "height" in crop else whole
         shorter = whole.get("shortest_edge")
         if shorter is None and target is crop and "height" in whole:
             shorter = min(whole["height"], whole["width"])
         if shorter is not None and "height" not in target:
             target = {"height": shorter, "width": shorter}
-        mean: tuple[float, ...] = (0.0,)
-        std: tuple[float, ...] = (1.0,)
-        if given.get("do_normalize", True) and "image_mean" in given:
-            mean, std = tuple(map(float, given["image_mean"])), tuple(map(float, given["image_std"]))
         # The processor multiplies by a factor where we divide by 255.
         factor = 255 * float(given.get("rescale_factor", 1 / 255)) if given.get("do_rescale", True) else 255.0
+        normalised = given.get("do_normalize", True) and "image_mean" in given
+        mean, std = (given["image_mean"], given["image_std"]) if normalised else ((0.0,), (1.0,))
         return replace(
             known,
             size=(int(target["height"]), int(target["width"])) if target else known.size,
             resize=None if shorter is None else int(shorter),
-            mean=tuple(value / factor for value in mean),
-            std=tuple(value / factor for value in std),
+            mean=tuple(float(value) / factor for value in mean),
+            std=tuple(float(value) / factor for value in std),
             interpolation=RESAMPLING.get(given.get("resample", 2), "bilinear"),
             source=str(file),
         )
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise InputError(f"--model: {str(file)!r} is no image processor's configuration: {error}") from error
+
+
+def _sides(size: Any) -> dict[str, Any]:
+    return {"height": size, "width": size} if isinstance(size, int) else size or {}
 
 
 def _package(name: str, what: str) -> Any:
@@ -280,52 +245,37 @@ def _package(name: str, what: str) -> Any:
         raise InputError(f"{what} needs {name}, whose import fails: {type(error).__name__}: {error}") from error
 
 
-def _channels(model: nn.Module) -> int | None:
-    """Of the images that the model takes, by its first convolution."""
-    first = next((module for module in model.modules() if isinstance(module, _ConvNd)), None)
-    return first.in_channels if first is not None and first.in_channels in (1, 3) else None
-
-
 def load_weights(model: nn.Module, path: Path, *, argument: str = "--weights") -> None:
-    """Fill a model with the weights of a file, all of them and nothing else.
+    """Fill a model with the weights of a .safetensors, .pt or .pth file, all of them and nothing else.
 
     Counters of batch norms, which evaluation does not use, may be absent; of tensors that hang in several places one
     name is enough.
 
     Raises:
-        FileNotFoundError: no such file. InputError: no state dict, or one that does not fit.
+        InputError: no such file, no state dict in it, or one that does not fit.
     """
     weights = _state_dict(path, argument)
     own = model.state_dict(keep_vars=True)
     filled = {id(own[name]) for name in weights.keys() & own.keys()}
     missing = [n for n, t in own.items() if id(t) not in filled and not n.endswith("num_batches_tracked")]
     unexpected = [name for name in weights if name not in own]
-    if missing or unexpected:
-        found = [
-            f"{title} {some(names)}" for title, names in (("missing", missing), ("unexpected", unexpected)) if names
-        ]
-        raise InputError(f"{argument}: {str(path)!r} does not fit the model: {'; '.join(found)}.")
-    for name, tensor in weights.items():
-        if tensor.shape != own[name].shape:
-            raise InputError(
-                f"{argument}: {str(path)!r} does not fit the model: {name!r} must have shape {list(own[name].shape)}, "
-                f"got {list(tensor.shape)}."
-            )
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
+    wrong = [f"{kind} {some(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names]
+    try:
+        if wrong:
+            raise RuntimeError("; ".join(wrong))
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise InputError(f"{argument}: {str(path)!r} does not fit the model: {' '.join(str(error).split())}") from error
 
 
 def _state_dict(path: Path, argument: str) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{argument}: {str(path)!r} does not exist or is no file.")
-    if path.suffix not in (".safetensors", *PICKLED):
-        raise InputError(f"{argument}: must be a .safetensors, .pt or .pth file, got {str(path)!r}.")
     try:
         if path.suffix == ".safetensors":
             weights: Any = load_file(path)
-        else:
+        elif path.suffix in (".pt", ".pth"):
             weights = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            raise ValueError("it must be a .safetensors, .pt or .pth file")
     except Exception as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{argument}: {str(path)!r} cannot be read: {why}") from error

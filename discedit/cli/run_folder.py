@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -20,24 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from discedit.cli.models import InputError
-from discedit.common import files as _files
+from discedit.common import files
 
 FILE = "run.json"
+VALUES = ("prune.values.safetensors", "unlearn.values.safetensors", "discedit.values.safetensors")
 # All that a run may leave, so that nothing else is ever replaced or deleted.
-NAMES = (
-    FILE,
-    "moments.safetensors",
-    "scores.safetensors",
-    "prune.json",
-    "prune.values.safetensors",
-    "unlearn.json",
-    "unlearn.values.safetensors",
-    "model.safetensors",
-    "config.json",
-    "discedit.json",
-    "discedit.values.safetensors",
-    "report.html",
-)
+NAMES = (FILE, "moments.safetensors", "scores.safetensors", "prune.json", "unlearn.json", *VALUES,
+         "model.safetensors", "config.json", "discedit.json", "report.html")  # fmt: skip
 
 
 class NothingChangedError(Exception):
@@ -56,6 +45,8 @@ class Console:
     quiet: bool = False
     rank: int = 0
     warnings: list[str] = field(default_factory=list)
+    started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    clock: float = field(default_factory=time.perf_counter)
 
     @property
     def progress(self) -> bool | None:
@@ -88,9 +79,11 @@ class Console:
 class RunFolder:
     """A folder that holds one run: claimed before the work, filled after it, run.json last.
 
+    As a context, it takes the folders away that were made for a run that failed.
+
     Raises:
         InputError: the folder holds another run, or files that this one would write, and may not be overwritten; or it
-            is no folder.
+            is no folder, or not to be written to.
     """
 
     def __init__(self, path: Path, *, overwrite: bool, writes: bool = True) -> None:
@@ -104,20 +97,19 @@ class RunFolder:
             raise InputError(f"--out: must be a folder, {str(path)!r} is a file.")
         self._old = [name for name in NAMES if (path / name).is_file()]
         if self._old and not overwrite:
-            what = "another run" if FILE in self._old else f"{', '.join(self._old)}"
+            what = "another run" if FILE in self._old else ", ".join(self._old)
             raise InputError(f"--out: {str(path)!r} holds {what}; name another folder, or add --overwrite.")
-        folder = path
-        while not folder.exists():
-            self._made.append(folder)
-            folder = folder.parent
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise InputError(f"--out: nothing can be written to {str(path)!r}.")
 
-    def release(self) -> None:
-        """Takes the folders away that were made for nothing."""
-        for folder in self._made:
-            if folder.is_dir() and not any(folder.iterdir()):
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for folder in self._made if kind else ():
+            with suppress(OSError):  # it holds something
                 folder.rmdir()
 
     def clear(self) -> None:
@@ -128,48 +120,39 @@ class RunFolder:
 
     def file(self, name: str) -> Path:
         """Where to write a file of the run, which run.json will name."""
-        assert name in NAMES or name.endswith(".png"), name
+        assert name in NAMES, name
         self._files.append(name)
         return self.path / name
 
-    def finish(self, record: dict[str, Any]) -> None:
-        """Writes run.json, with size and checksum of the other files."""
-        files = []
+    def finish(self, record: dict[str, Any]) -> str:
+        """Writes run.json, with size and checksum of the other files, and says what was written."""
+        record["files"] = []
         for name in self._files:
             data = (self.path / name).read_bytes()
-            files.append({"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-        record["files"] = files
-        _files.write_atomically(self.path / FILE, (as_json(record) + "\n").encode())
+            record["files"].append({"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+        files.write_atomically(self.path / FILE, (as_json(record) + "\n").encode())
+        return f"written to {self.path}: {', '.join([*self._files, FILE])}"
 
 
-class Clock:
-    """When a run started, and how long it has taken."""
-
-    def __init__(self) -> None:
-        self.started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self._start = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return round(time.perf_counter() - self._start, 3)
-
-
-def record_of(
-    command: str, arguments: Mapping[str, Any], clock: Clock, packages: Iterable[str], **fields: Any
-) -> dict[str, Any]:
+def record_of(console: Console, options: Any, packages: Iterable[str], **fields: Any) -> dict[str, Any]:
     """The fields of run.json that every command has, and those given."""
-    names = ["discedit", "torch", "numpy", *packages]
-    return {
+    if console.warnings:
+        fields["results"] = {**fields["results"], "warnings": console.warnings}
+    record = {
         "kind": "run",
-        "version": _files.VERSION,
-        "command": command,
-        "arguments": plain(dict(arguments)),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "version": files.VERSION,
+        "command": console.command,
+        "arguments": vars(options),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("discedit", "torch", "numpy", *packages)},
+        },
         "commit": commit(),
-        "started": clock.started,
-        "seconds": clock.seconds,
-        **plain(fields),
+        "started": console.started,
+        "seconds": round(time.perf_counter() - console.clock, 3),
+        **fields,
     }
+    return {name: plain(value) for name, value in record.items()}
 
 
 def load_run(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -182,21 +165,19 @@ def load_run(path: Path) -> tuple[Path, dict[str, Any]]:
     file = folder / FILE
     if not file.is_file():
         raise FileNotFoundError(f"run folder {str(folder)!r} has no {FILE}.")
-    record = _files.load_json(file, "run")
+    record = files.load_json(file, "run")
     for name, kind in (("command", str), ("arguments", dict), ("results", dict), ("files", list), ("data", dict)):
-        _files.field(record, name, kind, file)
+        files.field(record, name, kind, file)
     return folder, record
 
 
 def commit() -> str | None:
     """The git commit of the working directory; None where there is none."""
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found or None
+    return found.stdout.strip() or None
 
 
 def plain(value: Any) -> Any:

@@ -99,7 +99,7 @@ class Evaluation:
             block = {title: cells for title, cells in rows.items() if title.startswith("cka") == of_pairs}
             models = list(dict.fromkeys(model for cells in block.values() for model in cells))
             lines = [[title, *(cells.get(model, "") for model in models)] for title, cells in block.items()]
-            blocks += [format_table(["", *models], lines)] if lines else []
+            blocks += [format_table([["", *models], *lines])] if lines else []
         blocks += ["\n".join(f"not measured: {metric}: {why}." for metric, why in self.not_measured.items())]
         blocks += ["What is not found here may still be there: zeroing components is no guarantee of privacy."]
         return "\n\n".join(filter(None, blocks))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -15,17 +14,15 @@ from torch import Tensor
 from discedit.common.state import ClassMoments, State
 from discedit.moments.moments import Moments
 from discedit.recipes.recipe import Edit, Recipe
-from discedit.reporting import colours
 from discedit.scoring.scores import Scores
 
+STEPS = 21  # of the colour scale: 0, 0.05, ..., 1
 MOST_CLASSES = 40  # columns of a heat map, rows of a plot; more classes are grouped, or only the extremes shown
 MOST_COLUMNS = 128  # of the picture of one layer's components
 EXTREMES = 12  # classes shown at either end where there are too many
 STRONGEST = 5  # components named for each layer
 FEW = 20  # samples of a class below which no interval was measured (benchmarks/coverage.md)
-LONGEST = 60  # characters of a name that is repeated for every cell
 NONE = DASH = "\u2013"
-MINUS = "\u2212"
 
 BOUNDS = {
     "minimax": "the tightest lower bound that means and covariances allow",
@@ -50,6 +47,9 @@ READS = {
 }
 
 
+# ---- numbers and names as text ---------------------------------------------------------------------------------------
+
+
 def percent(share: float, digits: int = 1) -> str:
     return NONE if math.isnan(share) else f"{100 * share:.{digits}f}\u00a0%"
 
@@ -60,7 +60,7 @@ def number(value: float, digits: int = 2) -> str:
 
 def points(difference: float) -> str:
     """A difference of shares, with its sign."""
-    text = NONE if math.isnan(difference) else f"{100 * difference:+.1f}".replace("-", MINUS)
+    text = NONE if math.isnan(difference) else f"{100 * difference:+.1f}".replace("-", "\u2212")
     return "0.0" if text[1:] == "0.0" else text
 
 
@@ -78,7 +78,7 @@ def ranges(indices: Iterable[int]) -> list[tuple[int, int]]:
     return [(run[0], run[-1]) for run in found]
 
 
-def shortened(name: str, most: int = LONGEST) -> str:
+def shortened(name: str, most: int = 60) -> str:
     """A name that is long loses its middle: layers differ at the end."""
     return name if len(name) <= most else f"{name[: most // 3]}…{name[-(most - most // 3 - 1) :]}"
 
@@ -113,38 +113,29 @@ class Names:
         """One class by its name, several by their indices."""
         return self.classes[group[0]] if len(group) == 1 else f"{group[0]}{DASH}{group[-1]}"
 
-    def several(self, indices: Iterable[int]) -> str:
-        return listed([isolated(self.classes[k]) for k in indices])
+    def several(self, indices: Sequence[int]) -> tuple[int, str]:
+        return len(indices), listed([isolated(self.classes[k]) for k in indices])
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One field of a heat map; without a place in the scale where there is no score."""
-
-    step: int | None
-    text: str
-    title: str
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def about(scores: Scores, moments: Moments | None) -> dict[str, Any]:
     """The first section: what was scored, and how."""
-    channels = [len(values) for values in scores.values()]
-    settings = scores.settings
-    named = {
-        "bound": (settings["bound"], BOUNDS.get(scores.bound, "")),
-        "witness": (settings["witness"], WITNESSES.get(scores.witness, "")),
-        "statistic": (" and ".join([scores.statistic] if isinstance(scores.statistic, str) else scores.statistic), ""),
-        "read": (settings["read"], READS.get(scores.read, "")),
+    statistics = [scores.statistic] if isinstance(scores.statistic, str) else scores.statistic
+    meanings = {"bound": BOUNDS.get(scores.bound), "witness": WITNESSES.get(scores.witness)}
+    meanings |= {"statistic": None, "read": READS.get(scores.read)}
+    settings = {name: plain(scores.settings[name]) for name in [*meanings, *scores.settings]}
+    settings["statistic"] = " and ".join(statistics)
+    facts = {
+        "layers": len(scores),
+        "components": sum(map(len, scores.values())),
+        "classes": scores.num_classes,
+        "samples": int(scores.counts.sum()),
     }
-    rest = {name: (plain(value), "") for name, value in settings.items() if name not in named}
     return {
-        "facts": [
-            ("layers", f"{len(channels):,}"),
-            ("components", f"{sum(channels):,}"),
-            ("classes", f"{scores.num_classes:,}"),
-            ("samples", f"{int(scores.counts.sum()):,}"),
-        ],
-        "settings": [(name, value, meaning) for name, (value, meaning) in {**named, **rest}.items()],
+        "facts": facts,
+        "settings": [(name, value, meanings.get(name)) for name, value in settings.items()],
         "bound": scores.bound,
         "level": percent(1 - float(scores.options.get("alpha", 0.05)), 0),
         "constant": sum(_constant(moments[layer]) for layer in scores) if moments is not None else None,
@@ -159,107 +150,82 @@ def _constant(state: State) -> int:
     mean = state.mean if state.mean.ndim == 3 else state.mean[None]
     spread = state.m2[None] if isinstance(state, ClassMoments) else state.scatter
     mean, spread = mean[:, seen], spread[:, seen]
-    flat = (spread == 0).flatten(0, 1).all(0) & (mean == mean[:, :1]).flatten(0, 1).all(0)
-    return int(flat.sum())
+    return int(((spread == 0).flatten(0, 1).all(0) & (mean == mean[:, :1]).flatten(0, 1).all(0)).sum())
+
+
+def step(value: float) -> int | str:
+    """The place of a score in the colour scale; "n" for NaN."""
+    return "n" if math.isnan(value) else round(min(max(value, 0.0), 1.0) * (STEPS - 1))
+
+
+def best_of(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Greatest score of each class over the components, NaN where there is none, and which component has it."""
+    if not len(values):
+        return torch.full(values.shape[1:], torch.nan, dtype=torch.float64), torch.zeros(
+            values.shape[1], dtype=torch.int64
+        )
+    top, component = values.cpu().double().nan_to_num(-1).max(0)
+    return torch.where(top < 0, torch.nan, top), component
+
+
+def _means(values: Tensor, parts: Sequence[range]) -> Tensor:
+    """Means of neighbours along the first axis."""
+    empty = values.new_empty((0, *values.shape[1:]))
+    return torch.stack([values[part[0] : part[-1] + 1].nanmean(0) for part in parts]) if parts else empty
 
 
 def heat(scores: Scores, names: Names) -> dict[str, Any]:
     """Scores by layer and class: the best and the mean of each layer's components, and each layer's components."""
     columns = groups(scores.num_classes, MOST_CLASSES)
-    best, mean = heat_values(scores)
-    strongest = [_strongest(values) for values in scores.values()]
+    titles = [names.group(c) if len(c) == 1 else f"classes {c[0]} to {c[-1]}" for c in columns]
+    best = torch.stack([best_of(values)[0] for values in scores.values()])
     layers = []
-    for i, (layer, values) in enumerate(scores.items()):
-        rows = []
-        for which in (best, mean):
-            cells = []
-            for group in columns:
-                value = float(which[i, group[0] : group[-1] + 1].nanmean())
-                title = f"{isolated(layer)}, {_told(group, names)}: "
-                if len(group) > 1:
-                    title += f"{number(value)}, the mean of {len(group)} classes"
-                elif math.isnan(value):
-                    title += "no score"
-                else:
-                    component = int(strongest[i][group[0]])
-                    title += f"best {number(float(best[i, group[0]]))} (component {component})"
-                    title += f", mean {number(float(mean[i, group[0]]))}"
-                cells.append(Cell(colours.step(value), _short(value), title))
-            rows.append(cells)
+    for (layer, values), top in zip(scores.items(), best, strict=True):
+        values, strongest = values.cpu(), best_of(values)[1]
+        mean = values.double().nanmean(0)
+        rows: list[list[tuple[int | str, str, str]]] = [[], []]
+        for group, title, *both in zip(columns, titles, _means(top, columns), _means(mean, columns), strict=True):
+            of = f" (component {int(strongest[group[0]])})" if len(group) == 1 and not both[0].isnan() else ""
+            told = f"{isolated(layer)}, {isolated(title)}: best {number(float(both[0]))}{of}, mean "
+            for row, value in zip(rows, map(float, both), strict=True):
+                text = number(value).removeprefix("0") if 0 < round(value, 2) < 1 else f"{value:.0f}"
+                row.append((step(value), NONE if math.isnan(value) else text, f"{told}{number(float(both[1]))}"))
         layers.append(
             {
                 "name": layer,
                 "label": names.layer(layer),
                 "components": len(values),
-                "best": number(_greatest(best[i])),
-                "mean": number(float(mean[i].nanmean())),
+                "best": number(_greatest(top)),
+                "mean": number(float(mean.nanmean())),
                 "rows": rows,
-                "picture": _picture(values.cpu(), names),
-                "table": _table(values.cpu(), scores.direction.get(layer), names),
+                "picture": _picture(values, names),
+                "strongest": _strongest(values, scores.direction.get(layer), names),
             }
         )
     return {
-        "columns": [(names.group(group), _told(group, names)) for group in columns],
+        "columns": [(names.group(group), title) for group, title in zip(columns, titles, strict=True)],
         "grouped": len(columns[0]),
         "prefix": names.prefix,
         "layers": layers,
-        "finding": _finding(scores, best, names),
+        "finding": _finding(list(scores), best, names),
         "binned": any(len(values) > MOST_COLUMNS for values in scores.values()),
     }
 
 
-def heat_values(scores: Scores) -> tuple[Tensor, Tensor]:
-    """The best and the mean of each layer's components for each class, both (layers, classes), float64."""
-    best = torch.stack([_best(values) for values in scores.values()])
-    return best, torch.stack([_mean(values) for values in scores.values()])
-
-
-def _best(values: Tensor) -> Tensor:
-    """Greatest score of each class over the components; NaN where there is none."""
-    if not len(values):
-        return torch.full(values.shape[1:], torch.nan, dtype=torch.float64)
-    return torch.where(values.isnan().all(0), torch.nan, values.nan_to_num(-1).amax(0)).cpu().double()
-
-
-def _mean(values: Tensor) -> Tensor:
-    return values.nanmean(0).cpu().double()
-
-
-def _strongest(values: Tensor) -> Tensor:
-    return values.nan_to_num(-1).argmax(0).cpu() if len(values) else torch.zeros(values.shape[1], dtype=torch.int64)
-
-
 def _greatest(values: Tensor) -> float:
-    return float("nan") if bool(values.isnan().all()) else float(values.nan_to_num(-1).max())
+    return math.nan if bool(values.isnan().all()) else float(values.nan_to_num(-1).max())
 
 
-def _short(value: float) -> str:
-    """A score in as few characters as two digits take."""
-    whole = {"1.00": "1", "0.00": "0"}
-    text = number(value)
-    return whole.get(text, text.removeprefix("0"))
-
-
-def _told(group: range, names: Names) -> str:
-    return isolated(names.classes[group[0]]) if len(group) == 1 else f"classes {group[0]} to {group[-1]}"
-
-
-def _finding(scores: Scores, best: Tensor, names: Names) -> dict[str, str] | None:
-    """Which layer tells classes apart best, and which class is told worst."""
+def _finding(layers: list[str], best: Tensor, names: Names) -> dict[str, tuple[str, str]] | None:
+    """Which layer tells classes apart best, and which class is told worst and best, each with its score."""
     means = best.nanmean(1)
     if bool(means.isnan().all()):
         return None
+    tops = torch.tensor([_greatest(column) for column in best.T])
     layer = int(means.nan_to_num(-1).argmax())
-    tops = torch.where(best.isnan().all(0), torch.nan, best.nan_to_num(-1).amax(0))
-    hardest, easiest = int(tops.nan_to_num(2).argmin()), int(tops.nan_to_num(-1).argmax())
-    return {
-        "layer": shortened(list(scores)[layer]),
-        "value": number(float(means[layer])),
-        "hardest": shortened(names.classes[hardest]),
-        "hardest_value": number(float(tops[hardest])),
-        "easiest": shortened(names.classes[easiest]),
-        "easiest_value": number(float(tops[easiest])),
-    }
+    found = {"hardest": int(tops.nan_to_num(2).argmin()), "easiest": int(tops.nan_to_num(-1).argmax())}
+    told = {what: (shortened(names.classes[k]), number(float(tops[k]))) for what, k in found.items()}
+    return {"layer": (shortened(layers[layer]), number(float(means[layer]))), **told}
 
 
 def _picture(values: Tensor, names: Names) -> dict[str, Any]:
@@ -267,131 +233,119 @@ def _picture(values: Tensor, names: Names) -> dict[str, Any]:
     top = values.nan_to_num(-1).amax(1) if len(values) else torch.empty(0)
     order = top.argsort(descending=True, stable=True)
     bins, rows = groups(len(values), MOST_COLUMNS), groups(values.shape[1], MOST_CLASSES)
-    matrix = torch.empty(len(rows), 0)
-    if bins:
-        binned = torch.stack([values[order[b[0] : b[-1] + 1]].nanmean(0) for b in bins], dim=1)
-        matrix = torch.stack([binned[r[0] : r[-1] + 1].nanmean(0) for r in rows])
-    paths: dict[int | None, list[str]] = {}
-    for y, line in enumerate(matrix.tolist()):
+    paths: dict[int | str, str] = {}
+    for y, line in enumerate(_means(_means(values[order], bins).T, rows).tolist() if bins else ()):
         x = 0
-        for step, run in groupby(map(colours.step, line)):
+        for place, run in groupby(map(step, line)):
             length = len(list(run))
-            paths.setdefault(step, []).append(f"M{x} {y}h{length}")
+            paths[place] = f"{paths.get(place, '')}M{x} {y}h{length}"
             x += length
     titles = []
     for b in bins:
-        members = order[b[0] : b[-1] + 1].tolist()
-        if len(members) == 1:
-            titles.append(_component(values[members[0]], members[0], names))
-        else:
-            found = float(top[members].mean())
-            titles.append(f"ranks {b[0] + 1} to {b[-1] + 1} of {len(values)}: best scores {number(found)} on average")
+        component = int(order[b[0]])
+        found = values[component].nan_to_num(-1).argsort(descending=True, stable=True)[:3].tolist()
+        told = [f"{isolated(names.classes[k])} {number(float(values[component, k]))}" for k in found]
+        told = [text for text, k in zip(told, found, strict=True) if values[component, k] >= 0]
+        titles.append(
+            f"component {component}: {', '.join(told) or 'no score'}"
+            if len(b) == 1
+            else f"ranks {b[0] + 1} to {b[-1] + 1} of {len(values)}: best scores "
+            f"{number(float(top[order[b[0] : b[-1] + 1]].mean()))} on average"
+        )
     return {
         "width": len(bins),
         "height": len(rows),
-        "paths": [(step, "".join(parts)) for step, parts in sorted(paths.items(), key=lambda p: (p[0] is None, p[0]))],
+        "paths": sorted(paths.items(), key=lambda pair: str(pair[0]).zfill(2)),
         "titles": titles,
         "rows": [names.group(row) for row in rows],
     }
 
 
-def _component(values: Tensor, component: int, names: Names) -> str:
-    found = [k for k in values.nan_to_num(-1).argsort(descending=True, stable=True)[:3].tolist() if values[k] >= 0]
-    best = ", ".join(f"{isolated(names.classes[k])} {number(float(values[k]))}" for k in found)
-    return f"component {component}: {best or 'no score'}"
-
-
-def _table(values: Tensor, direction: Tensor | None, names: Names) -> list[tuple[int, str, str, str, str]]:
+def _strongest(values: Tensor, direction: Tensor | None, names: Names) -> list[tuple[int, str, str, str, str]]:
     """The strongest components of a layer: index, class, score, how active, mean score."""
     rows = []
-    top = values.nan_to_num(-1).amax(1) if len(values) else torch.empty(0)
+    top, classes = values.nan_to_num(-1).max(1) if len(values) else (torch.empty(0), torch.empty(0))
     for component in top.argsort(descending=True, stable=True)[:STRONGEST].tolist():
-        if top[component] < 0:
-            continue
-        k = int(values[component].nan_to_num(-1).argmax())
-        side = {1: "more", -1: "less"}.get(0 if direction is None else int(direction[component, k]), "as")
-        mean = number(float(values[component].nanmean()))
-        rows.append((component, names.classes[k], number(float(values[component, k])), side, mean))
+        if top[component] >= 0:
+            k = int(classes[component])
+            side = {1: "more than", -1: "less than"}.get(0 if direction is None else int(direction[component, k]))
+            active = f"{side or 'as much as'} for the rest"
+            best, mean = number(float(top[component])), number(float(values[component].nanmean()))
+            rows.append((component, names.classes[k], best, active, mean))
     return rows
+
+
+# ---- edits -----------------------------------------------------------------------------------------------------------
 
 
 def edit(title: str, made: Edit | Recipe, scores: Scores, names: Names) -> dict[str, Any]:
     """What one edit removed, silenced or erased, and where."""
-    recipe = made.recipe if isinstance(made, Edit) else made
-    widths = made.widths if isinstance(made, Edit) else {}
-    rows, gone, whole = [], 0, 0
+    whole_edit = made if isinstance(made, Edit) else None
+    recipe = _recipe(made)
+    rows = []
     for layer, channels in recipe.components.items():
-        width = widths.get(layer) or _width(layer, recipe, scores)
-        runs = ranges(channels)
-        gone, whole = gone + len(channels), whole + (width or 0)
-        rows.append(
-            {
-                "name": layer,
-                "label": names.layer(layer),
-                "gone": len(channels),
-                "width": width,
-                "share": len(channels) / width if width else None,
-                "strip": "".join(f"M{first} 0h{last - first + 1}" for first, last in runs),
-                "indices": ", ".join(str(a) if a == b else f"{a}{DASH}{b}" for a, b in runs) or "none",
-            }
-        )
-    known = all(row["width"] for row in rows)
+        runs, width = ranges(channels), _width(layer, made, scores)
+        row: dict[str, Any] = {"name": layer, "label": names.layer(layer), "gone": len(channels), "width": width}
+        row["share"] = len(channels) / width if width else None
+        row["strip"] = "".join(f"M{first} 0h{last - first + 1}" for first, last in runs)
+        row["indices"] = ", ".join(str(a) if a == b else f"{a}{DASH}{b}" for a, b in runs) or "none"
+        rows.append(row)
+    gone = sum(row["gone"] for row in rows)
+    whole = sum(row["width"] for row in rows) if all(row["width"] for row in rows) else None
     # Shown apart where they are what `unlearn` and `prune` write; whatever else is there stays among the settings.
     apart = {name: recipe.settings.get(name) for name in ("directions", "unrepaired")}
     apart = {name: value for name, value in apart.items() if isinstance(value, Mapping)}
-    directions = apart.get("directions") or {}
-    settings = {name: value for name, value in recipe.settings.items() if name not in apart}
-    costs = []
-    if isinstance(made, Edit):
-        for what, before, after in (
-            ("parameters", made.parameters_before, made.parameters_after),
-            ("multiply-accumulates", made.macs_before, made.macs_after),
-        ):
-            if before is not None and after is not None:
-                share = percent((before - after) / before) if before else NONE
-                costs.append((what, f"{before:,}", f"{after:,}", share if after <= before else ""))
+    directions = []
+    for layer, bounds in (apart.get("directions") or {}).items():
+        values = [float(bound) for bound in (bounds if isinstance(bounds, (list, tuple)) else [bounds])]
+        told = ", ".join(map(number, values))
+        directions.append((layer, names.layer(layer), len(values), told, max(values, default=0.0)))
     return {
         "title": title,
         "kind": recipe.edit,
         "done": {"prune": "removed", "unlearn": "silenced"}.get(recipe.edit, "changed"),
         "rows": rows,
         "gone": gone,
-        "whole": whole if known else None,
-        "share": percent(gone / whole) if known and whole else None,
+        "whole": whole,
+        "share": percent(gone / whole) if whole else None,
         "forgotten": [names.classes[k] for k in forgotten(recipe, len(names.classes))],
-        "directions": [_direction(layer, bounds, names) for layer, bounds in directions.items()],
-        "costs": costs,
-        "skipped": _by_reason(made.skipped) if isinstance(made, Edit) else [],
-        "unrepaired": _by_reason(apart.get("unrepaired") or {}),
-        "settings": table(settings),
+        "directions": directions,
+        "costs": _costs(whole_edit) if whole_edit else [],
+        "reasons": {
+            "Layers left alone": _by_reason(whole_edit.skipped if whole_edit else {}),
+            "Layers not repaired": _by_reason(apart.get("unrepaired") or {}),
+        },
+        "settings": table({name: value for name, value in recipe.settings.items() if name not in apart}),
         "changed": len({operation.target for operation in recipe.operations if operation.kind != "attribute"}),
     }
 
 
-def _by_reason(reasons: Mapping[str, str]) -> list[tuple[str, list[str]]]:
-    layers: dict[str, list[str]] = {}
-    for layer, reason in reasons.items():
-        layers.setdefault(reason, []).append(layer)
-    return list(layers.items())
+def _recipe(made: Edit | Recipe) -> Recipe:
+    return made.recipe if isinstance(made, Edit) else made
 
 
-def _width(layer: str, recipe: Recipe, scores: Scores) -> int | None:
-    """Components of a layer before the edit, as far as the recipe or the scores tell."""
-    shape = recipe.architecture.get(f"{layer}.weight")
-    if shape:
-        return shape[0]
-    return len(scores[layer]) if layer in scores else None
+def _width(layer: str, made: Edit | Recipe, scores: Scores) -> int | None:
+    """Components of a layer before the edit, as far as the edit or the scores tell."""
+    known = made.widths.get(layer) if isinstance(made, Edit) else None
+    shape = _recipe(made).architecture.get(f"{layer}.weight")
+    return known or (shape[0] if shape else len(scores[layer]) if layer in scores else None)
 
 
-def _direction(layer: str, bounds: Any, names: Names) -> dict[str, Any]:
-    values = [float(bound) for bound in (bounds if isinstance(bounds, (list, tuple)) else [bounds])]
-    return {
-        "name": layer,
-        "label": names.layer(layer),
-        "count": len(values),
-        "share": max(values, default=0.0),
-        "bounds": ", ".join(number(value) for value in values),
-    }
+def _costs(made: Edit) -> list[tuple[str, str, str, str]]:
+    """What the model cost before and after, and how much less that is."""
+    found = []
+    for what, before, after in (
+        ("parameters", made.parameters_before, made.parameters_after),
+        ("multiply-accumulates", made.macs_before, made.macs_after),
+    ):
+        if before is not None and after is not None:
+            less = percent((before - after) / before) if before and after <= before else ""
+            found.append((what, f"{before:,}", f"{after:,}", less))
+    return found
+
+
+def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    return {reason: [layer for layer in reasons if reasons[layer] == reason] for reason in reasons.values()}
 
 
 def forgotten(recipe: Recipe, count: int) -> list[int]:
@@ -400,86 +354,70 @@ def forgotten(recipe: Recipe, count: int) -> list[int]:
     return [k for k in classes if isinstance(k, int) and 0 <= k < count] if isinstance(classes, (list, tuple)) else []
 
 
+# ---- accuracy and size -----------------------------------------------------------------------------------------------
+
+
 def accuracy(given: Mapping[str, Tensor], edits: Mapping[str, Edit | Recipe], names: Names) -> dict[str, Any]:
     """Accuracy class by class of several models, the first of which is what the others are compared with."""
-    titles, columns = list(given), [values.tolist() for values in given.values()]
+    titles, values = list(given), torch.stack(list(given.values()))
+    changes = values - values[0]
     by_edit = {title: forgotten(_recipe(made), len(names.classes)) for title, made in edits.items()}
     marked = sorted({k for classes in by_edit.values() for k in classes})
-    before = columns[0]
-    losses = [[after - old for after, old in zip(column, before, strict=True)] for column in columns[1:]]
-    summaries = []
-    for i, (title, column) in enumerate(zip(titles, columns, strict=True)):
-        away = [] if i == 0 else by_edit.get(title, marked)
-        kept = [k for k in range(len(column)) if k not in away and not math.isnan(column[k])]
-        lost = [k for k in kept if i and not math.isnan(losses[i - 1][k])]
-        worst = min(lost, key=lambda k: losses[i - 1][k], default=None)
-        low = min(kept, key=lambda k: column[k], default=None)
-        summaries.append(
-            {
-                "title": title,
-                "forgotten": _forgetting(away, before, column, names),
-                "mean": percent(_average([column[k] for k in kept])),
-                "change": points(_average([losses[i - 1][k] for k in lost])) if i else None,
-                "worst": shortened(names.classes[worst]) if worst is not None and losses[i - 1][worst] < 0 else None,
-                "worst_change": points(losses[i - 1][worst]) if worst is not None else NONE,
-                "lowest": shortened(names.classes[low]) if low is not None else None,
-                "lowest_value": percent(column[low]) if low is not None else NONE,
-            }
-        )
+    summaries = [
+        _summary(title, values[0], column, by_edit.get(title, marked) if i else None, names)
+        for i, (title, column) in enumerate(zip(titles, values, strict=True))
+    ]
     shown = list(range(len(names.classes)))
     if len(shown) > MOST_CLASSES:
-        by_loss = sorted(shown, key=lambda k: _least([loss[k] for loss in losses] or [before[k]]))
-        shown = list(dict.fromkeys([*marked, *by_loss]))[:MOST_CLASSES]
-    values = [value for column in columns for value in column if not math.isnan(value)]
-    start = 0.5 if min(values, default=0.0) >= 0.5 else 0.0
-
-    def place(share: float) -> float:
-        return round(100 * (share - start) / (1 - start), 2)
+        worst = (changes[1:] if len(titles) > 1 else values).nan_to_num(math.inf).amin(0)
+        shown = list(dict.fromkeys([*marked, *worst.argsort(stable=True).tolist()]))[:MOST_CLASSES]
+    start = 0.5 if bool((values.nan_to_num(1) >= 0.5).all()) and not bool(values.isnan().all()) else 0.0
+    places = ((values - start) / (1 - start) * 100).double()
 
     def row(k: int) -> dict[str, Any]:
-        shares = [column[k] for column in columns]
-        real = [place(share) for share in shares if not math.isnan(share)]
+        dots = [(i, round(x, 2)) for i, x in enumerate(places[:, k].tolist()) if not math.isnan(x)]
+        shares = [percent(share) for share in values[:, k].tolist()]
         return {
             "name": names.classes[k],
-            "index": k,
             "forgotten": k in marked,
-            "dots": [(i, place(share)) for i, share in enumerate(shares) if not math.isnan(share)],
-            "values": [(i, 100 * share) for i, share in enumerate(shares) if not math.isnan(share)],
-            "span": (min(real), max(real)) if real else None,
-            "label": ", ".join(f"{shortened(title)} {percent(s)}" for title, s in zip(titles, shares, strict=True)),
-            "shares": [percent(share) for share in shares],
-            "changes": [points(loss[k]) for loss in losses],
+            "dots": dots,
+            "span": (min(x for _, x in dots), max(x for _, x in dots)) if dots else None,
+            "label": ", ".join(f"{shortened(title)} {share}" for title, share in zip(titles, shares, strict=True)),
+            "shares": shares,
+            "changes": [points(change) for change in changes[1:, k].tolist()],
         }
 
+    rows = [row(k) for k in range(len(names.classes))]
+    ticks = range(round(10 * start), 11, 1 if start else 2)
     return {
         "titles": titles,
         "summaries": summaries,
-        "rows": [row(k) for k in shown],
-        "all": [row(k) for k in range(len(names.classes))],
-        "shown": len(shown),
-        "ticks": [(place(t / 10), f"{10 * t}") for t in range(round(10 * start), 11, 2 if start == 0 else 1)],
+        "rows": [rows[k] for k in shown],
+        "all": rows,
+        "ticks": [(round((t / 10 - start) / (1 - start) * 100, 2), f"{10 * t}") for t in ticks],
     }
 
 
-def _forgetting(away: list[int], before: list[float], after: list[float], names: Names) -> list[tuple[str, str, str]]:
-    """What became of each class to forget; of more than a sentence holds, on average."""
-    if len(away) <= 3:
-        return [(shortened(names.classes[k]), percent(before[k]), percent(after[k])) for k in away]
-    means = [_average([column[k] for k in away if not math.isnan(column[k])]) for column in (before, after)]
-    return [(f"{len(away)} classes", percent(means[0]), percent(means[1]))]
-
-
-def _recipe(made: Edit | Recipe) -> Recipe:
-    return made.recipe if isinstance(made, Edit) else made
-
-
-def _least(values: Sequence[float]) -> float:
-    """The least that is a number; where none is, more than any."""
-    return min((value for value in values if not math.isnan(value)), default=math.inf)
-
-
-def _average(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
+def _summary(title: str, before: Tensor, after: Tensor, away: list[int] | None, names: Names) -> dict[str, Any]:
+    """One model in a sentence: the classes to forget, the mean of the others, and which of them lost most."""
+    first, away = away is None, away or []
+    kept = ~after.isnan()
+    kept[away] = False
+    change = after - before
+    lost = torch.where(kept & ~change.isnan(), change, math.inf)
+    worst, lowest = int(lost.argmin()), int(torch.where(kept, after, math.inf).argmin())
+    told = [(shortened(names.classes[k]), percent(float(before[k])), percent(float(after[k]))) for k in away]
+    if len(away) > 3:
+        means = [percent(float(shares[away].nanmean())) for shares in (before, after)]
+        told = [(f"{len(away)} classes", means[0], means[1])]
+    return {
+        "title": title,
+        "forgotten": told,
+        "mean": percent(float(after[kept].mean())),
+        "change": None if first else points(float(change[kept].nanmean())),
+        "worst": (shortened(names.classes[worst]), points(float(lost[worst]))) if float(lost[worst]) < 0 else None,
+        "lowest": (shortened(names.classes[lowest]), percent(float(after[lowest]))) if bool(kept.any()) else None,
+    }
 
 
 def curve(given: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -493,7 +431,7 @@ def curve(given: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = [
         (
             point["title"],
-            *(percent(point[key]) if point.get(key) is not None else NONE for key in ("ratio", "parameters", "macs")),
+            *(percent(math.nan if point.get(key) is None else point[key]) for key in ("ratio", "parameters", "macs")),
             percent(point["accuracy"]),
         )
         for point in given
@@ -508,26 +446,24 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 250, 40, 12, 12, 40
 def _chart(given: list[Mapping[str, Any]], titles: list[str], key: str, label: str) -> dict[str, Any]:
     across, up = _ticks([point[key] for point in given]), _ticks([point["accuracy"] for point in given])
 
-    def place(point: Mapping[str, Any]) -> tuple[float, float]:
-        x = LEFT + (WIDTH - LEFT - RIGHT) * (point[key] - across[0]) / (across[-1] - across[0])
-        y = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (point["accuracy"] - up[0]) / (up[-1] - up[0])
+    def place(share: float, accuracy: float) -> tuple[float, float]:
+        x = LEFT + (WIDTH - LEFT - RIGHT) * (share - across[0]) / (across[-1] - across[0])
+        y = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (accuracy - up[0]) / (up[-1] - up[0])
         return round(x, 1), round(y, 1)
 
     lines = []
-    for i, title in enumerate(titles):
-        own = sorted((point for point in given if point["title"] == title), key=lambda point: float(point[key]))
+    for title in titles:
         dots = []
-        for point in own:
-            x, y = place(point)
+        for point in sorted((p for p in given if p["title"] == title), key=lambda p: float(p[key])):
             ratio = f", ratio {point['ratio']:g}" if point.get("ratio") is not None else ""
             what = f"{shortened(title)}{ratio}: {percent(point[key])} {label}, accuracy {percent(point['accuracy'])}"
-            dots.append((x, y, what))
-        lines.append({"index": i, "line": " ".join(f"{x},{y}" for x, y, _ in dots), "dots": dots})
+            dots.append((*place(point[key], point["accuracy"]), what))
+        lines.append(dots)
     return {
         "label": label,
         "lines": lines,
-        "across": [(place({key: t, "accuracy": up[0]})[0], f"{100 * t:.4g}") for t in across],
-        "up": [(place({key: across[0], "accuracy": t})[1], f"{100 * t:.4g}") for t in up],
+        "across": [(place(t, up[0])[0], f"{100 * t:.4g}") for t in across],
+        "up": [(place(across[0], t)[1], f"{100 * t:.4g}") for t in up],
     }
 
 
@@ -539,48 +475,36 @@ def _ticks(values: Sequence[float]) -> list[float]:
         first, last = (first - 1, last + 1) if first == last else (first, last)
         first, last = max(0, first), min(round(1 / each), last)
         if last - first <= 6:
-            return [round(i * each, 6) for i in range(first, last + 1)]
-    raise AssertionError("shares lie between 0 and 1")
+            break
+    return [round(i * each, 6) for i in range(first, last + 1)]
+
+
+# ---- classes and settings --------------------------------------------------------------------------------------------
 
 
 def classes(scores: Scores, names: Names) -> dict[str, Any]:
     """Samples of each class, what tells it best, and how sure the scores are."""
-    counts = scores.counts.tolist()
-    values = torch.stack([_best(layer) for layer in scores.values()])
-    component = torch.stack([_strongest(layer) for layer in scores.values()])
-    layer = values.nan_to_num(-1).argmax(0)
-    most = max(max(counts, default=0), 1)
-    rows = []
+    counts, layers = scores.counts.tolist(), list(scores)
+    values, components = map(torch.stack, zip(*map(best_of, scores.values()), strict=True))
+    best, where = values.nan_to_num(-1).max(0)
+    rows: list[dict[str, Any]] = []
     for k, count in enumerate(counts):
-        where = int(layer[k])
-        best = float(values[where, k])
-        rows.append(
-            {
-                "name": names.classes[k],
-                "index": k,
-                "count": f"{count:,}",
-                "share": round(100 * count / most, 2),
-                "few": count < FEW,
-                "best": number(best),
-                "bar": 0.0 if math.isnan(best) else round(100 * best, 2),
-                "layer": NONE if math.isnan(best) else names.layer(list(scores)[where]),
-                "whole": "" if math.isnan(best) else list(scores)[where],
-                "component": NONE if math.isnan(best) else f"{int(component[where, k])}",
-            }
-        )
-    ranked = sorted(range(len(rows)), key=lambda k: (math.isnan(b := float(values[int(layer[k]), k])), b, k))
-    shown = rows if len(rows) <= MOST_CLASSES else [rows[k] for k in (*ranked[:EXTREMES], *ranked[-EXTREMES:])]
-    without = [k for k, count in enumerate(counts) if count == 0]
-    single = [k for k, count in enumerate(counts) if count == 1]
-    few = [k for k, count in enumerate(counts) if 1 < count < FEW]
+        known, layer = bool(best[k] >= 0), int(where[k])
+        row = {"name": names.classes[k], "count": f"{count:,}", "few": count < FEW}
+        row["share"] = round(100 * count / max(*counts, 1), 2)
+        row |= {"best": number(float(best[k]) if known else math.nan), "bar": round(100 * max(float(best[k]), 0), 2)}
+        row |= {"layer": names.layer(layers[layer]) if known else NONE, "whole": layers[layer] if known else ""}
+        rows.append({**row, "component": int(components[layer, k]) if known else NONE})
+    ranked = torch.where(best < 0, math.inf, best).argsort(stable=True).tolist()
+    shown = range(len(rows)) if len(rows) <= MOST_CLASSES else [*ranked[:EXTREMES], *ranked[-EXTREMES:]]
     return {
         "least": f"{min(counts, default=0):,}",
         "most": f"{max(counts, default=0):,}",
-        "rows": shown,
+        "rows": [rows[k] for k in shown],
         "all": rows,
-        "without": (len(without), names.several(without)),
-        "single": (len(single), names.several(single)),
-        "few": (len(few), names.several(few)),
+        "without": names.several([k for k, count in enumerate(counts) if count == 0]),
+        "single": names.several([k for k, count in enumerate(counts) if count == 1]),
+        "few": names.several([k for k, count in enumerate(counts) if 1 < count < FEW]),
         "threshold": FEW,
         "errors": _errors(scores, names) if scores.errors else None,
     }
@@ -589,26 +513,19 @@ def classes(scores: Scores, names: Names) -> dict[str, Any]:
 def _errors(scores: Scores, names: Names) -> dict[str, Any]:
     """Standard errors of the scores by layer: median and 95 % quantile over components and classes."""
     found = {layer: error[error.isfinite()].cpu() for layer, error in scores.standard_error().items()}
-    medians = {layer: float(error.median()) if len(error) else float("nan") for layer, error in found.items()}
-    high = {layer: float(_quantile(error, 0.95)) if len(error) else float("nan") for layer, error in found.items()}
-    most = max((value for value in high.values() if not math.isnan(value)), default=0.0) or 1.0
+    both = {layer: (_quantile(error, 0.5), _quantile(error, 0.95)) for layer, error in found.items()}
+    most = max((high for _, high in both.values() if not math.isnan(high)), default=0.0) or 1.0
     rows = [
-        {
-            "name": layer,
-            "label": names.layer(layer),
-            "median": number(medians[layer], 3),
-            "high": number(high[layer], 3),
-            "bars": [0.0 if math.isnan(v) else round(100 * v / most, 2) for v in (medians[layer], high[layer])],
-        }
-        for layer in found
-    ]
-    whole = torch.cat(list(found.values()))
-    return {"rows": rows, "median": number(float(whole.median()) if len(whole) else float("nan"), 3)}
+        (layer, names.layer(layer), *(0.0 if math.isnan(v) else round(100 * v / most, 2) for v in values),
+         *(number(v, 3) for v in values))
+        for layer, values in both.items()
+    ]  # fmt: skip
+    return {"rows": rows, "median": number(_quantile(torch.cat(list(found.values())), 0.5), 3)}
 
 
-def _quantile(values: Tensor, share: float) -> Tensor:
+def _quantile(values: Tensor, share: float) -> float:
     """The smallest value that is at least as great as this share of all; torch.quantile refuses large tensors."""
-    return values.sort().values[max(0, math.ceil(share * len(values)) - 1)]
+    return float(values.sort().values[math.ceil(share * len(values)) - 1]) if len(values) else math.nan
 
 
 def plain(value: Any) -> str:
