@@ -40,7 +40,7 @@ import discedit
 from discedit import Moments, Recipe, Scores
 from discedit.cli.main import main as command
 from discedit.moments.moments import READ_ONCE
-from discedit.recipes.recipe import Operation
+from discedit.recipes.operations import Operation
 from discedit.selection.fidelity import SecondMoments, collect_second_moments, singleton_fidelity, subset_fidelity
 
 CLASSES = 3

@@ -23,7 +23,7 @@ from discedit.model.functional import LayersCalled
 from discedit.model.layers import as_its_class, input_of
 from discedit.model.trace import ModelTrace
 from discedit.ops import fisher_bound
-from discedit.recipes.recipe import Operation
+from discedit.recipes.operations import Operation
 from discedit.repair.lockstep import Pause, in_lockstep
 
 RIDGE = 1e-2  # of the mean variance: a few hundred samples know little of the directions that hardly vary

@@ -18,7 +18,8 @@ from discedit.model.sharded import unwrapped
 from discedit.model.size import count_macs, count_parameters, macs_of_weights
 from discedit.model.trace import ModelTrace, components_in, width_of
 from discedit.moments.calibration import batch_norms, calibrated, kept_back, samples_of
-from discedit.recipes.recipe import Edit, Operation, Recipe, architecture_of, joined
+from discedit.recipes.operations import Operation
+from discedit.recipes.recipe import Edit, Recipe, architecture_of, joined
 from discedit.repair.compensation import compensated
 from discedit.repair.least_squares import Outputs, repaired, take_back
 from discedit.scoring.scores import REDUCTIONS, Scores

@@ -32,7 +32,8 @@ from discedit.model.forward import call, device_of, hooked, map_tensors, moved, 
 from discedit.model.functional import why_not_explicit
 from discedit.model.layers import input_of, is_own
 from discedit.model.trace import IN_TRAINING, ModelTrace, training_branches, width_of
-from discedit.recipes.recipe import Operation, architecture_of, reduced
+from discedit.recipes.operations import Operation
+from discedit.recipes.recipe import architecture_of, reduced
 
 KINDS = ("filters", "neurons", "heads", "stream")
 
