@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from discedit.model.forward import call, tensors_in, undisturbed
+from discedit.model.forward import call, hooked, tensors_in, undisturbed
 from discedit.model.functional import LayersCalled
 from discedit.model.trace import IN_TRAINING, ModelTrace, training_branches
 
@@ -103,9 +103,9 @@ class _Tracer:
     def run(self) -> Trace:
         graph = self.graph
         hooks = {module: set(module._forward_hooks) for module in self.model.modules()}
-        handles = [handle for module in self.model.modules() for handle in self._watched(module)]
         try:
             with (
+                hooked([handle for module in self.model.modules() for handle in self._hooks(module)]),
                 torch.random.fork_rng([]),
                 torch.enable_grad(),
                 _Rewritten(self.concats),
@@ -115,8 +115,6 @@ class _Tracer:
                 warnings.simplefilter("ignore")
                 self._build()
         finally:
-            for handle in handles:
-                handle.remove()
             for module, known in hooks.items():  # torch-pruning leaves its own behind when the model raises
                 for key in module._forward_hooks.keys() - known:
                     del module._forward_hooks[key]
@@ -126,27 +124,19 @@ class _Tracer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._settle(edges, nodes)
-        outputs = {}
-        for root, label in zip(self.roots, self.labels, strict=True):
-            if (node := nodes.get(root.grad_fn)) is not None:
-                outputs[id(node.module)] = label
+        labelled = zip(self.roots, self.labels, strict=True)
+        outputs = {id(nodes[root.grad_fn].module): label for root, label in labelled if root.grad_fn in nodes}
         # A module in several places of the pass, or a layer whose parameters another function reads, is used as well.
         leaves = {id(function.variable) for function in edges if hasattr(function, "variable")}
         used = {name for name, parameter in self.model.named_parameters() if id(parameter) in leaves}
-        return Trace(
-            graph,
-            self.ran - self.trace.runs.keys(),
-            used,
-            outputs,
-            self.opaque,
-            {
-                id(node.module): (self._named(node), self._stands_in(node))
-                for node in graph.module2node.values()
-                if self._is_doubtful(node)
-            },
-        )
+        doubtful = {
+            id(node.module): (self._named(node), self._stands_in(node))
+            for node in graph.module2node.values()
+            if self._is_doubtful(node)
+        }
+        return Trace(graph, self.ran - self.trace.runs.keys(), used, outputs, self.opaque, doubtful)
 
-    def _watched(self, module: nn.Module) -> list[Any]:
+    def _hooks(self, module: nn.Module) -> list[Any]:
         """Hooks that note in which order modules run, and what is computed in which."""
         if isinstance(module, torch.jit.ScriptModule):  # takes none
             return []
@@ -232,11 +222,15 @@ class _Tracer:
         for node in everything:
             if self.odd and self._stands_in(node) in {self.names[module] for module in self.odd}:
                 self._cut(node, "the layer's output is not one tensor")
-            elif self._is_product_of_its_own(node):
+            elif (
+                node.module not in self.names
+                and _reads_parameter(node.grad_fn)
+                and not self._is_within(node, self.known)
+            ):
                 self._cut(node, "it multiplies with a parameter, but not by a call of a layer")
             elif _is_own(node.grad_fn) and any(part for _, part in readers.get(id(node), ())):
                 self._cut(node, "it gives several tensors")
-            elif self._is_inside_recurrence(node):
+            elif self.recurrent and self._is_within(node, nn.RNNBase):
                 node.type = OPTYPE.ELEMENTWISE  # what it does with gates is none of the channels that are read
             elif node.type == OPTYPE.SPLIT:
                 try:
@@ -255,6 +249,13 @@ class _Tracer:
                         update[node.type](graph, node)
                 except Exception as error:  # whatever torch-pruning makes of an operation that it does not know
                     self._cut(node, str(error))
+        self._bound(everything, (*update, OPTYPE.SPLIT))
+
+    def _bound(self, everything: list[Any], settled: tuple[Any, ...]) -> None:
+        """No index grows without end, and no mapping is worked out anew for each group."""
+        from torch_pruning.dependency import index_mapping
+        from torch_pruning.ops import OPTYPE
+
         tensors = (*self.model.parameters(), *self.model.buffers())
         widest = max((size for tensor in tensors for size in tensor.shape), default=0)
         for node in everything:
@@ -263,23 +264,15 @@ class _Tracer:
                 if isinstance(second, index_mapping._ConcatIndexMapping) and second.reverse:
                     # On the way back from a concatenation, what became of its parts before it comes after it.
                     dependency.index_mapping = [second, first]
-                blame = partial(self._why, node if node.type in (*update, OPTYPE.SPLIT) else dependency.target)
+                blame = partial(self._why, node if node.type in settled else dependency.target)
                 dependency.index_mapping = _Bounded(dependency.index_mapping, widest, blame)
         for node in everything:
-            if node.type in (*update, OPTYPE.SPLIT):
-                node.type = OPTYPE.ELEMENTWISE  # or torch-pruning would work all of it out anew for each group
+            if node.type in settled:
+                node.type = OPTYPE.ELEMENTWISE
 
-    def _is_product_of_its_own(self, node: Any) -> bool:
-        """Whether it is a product with a parameter that is no part of a layer's call."""
-        if node.module in self.names or not _reads_parameter(node.grad_fn):
-            return False
-        return not isinstance(self.model.get_submodule(self._stands_in(node)), self.known)
-
-    def _is_inside_recurrence(self, node: Any) -> bool:
-        """Whether it is a step of a recurrent network, of which torch-pruning takes the whole as a layer."""
-        if not self.recurrent or node.module in self.names:
-            return False
-        return isinstance(self.model.get_submodule(self._stands_in(node)), nn.RNNBase)
+    def _is_within(self, node: Any, kinds: type | tuple[type, ...]) -> bool:
+        """Whether an operation stands in a module of these classes."""
+        return node.module not in self.names and isinstance(self.model.get_submodule(self._stands_in(node)), kinds)
 
     def _cut(self, node: Any, error: str) -> None:
         """Nothing is followed through the node any more; what reaches it learns why."""
@@ -366,12 +359,8 @@ def _odd_layers(model: nn.Module, inputs: Any) -> list[nn.Module]:
             found[module] = None
 
     handles = [module.register_forward_hook(leave) for module in model.modules() if isinstance(module, known)]
-    try:
-        with undisturbed(model):
-            call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), undisturbed(model):
+        call(model, inputs)
     return list(found)
 
 
@@ -400,12 +389,9 @@ def _split(node: Any, readers: list[tuple[Any, int]]) -> None:
     ends = list(itertools.accumulate(sizes, initial=0))
     parts: dict[int, Iterator[int]] = {}
     for reader in {id(reader): reader for reader, _ in readers}.values():
-        parts[id(reader)] = iter([part for other, part in readers if other is reader])
         own = [part for other, part in readers if other is reader]
-        for dependency, part in zip([d for d in node.dependencies if d.target is reader], own, strict=True):
-            dependency.index_mapping[0] = _SplitIndexMapping(offset=ends[part : part + 2])
-        for dependency, part in zip([d for d in reader.dependencies if d.target is node], own, strict=True):
-            dependency.index_mapping[0] = _SplitIndexMapping(offset=ends[part : part + 2], reverse=True)
+        parts[id(reader)] = iter(own)
+        _map_spans(node, reader, _SplitIndexMapping, [ends[part : part + 2] for part in own], 0)
     node.module.split_sizes = [sizes[next(parts[id(reader)])] for reader in node.outputs]  # as shapes are looked for
     node.module.offsets = list(itertools.accumulate(node.module.split_sizes, initial=0))
 
@@ -420,11 +406,15 @@ def _concatenate(node: Any, sizes: list[int], nodes: Mapping[Any, Any]) -> None:
         if source is not None and source in nodes:
             spans.setdefault(id(nodes[source]), (nodes[source], []))[1].append(ends[index : index + 2])
     for source, own in spans.values():
-        for dependency, span in zip([d for d in node.dependencies if d.target is source], own, strict=True):
-            dependency.index_mapping[1] = _ConcatIndexMapping(offset=span, reverse=True)
-        for dependency, span in zip([d for d in source.dependencies if d.target is node], own, strict=True):
-            dependency.index_mapping[1] = _ConcatIndexMapping(offset=span)
+        _map_spans(source, node, _ConcatIndexMapping, own, 1)
     node.module.offsets = ends
+
+
+def _map_spans(source: Any, reader: Any, mapping: Any, spans: list[list[int]], turn: int) -> None:
+    """Between what gives channels and what reads them, each time a span of them; `turn`: of two mappings, which."""
+    for one, other, reverse in ((source, reader, False), (reader, source, True)):
+        for dependency, span in zip([d for d in one.dependencies if d.target is other], spans, strict=True):
+            dependency.index_mapping[turn] = mapping(offset=span, reverse=reverse)
 
 
 class _Rewritten(TorchFunctionMode):
