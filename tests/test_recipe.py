@@ -177,6 +177,9 @@ def test_shared_tensors_change_in_every_place():
     edit = recipe.apply(model)
     assert edit.model.a.weight is edit.model.b.weight
     assert edit.model.a.weight.shape == (2, 3)
+    restored = edit.recipe.undo(edit.model)
+    assert restored.a.weight is restored.b.weight
+    assert torch.equal(restored.a.weight, model.a.weight)
 
 
 @pytest.mark.parametrize("name", EDITS)

@@ -164,13 +164,13 @@ class ChannelGroups:
         from torch_pruning.ops import OPTYPE
 
         network, number = self.network, id(node.module)
-        if number in network.followed.doubtful:
-            what, where = network.followed.doubtful[number]
+        if number in network.dependencies.doubtful:
+            what, where = network.dependencies.doubtful[number]
             self.doubtful.setdefault(layer, {})[what] = where
-        if number in network.followed.opaque:
-            return [(network.followed.opaque[number], OPAQUE)]
+        if number in network.dependencies.opaque:
+            return [(network.dependencies.opaque[number], OPAQUE)]
         if node.type == OPTYPE.OUTPUT:
-            return [(network.followed.outputs[number], OUTPUT)]
+            return [(network.dependencies.outputs[number], OUTPUT)]
         name = network.names.get(number)
         if name is None:
             return []

@@ -13,7 +13,6 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -36,9 +35,30 @@ _SAME = re.compile("(T|Transpose|Permute|View|UnsafeView|Reshape|ReshapeAlias|Un
 _SIGNED = 2**64  # autograd keeps a negative axis as an unsigned number
 
 
-@dataclass(frozen=True)
-class Trace:
+def trace_dependencies(trace: ModelTrace, inputs: Any) -> DependencyTrace:
+    """Follows a model whose parameters want gradients; it is in eval mode afterwards, and its buffers are as they were.
+
+    Args:
+        trace: of the model, train mode included.
+
+    Raises:
+        Exception: whatever the model raises, when it does not run.
+    """
+    try:
+        return DependencyTrace(trace, inputs)
+    except Exception:
+        # torch-pruning looks at the outputs of layers while the model runs, and dies of those that are no tensors.
+        odd = _odd_layers(trace.model, inputs)
+        if not odd:
+            raise
+        return DependencyTrace(trace, inputs, odd)
+
+
+class DependencyTrace:
     """What torch-pruning makes of a model.
+
+    Args:
+        odd: layers whose outputs torch-pruning must not look at.
 
     Attributes:
         graph: its dependency graph, whose index mappings are settled.
@@ -50,45 +70,15 @@ class Trace:
             the module in which it stands.
     """
 
-    graph: Any
-    trained: set[str]
-    used: set[str]
-    outputs: dict[int, str]
-    opaque: dict[int, str]
-    doubtful: dict[int, tuple[str, str]]
-
-
-def followed(known: ModelTrace, inputs: Any) -> Trace:
-    """Follows a model whose parameters want gradients; it is in eval mode afterwards, and its buffers are as they were.
-
-    Args:
-        known: of the model, train mode included.
-
-    Raises:
-        Exception: whatever the model raises, when it does not run.
-    """
-    try:
-        return _Tracer(known, inputs).run()
-    except Exception:
-        # torch-pruning looks at the outputs of layers while the model runs, and dies of those that are no tensors.
-        odd = _odd_layers(known.model, inputs)
-        if not odd:
-            raise
-        return _Tracer(known, inputs, odd).run()
-
-
-class _Tracer:
-    """One attempt to follow a model; `odd` are layers whose outputs torch-pruning must not look at."""
-
-    def __init__(self, known: ModelTrace, inputs: Any, odd: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, trace: ModelTrace, inputs: Any, odd: Iterable[nn.Module] = ()) -> None:
         import torch_pruning  # here, so that what only scores does without it
 
-        self.trace, self.model, self.inputs, self.odd = known, known.model, inputs, list(odd)
+        self.trace, self.model, self.inputs, self.odd = trace, trace.model, inputs, list(odd)
         self.names = {module: name for name, module in self.model.named_modules()}
         self.graph = torch_pruning.DependencyGraph()
         for kind in (nn.GRU, nn.RNN):  # read their inputs as nn.LSTM does, which torch-pruning knows
             self.graph.register_customized_layer(kind, torch_pruning.pruner.function.LSTMPruner())
-        self.known = _known_types(self.graph)
+        self.kinds = _layer_kinds(self.graph)
         self.recurrent = any(isinstance(module, nn.RNNBase) for module in self.names)
         self.ran: set[str] = set()  # modules, in either mode
         self.roots: list[Tensor] = []
@@ -99,9 +89,6 @@ class _Tracer:
         self.concats: dict[Any, list[int]] = {}
         self.opaque: dict[int, str] = {}
         self.places: dict[Any, str] | None = None
-
-    def run(self) -> Trace:
-        graph = self.graph
         hooks = {module: set(module._forward_hooks) for module in self.model.modules()}
         try:
             with (
@@ -115,26 +102,27 @@ class _Tracer:
                 warnings.simplefilter("ignore")
                 self._build()
         finally:
-            for module, known in hooks.items():  # torch-pruning leaves its own behind when the model raises
-                for key in module._forward_hooks.keys() - known:
+            for module, before in hooks.items():  # torch-pruning leaves its own behind when the model raises
+                for key in module._forward_hooks.keys() - before:
                     del module._forward_hooks[key]
         edges = self._edges()
-        nodes = {node.grad_fn: node for node in graph.module2node.values()}
-        nodes |= {function: graph.module2node[m] for function, m in self.owners.items() if m in graph.module2node}
+        node_of = self.graph.module2node
+        nodes = {node.grad_fn: node for node in node_of.values()}
+        nodes |= {function: node_of[m] for function, m in self.owners.items() if m in node_of}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._settle(edges, nodes)
         labelled = zip(self.roots, self.labels, strict=True)
-        outputs = {id(nodes[root.grad_fn].module): label for root, label in labelled if root.grad_fn in nodes}
+        self.outputs = {id(nodes[root.grad_fn].module): label for root, label in labelled if root.grad_fn in nodes}
         # A module in several places of the pass, or a layer whose parameters another function reads, is used as well.
         leaves = {id(function.variable) for function in edges if hasattr(function, "variable")}
-        used = {name for name, parameter in self.model.named_parameters() if id(parameter) in leaves}
-        doubtful = {
+        self.used = {name for name, parameter in self.model.named_parameters() if id(parameter) in leaves}
+        self.trained = self.ran - self.trace.runs.keys()
+        self.doubtful = {
             id(node.module): (self._named(node), self._stands_in(node))
-            for node in graph.module2node.values()
+            for node in node_of.values()
             if self._is_doubtful(node)
         }
-        return Trace(graph, self.ran - self.trace.runs.keys(), used, outputs, self.opaque, doubtful)
 
     def _hooks(self, module: nn.Module) -> list[Any]:
         """Hooks that note in which order modules run, and what is computed in which."""
@@ -152,7 +140,7 @@ class _Tracer:
                 pass  # left by an exception
             functions = _functions(output)
             self.crossings.append((name, functions))
-            if functions and isinstance(module, self.known):
+            if functions and isinstance(module, self.kinds):
                 self.owners[functions[0]] = module
 
         return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
@@ -225,7 +213,7 @@ class _Tracer:
             elif (
                 node.module not in self.names
                 and _reads_parameter(node.grad_fn)
-                and not self._is_within(node, self.known)
+                and not self._is_within(node, self.kinds)
             ):
                 self._cut(node, "it multiplies with a parameter, but not by a call of a layer")
             elif _is_own(node.grad_fn) and any(part for _, part in readers.get(id(node), ())):
@@ -339,7 +327,7 @@ def _reads_parameter(function: Any) -> bool:
     return False
 
 
-def _known_types(graph: Any) -> tuple[type, ...]:
+def _layer_kinds(graph: Any) -> tuple[type, ...]:
     """Modules that torch-pruning takes as a whole."""
     from torch_pruning.ops import type2class
 
@@ -350,7 +338,7 @@ def _odd_layers(model: nn.Module, inputs: Any) -> list[nn.Module]:
     """Layers that give something else than the tensor, or the tuple of tensors, that torch-pruning expects."""
     import torch_pruning
 
-    known = _known_types(torch_pruning.DependencyGraph())
+    kinds = _layer_kinds(torch_pruning.DependencyGraph())
     found: dict[nn.Module, None] = {}
 
     def leave(module: nn.Module, _: Any, output: Any) -> None:
@@ -358,7 +346,7 @@ def _odd_layers(model: nn.Module, inputs: Any) -> list[nn.Module]:
         if not isinstance(first, (Tensor, nn.utils.rnn.PackedSequence)):
             found[module] = None
 
-    handles = [module.register_forward_hook(leave) for module in model.modules() if isinstance(module, known)]
+    handles = [module.register_forward_hook(leave) for module in model.modules() if isinstance(module, kinds)]
     with hooked(handles), undisturbed(model):
         call(model, inputs)
     return list(found)

@@ -8,9 +8,8 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +28,13 @@ _WIDTH = re.compile("dim|width|size|channels|features|planes|hidden|d_model")  #
 _INPUTS = ("input", "query", "key", "value")  # of layers, by name
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """A copy of the model that edits are compared with: in float64, unless the model insists on its own type.
-
-    Attributes:
-        model, inputs: to run.
-        outputs: what the model gives.
-        tolerance: of a difference from it, over the largest number.
-    """
+class _Reference(NamedTuple):
+    """A copy of the model that edits are compared with: in float64, unless the model insists on its own type."""
 
     model: nn.Module
     inputs: Any
     outputs: dict[str, Tensor]
-    tolerance: float
+    tolerance: float  # of a difference from them, over the largest number
 
 
 class RemovalCheck:
@@ -56,7 +48,7 @@ class RemovalCheck:
 
     def __init__(self, network: Network, heads: Sequence[Heads], doubtful: Mapping[str, Mapping[str, str]]) -> None:
         self.network, self.heads, self.doubtful = network, heads, doubtful
-        self.branches = network.known.branches  # whether train mode runs something of its own
+        self.branches = network.trace.branches  # whether train mode runs something of its own
 
     def operations(self, gone: Mapping[Key, list[int]]) -> list[Operation]:
         """What removes channels."""
@@ -188,7 +180,7 @@ class RemovalCheck:
 
     def _problem_in_training(self, smaller: nn.Module) -> str:
         """Why a smaller model does not run in train mode as the model itself does; empty when it does, or neither."""
-        training = self.network.known.training
+        training = self.network.trace.training
         try:
             shapes = _shapes_in_training(smaller, self._reference.inputs)
         except Exception as error:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from discedit.graph.dependencies import followed
+from discedit.graph.dependencies import trace_dependencies
 from discedit.model.forward import device_of, moved
 from discedit.model.trace import IN_TRAINING, ModelTrace
 
@@ -33,7 +33,7 @@ class Network:
     Attributes:
         model: a copy of the model in eval mode, whose parameters want gradients.
         shared: modules that have a parameter in common with another.
-        known, followed: the model's trace, and what torch-pruning makes of it.
+        trace, dependencies: the model's trace, and what torch-pruning makes of it.
     """
 
     def __init__(self, op: str, model: nn.Module, example_inputs: Any, *, keep_outputs: bool) -> None:
@@ -49,11 +49,11 @@ class Network:
             places.setdefault(id(parameter), []).append(name.rpartition(".")[0])
         self.shared = {owner for owners in places.values() if len(owners) > 1 for owner in owners}
         try:
-            self.known = ModelTrace.of(self.model, self.inputs, few=None, training=True)
-            self.followed = followed(self.known, self.inputs)
+            self.trace = ModelTrace.of(self.model, self.inputs, few=None, training=True)
+            self.dependencies = trace_dependencies(self.trace, self.inputs)
         except Exception as error:
             raise ValueError(f"{self.op}: the model cannot be traced on example_inputs: {error}") from error
-        self.graph, self.order = self.followed.graph, self.known.order
+        self.graph, self.order = self.dependencies.graph, self.trace.order
 
     def turn(self, name: str) -> float:
         """When a module runs, among the others."""
@@ -79,8 +79,8 @@ class Network:
     @property
     def main(self) -> str:
         """Where the logits stand in what the model gives, or the only output; empty when there is neither."""
-        outputs = self.known.outputs
-        return self.known.logits or (next(iter(outputs)) if len(outputs) == 1 else "")
+        outputs = self.trace.outputs
+        return self.trace.logits or (next(iter(outputs)) if len(outputs) == 1 else "")
 
     def stays(self, place: str) -> bool:
         """Whether an output must keep its shape."""

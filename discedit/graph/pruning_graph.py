@@ -214,11 +214,11 @@ class Graph:
         """
         idle: dict[str, int] = {}
         for name, module in self.network.model.named_modules():
-            if name in self.network.order or name in self.network.followed.trained:
+            if name in self.network.order or name in self.network.dependencies.trained:
                 continue
             own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
             width = next((w for a in _READ if type(w := vars(module).get(a)) is int), 0)
-            if own and width and not self.network.followed.used.intersection(own):
+            if own and width and not self.network.dependencies.used.intersection(own):
                 idle[name] = width
         found: dict[str, list[str]] = {}
         for layer, indices in chosen.items() if idle else ():
@@ -261,7 +261,7 @@ class Graph:
             return self._classify_multihead(layer, module)
         if isinstance(self.network.model.get_submodule(layer.rpartition(".")[0]), nn.MultiheadAttention):
             return None, f"what it gives is what {layer.rpartition('.')[0]} gives, in a stream"
-        if layer in self.network.followed.trained:
+        if layer in self.network.dependencies.trained:
             return None, "it runs in train mode alone, so that nothing shows what its components are worth"
         if layer not in self.network.order:
             return None, "it does not run on the example inputs, or not by a call of its module"

@@ -41,23 +41,19 @@ _Axis = tuple[str, int]  # a tensor, by the first of its names, and one of its d
 class Stack:
     """Edits of one model that can be added and taken away in any order.
 
-    The stack holds a copy of the model as it was given, the base, and a list of recipes. After each change `model` is
-    made anew: a copy of the base to which the recipes that are there have been applied, in the order in which they were
-    pushed. Nothing is computed backwards: what is left after removals is bit for bit what pushing only that would give.
+    After each change `model` is made anew: a copy of the base, to which the recipes that are there are applied in the
+    order in which they were pushed. So what is left after removals is bit for bit what pushing only that would give.
 
-    Rows and columns are known by their numbers in the base. A recipe that was made on another model of the stack is
-    translated: one made on a pruned model keeps meaning the same rows when the pruning below it is removed (rows that
-    come back are left as they were), and one made on the base and pushed onto a pruned model leaves out the rows that
-    are gone (and has them back when the pruning is removed).
+    Rows and columns are known by their numbers in the base: a recipe that was made on a pruned model keeps meaning the
+    same rows when the pruning below it is removed (rows that come back are left as they were), and one made on the base
+    and pushed onto a pruned model leaves out the rows that are gone (and has them back when the pruning is removed).
 
-    - Values that a recipe sets whole, as repairs do, stay as they are, fitted to the model on which the edit was made,
-      and write over what lies below them. Make repairs on ``stack.model``, and anew when what lies below them changes.
-      Where such values no longer have the tensor's rows the change is refused, and the stack stays as it was.
-    - What is done to ``stack.model`` by others, such as training, is gone after the next change, and an optimizer over
-      an earlier ``stack.model`` trains nothing of the present one.
+    Values that a recipe sets whole, as repairs do, stay fitted to the model on which the edit was made, and write over
+    what lies below them: make repairs on ``stack.model``, and anew when that changes. Where such values no longer have
+    the tensor's rows the change is refused. Training of ``stack.model`` by others is gone after the next change.
 
     Args:
-        model: the base. It is copied: neither is it ever changed, nor do later changes to it reach the stack.
+        model: the base, which is copied.
 
     >>> from torch import nn
     >>> from discedit.recipes import Operation, Recipe, architecture_of
