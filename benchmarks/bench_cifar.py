@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._common import machine, paired_ratio
+from benchmarks.options import with_method
 from discedit import Moments, collect_moments, score, unlearn, zoo
 from discedit.evaluation.evaluate import accuracy_per_class
 
@@ -77,7 +78,8 @@ def unlearning_rows(bench: Bench) -> tuple[list[list[str]], list[list[str]]]:
             scores = score(collect_moments(bench.model, bench.train, 10, **options))
         forget, retain = [], []
         for cls in range(10):
-            edit = unlearn(bench.model, scores, classes=[cls], **{k: v for k, v in options.items() if k != "read"})
+            given = with_method({k: v for k, v in options.items() if k != "read"})
+            edit = unlearn(bench.model, scores, classes=[cls], **given)
             accuracy = bench.accuracy(edit.model)
             kept = [k for k in range(10) if k != cls]
             forget.append(100 * float(accuracy[cls]))

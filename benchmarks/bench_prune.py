@@ -30,7 +30,7 @@ from benchmarks import held_out
 from benchmarks._common import Log, paired_ratio, seconds
 from benchmarks.latency import latency_ratio
 from benchmarks.rivals import chip, torch_pruning_importance, tvsprune
-from discedit import Edit, Scores, collect_moments, importances, prune, score, zoo
+from discedit import Edit, MaxMacs, Ratio, Scores, collect_moments, importances, prune, score, zoo
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.model.size import count_macs
 
@@ -168,7 +168,7 @@ def read(bench: Bench, log: Log) -> None:
 def across(bench: Bench, log: Log) -> None:
     """Equal shares of all layers, or all layers ranked together, until so many multiply-accumulates are left."""
     for left, criterion, how in product((0.7, 0.5), RANKED, ("rank", "none")):
-        options = {"scores": bench.importance(criterion), "macs": left, "across": how}
+        options = {"scores": bench.importance(criterion), "budget": MaxMacs(left, across=how)}
         log.measure(
             f"{bench.name}|across|{criterion}|{how}|{left}",
             lambda options=options: outcome(bench, bench.prune(**options)),
@@ -181,7 +181,7 @@ def latency(bench: Bench, log: Log) -> None:
     for ratio, round_to in product((0.3, 0.5), (1, 8)):
 
         def run(ratio: float = ratio, round_to: int = round_to) -> dict[str, Any]:
-            smaller = bench.prune(ratio=ratio, round_to=round_to, repair="none", criterion="l1").model
+            smaller = bench.prune(budget=Ratio(ratio, round_to=round_to), repair="none", criterion="l1").model
             median, spread, before, after = latency_ratio(bench.model, smaller, x, 25)
             left = count_macs(smaller, bench.example) / count_macs(bench.model, bench.example)
             return {

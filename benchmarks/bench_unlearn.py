@@ -31,16 +31,18 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from benchmarks import _common, bench_prune, held_out
+from benchmarks.options import with_method
 from benchmarks.unlearning_rivals import METHODS, retrained, retrained_file, tuned
 from discedit import Edit, Moments, Scores, collect_moments, evaluate, score, unlearn, zoo
-from discedit.editing.prune import why_not_editable
-from discedit.editing.unlearn import _units as editable_units
+from discedit.editing.ablation import editable_units
+from discedit.editing.target_search import Problem
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.evaluation.relearning import Kept, batchnorm_recall
 from discedit.graph.pruning_graph import Graph
 from discedit.moments.calibration import batch_norms
 from discedit.moments.forget_retain import Classified
 from discedit.presets import preset
+from discedit.selection.candidates import why_not_editable
 from discedit.selection.importance import fidelities
 
 if TYPE_CHECKING:
@@ -312,7 +314,7 @@ class Bench:
             if "readers" in options:
                 order = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
                 options |= {"components": "directions", "layers": order[-options.pop("readers") :]}
-            edit = unlearn(model, scores, classes=[cls], **options)
+            edit = unlearn(model, scores, classes=[cls], **with_method(options))
         return edit, {"edit seconds": round(time.perf_counter() - start, 4), "moments seconds": round(passed, 3)}
 
     def weighted(self, scores: Scores, cls: int, by: str) -> Scores:
@@ -321,7 +323,8 @@ class Bench:
         model = self.loaded.model
         samples = Classified("unlearn", model, self.loaded.train, [cls], self.num_classes)
         graph = Graph("unlearn", model, self.loaded.train[0][0][:1])
-        units = editable_units(model, scores, None, graph, ("filters", "neurons"))
+        problem = Problem(model, scores, [cls], [], None, samples, None, {})
+        units = editable_units(problem, graph, ("filters", "neurons"), 0.0, "zero")
         counts = {layer: len(parts) for layer, parts in units.items()}
         factors, _ = fidelities(model, graph, counts, samples.parts("forget"), samples.trace)
         if by == "contrast":

@@ -41,7 +41,7 @@ from discedit import Moments, Recipe, Scores
 from discedit.cli.main import main as command
 from discedit.fidelity import SecondMoments, collect_second_moments, singleton_fidelity, subset_fidelity
 from discedit.moments.moments import READ_ONCE
-from discedit.recipes.recipe import Operation
+from discedit.recipes.operations import Operation
 
 CLASSES = 3
 SECONDS = 20.0  # that a case may take

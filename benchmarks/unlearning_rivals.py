@@ -52,7 +52,8 @@ from discedit.evaluation.evaluate import accuracy_per_class, adaptive_unlearning
 from discedit.model.forward import call, device_of, first_tensor, split, undisturbed
 from discedit.model.trace import width_of
 from discedit.presets import preset
-from discedit.recipes.recipe import Edit, Operation, Recipe, architecture_of
+from discedit.recipes.operations import Operation
+from discedit.recipes.recipe import Edit, Recipe, architecture_of
 from discedit.scoring.scores import Scores
 
 Batches = Sequence[tuple[Tensor, Tensor]]

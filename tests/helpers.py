@@ -12,20 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from discedit import (
-    AblateComponents,
-    AboveDeviations,
-    EraseDirections,
-    LeastSquares,
-    MaxDamage,
-    ModHiFiU,
-    TopFraction,
-    TopK,
-    ops,
-    unlearn,
-)
+from benchmarks.options import with_method
+from discedit import iterative_prune, ops, prune, unlearn
 from discedit.backends import triton_interprets
 from discedit.common.state import ClassMoments, State, VectorMoments
+from discedit.graph.pruning_graph import KINDS
+from discedit.selection.budget import BUDGETS, AcrossLayers
+from discedit.selection.importance import COMPONENTS
 
 BACKENDS = ["cpp", "reference"]
 # What has `pool` and `class_moments` on CPU tensors. Triton's interpreter takes a hundred times as long for the same;
@@ -184,25 +177,25 @@ def assert_no_worse_than(ours: Tensor, naive: Tensor, exact: Tensor, atol: Tenso
     assert bool((excess <= 0).all()), f"worse than twice the naive error by {excess.max():.3e}"
 
 
-LIMITS = {"fraction": TopFraction, "top": TopK, "deviations": AboveDeviations, "damage": MaxDamage}
+def prune_with(model, scores=None, *, keep_outputs=True, steps=1, rescore=None, **options):
+    """`prune`, or `iterative_prune`, with the limits of its budget as options, as tables of cases have them."""
+    limits = {name: options.pop(name) for name in ("across", "floor", "round_to") if name in options}
+    if limits:
+        [name] = options.keys() & BUDGETS.keys()
+        if not issubclass(BUDGETS[name], AcrossLayers):
+            limits.pop("across", None)
+        options["budget"] = BUDGETS[name](options.pop(name), **limits)
+    if not keep_outputs:
+        kinds = options.get("components", COMPONENTS)
+        options["components"] = (*(KINDS if kinds == "all" else kinds), "outputs")
+    if steps == 1 and rescore is None:
+        return prune(model, scores, **options)
+    return iterative_prune(model, scores, steps=steps, rescore=rescore, **options)
 
 
 def unlearn_with(model, scores, *, inplace=False, **options):
-    """`unlearn` with the fields of its method as options, as tables of cases have them; `factor` is the scale."""
-    fields = {"by", "sign", "around", "repair", "remove", "components", *LIMITS}
-    given = {name: options.pop(name) for name in (*fields, "factor", "protection") if name in options}
-    kind = options.pop("method", None)
-    if "factor" in given:
-        given["scale"] = given.pop("factor")
-    if given.get("components") == "directions" or (given.keys() == {"scale"} and "data" in options):
-        given.pop("components", None)
-        options["method"] = EraseDirections(**given)
-    elif given or kind:
-        limits = [LIMITS[name](given.pop(name)) for name in LIMITS if name in given]
-        if "protection" in given:
-            given["repair"] = LeastSquares(given.pop("protection"))
-        options["method"] = {None: AblateComponents, "modhifi": ModHiFiU}[kind](*limits, **given)
-    edit = unlearn(model, scores, **options)
+    """`unlearn` with the fields of its method as options, as tables of cases have them."""
+    edit = unlearn(model, scores, **with_method(options))
     if inplace:
         changed = edit.recipe.apply(model, inplace=True)
         changed.skipped, changed.widths = edit.skipped, edit.widths

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import prune_with
 from torch import nn
 
 from discedit import importances, prune, score, zoo
@@ -26,17 +27,18 @@ def batches():
     return list(torch.randn(64, 3, 8, 8).split(32))
 
 
+MODHIFI = {"criterion": "fidelity", "repair": "compensation"}
+
+
 def pruned(model, batches, **options):
-    options = {"ratio": 0.5, "method": "modhifi", "data": batches, **options}
-    return prune(model, example_inputs=batches[0][:1], **options)
+    options = {"ratio": 0.5, **MODHIFI, "data": batches, **options}
+    return prune_with(model, example_inputs=batches[0][:1], **options)
 
 
 def test_the_method_needs_neither_scores_nor_labels(batches):
     model = network()
     edit = pruned(model, batches)
-    assert {name: edit.recipe.settings[name] for name in ("method", "criterion", "repair")} == {
-        "method": "modhifi", "criterion": "fidelity", "repair": "compensation",
-    }  # fmt: skip
+    assert {name: edit.recipe.settings[name] for name in MODHIFI} == MODHIFI
     assert list(edit.recipe.components) == ["0", "3"]  # not the head
     assert edit.model(batches[0]).shape == (32, 5)
     undone = edit.recipe.undo(edit.model)
@@ -110,11 +112,10 @@ def test_readers_that_cannot_be_fitted_are_named(batches):
 def test_errors(batches):
     model = network()
     for options, message in (
-        ({"data": None}, "method='modhifi' needs data"),
-        ({"method": "magic"}, "method must be one of"),
+        ({"data": None}, "repair='compensation' needs data"),
         ({"criterion": "max"}, "criterion='max' needs scores, got scores=None"),
         ({"criterion": "combined"}, "criterion='combined' needs scores, got scores=None"),
-        ({"method": "discedit", "data": None, "repair": "compensation"}, "repair='compensation' needs data"),
+        ({"data": None, "repair": "none"}, "criterion='fidelity' needs data"),
         ({"criterion": "l1", "data": [batches[0] * torch.nan]}, "data must give finite feature maps, what '3' reads"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -133,7 +134,7 @@ def test_on_a_real_network(cifar):
     model = zoo.cifar_resnet("resnet20")
     train, test = (list(zoo.batches(zoo.cifar10(part, limit=1000), 250)) for part in ("train", "test"))
     images = [x for x, _ in train]
-    options = {"ratio": 0.3, "data": images, "example_inputs": images[0][:1], "method": "modhifi"}
+    options = {"ratio": 0.3, "data": images, "example_inputs": images[0][:1], **MODHIFI}
     before = copy.deepcopy(model.state_dict())
     points = {
         repair: 100 * float(accuracy_per_class(prune(model, repair=repair, **options).model, test, 10).mean())

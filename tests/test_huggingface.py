@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from discedit import Edit, Recipe, collect_moments, huggingface, prune, score, unlearn, zoo
 from discedit.model.size import count_parameters
-from discedit.recipes.recipe import Operation, architecture_of
+from discedit.recipes.operations import Operation
+from discedit.recipes.recipe import architecture_of
 
 transformers = pytest.importorskip("transformers")
 

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import prune_with
 from torch import nn
 
 from discedit import Recipe, collect_moments, iterative_prune, prune, score, zoo
@@ -249,7 +250,7 @@ def net():
 
 def cut(net, importances=None, **options):
     model, plain = net
-    return prune(model, plain if importances is None else importances, example_inputs=X, **options)
+    return prune_with(model, plain if importances is None else importances, example_inputs=X, **options)
 
 
 def left(edit):
@@ -426,18 +427,18 @@ def test_layers_that_fail_the_check_are_made_up_for_by_the_others():
     model = Sized().eval()
     importances = {"one": torch.arange(12.0) + 100, "two": torch.arange(10.0), "three": torch.arange(8.0) + 200}
     options = {"example_inputs": X, "across": "none"}
-    edit = prune(model, importances, parameters=0.5, **options)
+    edit = prune_with(model, importances, parameters=0.5, **options)
     assert edit.skipped.keys() == {"two"}
     assert "removing its channels is not the same as hiding them" in edit.skipped["two"]
     assert edit.model.two.out_channels == 10
     assert count_parameters(edit.model) <= 0.5 * count_parameters(model)
     gone = edit.recipe.components
     assert gone["one"] == list(range(len(gone["one"])))  # and no more of the next than is needed
-    one_more = prune(model, {"one": importances["one"]}, threshold=99.0 + len(gone["one"]), **options)
+    one_more = prune_with(model, {"one": importances["one"]}, threshold=99.0 + len(gone["one"]), **options)
     assert gone["three"] == []
     assert count_parameters(one_more.model) > 0.5 * count_parameters(model)
     with pytest.raises(ValueError, match="layer 'two' cannot be pruned: removing its channels is not the same"):
-        prune(model, importances, ratio=0.5, layers=["two"], **options)
+        prune_with(model, importances, ratio=0.5, layers=["two"], **options)
 
 
 def test_importances_of_ones_own(net):
@@ -466,7 +467,10 @@ def test_importances_that_are_no_tensors(net, wrong):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of ratio, global_ratio, threshold, parameters, macs must be given, got none of them"),
+        (
+            {},
+            "exactly one of ratio, global_ratio, threshold, parameters, macs or budget must be given, got none of them",
+        ),
         ({"ratio": 0.5, "macs": 0.5}, "exactly one of .* must be given, got ratio=0.5, macs=0.5"),
         ({"ratio": {"conv9": 0.5}}, "ratio must name layers that scores holds, 'conv9' is none of them"),
         ({"ratio": {"conv1": 1.5}}, r"ratio\['conv1'\] must be a number in \[0, 1\), got 1.5"),
@@ -478,7 +482,10 @@ def test_importances_that_are_no_tensors(net, wrong):
         ({"ratio": 0.5, "round_to": 0}, "round_to must be .* got 0"),
         ({"ratio": 0.5, "steps": 0}, "steps must be .* got 0"),
         ({"ratio": 0.5, "rescore": len}, "rescore needs steps above 1, got steps=1"),
-        ({"ratio": 0.5, "across": "sum"}, "across must be one of 'auto', 'none', 'mean', 'max', 'rank', got 'sum'"),
+        (
+            {"global_ratio": 0.5, "across": "sum"},
+            "across must be one of 'auto', 'none', 'mean', 'max', 'rank', got 'sum'",
+        ),
         ({"ratio": 0.5, "components": "rows"}, "components must be one of .* got 'rows'"),
         ({"ratio": 0.5, "components": ()}, "components must name at least one of"),
         ({"global_ratio": 1.0}, r"global_ratio must be a number in \[0, 1\), got 1.0"),
@@ -599,7 +606,7 @@ def test_steps_score_anew_in_another_way(kinds):
 
     first = judge(kinds[0], model)
     options = {"ratio": 0.5, "example_inputs": x[:2], "layers": ["0"], "steps": 2}
-    edit = prune(model, first, rescore=lambda smaller: judge(kinds[1], smaller), **options)
+    edit = prune_with(model, first, rescore=lambda smaller: judge(kinds[1], smaller), **options)
     assert edit.model[0].out_features == 6
 
 

@@ -414,7 +414,7 @@ def test_a_push_that_fails_leaves_the_stack_as_it_was(monkeypatch):
     def failing(*_):
         raise MemoryError("no more")
 
-    monkeypatch.setattr("discedit.recipes.recipe._apply", failing)
+    monkeypatch.setattr("discedit.recipes.recipe.apply_operation", failing)
     with pytest.raises(MemoryError):
         stack.push("pruned", edit)
     assert stack.names == []

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Net
+from helpers import Net, prune_with
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -38,7 +38,7 @@ def around(part, width_in=8, width=8):
 
 
 def pruned(net, x=X, **options):
-    return prune(net, criterion="l1", **{"ratio": 0.4, **options}, example_inputs=x)
+    return prune_with(net, criterion="l1", **{"ratio": 0.4, **options}, example_inputs=x)
 
 
 class C2f(nn.Module):
@@ -311,7 +311,7 @@ def test_every_output_keeps_its_shape(name):
     edit = pruned(net)
     for layer, place in whole.items():
         assert place in edit.skipped[layer]
-        free = ", which keep_outputs=False allows" if place != "output" else ""
+        free = ", which the kind 'outputs' in components allows" if place != "output" else ""
         assert edit.skipped[layer].endswith(f"would change its shape{free}")
     assert edit.recipe.components
     assert not edit.recipe.components.keys() & whole.keys()
@@ -331,7 +331,10 @@ def test_parameters_among_the_outputs_keep_their_shape():
     net.function = lambda s, x: (maps(s, x)[3], s.head.weight)
     edit = pruned(net)
     assert list(edit.recipe.components) == ["a", "b"]
-    assert edit.skipped["c"] == "the model's output[1] would change its shape, which keep_outputs=False allows"
+    assert (
+        edit.skipped["c"]
+        == "the model's output[1] would change its shape, which the kind 'outputs' in components allows"
+    )
 
 
 # name -> what the model gives, and what is left of the second output of a whole network whose gone channels are hidden
@@ -349,7 +352,7 @@ def test_other_outputs_may_shrink(name):
     kept, edit = pruned(net), pruned(net, keep_outputs=False)
     assert list(kept.recipe.components) == ["a", "c"]
     assert list(edit.recipe.components) == ["a", "b", "c"]
-    assert edit.recipe.settings["keep_outputs"] is False
+    assert "outputs" in edit.recipe.settings["components"]
     left = {layer: [i for i in range(8) if i not in gone] for layer, gone in edit.recipe.components.items()}
     with torch.no_grad():
         for layer, reader in (("a", net.b), ("b", net.c), ("c", net.head)):
@@ -465,7 +468,7 @@ def test_branches_of_train_mode_shrink_too(name, samples):
         ),
         (
             lambda s, v, y: (y, v),
-            "the model's output[1] in train mode would change its shape, which keep_outputs=False",
+            "the model's output[1] in train mode would change its shape, which the kind 'outputs'",
         ),
         (lambda s, v, y: (y, s.branch(v).sum(1)), "not the same as hiding them"),
         (lambda s, v, y: (y, v.view(len(v), 8, -1)), "in train mode"),

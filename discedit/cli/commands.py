@@ -56,12 +56,7 @@ from discedit.selection import AboveDeviations, Limit, MaxDamage, Random, TopFra
 from discedit.selection.budget import BUDGETS, AcrossLayers
 
 GROUP_FAILURES = ("gloo", "nccl", "timed out", "connection", "peer")  # in messages of torch.distributed
-LIMITS: dict[str, type[Limit]] = {
-    "fraction": TopFraction,
-    "top": TopK,
-    "deviations": AboveDeviations,
-    "damage": MaxDamage,
-}
+LIMITS: dict[str, type[Limit]] = {kind.name: kind for kind in (TopFraction, TopK, AboveDeviations, MaxDamage)}
 Run = tuple[str, Path, dict[str, Any]]  # title, folder and run.json
 
 

@@ -200,7 +200,9 @@ class AblateComponents:
                 assert data is not None
                 inputs = data.labelled("forget", 2)[0][0]
             graph = Graph("unlearn", model, inputs)
-        units = _units(problem, graph, KINDS[self.components], scale, "zero" if self.around == "auto" else self.around)
+        units = editable_units(
+            problem, graph, KINDS[self.components], scale, "zero" if self.around == "auto" else self.around
+        )
         if self.by in OF_DATA:
             assert graph is not None
             assert data is not None
@@ -384,7 +386,7 @@ class _Plan:
         outputs.warn_if_worse("unlearn", unrepaired, outputs.error(edit.model), stacklevel=7)
 
 
-def _units(
+def editable_units(
     problem: Problem, graph: Graph | None, kinds: Iterable[str], scale: float, around: str
 ) -> dict[str, list[tuple[int, ...]]]:
     """Layer -> the rows of each component that may be chosen: all rows, or with a graph what it finds of some kinds."""

@@ -28,7 +28,8 @@ from discedit.moments.calibration import SAMPLES
 from discedit.moments.covariances import OTHERS, GroupSums
 from discedit.moments.forget_retain import Classified
 from discedit.ops import fisher_bound
-from discedit.recipes.recipe import Edit, Operation, Recipe, architecture_of, copied
+from discedit.recipes.operations import Operation
+from discedit.recipes.recipe import Edit, Recipe, architecture_of, copied
 from discedit.repair.lockstep import Pause, in_lockstep
 from discedit.selection.candidates import why_not_editable
 

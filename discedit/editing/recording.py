@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from discedit.recipes.recipe import Edit, Operation
+from discedit.recipes.operations import Operation
+from discedit.recipes.recipe import Edit
 
 
 def record(edit: Edit, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:

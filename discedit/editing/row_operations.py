@@ -13,7 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from discedit.model.forward import call, hooked, undisturbed
 from discedit.model.layers import gives_zero, input_of, is_affine, is_own, why_not_plain
-from discedit.recipes.recipe import Operation, Recipe, architecture_of, copied
+from discedit.recipes.operations import Operation
+from discedit.recipes.recipe import Recipe, architecture_of, copied
 
 AROUND = ("zero", "mean")
 # In units in the last place of the largest number: what a norm adds up may cancel. Of 16 bits there are not so many.

@@ -13,7 +13,6 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from discedit.model.forward import call, tensors_in, undisturbed
+from discedit.model.forward import call, hooked, tensors_in, undisturbed
 from discedit.model.functional import LayersCalled
 from discedit.model.trace import IN_TRAINING, ModelTrace, training_branches
 
@@ -36,9 +35,30 @@ _SAME = re.compile("(T|Transpose|Permute|View|UnsafeView|Reshape|ReshapeAlias|Un
 _SIGNED = 2**64  # autograd keeps a negative axis as an unsigned number
 
 
-@dataclass(frozen=True)
-class Trace:
+def trace_dependencies(trace: ModelTrace, inputs: Any) -> DependencyTrace:
+    """Follows a model whose parameters want gradients; it is in eval mode afterwards, and its buffers are as they were.
+
+    Args:
+        trace: of the model, train mode included.
+
+    Raises:
+        Exception: whatever the model raises, when it does not run.
+    """
+    try:
+        return DependencyTrace(trace, inputs)
+    except Exception:
+        # torch-pruning looks at the outputs of layers while the model runs, and dies of those that are no tensors.
+        odd = _odd_layers(trace.model, inputs)
+        if not odd:
+            raise
+        return DependencyTrace(trace, inputs, odd)
+
+
+class DependencyTrace:
     """What torch-pruning makes of a model.
+
+    Args:
+        odd: layers whose outputs torch-pruning must not look at.
 
     Attributes:
         graph: its dependency graph, whose index mappings are settled.
@@ -50,45 +70,15 @@ class Trace:
             the module in which it stands.
     """
 
-    graph: Any
-    trained: set[str]
-    used: set[str]
-    outputs: dict[int, str]
-    opaque: dict[int, str]
-    doubtful: dict[int, tuple[str, str]]
-
-
-def followed(known: ModelTrace, inputs: Any) -> Trace:
-    """Follows a model whose parameters want gradients; it is in eval mode afterwards, and its buffers are as they were.
-
-    Args:
-        known: of the model, train mode included.
-
-    Raises:
-        Exception: whatever the model raises, when it does not run.
-    """
-    try:
-        return _Tracer(known, inputs).run()
-    except Exception:
-        # torch-pruning looks at the outputs of layers while the model runs, and dies of those that are no tensors.
-        odd = _odd_layers(known.model, inputs)
-        if not odd:
-            raise
-        return _Tracer(known, inputs, odd).run()
-
-
-class _Tracer:
-    """One attempt to follow a model; `odd` are layers whose outputs torch-pruning must not look at."""
-
-    def __init__(self, known: ModelTrace, inputs: Any, odd: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, trace: ModelTrace, inputs: Any, odd: Iterable[nn.Module] = ()) -> None:
         import torch_pruning  # here, so that what only scores does without it
 
-        self.trace, self.model, self.inputs, self.odd = known, known.model, inputs, list(odd)
+        self.trace, self.model, self.inputs, self.odd = trace, trace.model, inputs, list(odd)
         self.names = {module: name for name, module in self.model.named_modules()}
         self.graph = torch_pruning.DependencyGraph()
         for kind in (nn.GRU, nn.RNN):  # read their inputs as nn.LSTM does, which torch-pruning knows
             self.graph.register_customized_layer(kind, torch_pruning.pruner.function.LSTMPruner())
-        self.known = _known_types(self.graph)
+        self.kinds = _layer_kinds(self.graph)
         self.recurrent = any(isinstance(module, nn.RNNBase) for module in self.names)
         self.ran: set[str] = set()  # modules, in either mode
         self.roots: list[Tensor] = []
@@ -99,13 +89,10 @@ class _Tracer:
         self.concats: dict[Any, list[int]] = {}
         self.opaque: dict[int, str] = {}
         self.places: dict[Any, str] | None = None
-
-    def run(self) -> Trace:
-        graph = self.graph
         hooks = {module: set(module._forward_hooks) for module in self.model.modules()}
-        handles = [handle for module in self.model.modules() for handle in self._watched(module)]
         try:
             with (
+                hooked([handle for module in self.model.modules() for handle in self._hooks(module)]),
                 torch.random.fork_rng([]),
                 torch.enable_grad(),
                 _Rewritten(self.concats),
@@ -115,38 +102,29 @@ class _Tracer:
                 warnings.simplefilter("ignore")
                 self._build()
         finally:
-            for handle in handles:
-                handle.remove()
-            for module, known in hooks.items():  # torch-pruning leaves its own behind when the model raises
-                for key in module._forward_hooks.keys() - known:
+            for module, before in hooks.items():  # torch-pruning leaves its own behind when the model raises
+                for key in module._forward_hooks.keys() - before:
                     del module._forward_hooks[key]
         edges = self._edges()
-        nodes = {node.grad_fn: node for node in graph.module2node.values()}
-        nodes |= {function: graph.module2node[m] for function, m in self.owners.items() if m in graph.module2node}
+        node_of = self.graph.module2node
+        nodes = {node.grad_fn: node for node in node_of.values()}
+        nodes |= {function: node_of[m] for function, m in self.owners.items() if m in node_of}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._settle(edges, nodes)
-        outputs = {}
-        for root, label in zip(self.roots, self.labels, strict=True):
-            if (node := nodes.get(root.grad_fn)) is not None:
-                outputs[id(node.module)] = label
+        labelled = zip(self.roots, self.labels, strict=True)
+        self.outputs = {id(nodes[root.grad_fn].module): label for root, label in labelled if root.grad_fn in nodes}
         # A module in several places of the pass, or a layer whose parameters another function reads, is used as well.
         leaves = {id(function.variable) for function in edges if hasattr(function, "variable")}
-        used = {name for name, parameter in self.model.named_parameters() if id(parameter) in leaves}
-        return Trace(
-            graph,
-            self.ran - self.trace.runs.keys(),
-            used,
-            outputs,
-            self.opaque,
-            {
-                id(node.module): (self._named(node), self._stands_in(node))
-                for node in graph.module2node.values()
-                if self._is_doubtful(node)
-            },
-        )
+        self.used = {name for name, parameter in self.model.named_parameters() if id(parameter) in leaves}
+        self.trained = self.ran - self.trace.runs.keys()
+        self.doubtful = {
+            id(node.module): (self._named(node), self._stands_in(node))
+            for node in node_of.values()
+            if self._is_doubtful(node)
+        }
 
-    def _watched(self, module: nn.Module) -> list[Any]:
+    def _hooks(self, module: nn.Module) -> list[Any]:
         """Hooks that note in which order modules run, and what is computed in which."""
         if isinstance(module, torch.jit.ScriptModule):  # takes none
             return []
@@ -162,7 +140,7 @@ class _Tracer:
                 pass  # left by an exception
             functions = _functions(output)
             self.crossings.append((name, functions))
-            if functions and isinstance(module, self.known):
+            if functions and isinstance(module, self.kinds):
                 self.owners[functions[0]] = module
 
         return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
@@ -232,11 +210,15 @@ class _Tracer:
         for node in everything:
             if self.odd and self._stands_in(node) in {self.names[module] for module in self.odd}:
                 self._cut(node, "the layer's output is not one tensor")
-            elif self._is_product_of_its_own(node):
+            elif (
+                node.module not in self.names
+                and _reads_parameter(node.grad_fn)
+                and not self._is_within(node, self.kinds)
+            ):
                 self._cut(node, "it multiplies with a parameter, but not by a call of a layer")
             elif _is_own(node.grad_fn) and any(part for _, part in readers.get(id(node), ())):
                 self._cut(node, "it gives several tensors")
-            elif self._is_inside_recurrence(node):
+            elif self.recurrent and self._is_within(node, nn.RNNBase):
                 node.type = OPTYPE.ELEMENTWISE  # what it does with gates is none of the channels that are read
             elif node.type == OPTYPE.SPLIT:
                 try:
@@ -255,6 +237,13 @@ class _Tracer:
                         update[node.type](graph, node)
                 except Exception as error:  # whatever torch-pruning makes of an operation that it does not know
                     self._cut(node, str(error))
+        self._bound(everything, (*update, OPTYPE.SPLIT))
+
+    def _bound(self, everything: list[Any], settled: tuple[Any, ...]) -> None:
+        """No index grows without end, and no mapping is worked out anew for each group."""
+        from torch_pruning.dependency import index_mapping
+        from torch_pruning.ops import OPTYPE
+
         tensors = (*self.model.parameters(), *self.model.buffers())
         widest = max((size for tensor in tensors for size in tensor.shape), default=0)
         for node in everything:
@@ -263,23 +252,15 @@ class _Tracer:
                 if isinstance(second, index_mapping._ConcatIndexMapping) and second.reverse:
                     # On the way back from a concatenation, what became of its parts before it comes after it.
                     dependency.index_mapping = [second, first]
-                blame = partial(self._why, node if node.type in (*update, OPTYPE.SPLIT) else dependency.target)
+                blame = partial(self._why, node if node.type in settled else dependency.target)
                 dependency.index_mapping = _Bounded(dependency.index_mapping, widest, blame)
         for node in everything:
-            if node.type in (*update, OPTYPE.SPLIT):
-                node.type = OPTYPE.ELEMENTWISE  # or torch-pruning would work all of it out anew for each group
+            if node.type in settled:
+                node.type = OPTYPE.ELEMENTWISE
 
-    def _is_product_of_its_own(self, node: Any) -> bool:
-        """Whether it is a product with a parameter that is no part of a layer's call."""
-        if node.module in self.names or not _reads_parameter(node.grad_fn):
-            return False
-        return not isinstance(self.model.get_submodule(self._stands_in(node)), self.known)
-
-    def _is_inside_recurrence(self, node: Any) -> bool:
-        """Whether it is a step of a recurrent network, of which torch-pruning takes the whole as a layer."""
-        if not self.recurrent or node.module in self.names:
-            return False
-        return isinstance(self.model.get_submodule(self._stands_in(node)), nn.RNNBase)
+    def _is_within(self, node: Any, kinds: type | tuple[type, ...]) -> bool:
+        """Whether an operation stands in a module of these classes."""
+        return node.module not in self.names and isinstance(self.model.get_submodule(self._stands_in(node)), kinds)
 
     def _cut(self, node: Any, error: str) -> None:
         """Nothing is followed through the node any more; what reaches it learns why."""
@@ -346,7 +327,7 @@ def _reads_parameter(function: Any) -> bool:
     return False
 
 
-def _known_types(graph: Any) -> tuple[type, ...]:
+def _layer_kinds(graph: Any) -> tuple[type, ...]:
     """Modules that torch-pruning takes as a whole."""
     from torch_pruning.ops import type2class
 
@@ -357,7 +338,7 @@ def _odd_layers(model: nn.Module, inputs: Any) -> list[nn.Module]:
     """Layers that give something else than the tensor, or the tuple of tensors, that torch-pruning expects."""
     import torch_pruning
 
-    known = _known_types(torch_pruning.DependencyGraph())
+    kinds = _layer_kinds(torch_pruning.DependencyGraph())
     found: dict[nn.Module, None] = {}
 
     def leave(module: nn.Module, _: Any, output: Any) -> None:
@@ -365,13 +346,9 @@ def _odd_layers(model: nn.Module, inputs: Any) -> list[nn.Module]:
         if not isinstance(first, (Tensor, nn.utils.rnn.PackedSequence)):
             found[module] = None
 
-    handles = [module.register_forward_hook(leave) for module in model.modules() if isinstance(module, known)]
-    try:
-        with undisturbed(model):
-            call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    handles = [module.register_forward_hook(leave) for module in model.modules() if isinstance(module, kinds)]
+    with hooked(handles), undisturbed(model):
+        call(model, inputs)
     return list(found)
 
 
@@ -400,12 +377,9 @@ def _split(node: Any, readers: list[tuple[Any, int]]) -> None:
     ends = list(itertools.accumulate(sizes, initial=0))
     parts: dict[int, Iterator[int]] = {}
     for reader in {id(reader): reader for reader, _ in readers}.values():
-        parts[id(reader)] = iter([part for other, part in readers if other is reader])
         own = [part for other, part in readers if other is reader]
-        for dependency, part in zip([d for d in node.dependencies if d.target is reader], own, strict=True):
-            dependency.index_mapping[0] = _SplitIndexMapping(offset=ends[part : part + 2])
-        for dependency, part in zip([d for d in reader.dependencies if d.target is node], own, strict=True):
-            dependency.index_mapping[0] = _SplitIndexMapping(offset=ends[part : part + 2], reverse=True)
+        parts[id(reader)] = iter(own)
+        _map_spans(node, reader, _SplitIndexMapping, [ends[part : part + 2] for part in own], 0)
     node.module.split_sizes = [sizes[next(parts[id(reader)])] for reader in node.outputs]  # as shapes are looked for
     node.module.offsets = list(itertools.accumulate(node.module.split_sizes, initial=0))
 
@@ -420,11 +394,15 @@ def _concatenate(node: Any, sizes: list[int], nodes: Mapping[Any, Any]) -> None:
         if source is not None and source in nodes:
             spans.setdefault(id(nodes[source]), (nodes[source], []))[1].append(ends[index : index + 2])
     for source, own in spans.values():
-        for dependency, span in zip([d for d in node.dependencies if d.target is source], own, strict=True):
-            dependency.index_mapping[1] = _ConcatIndexMapping(offset=span, reverse=True)
-        for dependency, span in zip([d for d in source.dependencies if d.target is node], own, strict=True):
-            dependency.index_mapping[1] = _ConcatIndexMapping(offset=span)
+        _map_spans(source, node, _ConcatIndexMapping, own, 1)
     node.module.offsets = ends
+
+
+def _map_spans(source: Any, reader: Any, mapping: Any, spans: list[list[int]], turn: int) -> None:
+    """Between what gives channels and what reads them, each time a span of them; `turn`: of two mappings, which."""
+    for one, other, reverse in ((source, reader, False), (reader, source, True)):
+        for dependency, span in zip([d for d in one.dependencies if d.target is other], spans, strict=True):
+            dependency.index_mapping[turn] = mapping(offset=span, reverse=reverse)
 
 
 class _Rewritten(TorchFunctionMode):

@@ -32,21 +32,20 @@ def device_of(model: nn.Module) -> torch.device:
 def outside_inference_mode(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """`function`, which works inside `torch.inference_mode` as it does outside: what is made there has no versions, by
     which changes in place are seen, and could never be trained."""
-
-    @wraps(function)
-    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with _without_inference_mode():
-            return function(*args, **kwargs)
-
-    return run
+    return _within(function, _without_inference_mode)
 
 
 def outside_modes(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """As `outside_inference_mode`, and outside autocast: in its products, closed forms would lose their digits."""
+    return _within(outside_inference_mode(function), without_autocast)
 
+
+def _within(
+    function: Callable[Parameters, Result], context: Callable[[], AbstractContextManager[Any]]
+) -> Callable[Parameters, Result]:
     @wraps(function)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with _without_inference_mode(), without_autocast():
+        with context():
             return function(*args, **kwargs)
 
     return run
@@ -276,22 +275,21 @@ def samples_in(inputs: Any) -> int:
     return len(first) if first is not None and first.ndim else 0
 
 
-def tensors_in(output: Any, place: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in what a model gives, however nested, each with where it stands there."""
-    return _tensors_in(output, place, set())
-
-
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {place: tuple(tensor.shape) for place, tensor in tensors.items()}
 
 
-def _tensors_in(output: Any, place: str, seen: set[int], depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+def tensors_in(
+    output: Any, place: str = "output", seen: set[int] | None = None, depth: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors in what a model gives, however nested, each with where it stands there."""
+    seen = set() if seen is None else seen
     if isinstance(output, Tensor):
         yield place, output
         return
-    if output is None or isinstance(output, (str, bytes, int, float, complex, type, nn.Module)) or id(output) in seen:
+    if output is None or isinstance(output, (str, bytes, int, float, complex, type, nn.Module)):
         return
-    if depth > _DEPTH:
+    if id(output) in seen or depth > _DEPTH:
         return
     seen.add(id(output))
     parts: Iterable[tuple[str, Any]] = ()
@@ -307,4 +305,4 @@ def _tensors_in(output: Any, place: str, seen: set[int], depth: int = 0) -> Iter
         parts = [(f"{place}.{name}", value) for name, value in vars(output).items()]
     for inner, value in parts:
         if inner.rpartition(".")[2] not in _CACHES:
-            yield from _tensors_in(value, inner, seen, depth + 1)
+            yield from tensors_in(value, inner, seen, depth + 1)

@@ -7,7 +7,7 @@ is given. Closed forms write weights, and hold only where the weights are what t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,56 +46,52 @@ def why_not_plain(layer: nn.Module) -> str:
 
 def is_affine(norm: _BatchNorm) -> bool:
     """Whether a batch norm with running statistics is a plain affine map per channel, with no activation inside."""
-    if is_own(norm):
-        return True
-    x = input_of(norm)
-    state = {}
-    for name, value in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
-        if value.is_floating_point():
-            drawn = _numbers(value.shape, value)
-            state[name] = drawn.abs() + 0.5 if name == "running_var" else drawn
-    try:
-        with undisturbed(norm):
-            ours = functional_call(norm, state, (x,))
-            weight, bias = state.get("weight"), state.get("bias")
-            theirs = nn.functional.batch_norm(
-                x, state["running_mean"], state["running_var"], weight, bias, eps=norm.eps
-            )
-    except Exception:
-        return False
-    return _equal(ours, theirs)
+
+    def both(x: Tensor) -> tuple[Any, Tensor]:
+        state = {}
+        for name, value in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
+            if value.is_floating_point():
+                drawn = _numbers(value.shape, value)
+                state[name] = drawn.abs() + 0.5 if name == "running_var" else drawn
+        weight, bias = state.get("weight"), state.get("bias")
+        mean, variance = state["running_mean"], state["running_var"]
+        plain = nn.functional.batch_norm(x, mean, variance, weight, bias, eps=norm.eps)
+        return functional_call(norm, state, (x,)), plain
+
+    return is_own(norm) or _agree(norm, both)
 
 
 def takes_constants(norm: _BatchNorm) -> bool:
     """Whether adding constants to the input of a batch norm and to its running mean leaves its output the same."""
-    if is_own(norm):
-        return True
-    assert norm.running_mean is not None
-    x = input_of(norm)
-    constants = _numbers(norm.running_mean.shape, norm.running_mean)
-    try:
-        with undisturbed(norm):
-            before: Tensor = norm(x)
-            moved = x + constants.view(-1, *[1] * (x.ndim - 2))
-            after = functional_call(norm, {"running_mean": norm.running_mean + constants}, (moved,))
-    except Exception:
-        return False
-    return _equal(after, before)
+
+    def both(x: Tensor) -> tuple[Any, Tensor]:
+        assert norm.running_mean is not None
+        constants = _numbers(norm.running_mean.shape, norm.running_mean)
+        moved = x + constants.view(-1, *[1] * (x.ndim - 2))
+        return functional_call(norm, {"running_mean": norm.running_mean + constants}, (moved,)), norm(x)
+
+    return is_own(norm) or _agree(norm, both)
 
 
 def gives_zero(norm: nn.Module) -> bool:
     """Whether a norm whose weights and biases are zero gives zero, whatever it reads."""
-    if is_own(norm):
-        return True
-    x = input_of(norm)
-    state = {name: torch.zeros_like(value) for name, value in norm.named_parameters(recurse=False)}
-    state = state or {"running_mean": x.new_zeros(x.shape[1])}  # then the layer's zeros are what it reads
+
+    def both(x: Tensor) -> tuple[Any, Tensor]:
+        zero, state = torch.zeros_like(x), {n: torch.zeros_like(p) for n, p in norm.named_parameters(recurse=False)}
+        state = state or {"running_mean": x.new_zeros(x.shape[1])}  # then the layer's zeros are what it reads
+        return functional_call(norm, state, (x if "weight" in state else zero,)), zero
+
+    return is_own(norm) or _agree(norm, both)
+
+
+def _agree(module: nn.Module, both: Callable[[Tensor], tuple[Any, Any]]) -> bool:
+    """Whether two ways to run a module on numbers of its kind give the same; not where one of them fails."""
+    x = input_of(module)
     try:
-        with undisturbed(norm):
-            given = functional_call(norm, state, (x if "weight" in state else torch.zeros_like(x),))
-    except Exception:
+        with undisturbed(module):
+            return _equal(*both(x))
+    except Exception:  # whatever a forward of somebody's own may need
         return False
-    return _equal(given, torch.zeros_like(x))
 
 
 def is_own(module: nn.Module) -> bool:

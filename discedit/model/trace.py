@@ -44,15 +44,8 @@ FEW = 2  # samples that show what runs, and in which order
 PIECEWISE = {"relu", "relu_", "relu6", "leaky_relu", "hardswish", "hardsigmoid", "hardtanh", "threshold", "clamp"}
 SMOOTH = {"elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh", "softplus", "softsign"}
 NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm"}
-DROPOUTS = {
-    "dropout",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-    "alpha_dropout",
-    "feature_alpha_dropout",
-    "feature_dropout",
-}
+DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d"}
+DROPOUTS |= {"alpha_dropout", "feature_alpha_dropout", "feature_dropout"}
 POOLINGS = {"max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
 SHAPES = {"contiguous", "clone", "float", "to", "view_as", "flatten"}  # the last only where the maps are 1 x 1
 ARITHMETIC = {"add", "mul", "sub", "div", "pow", "__mul__", "__rmul__", "__add__", "__radd__", "__pow__"}
@@ -131,22 +124,19 @@ class TrainMode:
 
 @dataclass
 class ModelTrace:
-    """What a forward pass in eval mode shows of a model. Without a pass, it knows what modules are, but not what runs.
+    """What a forward pass in eval mode shows of a model.
 
-    Names are those of the model without its wrappers. What a module does is found out when it is first asked for, which
-    must be before hooks are set: they would take part.
+    What a module does is found out when it is first asked for, which must be before hooks are set.
 
     Attributes:
         model: what was traced, without its wrappers.
         samples: that ran; 0: the inputs hold no tensor with samples.
-        runs: module -> how often it was called; those that ran, in the order in which they first began.
+        runs: module -> how often it was called, in the order in which they first began.
         training: what it does in train mode; None: it was not asked, or does not run there.
         rows: module -> rows of the tensor that is its first argument; 0: there is none, or it has one axis.
-        windows: convolution or linear layer -> rows of that tensor for each sample, where they are the samples in their
-            order, or windows of them; 0: they are not. Found out if asked for.
-        head: the convolution or linear layer that gives the logits, be it as a copy or a view; of several, the last.
-        classifier: the layer whose components are the classes: the head, or else the last layer that ran, if it has as
-            many components as there are logits (a softmax or the mean of a map is behind it).
+        windows: layer -> rows of that tensor for each sample, 0: they are not in their order. Found out if asked for.
+        head: the layer that gives the logits, be it as a copy or a view; of several, the last.
+        classifier: the layer whose components are the classes: the head, or else the last layer that has as many.
         norms: layer -> the norm that its output goes straight into, where each runs once.
         consumers: layer -> the layers that read its components, channel by channel.
         sums: layers whose output, or that of the norm behind, is added to something.

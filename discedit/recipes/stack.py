@@ -8,27 +8,24 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from discedit.common import files
-from discedit.recipes.optimizers import watch
-from discedit.recipes.recipe import (
+from discedit.recipes.operations import (
     FORWARD,
-    KINDS,
     WITH_VALUES,
-    Edit,
     Operation,
-    Recipe,
-    architecture_of,
+    Slots,
     attribute_of,
-    check_architecture,
-    copied,
-    named_tensors,
+    check_attribute,
+    check_operations,
+    module_of,
 )
+from discedit.recipes.recipe import Edit, Recipe, architecture_of, check_architecture, copied
 
 FILE = "stack.json"
 SWITCHES = (FORWARD, "activation_relu_or_gelu")  # attributes that count nothing
@@ -44,30 +41,19 @@ _Axis = tuple[str, int]  # a tensor, by the first of its names, and one of its d
 class Stack:
     """Edits of one model that can be added and taken away in any order.
 
-    The stack holds a copy of the model as it was given, the base, and a list of recipes. After each change `model` is
-    made anew: a copy of the base to which the recipes that are there have been applied, in the order in which they were
-    pushed. Nothing is ever computed backwards. So after edits were removed, the model is bit for bit what pushing only
-    the others would have given, also where edits write over each other's places.
+    After each change `model` is made anew: a copy of the base, to which the recipes that are there are applied in the
+    order in which they were pushed. So what is left after removals is bit for bit what pushing only that would give.
 
-    Rows and columns are known by their numbers in the base. A recipe that was made on another model of the stack is
-    translated: one made on a pruned model keeps meaning the same rows when the pruning below it is removed (rows that
-    come back are left as they were), and one made on the base and pushed onto a pruned model leaves out the rows that
-    are gone (and has them back when the pruning is removed).
+    Rows and columns are known by their numbers in the base: a recipe that was made on a pruned model keeps meaning the
+    same rows when the pruning below it is removed (rows that come back are left as they were), and one made on the base
+    and pushed onto a pruned model leaves out the rows that are gone (and has them back when the pruning is removed).
 
-    Three things to know:
-
-    - Values that a recipe sets whole, as repairs do, stay as they are. They were right for the model on which the edit
-      was made: when an edit below it is removed they are no longer fitted to what is left, and a repair that was made
-      on the base and pushed later writes over what edits below it wrote into the same tensors, zeros of an unlearning
-      among them. Make repairs on ``stack.model``, and make them anew when what lies below them changes.
-    - Where such values no longer have the tensor's shape, because another edit cuts it or no longer does, the change is
-      refused and the stack stays as it was.
-    - What is done to ``stack.model`` by others, such as training, is not part of the stack and gone after the next
-      change. An optimizer over an earlier ``stack.model`` holds parameters that the present one does not have: build a
-      new one.
+    Values that a recipe sets whole, as repairs do, stay fitted to the model on which the edit was made, and write over
+    what lies below them: make repairs on ``stack.model``, and anew when that changes. Where such values no longer have
+    the tensor's rows the change is refused. Training of ``stack.model`` by others is gone after the next change.
 
     Args:
-        model: the base. It is copied: neither is it ever changed, nor do later changes to it reach the stack.
+        model: the base, which is copied.
 
     >>> from torch import nn
     >>> from discedit.recipes import Operation, Recipe, architecture_of
@@ -87,9 +73,7 @@ class Stack:
 
     def __init__(self, model: nn.Module) -> None:
         self._base = copied(model)
-        self._entries: list[_Entry] = []
-        self._model, self._recipes = _built(self._base, [])
-        watch(list(model.parameters()), model, self._model, "edited")
+        self._change([])
 
     @property
     def model(self) -> nn.Module:
@@ -141,9 +125,22 @@ class Stack:
             raise TypeError(
                 f"Stack.push: edit must be a discedit.Edit or a discedit.Recipe, got {type(edit).__name__}."
             )
-        rows = self._made_on(name, recipe)
+        what = f"Stack.push: recipe of {name!r}"
+        known, before, after = recipe.architecture, _Rows(self._base), self._rows
+        if known not in (before.shapes(), after.shapes()):
+            shapes = (known, before.shapes(), after.shapes())
+            odd = next(n for n in [*known, *shapes[1]] if known.get(n) not in [shape.get(n) for shape in shapes[1:]])
+            found = [shape.get(odd, "none (absent)") for shape in shapes]
+            raise ValueError(
+                f"{what} must be made on the base model or on stack.model as it is now; its tensor {odd!r} had shape "
+                f"{found[0]}, in the base it has {found[1]}, in stack.model {found[2]}."
+            )
+        model, rows = (self._model, after) if known == after.shapes() else (self._base, before)
         entry = _Entry(name, _without_undo(recipe), rows)
-        _check_operations(entry)
+        entry.check(what, self._base)
+        for operation in recipe.operations:
+            if operation.kind == "attribute":
+                check_attribute(what, model, operation, operation.before)
         self._change([*self._entries, entry])
 
     def remove(self, name: str) -> None:
@@ -152,11 +149,11 @@ class Stack:
         Raises:
             ValueError: there is no such edit, or one above it cannot be without it: it sets a whole tensor that this
                 one cuts, adds values to rows of which this one cuts a part, or changes an attribute that cannot be told
-                anew. The message names both, and the stack is unchanged.
+                anew. The message names it, and the stack is unchanged.
         """
         if name not in self:
             raise ValueError(f"Stack.remove: name must be one of {self.names}, got {name!r}.")
-        self._change([entry for entry in self._entries if entry.name != name], gone=name)
+        self._change([entry for entry in self._entries if entry.name != name], f" without {name!r}")
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write stack.json and the recipes as they were pushed, each as `Recipe.save` does; returns stack.json's path.
@@ -200,61 +197,40 @@ class Stack:
         target = Path(folder) / FILE
         if not target.is_file():
             raise FileNotFoundError(f"stack file {str(target)!r} does not exist.")
-        header = files.load_json(target, "stack")
+        header, damaged = files.load_json(target, "stack"), f"{str(target)!r} is damaged"
         stack = cls(model)
         expected = files.field(header, "architecture", dict, target)
         check_architecture(model, expected, "Stack.load: model must have the architecture of the stack's base")
         entries: list[_Entry] = []
         for fields in files.field(header, "entries", list, target):
             if not isinstance(fields, dict):
-                raise ValueError(f"{str(target)!r} is damaged: an entry must be an object, got {fields!r}.")
+                raise ValueError(f"{damaged}: an entry must be an object, got {fields!r}.")
             name = files.field(fields, "name", str, target)
             if not name or name in [entry.name for entry in entries]:
-                raise ValueError(f"{str(target)!r} is damaged: names must differ and not be empty, got {name!r}.")
+                raise ValueError(f"{damaged}: names must differ and not be empty, got {name!r}.")
             recipe = Recipe.load(target.with_name(Path(files.field(fields, "file", str, target)).name))
             rows = _Rows(stack._base)
-            rows.cut(files.field(fields, "rows", dict, target), target)
+            rows.drop(files.field(fields, "rows", dict, target), damaged)
             if rows.shapes() != recipe.architecture:
-                raise ValueError(f"{str(target)!r} is damaged: the rows of {name!r} are not those of its recipe.")
+                raise ValueError(f"{damaged}: the rows of {name!r} are not those of its recipe.")
             entries.append(_Entry(name, _without_undo(recipe), rows))
-            _check_operations(entries[-1])
+            entries[-1].check(f"{damaged}: recipe of {name!r}", stack._base)
         stack._change(entries)
         return stack
 
-    def _made_on(self, name: str, recipe: Recipe) -> _Rows:
-        """The rows of the model on which a recipe was made."""
-        base, now = _Rows(self._base), _Rows(self._base)
-        for entry, applied in zip(self._entries, self._recipes, strict=True):
-            for operation in applied.operations:
-                if operation.kind == "keep":
-                    now.keep(operation, entry.name)
-        known, before, after = recipe.architecture, base.shapes(), now.shapes()
-        if known == after:
-            model, rows = self._model, now
-        elif known == before:
-            model, rows = self._base, base
-        else:
-            odd = [n for n in dict.fromkeys([*known, *before]) if known.get(n) != before.get(n)]
-            odd = [n for n in odd if known.get(n) != after.get(n)] or odd
-            shapes = [found.get(odd[0], "none (absent)") for found in (known, before, after)]
-            raise ValueError(
-                f"Stack.push: edit must be made on the base model or on stack.model as it is now; for {name!r} tensor "
-                f"{odd[0]!r} had shape {shapes[0]}, in the base it has {shapes[1]}, in stack.model {shapes[2]}."
-            )
-        for operation in recipe.operations:
-            if operation.kind == "attribute" and (found := _attribute(model, operation)) != operation.before:
-                raise ValueError(
-                    f"Stack.push: edit must be made on the base model or on stack.model as it is now; for {name!r} "
-                    f"attribute {operation.name!r} of module {operation.target!r} was {operation.before!r}, it is "
-                    f"{found!r}."
-                )
-        return rows
-
-    def _change(self, entries: list[_Entry], gone: str | None = None) -> None:
+    def _change(self, entries: list[_Entry], situation: str = "") -> None:
         """All or nothing."""
-        model, recipes = _built(self._base, entries, gone)
-        watch(list(self._model.parameters()), self._model, model, "edited")
-        self._entries, self._model, self._recipes = entries, model, recipes
+        model, rows, recipes = copied(self._base), _Rows(self._base), []
+        for entry in entries:
+            try:
+                recipe = _Translation(entry, rows, model).recipe
+            except _Untranslatable as error:
+                raise ValueError(
+                    f"Stack: edit {entry.name!r} cannot be as it is{situation or ' on top of the others'}: {error}. "
+                    "Remove it first, and make it anew on stack.model."
+                ) from error
+            recipes.append(recipe.apply(model, inplace=True).recipe)
+        self._entries, self._model, self._recipes, self._rows = entries, model, recipes, rows
 
 
 class _Rows:
@@ -264,47 +240,31 @@ class _Rows:
     """
 
     def __init__(self, base: nn.Module) -> None:
-        self.first: dict[str, str] = {}  # name -> the first of the same tensor's names
-        self.names: dict[str, list[str]] = {}  # the first -> all of them
-        self.sizes: dict[str, tuple[int, ...]] = {}
-        known: dict[int, str] = {}
-        for name, tensor in named_tensors(base):
-            self.first[name] = known.setdefault(id(tensor), name)
-            self.names.setdefault(self.first[name], []).append(name)
-            self.sizes[name] = tuple(tensor.shape)
-        self.left: dict[_Axis, tuple[int, ...]] = {}  # where some are gone
-        self.taken: dict[_Axis, dict[int, str]] = {}  # row -> the edit that took it
+        self.first = Slots(base).first
+        self.sizes = architecture_of(base)
+        self.left: dict[_Axis, tuple[int, ...]] = {}  # where some are gone: numbers in the base of what is there
 
     def copy(self) -> _Rows:
         other = copy.copy(self)
-        other.left, other.taken = dict(self.left), {axis: dict(rows) for axis, rows in self.taken.items()}
+        other.left = dict(self.left)
         return other
-
-    def axis(self, name: str, dim: int) -> _Axis:
-        return self.first[name], dim
 
     def of(self, name: str, dim: int) -> Sequence[int]:
         """Numbers in the base of what is there, in order."""
-        left = self.left.get(self.axis(name, dim))
-        return range(self.sizes[name][dim]) if left is None else left
-
-    def shape(self, name: str) -> list[int]:
-        return [len(self.of(name, dim)) for dim in range(len(self.sizes[name]))]
+        return self.left.get((self.first[name], dim), range(self.sizes[name][dim]))
 
     def shapes(self) -> dict[str, list[int]]:
-        return {name: self.shape(name) for name in self.sizes}
+        return {name: [len(self.of(name, dim)) for dim in range(len(size))] for name, size in self.sizes.items()}
 
-    def places(self, name: str, dim: int, rows: Iterable[int]) -> list[int]:
+    def positions(self, name: str, dim: int, rows: Iterable[int]) -> tuple[int, ...]:
         """Where these rows are now, without those that are gone."""
-        place = {row: i for i, row in enumerate(self.of(name, dim))}
-        return [place[row] for row in rows if row in place]
+        position = {row: i for i, row in enumerate(self.of(name, dim))}
+        return tuple(position[row] for row in rows if row in position)
 
-    def keep(self, operation: Operation, by: str) -> None:
+    def keep(self, operation: Operation) -> None:
         """What a keep operation leaves."""
         rows = self.of(operation.target, operation.dim)
-        axis = self.axis(operation.target, operation.dim)
-        self.left[axis] = tuple(rows[i] for i in operation.index)
-        self.taken.setdefault(axis, {}).update(dict.fromkeys(set(rows) - set(self.left[axis]), by))
+        self.left[self.first[operation.target], operation.dim] = tuple(rows[i] for i in operation.index)
 
     def missing(self) -> dict[str, dict[str, list[int]]]:
         """Tensor -> dimension -> rows that are gone, for a file."""
@@ -313,20 +273,21 @@ class _Rows:
             found.setdefault(name, {})[str(dim)] = sorted(set(range(self.sizes[name][dim])) - set(rows))
         return found
 
-    def cut(self, missing: Mapping[str, Any], path: Path) -> None:
-        """What a file says is gone."""
+    def drop(self, missing: Mapping[str, Any], damaged: str) -> None:
+        """Leave out what a file says is gone."""
         for name, axes in missing.items():
-            for dim, gone in axes.items() if isinstance(axes, dict) else [("", None)]:
-                size = self.sizes[name][int(dim)] if name in self.sizes and dim in _numbers(self.sizes[name]) else 0
+            dims = {str(dim): (dim, size) for dim, size in enumerate(self.sizes.get(name, ()))}
+            for key, gone in axes.items() if isinstance(axes, dict) else [("", None)]:
+                dim, size = dims.get(key, (0, 0))
                 if not isinstance(gone, list) or not all(type(row) is int and 0 <= row < size for row in gone):
                     raise ValueError(
-                        f"{str(path)!r} is damaged: rows of tensor {name!r}, dimension {dim!r}, must be a list of "
-                        f"indices below {size}, got {gone!r}."
+                        f"{damaged}: rows of tensor {name!r}, dimension {key!r}, must be a list of indices below "
+                        f"{size}, got {gone!r}."
                     )
                 left = tuple(sorted(set(range(size)) - set(gone)))
                 if not left:
-                    raise ValueError(f"{str(path)!r} is damaged: it leaves no row of tensor {name!r}.")
-                self.left[self.axis(name, int(dim))] = left
+                    raise ValueError(f"{damaged}: it leaves no row of tensor {name!r}.")
+                self.left[self.first[name], dim] = left
 
 
 @dataclass(frozen=True)
@@ -337,9 +298,10 @@ class _Entry:
     recipe: Recipe
     rows: _Rows
 
-
-def _numbers(shape: Sequence[int]) -> list[str]:
-    return [str(dim) for dim in range(len(shape))]
+    def check(self, what: str, base: nn.Module) -> None:
+        """Refuses a recipe that does not fit the model on which it says it was made."""
+        recipe = self.recipe
+        check_operations(what, recipe.operations, recipe.architecture, slots=Slots(base), tensors=recipe.tensors)
 
 
 def _listed(path: Path) -> list[str]:
@@ -355,66 +317,12 @@ def _listed(path: Path) -> list[str]:
 
 def _without_undo(recipe: Recipe) -> Recipe:
     """A copy that shares nothing; what it replaced in the model on which it was made is of no use here."""
-    return replace(
-        recipe,
-        settings=copy.deepcopy(recipe.settings),
-        components={layer: list(rows) for layer, rows in recipe.components.items()},
-        architecture={name: list(shape) for name, shape in recipe.architecture.items()},
-        operations=list(recipe.operations),
-        tensors={name: value.detach().clone() for name, value in recipe.tensors.items() if name.startswith("set.")},
-    )
+    tensors = {name: value for name, value in recipe.tensors.items() if name.startswith("set.")}
+    return copy.deepcopy(replace(recipe, tensors=tensors))
 
 
-def _check_operations(entry: _Entry) -> None:
-    """Refuses a recipe that does not fit the model on which it says it was made."""
-    rows = entry.rows.copy()
-    for i, operation in enumerate(entry.recipe.operations):
-        what = f"Stack: recipe of {entry.name!r}: operation {i}"
-        if operation.kind not in KINDS:
-            raise ValueError(f"{what} must be one of {', '.join(KINDS)}, got {operation.kind!r}.")
-        if operation.kind == "attribute":
-            continue
-        if operation.target not in rows.sizes:
-            raise ValueError(f"{what} must name a tensor of the model, got {operation.target!r}.")
-        shape = rows.shape(operation.target)
-        expected = list(shape)
-        if operation.kind != "set":
-            if not 0 <= operation.dim < len(shape):
-                raise ValueError(
-                    f"{what} must have a dim of {operation.target!r} of shape {shape}, is {operation.dim}."
-                )
-            size, index = shape[operation.dim], operation.index
-            if list(index) != sorted(set(index)) or not all(type(row) is int and 0 <= row < size for row in index):
-                raise ValueError(f"{what} must have increasing indices in 0..{size - 1}, got {list(index)}.")
-            expected[operation.dim] = len(index)
-        if operation.kind == "keep":
-            if size and not operation.index:
-                raise ValueError(f"{what} must leave something of {operation.target!r}, it keeps no index.")
-            rows.keep(operation, entry.name)
-        if operation.kind in WITH_VALUES:
-            values = entry.recipe.tensors.get(f"set.{i}")
-            found = "none" if values is None else f"shape {list(values.shape)}"
-            if values is None or not _fits(values, expected, exactly=operation.kind == "set"):
-                raise ValueError(
-                    f"{what} must have values of shape {expected} for {operation.target!r}, found {found}."
-                )
-
-
-def _fits(values: Tensor, shape: list[int], exactly: bool) -> bool:
-    if exactly or values.ndim > len(shape):
-        return list(values.shape) == shape
-    return all(size in (1, asked) for size, asked in zip(reversed(values.shape), reversed(shape), strict=False))
-
-
-def _built(base: nn.Module, entries: list[_Entry], gone: str | None = None) -> tuple[nn.Module, list[Recipe]]:
-    """A new model with these edits, and the recipes that made it."""
-    model = copied(base)
-    now = _Rows(base)
-    recipes = []
-    for entry in entries:
-        recipe = _Translation(entry, now, model, gone).recipe()
-        recipes.append(recipe.apply(model, inplace=True).recipe)
-    return model, recipes
+class _Untranslatable(ValueError):
+    """Why an edit has no meaning for another model than that on which it was made."""
 
 
 class _Translation:
@@ -424,31 +332,25 @@ class _Translation:
         entry: the edit.
         now: rows of that model; becomes what the edit leaves of them.
         model: that model, unchanged.
-        gone: the edit that has just been removed from below, if any.
     """
 
-    def __init__(self, entry: _Entry, now: _Rows, model: nn.Module, gone: str | None) -> None:
-        self.entry, self.now, self.model, self.gone = entry, now, model, gone
-        self.made = entry.rows.copy()
+    def __init__(self, entry: _Entry, now: _Rows, model: nn.Module) -> None:
+        self.now, self.model = now, model
+        self.made = entry.rows.copy()  # rows of the model on which it was made, as far as it has come
         self.begin = (self.made.copy(), now.copy())
         self.operations: list[Operation] = []
         self.tensors: dict[str, Tensor] = {}
-
-    def recipe(self) -> Recipe:
-        old = self.entry.recipe
-        architecture = architecture_of(self.model)
+        architecture, old = architecture_of(model), entry.recipe
         for i, operation in enumerate(old.operations):
             if operation.kind == "keep":
                 self._keep(operation)
-            elif operation.kind == "set":
-                self._set(operation, old.tensors[f"set.{i}"])
-            elif operation.kind in ("fill", "scale", "add"):
-                self._rows(operation, old.tensors.get(f"set.{i}"))
-        attributes = [operation for operation in old.operations if operation.kind == "attribute"]
-        for operation in attributes:  # when it is known what is left of each tensor
-            self._attribute(operation)
-        return Recipe(
-            edit=old.edit,
+            elif operation.kind != "attribute":
+                self._write(operation, old.tensors.get(f"set.{i}"))
+        for operation in old.operations:
+            if operation.kind == "attribute":  # now that it is known what is left of each tensor
+                self._attribute(operation)
+        self.recipe = replace(
+            old,
             settings=copy.deepcopy(old.settings),
             components={layer: self._components(layer, rows) for layer, rows in old.components.items()},
             architecture=architecture,
@@ -459,109 +361,72 @@ class _Translation:
     def _keep(self, operation: Operation) -> None:
         target, dim = operation.target, operation.dim
         lost = set(self.made.of(target, dim))
-        self.made.keep(operation, self.entry.name)
+        self.made.keep(operation)
         lost -= set(self.made.of(target, dim))
         present = self.now.of(target, dim)
         index = tuple(i for i, row in enumerate(present) if row not in lost)
         if not index and present:
-            others = self._takers((target, dim), set(self.made.of(target, dim)))
-            raise ValueError(
-                f"Stack: edit {self.entry.name!r} cannot go on top of {others}: nothing would be left of tensor "
-                f"{target!r} along dimension {dim}, of which {others} took the rest. Make it on stack.model."
-            )
+            raise _Untranslatable(f"nothing would be left of tensor {target!r} along dimension {dim}")
         if len(index) < len(present):
-            translated = replace(operation, index=index)
-            self.operations.append(translated)
-            self.now.keep(translated, self.entry.name)
+            self.operations.append(replace(operation, index=index))
+            self.now.keep(self.operations[-1])
 
-    def _rows(self, operation: Operation, values: Tensor | None) -> None:
+    def _write(self, operation: Operation, values: Tensor | None) -> None:
         target, dim = operation.target, operation.dim
-        here = self.made.of(target, dim)
-        rows = [here[i] for i in operation.index]
-        index = self.now.places(target, dim, rows)
-        if not index:
-            return
-        if operation.kind == "add" and values is not None:
-            self.tensors[f"set.{len(self.operations)}"] = self._added(operation, values, rows)
-        self.operations.append(replace(operation, index=tuple(index)))
-
-    def _added(self, operation: Operation, values: Tensor, rows: list[int]) -> Tensor:
-        """The values of an addition for what is there; the same for all where they are one number along an axis."""
-        target = operation.target
-        expected = self.made.shape(target)
-        expected[operation.dim] = len(rows)
-        values = values.reshape((1,) * (len(expected) - values.ndim) + tuple(values.shape))
-        for dim, size in enumerate(expected):
-            if values.shape[dim] != size:
-                continue
-            have = rows if dim == operation.dim else self.made.of(target, dim)
-            present = set(self.now.of(target, dim))
-            if dim != operation.dim and present - set(have):
-                self._refuse_back(
-                    f"adds to rows of tensor {target!r} values for {len(have)} of the {len(present)} entries that "
-                    f"dimension {dim} then has"
-                )
-            chosen = [i for i, row in enumerate(have) if row in present]
-            if len(chosen) < len(have):
-                values = values.index_select(dim, torch.tensor(chosen, device=values.device))
-        return values
-
-    def _set(self, operation: Operation, values: Tensor) -> None:
-        target = operation.target
-        for dim in range(values.ndim):
-            made, present = set(self.made.of(target, dim)), set(self.now.of(target, dim))
-            if made - present:
-                others = self._takers((target, dim), made - present)
-                raise ValueError(
-                    f"Stack: edit {self.entry.name!r} cannot go on top of {others}: it sets the whole tensor "
-                    f"{target!r} to values of shape {list(values.shape)}, of which {others} left "
-                    f"{self.now.shape(target)}. Make it on stack.model."
-                )
-            if present - made:
-                self._refuse_back(
-                    f"sets the whole tensor {target!r} to values of shape {list(values.shape)}, and the tensor then "
-                    f"has shape {self.now.shape(target)}"
-                )
-        self.tensors[f"set.{len(self.operations)}"] = values.clone()
+        if operation.kind != "set":
+            here = self.made.of(target, dim)
+            rows = [here[i] for i in operation.index]
+            operation = replace(operation, index=self.now.positions(target, dim, rows))
+            if not operation.index:
+                return
+        if operation.kind in WITH_VALUES:
+            assert values is not None
+            have = [self.made.of(target, axis) for axis in range(len(self.made.sizes[target]))]
+            if operation.kind == "add":
+                have[dim] = rows
+            self.tensors[f"set.{len(self.operations)}"] = self._values(operation, values, have)
         self.operations.append(operation)
+
+    def _values(self, operation: Operation, values: Tensor, have: list[Sequence[int]]) -> Tensor:
+        """A recipe's own values for the rows that are there; `have`: the rows that they are for, along each axis."""
+        for dim, rows in enumerate(have):
+            if values.shape[dim] != len(rows):
+                continue  # one number for all
+            present = set(self.now.of(operation.target, dim))
+            is_own = operation.kind == "add" and dim == operation.dim  # other rows than these stay as they are
+            if (operation.kind == "set" and set(rows) - present) or (not is_own and present - set(rows)):
+                raise _Untranslatable(
+                    f"it {operation.kind}s values of shape {list(values.shape)} for the whole of tensor "
+                    f"{operation.target!r} along dimension {dim}, which has other rows there now"
+                )
+            chosen = [i for i, row in enumerate(rows) if row in present]
+            values = values.index_select(dim, torch.tensor(chosen, device=values.device))
+        return values
 
     def _attribute(self, operation: Operation) -> None:
         """A count follows the tensors that it counts."""
-        found = _attribute(self.model, operation)
-        if operation.name in SWITCHES:
-            self.operations.append(replace(operation, before=found))
-            return
-        befores, values, present = (_entries(part) for part in (operation.before, operation.value, found))
-        known = len(befores) == len(values) == len(present)
-        new: list[int] = []
-        for i, (before, value, here) in enumerate(zip(befores, values, present, strict=True) if known else ()):
-            told = here if before == value else self._count(operation, i, before, value, here)
-            if told is None:
-                known = False
-                break
-            new.append(told)
-        if not known:
-            why = (
-                f"changes attribute {operation.name!r} of module {operation.target!r} from {operation.before!r} to "
-                f"{operation.value!r}, which is {found!r} then, and no tensor tells what it must become"
-            )
-            if self.gone is not None:
-                self._refuse_back(why)
-            others = _listing(self.now.taken[axis][row] for axis in self.now.taken for row in self.now.taken[axis])
-            raise ValueError(
-                f"Stack: edit {self.entry.name!r} cannot go on top of {others}: it {why}. Make it on stack.model."
-            )
-        if new != present:
-            value = new if isinstance(operation.before, list) else new[0]
+        found = attribute_of(module_of("Stack", self.model, operation), operation.name)
+        value = operation.value
+        if operation.name not in SWITCHES:
+            before, after, here = (v if isinstance(v, list) else [v] for v in (operation.before, value, found))
+            known = len(before) == len(after) == len(here)
+            each = enumerate(zip(before, after, here, strict=True)) if known else ()
+            counts = [self._count(operation, i, *numbers) for i, numbers in each]
+            if not known or None in counts:
+                raise _Untranslatable(
+                    f"it changes attribute {operation.name!r} of module {operation.target!r} from {operation.before!r} "
+                    f"to {value!r}, which is {found!r} now, and no tensor tells what it must become"
+                )
+            value = counts if isinstance(value, list) else counts[0]
+        if value != found or operation.name in SWITCHES:
             self.operations.append(replace(operation, before=found, value=value))
 
     def _count(self, operation: Operation, entry: int, before: int, value: int, here: int) -> int | None:
         """What a number becomes: in proportion to the tensors that shrink in the same proportion in the recipe."""
+        if before == value:
+            return here
         place = operation.target
-        while True:
-            axes = self._in_proportion(place, before, value)
-            if axes:
-                break
+        while not (axes := self._in_proportion(place, before, value)):
             if not place or here == before:
                 return value if here == before else None
             place = place.rpartition(".")[0]
@@ -574,14 +439,13 @@ class _Translation:
 
     def _in_proportion(self, place: str, before: int, value: int) -> list[_Axis]:
         """The axes of tensors in a module that the recipe cuts from `before` to `value`, or in the same proportion."""
-        found = []
-        for (first, dim), rows in self.made.left.items():
-            if place and not any(name.startswith(f"{place}.") for name in self.made.names[first]):
-                continue
-            size, left = len(self.begin[0].of(first, dim)), len(rows)
-            if left < size and before * left == value * size:
-                found.append((first, dim))
-        return found
+        inside = {first for name, first in self.made.first.items() if not place or name.startswith(f"{place}.")}
+        sizes = {axis: len(self.begin[0].of(*axis)) for axis in self.made.left if axis[0] in inside}
+        return [
+            axis
+            for axis, size in sizes.items()
+            if len(self.made.left[axis]) < size and before * len(self.made.left[axis]) == value * size
+        ]
 
     def _own_axis(self, operation: Operation, entry: int) -> _Axis | None:
         """The axis of its module's weight that an attribute of torch's own layers counts."""
@@ -589,46 +453,17 @@ class _Translation:
         dim = entry if operation.name == "normalized_shape" else AXES.get(operation.name)
         if dim is None or weight not in self.now.first:
             return None
-        module = self.model.get_submodule(operation.target)
-        if isinstance(module, _ConvNd) and module.transposed:
-            dim = 1 - dim
-        return self.now.axis(weight, dim)
+        return self.now.first[weight], 1 - dim if self._is_transposed(operation.target) else dim
+
+    def _is_transposed(self, layer: str) -> bool:
+        module = self.model.get_submodule(layer)
+        return isinstance(module, _ConvNd) and module.transposed
 
     def _components(self, layer: str, rows: list[int]) -> list[int]:
         weight = f"{layer}.weight"
         made, now = self.begin
-        if weight not in made.sizes or not made.sizes[weight]:
+        if not made.sizes.get(weight):
             return list(rows)
-        module = self.model.get_submodule(layer)
-        dim = 1 if isinstance(module, _ConvNd) and module.transposed else 0
+        dim = int(self._is_transposed(layer))
         here = made.of(weight, dim)
-        return now.places(weight, dim, [here[row] for row in rows if row < len(here)])
-
-    def _takers(self, axis: _Axis, rows: set[int]) -> str:
-        """The edits that took rows of which this one speaks."""
-        taken = self.now.taken.get(self.now.axis(*axis), {})
-        return _listing(taken[row] for row in sorted(rows) if row in taken)
-
-    def _refuse_back(self, why: str) -> NoReturn:
-        below = "an edit that is no longer there" if self.gone is None else repr(self.gone)
-        raise ValueError(
-            f"Stack: edit {below} cannot be removed from under {self.entry.name!r}: {self.entry.name!r} {why}. Remove "
-            f"{self.entry.name!r} first, and make it anew on what is left."
-        )
-
-
-def _listing(names: Iterable[str]) -> str:
-    return " and ".join(repr(name) for name in dict.fromkeys(names)) or "the others"
-
-
-def _entries(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list) else [value]
-
-
-def _attribute(model: nn.Module, operation: Operation) -> Any:
-    """What a module's attribute is now; a list for a tuple, as in recipes."""
-    try:
-        module = model.get_submodule(operation.target)
-    except AttributeError as error:
-        raise ValueError(f"Stack: a recipe changes module {operation.target!r}, which the model lacks.") from error
-    return attribute_of(module, operation.name)
+        return list(now.positions(weight, dim, [here[row] for row in rows if row < len(here)]))

@@ -1,0 +1,344 @@
+"""Channels that belong together: what goes with each channel of a layer, as torch-pruning's graph has it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from discedit.graph.hiding import ROUNDING, is_close
+from discedit.graph.network import OPAQUE, OUTPUT, Key, Members, Network, channel_axis, groups_of, is_depthwise
+from discedit.graph.removal import cut_own_tensors
+from discedit.model.forward import undisturbed
+from discedit.model.functional import why_not_explicit
+from discedit.model.layers import input_of, is_own
+from discedit.model.trace import width_of
+
+# Operations of autograd's graph that are no sums of what they read; what is done in place on a view has no name there.
+_NO_SUMS = re.compile("(Mul|Div|Where|Cat)Backward")
+
+
+@dataclass(frozen=True)
+class Components:
+    """What can be removed from one place.
+
+    Attributes:
+        layer: the layer that the scores name.
+        kind: "filters" (of a convolution), "neurons" (of a linear layer), "heads" (of attention), "stream" (channels to
+            which several layers add).
+        rows: for each component the output rows of `layer` that make it up.
+        layers: all layers that produce these channels, `layer` among them.
+        followers: other layers whose rows go with them: depthwise convolutions, queries and keys of heads.
+    """
+
+    layer: str
+    kind: str
+    rows: tuple[tuple[int, ...], ...]
+    layers: tuple[str, ...]
+    followers: tuple[str, ...] = ()
+
+
+class ChannelGroups:
+    """What goes with the channels of each layer of a network."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        # Layer -> what may not work channel by channel on its way, and the modules in which that stands.
+        self.doubtful: dict[str, dict[str, str]] = {}
+        self._members: dict[str, list[Members]] = {}
+        self._known_parts: dict[Key, list[Members]] = {}
+        self._merged_around: dict[frozenset[Key], list[Members]] = {}  # of both sides of convolutions in groups
+        self._widths: dict[Key, int] = {}
+        self._differing: dict[Key, bool] = {}
+        self._nodes: dict[Key, set[Any]] = {}  # of torch-pruning's graph, on the way of a layer's channels
+
+    def members_of(self, layer: str) -> list[Members]:
+        """For each component of a layer what goes with it; a component is the rows that can only go together.
+
+        Channels of one group of a convolution, or of a norm, go together, and take what is on its other side with them.
+        """
+        if layer in self._members:
+            return self._members[layer]
+        own = self.network.own(layer)
+        parts = self._parts(own)
+        sides: set[Key] = {own}
+        beside: list[Members] = []
+        while more := self._sides([*parts, *beside]) - sides:
+            for side in sorted(more):
+                beside += self._parts(side)
+                self._nodes[own] |= self._nodes[side]
+            sides |= more
+        if any(map(self._width_of_group, {key for part in (*parts, *beside) for key in part})):
+            around = frozenset(sides - {own})  # which the other layers of a stream have as well
+            if around not in self._merged_around:
+                self._merged_around[around] = _merged(beside, self._width_of_group)
+            parts = _merged([*self._merged_around[around], *parts], self._width_of_group)
+            parts = [part for part in parts if own in part]
+            parts.sort(key=lambda part: part[own])
+        self._members[layer] = parts
+        return parts
+
+    def _parts(self, key: Key) -> list[Members]:
+        """What goes with each channel on one side of a layer; those that can only go together are one."""
+        if key in self._known_parts:
+            return self._known_parts[key]
+        rows = range(self.network.size(key))
+        found = self._group(key, [0])
+        if (several := found[0][key]) != [0]:
+            found = self._alike(key, several) or found
+            left = set(rows).difference(*(part[key] for part in found))
+            while left:
+                found += self._group(key, [min(left)])
+                left -= {min(left), *found[-1][key]}
+        else:
+            found = self._group(key, list(rows))
+            for other in {other for part in found for other in part if other[1] == "out"}:
+                # The same channels in another layer: what was slow to find need not be found again.
+                if [part.get(other) for part in found] == [[row] for row in range(self.network.size(other))]:
+                    self._known_parts[other], self._nodes[other] = found, self._nodes[key]
+        self._known_parts[key] = found
+        return found
+
+    def _alike(self, key: Key, first: list[int]) -> list[Members]:
+        """All components at once, if they lie as far apart as the first one's channels (gates and values of one layer);
+        empty if they do not."""
+        left = dict.fromkeys(range(self.network.size(key)))
+        roots = []
+        while left:
+            root = next(iter(left))
+            if any(root + index not in left for index in first):
+                return []
+            for index in first:
+                del left[root + index]
+            roots.append(root)
+        found = self._group(key, roots)
+        sizes = {place: len(gone) for place, gone in found[0].items()}
+        alike = all(
+            part[key] == [root + index for index in first]
+            and {place: len(gone) for place, gone in part.items()} == sizes
+            for root, part in zip(roots, found, strict=True)
+        )
+        return found if alike else []
+
+    def _group(self, key: Key, rows: list[int]) -> list[Members]:
+        """What goes with each of these channels, as torch-pruning has it; what several reach is with the first."""
+        from torch_pruning._helpers import _HybridIndex
+
+        layer, side = key
+        module, graph = self.network.model.get_submodule(layer), self.network.graph
+        pruner = graph.get_pruner_of_module(module)
+        function = pruner.prune_in_channels if side == "in" else pruner.prune_out_channels
+        found: dict[int, Members] = {row: {} for row in rows}
+        reached: dict[tuple[Any, Any], set[int]] = {}  # node and what is done to it -> channels
+        # torch-pruning's own walk merges lists of indices node by node, which takes long for wide layers.
+        stack = [(graph.module2node[module], function, [_HybridIndex(idx=row, root_idx=row) for row in rows])]
+        while stack:
+            node, function, indices = stack.pop()
+            known = reached.setdefault((node, function), set())
+            new = {entry.idx: entry for entry in reversed(indices) if entry.idx not in known}
+            if not new:
+                continue
+            known.update(new)
+            for place in self._places(node, function, layer):
+                for index in sorted(new):
+                    found[new[index].root_idx].setdefault(place, []).append(index)
+            for dependency in node.dependencies:
+                if dependency.is_triggered_by(function):
+                    mapped: Any = [new[index] for index in sorted(new)]
+                    for mapping in dependency.index_mapping:
+                        mapped = mapped if mapping is None else mapping(mapped)
+                    stack.append((dependency.target, dependency.handler, mapped))
+        self._nodes.setdefault(key, set()).update(node for node, _ in reached)
+        return list(found.values())
+
+    def _places(self, node: Any, function: Any, layer: str) -> list[Key]:
+        """What a node of torch-pruning's graph stands for; on the way of a layer's channels."""
+        from torch_pruning.ops import OPTYPE
+
+        network, number = self.network, id(node.module)
+        if number in network.dependencies.doubtful:
+            what, where = network.dependencies.doubtful[number]
+            self.doubtful.setdefault(layer, {})[what] = where
+        if number in network.dependencies.opaque:
+            return [(network.dependencies.opaque[number], OPAQUE)]
+        if node.type == OPTYPE.OUTPUT:
+            return [(network.dependencies.outputs[number], OUTPUT)]
+        name = network.names.get(number)
+        if name is None:
+            return []
+        if isinstance(node.module, nn.Parameter):
+            return [(name, node.pruning_dim)]
+        if isinstance(node.module, nn.MultiheadAttention):
+            # It reads channels of a stream and gives as many; torch-pruning takes the heads along, which can stay.
+            return [(name, "in"), (f"{name}.out_proj", "out")]
+        layer_like = width_of(node.module) is not None or isinstance(node.module, nn.RNNBase)
+        if not layer_like or is_depthwise(node.module):
+            return [(name, "through")]
+        return [(name, "out" if network.graph.is_out_channel_pruning_fn(function) else "in")]
+
+    def _sides(self, parts: Iterable[Members]) -> set[tuple[str, str]]:
+        """Both sides of the convolutions in groups among these."""
+        keys = {key for part in parts for key in part if key[1] in ("in", "out")}
+        names = {key[0] for key in keys if self._width_of_group(key) and not self.problem(key)}
+        return {(name, side) for name in names for side in ("in", "out")}
+
+    def _width_of_group(self, key: Key) -> int:
+        """How many channels next to each other make a group there; 0 where there are no groups."""
+        if key not in self._widths:
+            module = self.network.module(key)
+            groups = 0 if module is None else groups_of(module)
+            self._widths[key] = self.network.size(key) // groups if groups else 0
+        return self._widths[key]
+
+    def is_even(self, members: list[Members]) -> bool:
+        """Whether the components are alike, apart, and all that the layers have."""
+        counts = [{key: len(gone) for key, gone in part.items() if key[1] != OUTPUT} for part in members]
+        if counts.count(counts[0]) < len(counts):
+            return False
+        for key in counts[0]:
+            gone, size = [index for part in members for index in part[key]], self.network.size(key)
+            if len({*gone}) < len(gone) or max(gone) >= (size or math.inf) or (key[1] == "out" and len(gone) < size):
+                return False
+        return True
+
+    def is_stream(self, layer: str, members: list[Members]) -> bool:
+        """Whether several layers add to its channels; a layer that is multiplied with another, or added to what is made
+        of itself, does not."""
+        own = self.network.own(layer)
+        nodes = self._nodes[own]
+        produced = {name for part in members[:1] for name, role in part if role == "out"}
+        behind: dict[Any, set[str]] = {}
+
+        def producers(node: Any) -> set[str]:
+            """Layers whose channels a node passes on."""
+            found, stack, seen = set[str](), [node], set[Any]()
+            while stack:
+                one = stack.pop()
+                if one in seen or one not in nodes:
+                    continue
+                seen.add(one)
+                name = self.network.names.get(id(one.module))
+                if isinstance(one.module, nn.MultiheadAttention):
+                    name = f"{name}.out_proj"
+                if name in produced:
+                    found.add(name)
+                elif one in behind:
+                    found |= behind[one]
+                elif width_of(one.module) is None or is_depthwise(one.module):
+                    stack += one.inputs
+            behind[node] = found
+            return found
+
+        for node in nodes:
+            if node.grad_fn is None or id(node.module) in self.network.names or _NO_SUMS.match(node.grad_fn.name()):
+                continue
+            added = [found for source in node.inputs if (found := producers(source))]
+            if any(one.isdisjoint(other) for one, other in itertools.combinations(added, 2)):
+                return True
+        return False
+
+    def problem(self, key: Key) -> str:
+        """Why channels there must stay; empty when they need not, as far as their module goes."""
+        module, (name, role), shared = self.network.module(key), key, key[0] in self.network.shared
+        if module is None:
+            return ""
+        if isinstance(module, nn.MultiheadAttention):
+            why = why_not_explicit(module)
+            if shared or not module._qkv_same_embed_dim:
+                why = why or "its parameters are shared, or keys have a width of their own"
+            return why and f"it feeds {name}, a MultiheadAttention that must stay as it is: {why}"
+        if isinstance(module, nn.RNNBase):
+            if role != "in":
+                return f"it feeds {name}, a {type(module).__name__}, which can lose inputs alone"
+            return f"it feeds {name}, whose parameters are shared" if shared else ""
+        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+            return "a layer norm over several axes follows it"
+        computed = getattr(module, "weight", None) is not None and "weight" not in module._parameters
+        if width_of(module) is None:
+            return "a norm follows it whose weight is computed or shared" if computed or shared else ""
+        if computed or shared:
+            what = "weight is computed" if computed else "parameters are shared"
+            return f"its {what}" if role == "out" else f"it feeds {name}, whose {what}"
+        if self._differs_alone(key):
+            feeds = f"feeds {name}," if role == "in" else "is"
+            return f"it {feeds} a {type(module).__name__} that works otherwise without some of its channels"
+        # torch-pruning takes a convolution that has as many groups as outputs for a depthwise one.
+        if (
+            isinstance(module, _ConvNd)
+            and groups_of(module)
+            and (module.transposed or module.groups == module.out_channels)
+        ):
+            return (
+                f"{'it is' if role == 'out' else 'it feeds'} a {type(module).__name__} from {module.in_channels} to "
+                f"{module.out_channels} channels in {module.groups} groups, which cannot be cut"
+            )
+        return ""
+
+    def _differs_alone(self, key: Key) -> bool:
+        """Whether a layer with a forward of its own gives something else without a channel than with it hidden: weights
+        that are standardised over their inputs do."""
+        if key not in self._differing:
+            module = self.network.model.get_submodule(key[0])
+            plain = is_own(module) or groups_of(module) or self.network.size(key) < 2
+            pruner = self.network.graph.get_pruner_of_module(module)
+            self._differing[key] = not plain and _differs(module, key[1] == "in", pruner)
+        return self._differing[key]
+
+    def on_the_way(self, layer: str) -> str:
+        """What channels of a layer pass that torch-pruning follows as if it worked channel by channel."""
+        found = list(self.doubtful.get(layer, ()))
+        more = f" and {len(found) - 2} more" if len(found) > 2 else ""
+        return f" (torch-pruning may not follow {', '.join(found[:2])}{more})" if found else ""
+
+
+def _merged(parts: Iterable[Members], width_of_group: Callable[[Key], int]) -> list[Members]:
+    """Components that share channels, or reach the same group of channels, on whichever side, made one."""
+    parts = list(parts)
+    leader = list(range(len(parts)))  # of what goes together, as far as is known; a part leads to itself in the end
+
+    def led_by(number: int) -> int:
+        while leader[number] != number:
+            leader[number] = number = leader[leader[number]]
+        return number
+
+    owners: dict[Any, dict[int, int]] = {}  # where -> channel, or group of channels -> a part that has it
+    for number, part in enumerate(parts):
+        for key, gone in part.items():
+            width = width_of_group(key)
+            known = owners.setdefault((key[0], "group") if width else key, {})
+            for place in {index // width for index in gone} if width else gone:
+                leader[led_by(known.setdefault(place, number))] = led_by(number)
+    found: dict[int, dict[Key, set[int]]] = {}
+    for number, part in enumerate(parts):
+        mine = found.setdefault(led_by(number), {})
+        for key, gone in part.items():
+            mine.setdefault(key, set()).update(gone)
+    return [{key: sorted(gone) for key, gone in part.items()} for part in found.values()]
+
+
+def _differs(module: nn.Module, reads: bool, pruner: Any) -> bool:
+    """Whether a layer without its first channel gives something else than with it hidden, on numbers drawn for it."""
+    smaller = copy.deepcopy(module)
+    axis = channel_axis(module)
+    try:
+        cut_own_tensors(smaller, "in" if reads else "out", [0])
+        (pruner.prune_in_channels if reads else pruner.prune_out_channels)(smaller, [0])
+        x = input_of(module)
+        with undisturbed(module), undisturbed(smaller):
+            if reads:
+                without = smaller(x.narrow(axis, 1, x.shape[axis] - 1))
+                hidden = module(x.index_fill(axis, torch.tensor([0], device=x.device), 0))
+            else:
+                without, hidden = smaller(x), module(x)
+                hidden = hidden.narrow(axis, 1, hidden.shape[axis] - 1)
+    except Exception:  # whatever a forward of somebody's own may need: the removal as a whole will show
+        return False
+    return not is_close(without, hidden, ROUNDING * torch.finfo(x.dtype).eps)

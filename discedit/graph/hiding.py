@@ -1,0 +1,345 @@
+"""Whether a removal is the same function as hiding the channels from the layers that read them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from discedit.graph.heads import Heads
+from discedit.graph.network import OUTPUT, Key, Members, Network, channel_axis, groups_of, kept_indices
+from discedit.graph.removal import operations_of
+from discedit.model.forward import call, device_of, map_tensors, shapes_of, tensors_in, undisturbed
+from discedit.model.layers import is_own
+from discedit.model.trace import IN_TRAINING, training_branches
+from discedit.recipes.operations import Operation
+from discedit.recipes.recipe import reduced
+
+ROUNDING = 1000  # units in the last place of the largest number
+_WIDTH = re.compile("dim|width|size|channels|features|planes|hidden|d_model")  # attributes that count channels
+_INPUTS = ("input", "query", "key", "value")  # of layers, by name
+
+
+class _Reference(NamedTuple):
+    """A copy of the model that edits are compared with: in float64, unless the model insists on its own type."""
+
+    model: nn.Module
+    inputs: Any
+    outputs: dict[str, Tensor]
+    tolerance: float  # of a difference from them, over the largest number
+
+
+class RemovalCheck:
+    """Compares a smaller model with the whole one from whose layers the channels are hidden.
+
+    Args:
+        network: of the model.
+        heads: that can go.
+        doubtful: layer -> what may not work channel by channel on its way, and the modules in which that stands.
+    """
+
+    def __init__(self, network: Network, heads: Sequence[Heads], doubtful: Mapping[str, Mapping[str, str]]) -> None:
+        self.network, self.heads, self.doubtful = network, heads, doubtful
+        self.branches = network.trace.branches  # whether train mode runs something of its own
+
+    def operations(self, gone: Mapping[Key, list[int]]) -> list[Operation]:
+        """What removes channels."""
+        return operations_of(self.network, self.heads, gone)
+
+    def trial(self, gone: Mapping[Key, list[int]]) -> tuple[list[Operation], str]:
+        """The operations that remove channels, and what is wrong with them; nothing is, when it is empty."""
+        try:
+            operations = self.operations(gone)
+            smaller = reduced(self._reference.model, operations)
+        except Exception as error:  # whatever torch-pruning makes of an operation that it does not know
+            return [], f"torch-pruning cannot remove its channels: {error}"
+        try:
+            removed = self._run(smaller)
+        except Exception as error:
+            why = f"the model does not run without its channels: {error}"
+            kept = self._kept_widths(gone, operations)
+            if not kept:
+                return [], why
+            operations += kept
+            try:
+                smaller = reduced(self._reference.model, operations)
+                removed = self._run(smaller)
+            except Exception:
+                return [], why
+        if why := self._reshapes(removed):
+            return [], why
+        try:
+            hidden = self._hidden(gone, smaller)
+        except Exception as error:
+            return [], f"its channels cannot be hidden from the layers that read them: {error}"
+        why = self._difference(removed, hidden, gone) or self._problem_in_training(smaller)
+        return ([], why) if why else (operations, "")
+
+    def reshapes(self, part: Members) -> str:
+        """Which output of the model one component less would change the shape of; empty when none."""
+        try:
+            operations = self.operations({key: sorted({*gone}) for key, gone in part.items()})
+            after = self._run(reduced(self._reference.model, operations))
+        except Exception as error:
+            return f"the model does not run without its channels: {error}"
+        return self._reshapes(after)
+
+    def _run(self, model: nn.Module) -> dict[str, Tensor]:
+        return _outputs(model, self._reference.inputs, self.branches)
+
+    def _difference(
+        self, removed: Mapping[str, Tensor], hidden: Mapping[str, Tensor], gone: Mapping[Key, list[int]]
+    ) -> str:
+        """Which output is another with channels removed than with them hidden; empty when none."""
+        for place, whole in hidden.items():
+            tensor = self._left_of(place, whole, removed[place].shape, gone)
+            if tensor is None:
+                return self.network.reshaped(place)
+            if place not in self._random and not is_close(tensor, removed[place], self._reference.tolerance):
+                which = "" if place == self.network.main else f" (the model's {place} differs)"
+                return f"removing its channels is not the same as hiding them from the layers that read them{which}"
+        return ""
+
+    def _reshapes(self, after: Mapping[str, Tensor]) -> str:
+        """Which output is another than the model's in its shape; empty when none."""
+        before = self._reference.outputs
+        changed = [p for p in before if p not in after or (self.network.stays(p) and before[p].shape != after[p].shape)]
+        return self.network.reshaped(changed[0]) if changed or len(before) != len(after) else ""
+
+    def _hidden(self, gone: Mapping[Key, list[int]], smaller: nn.Module) -> dict[str, Tensor]:
+        """What the model gives with components hidden from their readers.
+
+        What works across channels, as norms do, is that of the smaller model, on the channels that are left.
+        """
+        model = self._reference.model
+        with ExitStack() as stack:
+            for (name, role), lost in gone.items():
+                if role == "in":
+                    module = model.get_submodule(name)
+                    several = 3 if isinstance(module, nn.MultiheadAttention) else 1
+                    hide = _hiding(lost, channel_axis(module), several)
+                    stack.callback(module.register_forward_pre_hook(hide, with_kwargs=True).remove)
+            for name, lost in self._across(gone).items():
+                stack.enter_context(_narrow(model.get_submodule(name), smaller.get_submodule(name), lost))
+            return self._run(model)
+
+    def _across(self, gone: Mapping[Key, list[int]]) -> dict[str, list[int]]:
+        """Modules that may normalise across the channels that they lose, with these: norms, and what has no parts."""
+        found: dict[str, list[int]] = {}
+        for key, lost in gone.items():
+            if key[1] != "through" and not isinstance(key[1], int):
+                continue
+            name = key[0] if key[1] == "through" else key[0].rpartition(".")[0]
+            module = self.network.model.get_submodule(name)
+            norm = isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) and not groups_of(module)
+            if norm or (key[1] != "through" and name in self.network.order and not list(module.children())):
+                found[name] = lost
+        return found
+
+    def _left_of(self, place: str, whole: Tensor, shape: torch.Size, gone: Mapping[Key, list[int]]) -> Tensor | None:
+        """What is left of an output that loses channels; None where these are not what makes it smaller."""
+        axes = [axis for axis, (one, other) in enumerate(zip(whole.shape, shape, strict=False)) if one != other]
+        if not axes or self.network.stays(place):
+            return whole
+        left = kept_indices(whole.shape[axes[0]], gone.get((place, OUTPUT), ()))
+        found = whole.index_select(axes[0], torch.tensor(left, device=whole.device))
+        return found if found.shape == shape else None
+
+    def _kept_widths(self, gone: Mapping[Key, list[int]], operations: list[Operation]) -> list[Operation]:
+        """Changes of what modules around the layers, or on the way of their channels, keep of these: numbers, by which
+        they may reshape, and buffers, such as the filters of a blur."""
+        model, known = self.network.original, {(operation.target, operation.name) for operation in operations}
+        widths: dict[int, set[int]] = {}
+        around = {""}
+        buffers: dict[str, Operation] = {}
+        for key, lost in gone.items():
+            if key[1] == "out":
+                size = self.network.size(key)
+                widths.setdefault(size, set()).add(size - len(lost))
+                around |= {key[0][:i] for i, letter in enumerate(key[0]) if letter == "."}
+                for place in {*self.doubtful.get(key[0], {}).values()} - {""}:
+                    for name, buffer in model.get_submodule(place).named_buffers(place, recurse=False):
+                        if buffer.ndim and len(buffer) == size:
+                            around.add(place)
+                            buffers[name] = Operation("keep", name, index=tuple(kept_indices(size, lost)))
+        return [*buffers.values()] + [
+            Operation("attribute", place, name=name, before=value, value=min(widths[value]))
+            for place in sorted(around)
+            for name, value in vars(model.get_submodule(place)).items()
+            if type(value) is int and len(widths.get(value, ())) == 1 and _WIDTH.search(name)
+            if not name.startswith("_") and (place, name) not in known
+        ]
+
+    def _problem_in_training(self, smaller: nn.Module) -> str:
+        """Why a smaller model does not run in train mode as the model itself does; empty when it does, or neither."""
+        training = self.network.trace.training
+        try:
+            shapes = _shapes_in_training(smaller, self._reference.inputs)
+        except Exception as error:
+            why = f"the model does not run in train mode without its channels: {error}"
+            return "" if self._trained is None else why
+        if (training is not None and shapes == training.outputs) or self._trained is None:  # the last runs the model
+            return ""
+        for place, shape in self._trained.items():
+            if place not in shapes or (shapes[place] != shape and self.network.stays(place)):
+                return self.network.reshaped(f"{place}{IN_TRAINING}")
+        return ""
+
+    @cached_property
+    def _reference(self) -> _Reference:
+        network = self.network
+        try:
+            model, inputs = copy.deepcopy(network.original).double(), _double(network.inputs)
+            return _Reference(model, inputs, _outputs(model, inputs, self.branches), 1e-9)
+        except Exception:
+            model = copy.deepcopy(network.original)
+            return _Reference(model, network.inputs, _outputs(model, network.inputs, self.branches), 1e-2)
+
+    @cached_property
+    def _random(self) -> set[str]:
+        """Outputs in train mode that chance changes, so that their values show nothing."""
+        if not self.branches:
+            return set()
+        first, second = (_outputs(self._reference.model, self._reference.inputs, True, seed) for seed in (0, 1))
+        same = {place for place, tensor in first.items() if is_close(tensor, second.get(place), 1e-9)}
+        return {place for place in first if place.endswith(IN_TRAINING) and place not in same}
+
+    @cached_property
+    def _trained(self) -> dict[str, tuple[int, ...]] | None:
+        """Shapes of what the model gives in train mode; None when it does not run there."""
+        try:
+            return _shapes_in_training(copy.deepcopy(self._reference.model), self._reference.inputs)
+        except Exception:
+            return None
+
+
+def _outputs(model: nn.Module, inputs: Any, branches: bool, seed: int | None = None) -> dict[str, Tensor]:
+    """What a model gives.
+
+    Args:
+        branches: whether to run what train mode alone runs as well.
+        seed: of chance; as it is outside, when it is not given.
+    """
+    with undisturbed(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the model: it gave them when it was traced
+        if seed is not None:
+            torch.manual_seed(seed)
+        found = dict(tensors_in(call(model, inputs)))
+        if branches:
+            with training_branches(model):
+                found |= {f"{place}{IN_TRAINING}": tensor for place, tensor in tensors_in(call(model, inputs))}
+    # Parameters may be among them, and what the model changes in place when it runs again.
+    return {place: tensor.detach().clone() for place, tensor in found.items()}
+
+
+def _double(inputs: Any) -> Any:
+    return map_tensors(inputs, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+
+def _shapes_in_training(model: nn.Module, inputs: Any) -> dict[str, tuple[int, ...]]:
+    """Of the outputs in train mode, after which the model is no longer what it was."""
+    device = device_of(model)
+    rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with rng, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return shapes_of(dict(tensors_in(call(model.train(), inputs))))
+
+
+def is_close(one: Tensor, other: Tensor | None, tolerance: float) -> bool:
+    """Whether two outputs are the same but for rounding; what is not finite must be the same."""
+    if other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not (one.is_floating_point() or one.is_complex()):
+        return bool((one == other).all())
+    same = (one == other) | (one.isnan() & other.isnan())
+    off, size = (one - other).abs().masked_fill(same, 0), one.abs().masked_fill(~one.isfinite(), 0)
+    return not one.numel() or float(off.max()) <= tolerance * float(size.max()) + 1e-12
+
+
+def _hiding(channels: list[int], dim: int, several: int) -> Any:
+    """A hook that hides channels of the first few arguments, or of those that have their names."""
+
+    def without(x: Tensor) -> Tensor:
+        return x.index_fill(dim, torch.tensor(channels, device=x.device), 0)
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        named = {name: without(value) if name in _INPUTS else value for name, value in kwargs.items()}
+        return (*map(without, args[:several]), *args[several:]), named
+
+    return hook
+
+
+@contextmanager
+def _narrow(module: nn.Module, smaller: nn.Module, gone: list[int]) -> Iterator[None]:
+    """Has a module of fewer channels work in a module's place, on the channels that are left; the others are zero."""
+    whole, own, before = module.forward, is_own(module), vars(module).get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        axis = _axis_of_channels(module, whole, args, kwargs)
+        if axis is None:
+            return whole(*args, **kwargs)
+        x, *rest = args
+        left = torch.tensor(kept_indices(x.shape[axis], gone), device=x.device)
+        if not own and not _treats_channels_alike(module, partial(whole, **kwargs), axis, x, *rest):
+            raise ValueError(f"{type(module).__name__} takes channels by their place")
+        given: Tensor = smaller(x.index_select(axis, left), *rest, **kwargs)
+        return given.new_zeros(x.shape).index_copy(axis, left, given)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def _treats_channels_alike(module: nn.Module, forward: Callable[..., Tensor], axis: int, *args: Any) -> bool:
+    """Whether a module gives the same in another order of its channels: norms do, what shifts channels does not."""
+    x, *rest = args
+    size = x.shape[axis]
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(x.device)
+    before = {parameter: parameter.data for parameter in module.parameters()}
+    whole = forward(x, *rest)
+    try:
+        for parameter, data in before.items():
+            for dim in [dim for dim, count in enumerate(data.shape) if count == size][-1:]:
+                parameter.data = data.index_select(dim, order)
+        other = forward(x.index_select(axis, order), *rest)
+    finally:
+        for parameter, data in before.items():
+            parameter.data = data
+    return is_close(other, whole.index_select(axis, order), ROUNDING * torch.finfo(x.dtype).eps)
+
+
+def _axis_of_channels(
+    module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> int | None:
+    """Along which a module's first parameter lies in what it gives: a NaN in it shows where; None if nowhere."""
+    if not args or not isinstance(args[0], Tensor):
+        return None
+    x, *rest = args
+    parameter = next((p for p in module.parameters() if p.ndim), None)
+    if parameter is None:
+        return 1 if isinstance(module, nn.GroupNorm) else x.ndim - 1
+    first = tuple(0 for _ in parameter.shape)
+    before = parameter.data[first].clone()
+    parameter.data[first] = math.nan
+    try:
+        nan = forward(torch.ones_like(x), *rest, **kwargs).isnan()
+    finally:
+        parameter.data[first] = before
+    if nan.shape != x.shape:
+        return None
+    for axis in range(1, x.ndim):
+        if nan.select(axis, 0).all() and not nan.narrow(axis, 1, nan.shape[axis] - 1).any():
+            return axis
+    return None
