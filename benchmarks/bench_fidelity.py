@@ -29,7 +29,6 @@ from benchmarks._common import Log, seconds
 from benchmarks.bench_prune import Bench, outcome
 from benchmarks.networks import build
 from discedit.fidelity import (
-    KINDS,
     SecondMoments,
     collect_second_moments,
     greedy,
@@ -38,6 +37,7 @@ from discedit.fidelity import (
     top_k,
 )
 from discedit.model.forward import call, undisturbed
+from discedit.moments.second_moments import KINDS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "fidelity.json"
