@@ -487,6 +487,7 @@ def test_several_classes_and_a_predicate(trained):
     assert found[0].membership["edited"].entropy.members == found[0].samples["train"]["forget"]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_on_real_images(cifar, cifar_scores):
     """Zeroed components hide a class from the head; nearest neighbours and a few steps bring much of it back."""
