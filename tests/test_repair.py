@@ -670,7 +670,7 @@ def test_a_shared_output_that_is_put_back(first, images, monkeypatch):
 
 def test_layers_that_do_not_help_together_give_a_warning(monkeypatch):
     model = of_two_inputs()
-    monkeypatch.setattr(sys.modules["discedit.prune"], "take_back", lambda *_, **__: None)
+    monkeypatch.setattr(sys.modules["discedit.editing.prune"], "take_back", lambda *_, **__: None)
     data = [two_inputs(1024, 1), two_inputs(100, -1)]
     with pytest.warns(UserWarning, match="prune: the repair brings the network's outputs no closer .* on 100 samples"):
         prune(model, importances_of(model, {"0": [0]}), threshold=0.5, example_inputs=data[0][:2], data=data)
