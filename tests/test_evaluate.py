@@ -286,6 +286,7 @@ def test_relearning_is_faster_the_less_was_forgotten(trained):
     assert "more than 2" in str(few)
 
 
+@pytest.mark.slow
 def test_same_seed_same_figures_and_nothing_of_the_caller_changes(trained):
     model, train, test = trained
     model = copy.deepcopy(model).train()
