@@ -12,6 +12,7 @@ import pytest
 import torch
 import vision_ops  # noqa: F401  (before anything imports torchvision)
 from filelock import FileLock
+from safetensors.torch import load_model, save_model
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the Triton kernels then run on CPU tensors; read when imported
@@ -62,16 +63,20 @@ def cifar_scores(cifar):
 
 
 @pytest.fixture(scope="session")
-def trained():
+def trained(made_once):
     """DigitsNet trained on the spot, and its data: with two threads everywhere, because their number changes what is
     learned."""
     train, test = zoo.digits()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        return zoo.train_digits_net(train, epochs=8), train, test
-    finally:
-        torch.set_num_threads(threads)
+
+    def make(folder: Path) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        save_model(zoo.train_digits_net(train, epochs=8), folder / "model.safetensors")
+        torch.set_num_threads(before)
+
+    model = zoo.DigitsNet().eval()
+    load_model(model, made_once("digits_net", make) / "model.safetensors")
+    return model, train, test
 
 
 @pytest.fixture(scope="session")

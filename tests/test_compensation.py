@@ -129,6 +129,7 @@ def test_steps_without_scores(batches, criterion):
     assert edit.model[3].weight.shape == (4, 6, 3, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_on_a_real_network(cifar):
     model = zoo.cifar_resnet("resnet20")

@@ -1,5 +1,6 @@
 """The same bits from every instruction set, so that a result does not depend on the machine."""
 
+import functools
 import importlib.util
 import os
 import platform
@@ -97,6 +98,7 @@ DIGEST = textwrap.dedent(
 )
 
 
+@functools.cache
 def run(level):
     environment = {**os.environ, "DISCEDIT_INSTRUCTION_SET": level}
     return subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, env=environment)

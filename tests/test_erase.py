@@ -1132,6 +1132,7 @@ def test_a_vision_transformer_of_hugging_face():
         assert after < 1e-3 * before
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_forgets_on_real_images(cifar, cifar_scores):
     model, train, test = cifar

@@ -291,6 +291,7 @@ def test_relearning_is_faster_the_less_was_forgotten(trained):
     assert few.settings["relearning"] == {"learning_rate": 0.001, "batch_size": 64, "max_steps": 2}
 
 
+@pytest.mark.slow
 def test_same_seed_same_figures_and_nothing_of_the_caller_changes(trained):
     model, train, test = trained
     model = copy.deepcopy(model).train()
@@ -508,6 +509,7 @@ def test_several_classes_and_a_predicate(trained):
     assert found[0].membership["edited"].entropy.members == found[0].samples["train"]["forget"]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_on_real_images(cifar, cifar_scores):
     """Zeroed components hide a class from the head; nearest neighbours and a few steps bring much of it back."""

@@ -925,6 +925,7 @@ def test_exp_scores_of_a_network_are_those_of_its_features():
 # ---- the benchmark --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bench_validity_runs_and_says_what_it_finds(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(oracles, "PAGE", tmp_path / "bounds.md")
     command = ["bench_validity", "--parts", "laws", "plane", "--pairs", "700", "--problems", "40", "--write"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import mostly_slow
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -314,7 +315,9 @@ def fake_laws() -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize(
     ("backend", "case"),
-    [("eager", case) for case in ONE_OF_EACH] + [("aot_eager", case) for case in RECORDED],
+    mostly_slow(
+        [("eager", case) for case in ONE_OF_EACH] + [("aot_eager", case) for case in RECORDED], len(ONE_OF_EACH)
+    ),
     ids=str,
 )
 def test_compiled_is_eager_to_the_bit(backend, case):

@@ -477,6 +477,7 @@ def test_size_of_a_resnet56(tmp_path):
     assert path.stat().st_size < 1_000_000
 
 
+@pytest.mark.slow
 def test_size_of_a_resnet50_with_1000_classes(tmp_path):
     widths = [64]
     for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):

@@ -129,6 +129,7 @@ def in_order(model, recipes):
     return model
 
 
+@pytest.mark.slow
 def test_overlapping_zeroing_edits_in_all_orders_of_removal():
     base = small()
     recipes = {
@@ -215,6 +216,7 @@ def test_random_sequences_of_pushes_and_removals(seed):
         same(undone, base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_prunings_on_prunings_in_all_orders_of_removal(name):
     make, layers = NETWORKS[name]

@@ -1003,6 +1003,7 @@ def test_modhifi_negates_before_layer_norms():
     assert rows == list(range(rows[0], rows[0] + 8))
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize("by", ["fidelity", "contrast"])
 def test_modhifi_forgets_on_real_images(by, cifar, cifar_scores):
