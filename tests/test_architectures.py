@@ -269,7 +269,7 @@ def test_unlearn_silences_or_says_why_not(case):
 def test_a_norm_that_cannot_be_silenced_is_refused():
     net = normed(nn.GroupNorm(4, 8, affine=False))
     with pytest.raises(
-        ValueError, match="layer 'a' cannot be silenced: 'n' behind it mixes channels and has no weights"
+        ValueError, match="layer 'a' cannot be ablated: 'n' behind it mixes channels and has no weights"
     ):
         unlearn(net, scored(net), classes=[0], method=AblateComponents(sign="any"), layers=["a"])
 

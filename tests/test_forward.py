@@ -264,7 +264,7 @@ def test_zeroed_rows_give_zero_behind_a_norm_with_an_activation_inside(act):
 @pytest.mark.filterwarnings("ignore:unlearn")
 @pytest.mark.parametrize("options", [{"factor": 0.5}, {"around": "mean", "data": [(X, LABELS)]}])
 def test_what_such_a_norm_cannot_give_is_refused_with_what_to_do(options):
-    with pytest.raises(ValueError, match=r"layer '2' cannot be edited: the norm '3' behind it .* directions"):
+    with pytest.raises(ValueError, match=r"layer '2' cannot be edited: the norm '3' behind it .* EraseDirections"):
         edited_by_rows(nn.Conv2d(8, 6, 3), WithActivation(6, nn.SiLU()), **options)
     before, after = edited_by_rows(nn.Conv2d(8, 6, 3), WithActivation(6, nn.Identity()), **options)
     mean = before.mean((0, 2, 3), keepdim=True) if "around" in options else 0.0
@@ -316,7 +316,7 @@ class OfSmallMaps(nn.BatchNorm2d):
 )
 def test_other_norms_are_tried_before_rows_are_chosen(norm, options, what):
     with pytest.raises(
-        ValueError, match=f"layer '2' cannot be edited: its components do not give {what} .*norm '3' when .* directions"
+        ValueError, match=f"layer '2' cannot be edited: its components do not give {what} .*norm '3' when .* EraseDirections"
     ):
         edited_by_rows(nn.Conv2d(8, 6, 3), norm, **options)
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 from discedit import Random, Scores, importances, prune
 from discedit.editing.prune import BEST_WITH
 from discedit.model.trace import ModelTrace
-from discedit.moments import calibration
+from discedit.moments import positions
 from discedit.selection.importance import RIDGE
 
 KINDS = ("filters", "neurons")
@@ -18,7 +18,7 @@ SETTINGS = {"bound": "minimax", "witness": "linear", "statistic": "mean", "norms
 @pytest.fixture(autouse=True)
 def _every_position(monkeypatch):
     """Then what is computed here, on all of them, must be what comes out."""
-    monkeypatch.setattr(calibration, "ROWS_PER_UNKNOWN", 10**6)
+    monkeypatch.setattr(positions, "ROWS_PER_UNKNOWN", 10**6)
 
 
 def seeded(*shape, seed=0):

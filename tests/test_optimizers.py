@@ -33,8 +33,10 @@ def network():
     return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, CLASSES))
 
 
-def pruned(model, **options):
-    return prune(model, score(collect_moments(model, [(X, Y)], CLASSES)), ratio=0.5, example_inputs=X[:2], **options)
+def pruned(model, inplace=False, **options):
+    scores = score(collect_moments(model, [(X, Y)], CLASSES))
+    edit = prune(model, scores, ratio=0.5, example_inputs=X[:2], **options)
+    return edit.recipe.apply(model, inplace=True) if inplace else edit
 
 
 def backward(model):
@@ -152,7 +154,8 @@ def test_unlearning_keeps_shapes_and_state():
     train(model, optimizer)
     scores = score(collect_moments(model, [(X, Y)], CLASSES))
     for inplace in (False, True):
-        edit = unlearn(model, scores, classes=[1], inplace=inplace)
+        edit = unlearn(model, scores, classes=[1])
+        edit = edit.recipe.apply(model, inplace=True) if inplace else edit
         new = edit.optimizer(optimizer)
         assert [id(p) for p in new.param_groups[0]["params"]] == [id(p) for p in edit.model.parameters()]
         for mine, theirs in zip(new.state.values(), optimizer.state.values(), strict=True):

@@ -807,7 +807,7 @@ def test_scores_of_another_model(trained, digit_scores):
     plain(x)
     with torch.no_grad():
         scores = score(collect_moments(plain, [(x, torch.arange(40) % 2)], 2))
-    with pytest.raises(ValueError, match="unlearn: layer '0' cannot be silenced: '1' behind it mixes channels"):
+    with pytest.raises(ValueError, match="unlearn: layer '0' cannot be ablated: '1' behind it mixes channels"):
         unlearn_with(plain, scores, classes=[1], sign="any", layers=["0"])
 
 
