@@ -34,7 +34,7 @@ def ldiff(scores: Scores, threshold: float, *, reduction: str = "pairwise_min") 
 
     Source: Murti, Narshana and Bhattacharyya, TVSPrune, ICLR 2023.
     """
-    if not 0 <= threshold <= 1:
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
         raise ValueError(f"ldiff: threshold must be a number in [0, 1], got {threshold!r}.")
     mixtures = {}
     for layer, values in scores.reduce(reduction).items():
@@ -86,7 +86,7 @@ def tvsprune_iterative(
     algorithm = preset("tvsprune") if algorithm is None else algorithm
     if algorithm.selection != "below":
         raise ValueError(f"{op}: algorithm must have the selection 'below', it has {algorithm.selection!r}.")
-    if not 0 < step < math.inf:
+    if not isinstance(step, (int, float)) or not 0 < step < math.inf:
         raise ValueError(f"{op}: step must be a finite number above 0, got {step!r}.")
     before = accuracy(model)
     if not before >= floor:

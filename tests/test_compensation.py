@@ -135,7 +135,7 @@ def test_on_a_real_network(cifar):
     model = zoo.cifar_resnet("resnet20")
     train, test = (list(zoo.batches(zoo.cifar10(part, limit=1000), 250)) for part in ("train", "test"))
     images = [x for x, _ in train]
-    options = {"ratio": 0.3, "data": images, "example_inputs": images[0][:1], **MODHIFI}
+    options = {"ratio": 0.3, "data": images, "example_inputs": images[0][:1], "criterion": "fidelity"}
     before = copy.deepcopy(model.state_dict())
     points = {
         repair: 100 * float(accuracy_per_class(prune(model, repair=repair, **options).model, test, 10).mean())

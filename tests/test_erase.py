@@ -13,10 +13,10 @@ from torch.nn.utils import parametrizations
 
 from discedit import Recipe, Stack, collect_moments, ops, prune, score, zoo
 from discedit.editing import concept_erasure
-from discedit.editing import concept_erasure
 from discedit.editing.concept_erasure import RIDGE, erased
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.model.trace import ModelTrace
+from discedit.moments import covariances
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -317,8 +317,8 @@ def test_several_parts_are_as_one(name):
 
 def test_means_are_over_all_positions_where_covariances_are_over_some(monkeypatch):
     """So that nothing of the difference is left, however few are looked at."""
-    monkeypatch.setattr(concept_erasure, "LEAST_ROWS", 100)
-    monkeypatch.setattr(concept_erasure, "ROWS_PER_CHANNEL", 1)
+    monkeypatch.setattr(covariances, "LEAST_ROWS", 100)
+    monkeypatch.setattr(covariances, "ROWS_PER_CHANNEL", 1)
     model, x, labels = reader("1 x 1")
     edited, result = erase(model, ["layer"], [(x[:50], labels[:50]), (x[50:], labels[50:])], [2])
     before, after = (gap(given_by(net, "layer", x), labels, [2]) for net in (model, edited))

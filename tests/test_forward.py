@@ -316,7 +316,8 @@ class OfSmallMaps(nn.BatchNorm2d):
 )
 def test_other_norms_are_tried_before_rows_are_chosen(norm, options, what):
     with pytest.raises(
-        ValueError, match=f"layer '2' cannot be edited: its components do not give {what} .*norm '3' when .* EraseDirections"
+        ValueError,
+        match=f"layer '2' cannot be edited: its components do not give {what} .*norm '3' when .* EraseDirections",
     ):
         edited_by_rows(nn.Conv2d(8, 6, 3), norm, **options)
 

@@ -39,8 +39,8 @@ def scores_of(model, layers, seed=None):
 
 def judged(model, inputs, criterion, layers, scores=None, seed=0):
     scores = scores_of(model, layers) if scores is None else scores
-    options = {"example_inputs": inputs[:2], "data": [inputs], "components": KINDS, "seed": seed}
-    return importances(model, scores, criterion, **options)
+    options = {"example_inputs": inputs[:2], "data": [inputs], "components": KINDS}
+    return importances(model, scores, Random(seed) if criterion == "random" else criterion, **options)
 
 
 class Branches(nn.Module):
@@ -311,8 +311,8 @@ def test_a_reader_that_cannot_be_read_is_named(model, shape, reader):
     for criterion in ("reconstruction", "energy", "combined"):
         edit = prune(model, scores_of(model, layers), ratio=0.5, criterion=criterion, **options)
         assert "0" not in judged(model, torch.cat(batches), criterion, layers)
-        assert edit.recipe.settings["judged by l2"].keys() == {"0"}
-        assert reader in edit.recipe.settings["judged by l2"]["0"]
+        assert edit.recipe.settings["ranked_by_l2"].keys() == {"0"}
+        assert reader in edit.recipe.settings["ranked_by_l2"]["0"]
         assert edit.recipe.components["0"] == sorted(lowest)
     if len(layers) == 2:  # its reader can be read
         options["criterion"] = "reconstruction"
@@ -346,7 +346,7 @@ def test_a_reader_in_groups_keeps_what_it_reads():
     edit = prune(model, scores_of(model, ["one", "two"]), **options)
     assert edit.skipped.keys() == {"two"}
     assert "a Conv2d from 8 to 4 channels in 4 groups" in edit.skipped["two"]
-    assert "judged by l2" not in edit.recipe.settings
+    assert "ranked_by_l2" not in edit.recipe.settings
     values = judged(model, torch.cat(batches), "reconstruction", ["one"])
     assert edit.recipe.components["one"] == sorted(values["one"].argsort()[:3].tolist())
 
@@ -369,7 +369,7 @@ def test_a_reader_that_runs_twice_is_not_read():
     assert judged(model, inputs, "energy", ["one"]) == {}
     options = {"ratio": 0.5, "criterion": "energy", "example_inputs": inputs, "data": [inputs]}
     edit = prune(model, scores_of(model, ["one"]), **options)
-    assert edit.recipe.settings["judged by l2"] == {
+    assert edit.recipe.settings["ranked_by_l2"] == {
         "one": "again, which reads it, does not run just once per forward pass"
     }
     assert edit.recipe.components["one"] == sorted(model.one.weight.detach().norm(dim=1).argsort()[:3].tolist())
@@ -381,7 +381,7 @@ def test_importances_are_scores_for_pruning(case):
     scores = scores_of(model, list(layers), seed=2)
     for criterion in ("max", "random", "reconstruction"):
         options = {"ratio": 0.4, "example_inputs": inputs[:2], "data": [inputs], "repair": "none"}
-        named = prune(model, scores, criterion=Random(3), **options)
+        named = prune(model, scores, criterion=Random(3) if criterion == "random" else criterion, **options)
         given = prune(model, judged(model, inputs, criterion, [], scores, seed=3), **options)
         assert named.recipe.components == given.recipe.components
         assert given.recipe.settings["criterion"] == "given"

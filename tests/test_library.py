@@ -337,7 +337,9 @@ def test_opcheck(case, monkeypatch):
     real = library.record
 
     def record(op: str, backend: str, *arguments: Any) -> Any:
-        plain = (part.tensors() if isinstance(part, (ClassMoments, VectorMoments)) else part for part in arguments)
+        plain = (
+            part.tensors() if isinstance(part, (ops.ClassMoments, ops.VectorMoments)) else part for part in arguments
+        )
         given.append((getattr(torch.ops.discedit, op).default, (*plain, backend)))
         return real(op, backend, *arguments)
 

@@ -886,8 +886,8 @@ def test_modhifi_takes_what_its_class_goes_through():
         after = accuracy_per_class(edit.model, [(x, labels)], 3)
         assert after.tolist() == [float(k != cls) for k in range(3)]
     settings = edit.recipe.settings
-    assert {name: settings[name] for name in ("method", "by", "around", "factor", "repair", "components")} == {
-        "method": "modhifi", "by": "fidelity", "around": "zero", "factor": 0.0, "repair": "none", "components": "rows",
+    assert {name: settings[name] for name in ("method", "by", "around", "scale", "repair", "components")} == {
+        "method": "modhifi", "by": "fidelity", "around": "zero", "scale": 0.0, "repair": "none", "components": "rows",
     }  # fmt: skip
     assert not output_of(edit.model, "0", x)[:, of_known(2)].any()
     # Scores take neurons that do not matter.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from discedit.common import validation
+from discedit.common.warning import warn
 from discedit.editing.concept_erasure import check_scale
 from discedit.editing.recording import record
 from discedit.editing.row_operations import AROUND, bias_of, scaled_rows, why_not_scaled, wrong_rows
@@ -357,10 +357,7 @@ class _Plan:
             if name != head and isinstance(edit.model.get_submodule(name), (nn.Conv2d, nn.Linear))
         ]
         if not behind:
-            warnings.warn(
-                f"unlearn: repair={self.repair!r} finds nothing to repair: only the head is behind {order[first]!r}.",
-                stacklevel=7,
-            )
+            warn(f"unlearn: repair={self.repair!r} finds nothing to repair: only the head is behind {order[first]!r}.")
             return
         outputs = Outputs(model, held_out)
         unrepaired = outputs.error(edit.model)
@@ -383,7 +380,7 @@ class _Plan:
         if result.skipped:
             edit.recipe.settings["unrepaired"] = result.skipped
         record(edit, result.before, result.values)
-        outputs.warn_if_worse("unlearn", unrepaired, outputs.error(edit.model), stacklevel=7)
+        outputs.warn_if_worse("unlearn", unrepaired, outputs.error(edit.model))
 
 
 def editable_units(
@@ -435,7 +432,7 @@ def _report_nothing(forget: list[int], chosen: list[list[tuple[str, int]]], limi
     if len(empty) == len(forget):
         raise ValueError(message)
     if empty:
-        warnings.warn(message, stacklevel=5)
+        warn(message)
 
 
 def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> Edit:
@@ -463,7 +460,7 @@ def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> Edit:
     smaller.widths = {layer: edit.widths[layer] for layer in rows}
     _same_function(edit.model, smaller.model, example_inputs)
     if unseen := graph.unseen(chosen):
-        warnings.warn(unseen_message("unlearn", unseen), stacklevel=5)
+        warn(unseen_message("unlearn", unseen))
     both = joined(model, [edit, smaller], inplace=False)
     both.recipe.settings["removed"] = {layer: len(parts) for layer, parts in rows.items()}
     kept = {layer: f"zeroed, not removed: {why}" for layer, why in skipped.items() if layer in gone}

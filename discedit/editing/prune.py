@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import Tensor, nn
 
 from discedit.common import validation
+from discedit.common.warning import warn
 from discedit.editing.recording import record
 from discedit.graph.pruning_graph import KINDS, Components, Graph, unseen_message
 from discedit.model.forward import outside_modes
@@ -408,7 +408,7 @@ def _repair(
         kept = {operation.target: operation.index for operation in edit.recipe.operations if operation.kind == "keep"}
         record(edit, *batchnorm.adapted(edit.model, model, kept, options.data))
     if outputs is not None:
-        outputs.warn_if_worse(op, unrepaired, outputs.error(edit.model), stacklevel=6)
+        outputs.warn_if_worse(op, unrepaired, outputs.error(edit.model))
 
 
 def _heads(found: Mapping[str, Components]) -> set[str]:
@@ -425,13 +425,13 @@ def _warn_of_what_is_left(steps: list[_Step], budget: Budget) -> None:
     last = steps[-1].choice
     gone = any(any(step.lost.values()) for step in steps)
     if (not last.met and not isinstance(budget, Ratio)) or (budget.asks() and not gone):
-        warnings.warn(f"prune: {last.message}", stacklevel=5)
+        warn(f"prune: {last.message}")
     unseen: dict[str, set[str]] = {}
     for step in steps:
         for module, layers in step.unseen.items():
             unseen.setdefault(module, set()).update(layers)
     if unseen:
-        warnings.warn(unseen_message("prune", unseen), stacklevel=5)
+        warn(unseen_message("prune", unseen))
 
 
 def _described(candidates: Candidates, options: _Options, choice: Choice, unjudged: dict[str, str]) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from discedit.common import validation
+from discedit.common.warning import warn
 from discedit.editing.ablation import AblateComponents, ModHiFiU
 from discedit.editing.concept_erasure import EraseDirections, erasable_layers
 from discedit.editing.target_search import Problem
@@ -86,7 +86,7 @@ def unlearn(
         chosen = EraseDirections() if samples is not None and erasable_layers(problem)[0] else AblateComponents()
     edit, missed = chosen.apply(problem)
     if missed:
-        warnings.warn(missed, stacklevel=3)
+        warn(missed)
     return edit
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from discedit.common import files, validation
+from discedit.common.warning import warn
 from discedit.model.sharded import identity
 from discedit.moments.distributed import Group
 
@@ -109,10 +109,9 @@ class Checkpoint(Generic[Saved]):
             files.write_atomically(self.path, data)
             self.progress = progress
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"{self.op}: checkpoint {str(self.path)!r} could not be written ({error}); the one of batch "
-                f"{self.progress.batches} stays.",
-                stacklevel=2,
+                f"{self.progress.batches} stays."
             )
         self._last = time.monotonic()
 

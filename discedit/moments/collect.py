@@ -16,10 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from discedit.backends import arguments, select
 from discedit.common import validation
+from discedit.common.warning import warn
 from discedit.model.forward import call, first_tensor, moved, outside_inference_mode, samples_in
 from discedit.model.sharded import Channels, has_shards, unwrapped
 from discedit.model.trace import ModelTrace, SampleOrder, Tracing, components_in, has_channels_last, is_layer
-from discedit.moments.data_pass import Pass, RunOptions, warn
+from discedit.moments.data_pass import Pass, RunOptions
 from discedit.moments.moments import GREATEST_EXPONENT, READS, Moments, Statistic
 
 if TYPE_CHECKING:

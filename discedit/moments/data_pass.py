@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, closing
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from discedit.common.warning import warn
 from discedit.model.forward import checked_labels, device_of, moved, samples_in, split, undisturbed
 from discedit.model.sharded import runs_together
 from discedit.moments.checkpoint import Checkpoint, Progress, digest_of
@@ -168,11 +168,3 @@ class Pass(ABC, Generic[M]):
         assert isinstance(self._batches_of, Stream)
         self._batches_of.describe(self.progress)
         checkpoint.save(*self.moments.contents(), replace(self.progress))
-
-
-def warn(message: str) -> None:
-    """A warning that names the line that called the library."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("discedit", "contextlib"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)

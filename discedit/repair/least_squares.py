@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from discedit.common.warning import warn
 from discedit.model.forward import call, first_tensor, undisturbed, version_of
 from discedit.model.functional import LayersCalled
 from discedit.model.trace import ModelTrace, is_layer
@@ -601,12 +601,11 @@ class Outputs:
         size = float(self.expected.square().sum())
         return float((found - self.expected).square().sum()) / (size or 1.0)
 
-    def warn_if_worse(self, op: str, before: float, after: float, stacklevel: int) -> None:
+    def warn_if_worse(self, op: str, before: float, after: float) -> None:
         """No silent harm: layers that each give less error may together give more."""
         if not after <= WORSE * before + ROUNDING * torch.finfo(torch.float32).eps:
-            warnings.warn(
+            warn(
                 f"{op}: the repair brings the network's outputs no closer to those before: their relative squared "
                 f"error on {_named(self.held_out)} is {after:.3g} with it and {before:.3g} without; more data, or "
-                "repair='none', may do better.",
-                stacklevel=stacklevel + 1,
+                "repair='none', may do better."
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from discedit import ops
 from discedit.backends import arguments
 from discedit.common import files, validation
 from discedit.common.state import ClassMoments, State, VectorMoments
+from discedit.common.warning import warn
 from discedit.moments.moments import READ_ONCE, Moments, Scale, Statistic
 from discedit.scoring.uncertainty import jackknife, separation, shrink, standard_error
 
@@ -470,7 +470,7 @@ def _report_thin_classes(counts: Tensor, blocks: int) -> None:
     }
     for text, applies in texts.items():
         if applies:
-            warnings.warn(f"score: {text}", stacklevel=3)
+            warn(f"score: {text}")
 
 
 def _direction(state: State, factor: int) -> Tensor:
