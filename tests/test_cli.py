@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import discedit
-from discedit import Moments, Recipe, Scores, Stack, zoo
+from discedit import AblateComponents, ModHiFiU, Moments, Recipe, Scores, Stack, TopK, zoo
 from discedit.cli import data as _images
 from discedit.cli.main import main
 from discedit.evaluation.evaluate import accuracy_per_class
@@ -147,9 +147,9 @@ def test_prune_is_that_of_the_library(place, scored, tmp_path, trained, digit_sc
         (["--parameters", "0.6"], {"parameters": 0.6}),
         (["--parameters", "40000"], {"parameters": 40000}),
         (["--macs", "0.5"], {"macs": 0.5}),
-        (["--global-ratio", "0.2", "--across", "mean"], {"global_ratio": 0.2, "across": "mean"}),
+        (["--global-ratio", "0.2", "--across", "mean"], {"budget": GlobalRatio(0.2, across="mean")}),
         (["--threshold", "0.1", "--criterion", "max"], {"threshold": 0.1, "criterion": "max"}),
-        (["--ratio", "0.3", "--criterion", "random", "--seed", "5"], {"ratio": 0.3, "criterion": "random", "seed": 5}),
+        (["--ratio", "0.3", "--criterion", "random", "--seed", "5"], {"ratio": 0.3, "criterion": Random(5)}),
     ],
 )
 def test_budgets_reach_the_library(place, scored, tmp_path, trained, digit_scores, budget, expected):
@@ -181,20 +181,30 @@ def test_prune_in_steps_scores_anew(place, tmp_path, trained):
 
     options = {"ratio": 0.4, "criterion": "min", "repair": "none", "components": "filters", "steps": 2}
     example = train.tensors[0][:1]
-    edit = discedit.prune(model, scores_of(model), example_inputs=example, rescore=scores_of, **options)
+    edit = discedit.iterative_prune(model, scores_of(model), example_inputs=example, rescore=scores_of, **options)
     assert Recipe.load(tmp_path / "prune.json").components == edit.recipe.components
     assert same_scores(Scores.load(tmp_path / "scores.safetensors"), scores_of(model))
 
 
 def test_prune_by_fidelity_needs_no_scores(place, tmp_path, trained):
     model, train, _ = trained
-    arguments = ["prune", *with_data(place), "--ratio", "0.4", "--method", "modhifi", "--out", str(tmp_path), "--quiet"]
+    arguments = [
+        "prune",
+        *with_data(place),
+        "--ratio",
+        "0.4",
+        "--criterion",
+        "fidelity",
+        "--out",
+        str(tmp_path),
+        "--quiet",
+    ]
+    arguments += ["--repair", "compensation"]
     assert main(arguments) == 0
     options = {"example_inputs": train.tensors[0][:1], "data": zoo.batches(train)}
     edit = discedit.prune(model, criterion="fidelity", repair="compensation", ratio=0.4, **options)
     assert Recipe.load(tmp_path / "prune.json").components == edit.recipe.components
     assert not (tmp_path / "scores.safetensors").exists()
-    assert record_of(tmp_path)["results"]["settings"]["method"] == "modhifi"
 
 
 def test_unlearn_is_that_of_the_library(place, scored, tmp_path, trained, digit_scores, capsys):
@@ -215,10 +225,11 @@ def test_unlearn_is_that_of_the_library(place, scored, tmp_path, trained, digit_
 def test_unlearn_from_scores_alone(place, scored, tmp_path, trained, digit_scores):
     model = trained[0]
     weights = ["--weights", str(place / "weights.safetensors")]
-    options = ["--classes", "3", "--top", "4", "--factor", "0.5", "--sign", "any", "--by", "specific"]
+    options = ["--classes", "3", "--top", "4", "--scale", "0.5", "--sign", "any", "--by", "specific"]
+    options += ["--method", "ablate_components"]
     assert main(["unlearn", *MODEL, *weights, "--scores", str(scored), *options, "--out", str(tmp_path / "a")]) == 0
-    chosen = {"classes": [3], "top": 4, "factor": 0.5, "sign": "any", "by": "specific"}
-    expected = discedit.unlearn(model, digit_scores, **chosen).recipe
+    method = AblateComponents(TopK(4), by="specific", sign="any", scale=0.5)
+    expected = discedit.unlearn(model, digit_scores, classes=[3], method=method).recipe
     assert Recipe.load(tmp_path / "a" / "unlearn.json").operations == expected.operations
     assert main(["unlearn", *with_data(place), "--no-data", *options, "--out", str(tmp_path / "b")]) == 0
     assert Recipe.load(tmp_path / "b" / "unlearn.json").operations == expected.operations
@@ -229,18 +240,18 @@ def test_unlearn_by_modhifi(place, scored, tmp_path, trained, digit_scores, caps
     arguments = ["unlearn", *MODEL, "--scores", str(scored), "--classes", "3", "--method", "modhifi"]
     weights = ["--weights", str(place / "weights.safetensors")]
     assert main([*arguments, *weights, "--out", str(tmp_path / "a")]) == 2
-    assert "method='modhifi' needs data" in capsys.readouterr().err
+    assert "by='fidelity' needs data" in capsys.readouterr().err
     data = [*with_data(place), "--scores", str(scored), "--classes", "3", "--method", "modhifi", "--top", "4"]
     assert main(["unlearn", *data, "--out", str(tmp_path / "b")]) == 0
     found = Recipe.load(tmp_path / "b" / "unlearn.json")
-    chosen = {"classes": [3], "method": "modhifi", "top": 4, "data": zoo.batches(train)}
+    chosen = {"classes": [3], "method": ModHiFiU(TopK(4)), "data": zoo.batches(train)}
     expected = discedit.unlearn(model, digit_scores, **chosen).recipe
     assert found.components == expected.components
     assert found.operations == expected.operations
     assert found.settings["by"] == "fidelity"
-    assert main(["unlearn", *data, "--by", "contrast", "--factor", "-1", "--out", str(tmp_path / "c")]) == 0
+    assert main(["unlearn", *data, "--by", "contrast", "--scale", "-1", "--out", str(tmp_path / "c")]) == 0
     negated = Recipe.load(tmp_path / "c" / "unlearn.json").settings
-    assert (negated["by"], negated["factor"]) == ("contrast", -1.0)
+    assert (negated["by"], negated["scale"]) == ("contrast", -1.0)
 
 
 @pytest.fixture(scope="module")
@@ -599,7 +610,7 @@ def test_options_of_the_document_are_those_of_the_parser(capsys):
         (["score", *MODEL, "--data", "discedit.zoo:digits()[0]", "--size", "8"], "not a factory"),
         (["score", *MODEL, "--data", "discedit.zoo:digits"], "it gives a tuple"),
         (["prune", *MODEL, "--size", "8", "--ratio", "0.3"], "--scores: must be given"),
-        (["prune", *MODEL, "--data", "{place}/train.npz"], "exactly one of ratio"),
+        (["prune", *MODEL, "--data", "{place}/train.npz"], "exactly one budget must be given"),
         (["prune", *MODEL, "--data", "{place}/train.npz", "--ratio", "1.5"], "ratio must be"),
         (["prune", *MODEL, "--data", "{place}/train.npz", "--ratio", "conv1=x"], "must be a finite number"),
         (["prune", *MODEL, "--scores", "{scored}", "--ratio", "0.3"], "--data: must be given, or --size"),
@@ -630,7 +641,7 @@ def test_files_of_another_model_are_refused(place, scored, edited, cifar, tmp_pa
     assert main(["score", *model, *data, "--weights", str(place / "weights.safetensors")]) == 2
     assert "does not fit the model: missing" in capsys.readouterr().err
     assert main(["score", *model, *data, "--recipe", str(edited[0] / "prune.json")]) == 2
-    assert "edit must be made on the base model" in capsys.readouterr().err
+    assert "must be made on model" in capsys.readouterr().err
     assert main(["prune", *model, *data, "--scores", str(scored), "--ratio", "0.3"]) == 2
     assert "scores must come from this model" in capsys.readouterr().err
     own = ["--weights", str(zoo.data_folder() / "resnet20_cifar10.safetensors")]

@@ -894,7 +894,7 @@ def test_modhifi_takes_what_its_class_goes_through():
     by_score = unlearn_with(model, scores, classes=[0], top=2, around="zero", **options)
     assert by_score.recipe.components == {"0": UNREAD}
     assert float(accuracy_per_class(by_score.model, [(x, labels)], 3)[0]) == 1
-    assert by_score.recipe.settings["method"] == "discedit"
+    assert by_score.recipe.settings["method"] == "ablate_components"
     assert by_score.recipe.settings["by"] == "score"
 
 
@@ -907,12 +907,12 @@ def test_contrast_leaves_what_all_classes_share():
     assert by_hand(loud, x[labels == 1]).argmax() == SHARED
     assert unlearn_with(loud, scores, classes=[1], by="fidelity", **options).recipe.components == {"0": [SHARED]}
     contrast = by_hand(loud, x[labels == 1]) - by_hand(loud, x[labels != 1])
-    for method in ("discedit", "modhifi"):
+    for method in (None, "modhifi"):
         edit = unlearn_with(loud, scores, classes=[1], by="contrast", method=method, **{**options, "top": 2})
         assert edit.recipe.components == {"0": of_known(1)}
         assert sorted(contrast.argsort(descending=True)[:2].tolist()) == of_known(1)
         assert edit.recipe.settings["by"] == "contrast"
-        assert edit.recipe.settings["around"] == {"discedit": "mean", "modhifi": "zero"}[method]
+        assert edit.recipe.settings["around"] == {None: "mean", "modhifi": "zero"}[method]
     # What is no higher for the class than for the others never goes.
     everything = unlearn_with(loud, scores, classes=[1], by="contrast", **{**options, "top": 9})
     assert everything.recipe.components == {"0": (contrast > 0).nonzero()[:, 0].tolist()}
