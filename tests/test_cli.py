@@ -14,7 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import discedit
-from discedit import AblateComponents, GlobalRatio, ModHiFiU, Random, TopK, zoo
+from discedit import (
+    AblateComponents,
+    GlobalRatio,
+    ModHiFiU,
+    Moments,
+    Random,
+    Recipe,
+    Scores,
+    Stack,
+    TopK,
+    zoo,
+)
 from discedit.cli import data as _images
 from discedit.cli.main import main
 from discedit.evaluation.evaluate import accuracy_per_class
