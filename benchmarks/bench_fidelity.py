@@ -36,7 +36,7 @@ from discedit.fidelity import (
     subset_fidelity,
     top_k,
 )
-from discedit.model.forward import call, undisturbed
+from discedit.model.forward import call, frozen_eval
 from discedit.moments.second_moments import KINDS
 
 HERE = Path(__file__).parent
@@ -90,7 +90,7 @@ class InTurns:
         self.times: list[tuple[float, float]] = []
 
     def __iter__(self) -> Iterator[Tensor]:
-        with undisturbed(self.bare):
+        with frozen_eval(self.bare):
             for _ in range(self.number):
                 bare = seconds(lambda: call(self.bare, self.x))
                 start = time.perf_counter()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import discedit
 from benchmarks._common import Table, in_a_fresh_process, seconds
 from benchmarks.networks import build
-from discedit.model.forward import call, undisturbed
+from discedit.model.forward import call, frozen_eval
 
 TIME = Table(
     "scoring_pass",
@@ -52,7 +52,7 @@ def batches(size: int, samples: int, count: int, dtype: torch.dtype) -> list[tup
 
 
 def bare(model: nn.Module, data: Iterable[Any]) -> None:
-    with undisturbed(model):
+    with frozen_eval(model):
         for inputs, _ in data:
             call(model, inputs)
 

@@ -40,7 +40,7 @@ from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.evaluation.relearning import Kept, batchnorm_recall
 from discedit.graph.pruning_graph import Graph
 from discedit.moments.calibration import batch_norms
-from discedit.moments.forget_retain import Classified
+from discedit.moments.forget_retain import ForgetRetainSplit
 from discedit.presets import preset
 from discedit.selection.candidates import why_not_editable
 from discedit.selection.importance import fidelities
@@ -321,7 +321,7 @@ class Bench:
         """Of the layers that rows are chosen from by default, times fidelity on the class: or, by "contrast", that less
         the fidelity on the others, where it is above 0."""
         model = self.loaded.model
-        samples = Classified("unlearn", model, self.loaded.train, [cls], self.num_classes)
+        samples = ForgetRetainSplit("unlearn", model, self.loaded.train, [cls], self.num_classes)
         graph = Graph("unlearn", model, self.loaded.train[0][0][:1])
         problem = Problem(model, scores, [cls], [], None, samples, None, {})
         units = editable_units(problem, graph, ("filters", "neurons"), 0.0, "zero")

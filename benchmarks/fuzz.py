@@ -418,7 +418,6 @@ EXTRAS = {
     "--floor": ["3", "conv=2", "9"],
     "--ignore": ["conv", "more", "conv,more"],
     "--around": ["mean", "zero"],
-    "--scale": ["1", "-1", "0.5", "1e300"],
     "--top": ["1", "3", "9223372036854775807"],
     "--forget-accuracy": ["0", "0.3", "1"],
     "--metrics": ["all", "knn", "cka,accuracy", "relearning"],

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks._common import paired_ratio, seconds
-from discedit.model.forward import call, undisturbed
+from discedit.model.forward import call, frozen_eval
 
 
 def latency_ratio(
@@ -38,7 +38,7 @@ def latency_ratio(
     def passes(model: nn.Module, times: list[float]) -> Callable[[], Any]:
         return lambda: times.append(seconds(lambda: call(model, x)))
 
-    with undisturbed(before), undisturbed(after):
+    with frozen_eval(before), frozen_eval(after):
         ratio, spread = paired_ratio(passes(after, taken["after"]), passes(before, taken["before"]), repeats)
     # The first of each is the untimed one.
     return ratio, spread, statistics.median(taken["before"][1:]), statistics.median(taken["after"][1:])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from discedit.common import validation
-from discedit.model.forward import call, device_of, first_tensor, map_tensors, moved, split
+from discedit.model.forward import call, device_of, first_tensor, map_tensors, to_device, unpack_batch
 from discedit.model.trace import width_of
 from discedit.presets import preset
 
@@ -75,7 +75,7 @@ def chip(
     seen = 0
     for index, batch in enumerate(batches):
         maps.clear()
-        inputs, _ = split("chip", batch, index, device_of(copied), labels_needed=False)
+        inputs, _ = unpack_batch("chip", batch, index, device_of(copied), labels_needed=False)
         with torch.no_grad():
             call(copied, inputs)
         taken = 0
@@ -135,7 +135,7 @@ def torch_pruning_importance(
     copied = copy.deepcopy(model).requires_grad_(True).eval()
     graph = torch_pruning.DependencyGraph()
     with torch.random.fork_rng([]), torch.enable_grad():
-        graph.build_dependency(copied, example_inputs=moved(example_inputs, device_of(copied)))
+        graph.build_dependency(copied, example_inputs=to_device(example_inputs, device_of(copied)))
         if name in ("taylor", "hessian"):
             differentiate(copied, batches, squared=name == "hessian")
     importance = TORCH_PRUNING[name]()
@@ -221,7 +221,7 @@ def differentiate(model: nn.Module, batches: Iterable[Any], *, squared: bool) ->
     device = device_of(model)
     samples = 0
     for index, batch in enumerate(batches):
-        inputs, labels = split("torch_pruning_importance", batch, index, device, labels_needed=True)
+        inputs, labels = unpack_batch("torch_pruning_importance", batch, index, device, labels_needed=True)
         labels = torch.as_tensor(labels, device=device)
         number = len(labels)
         size = 1 if squared else number

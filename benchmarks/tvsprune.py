@@ -11,7 +11,7 @@ from torch import nn
 
 from discedit import Edit, Scores, preset
 from discedit.presets import Preset
-from discedit.recipes.recipe import joined
+from discedit.recipes.recipe import compose_edits
 
 
 def ldiff(scores: Scores, threshold: float, *, reduction: str = "pairwise_min") -> dict[str, float]:
@@ -103,7 +103,7 @@ def tvsprune_iterative(
             scores = algorithm.score(edit.model, loader, num_classes, **overrides)
         else:
             dropped += 1
-    edit = joined(model, edits, inplace=False)
+    edit = compose_edits(model, edits, inplace=False)
     edit.recipe.settings |= {
         "algorithm": "tvsprune_iterative",
         "floor": floor,

@@ -49,7 +49,7 @@ import benchmarks._vision  # noqa: F401  (before transformers)
 from benchmarks import held_out
 from discedit import zoo
 from discedit.evaluation.evaluate import accuracy_per_class, adaptive_unlearning_score
-from discedit.model.forward import call, device_of, first_tensor, split, undisturbed
+from discedit.model.forward import call, device_of, first_tensor, frozen_eval, unpack_batch
 from discedit.model.trace import width_of
 from discedit.presets import preset
 from discedit.recipes.operations import Operation
@@ -450,7 +450,7 @@ def measured(model: nn.Module, edited: nn.Module, validate: Iterable[Any], class
     Accuracies are means over classes. Every class must have samples.
     """
     validate = list(validate)
-    width = _logits(model, split("measured", validate[0], 0, device_of(model), labels_needed=True)[0]).shape[1]
+    width = _logits(model, unpack_batch("measured", validate[0], 0, device_of(model), labels_needed=True)[0]).shape[1]
     before, after = (accuracy_per_class(one, validate, width) for one in (model, edited))
     if not bool(before.isfinite().all()):
         empty = before.isnan().nonzero().flatten().tolist()
@@ -528,7 +528,7 @@ def _copied(model: nn.Module, seed: int) -> Iterator[nn.Module]:
 def _samples(op: str, model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
     """All inputs and labels, on the model's device."""
     device = device_of(model)
-    pairs = [split(op, batch, index, device, labels_needed=True) for index, batch in enumerate(batches)]
+    pairs = [unpack_batch(op, batch, index, device, labels_needed=True) for index, batch in enumerate(batches)]
     if not pairs:
         raise ValueError(f"{op}: retain and forget must give samples, one gave none.")
     return torch.cat([x for x, _ in pairs]), torch.cat([torch.as_tensor(y, device=device) for _, y in pairs])
@@ -602,7 +602,7 @@ def _forward(model: nn.Module, x: Tensor) -> Tensor:
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
     """In eval mode, without gradients or a trace in the model."""
-    with undisturbed(model):
+    with frozen_eval(model):
         return _forward(model, x)
 
 

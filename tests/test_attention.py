@@ -16,7 +16,7 @@ from torchvision.models import swin_transformer
 
 from discedit import Recipe, Stack, collect_moments, iterative_prune, prune, score
 from discedit.model.attention import shifted_windows
-from discedit.model.forward import undisturbed
+from discedit.model.forward import frozen_eval
 from discedit.model.functional import attend
 from discedit.model.size import count_macs
 
@@ -411,7 +411,7 @@ def test_multihead_attention_with_a_forward_of_its_own_stays_whole():
     model = Cross().eval()
     model.attention = Doubled(WIDTH, HEADS, kdim=8, vdim=8, batch_first=True).eval()
     expected = model(X)
-    with undisturbed(model):
+    with frozen_eval(model):
         assert torch.equal(model(X), expected)
     with pytest.raises(ValueError, match="no layer can be pruned .*its forward is not that of torch's class"):
         prune(model, None, ratio=0.5, example_inputs=X, criterion="l1")
@@ -427,7 +427,7 @@ def test_heads_of_multihead_attention_are_scored_where_they_are_read(read):
     layer = "encoder.layers.0.self_attn"
     seen = []
     handle = model.get_submodule(f"{layer}.out_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with undisturbed(model):
+    with frozen_eval(model):
         for inputs, _ in batches:
             model(inputs)
     handle.remove()

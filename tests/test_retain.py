@@ -7,7 +7,7 @@ from torch import nn
 from discedit import zoo
 from discedit.model.forward import Quota
 from discedit.moments import calibration, forget_retain
-from discedit.moments.forget_retain import Classified
+from discedit.moments.forget_retain import ForgetRetainSplit
 
 MODEL = zoo.DigitsNet().eval()
 
@@ -30,7 +30,7 @@ def test_the_first_samples_of_each_class():
 
 def test_every_sample_is_of_one_kind():
     data, x = batches(torch.arange(60) % 10, 7)
-    parted = Classified("op", MODEL, data, [3, 5], 10)
+    parted = ForgetRetainSplit("op", MODEL, data, [3, 5], 10)
     for kind, classes in (("forget", [3, 5]), ("retain", [0, 1, 2, 4, 6, 7, 8, 9])):
         labels = torch.cat([labels for _, labels in parted.batches[kind]])
         images = torch.cat([images for images, _ in parted.batches[kind]])
@@ -43,7 +43,7 @@ def test_keeps_no_more_than_it_says_and_reads_no_further(monkeypatch):
     """Also of a loader that is sorted by class, of which the first samples would be one class."""
     monkeypatch.setattr(forget_retain, "KEPT", {"forget": 4, "retain": 18})
     data, _ = batches(torch.arange(10).repeat_interleave(20), 16)
-    parted = Classified("op", MODEL, data, [3], 10)
+    parted = ForgetRetainSplit("op", MODEL, data, [3], 10)
     kept = {kind: torch.cat([labels for _, labels in parted.batches[kind]]) for kind in ("forget", "retain")}
     assert torch.bincount(kept["retain"], minlength=10).tolist() == [2, 2, 2, 0, 2, 2, 2, 2, 2, 2]
     assert len(kept["forget"]) == 4
@@ -52,12 +52,12 @@ def test_keeps_no_more_than_it_says_and_reads_no_further(monkeypatch):
         while True:
             yield data[0][0], torch.arange(16) % 10
 
-    assert len(Classified("op", MODEL, endless(), [3], 10).batches["forget"]) > 0
+    assert len(ForgetRetainSplit("op", MODEL, endless(), [3], 10).batches["forget"]) > 0
 
 
 def test_few_of_each_class_and_their_accuracy():
     data, _ = batches(torch.arange(200) % 10, 50)
-    parted = Classified("op", MODEL, data, [3], 10)
+    parted = ForgetRetainSplit("op", MODEL, data, [3], 10)
     few = torch.cat([labels for _, labels in parted._first("retain", 18)])
     assert torch.bincount(few, minlength=10).tolist() == [2, 2, 2, 0, 2, 2, 2, 2, 2, 2]
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_labels_go_with_their_samples(sizes, order):
     torch.manual_seed(0)
     labels = torch.arange(10).repeat_interleave(20)
     labels = labels[torch.randperm(200)] if order == "mixed" else labels
-    parted = Classified("op", MODEL, numbered(labels, sizes), [3, 5], 10)
+    parted = ForgetRetainSplit("op", MODEL, numbered(labels, sizes), [3, 5], 10)
     for kind, classes, most, each in (
         ("retain", [0, 1, 2, 4, 6, 7, 8, 9], 40, 5),
         ("retain", [0, 1, 2, 4, 6, 7, 8, 9], 33, 5),  # rounded up: as many of each
@@ -107,7 +107,7 @@ def test_labels_go_with_their_samples(sizes, order):
 def test_labels_go_with_their_samples_in_several_parts(monkeypatch):
     labels = torch.arange(200) % 10
     monkeypatch.setattr(calibration, "MAP", 64 * 64 * 4 * 30)  # of 30 samples, in this network
-    parted = Classified("op", MODEL, numbered(labels, [7, 30]), [3], 10)
+    parted = ForgetRetainSplit("op", MODEL, numbered(labels, [7, 30]), [3], 10)
     parts = parted.labelled("retain", 90)
     assert len(parts) > 1
     given = torch.cat([given for _, given in parts])
@@ -123,7 +123,7 @@ def cut_short(cut, order, monkeypatch):
     else:
         monkeypatch.setattr(calibration, "MEMORY", calibration.MAPS * 64 * 64 * 4 * 45)
     labels = torch.arange(200) % 10 if order == "mixed" else torch.arange(10).repeat_interleave(20)
-    parts = Classified("op", MODEL, numbered(labels, [7, 30]), [3], 10).labelled("retain", 180)
+    parts = ForgetRetainSplit("op", MODEL, numbered(labels, [7, 30]), [3], 10).labelled("retain", 180)
     given = torch.cat([given for _, given in parts])
     return given, torch.equal(given, labels[places(parts)])
 
@@ -155,7 +155,7 @@ def test_labels_of_images_of_other_sizes():
     data = numbered(labels, [20])
     data[1] = (data[1][0][..., :6], data[1][1])
     for first, due in ((data, range(20)), (data[1:], range(20, 40))):
-        parted = Classified("op", MODEL, first, [3], 10)
+        parted = ForgetRetainSplit("op", MODEL, first, [3], 10)
         parts = parted.labelled("retain", 54)
         found = places(parts)
         assert torch.equal(torch.cat([given for _, given in parts]), labels[found])
@@ -172,7 +172,7 @@ def test_labels_of_inputs_that_are_named():
 
     table = torch.ones(3, 2)
     batches = [{"places": x, "table": table, "labels": given} for x, given in numbered(labels, [7, 11])]
-    parts = Classified("op", Named(), batches, [3], 10).labelled("retain", 27)
+    parts = ForgetRetainSplit("op", Named(), batches, [3], 10).labelled("retain", 27)
     assert all(torch.equal(inputs["table"], table) for inputs, _ in parts)
     given = torch.cat([given for _, given in parts])
     assert torch.equal(given, labels[places([(inputs["places"], None) for inputs, _ in parts])])
@@ -181,7 +181,7 @@ def test_labels_of_inputs_that_are_named():
 
 def test_labels_are_looked_for_once():
     data, _ = batches(torch.arange(100) % 10, 20)
-    parted = Classified("op", MODEL, data, [3], 10)
+    parted = ForgetRetainSplit("op", MODEL, data, [3], 10)
     assert parted.labelled("forget", 8) is parted.labelled("forget", 8)
     assert parted.labelled("forget", 8) is not parted.labelled("forget", 9)
     assert sum(len(labels) for _, labels in parted.labelled("forget", 9)) == 9
@@ -191,12 +191,12 @@ def test_labels_are_looked_for_once():
 def test_both_kinds_are_needed(forget, message):
     data, _ = batches(torch.zeros(5, dtype=torch.int64), 5)
     with pytest.raises(ValueError, match=message):
-        Classified("unlearn", MODEL, data, forget, 10)
+        ForgetRetainSplit("unlearn", MODEL, data, forget, 10)
 
 
 def test_labels_must_match_samples():
     with pytest.raises(ValueError, match="batch 0 has 5 samples and 4 labels"):
-        Classified("unlearn", MODEL, [(torch.rand(5, 1, 8, 8), torch.arange(4))], [1], 10)
+        ForgetRetainSplit("unlearn", MODEL, [(torch.rand(5, 1, 8, 8), torch.arange(4))], [1], 10)
 
 
 @pytest.mark.parametrize(
@@ -210,12 +210,12 @@ def test_the_head_gives_what_the_model_gives(last, head):
             return last(super().forward(x))
 
     data, _ = batches(torch.arange(40) % 10, 20)
-    assert Classified("op", Other().eval(), data, [3], 10).trace.head == head
+    assert ForgetRetainSplit("op", Other().eval(), data, [3], 10).trace.head == head
 
 
 def test_head_and_means():
     data, _ = batches(torch.arange(400) % 10, 64)
-    parted = Classified("op", MODEL, data, [3], 10)
+    parted = ForgetRetainSplit("op", MODEL, data, [3], 10)
     assert parted.trace.head == "fc2"
     means = parted.means({"conv2": "bn2", "fc1": "fc1"})
     seen = {}

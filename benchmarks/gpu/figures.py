@@ -26,7 +26,7 @@ from benchmarks.networks import ResNet, VisionTransformer, build
 from discedit import backends, ops, reference
 from discedit.backends.arguments import Rule
 from discedit.common.state import ClassMoments, VectorMoments
-from discedit.model.forward import call, undisturbed
+from discedit.model.forward import call, frozen_eval
 from discedit.moments.second_moments import collect_second_moments
 
 KERNELS = ("cuda", "triton")
@@ -323,7 +323,7 @@ class InTurns:
         for group in (self.batches[:1], *[self.batches] * self.rounds):
             wait()
             start = time.perf_counter()
-            with undisturbed(self.twin):
+            with frozen_eval(self.twin):
                 for inputs, _ in group:
                     call(self.twin, inputs)
             asked = time.perf_counter() - start

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, default_collate
 
 from discedit.cli.models import InputError, Preprocessing, resolve, some
-from discedit.model.forward import Quota, chosen, map_tensors
-from discedit.moments.calibration import samples_of
+from discedit.model.forward import Quota, index_samples, map_tensors
+from discedit.moments.calibration import batch_size_of
 from discedit.moments.distributed import ShardSampler
 from discedit.moments.stream import has_indices, remade
 
@@ -331,8 +331,8 @@ class _Batches:
         for index, batch in enumerate(self.loader):
             if quota is not None:
                 labels = self._labels(batch)
-                batch = chosen(batch, quota.take(labels), len(labels))
-            if index % self.ranks == self.rank and (quota is None or samples_of(self.argument, batch)):
+                batch = index_samples(batch, quota.take(labels), len(labels))
+            if index % self.ranks == self.rank and (quota is None or batch_size_of(self.argument, batch)):
                 yield _cast(batch, self.dtype)
             if quota is not None and quota.full():
                 return

@@ -15,9 +15,9 @@ from discedit.cli.arguments import Options
 from discedit.cli.data import Images, make_loader, number_classes, open_data, times
 from discedit.cli.models import InputError, ModelSource, Preprocessing, load_weights, open_model, some
 from discedit.cli.run_folder import Console, record_of
-from discedit.model.forward import call, chosen, first_tensor, moved, split, undisturbed
+from discedit.model.forward import call, first_tensor, frozen_eval, index_samples, to_device, unpack_batch
 from discedit.model.size import accuracy_per_class, count_parameters
-from discedit.moments.calibration import samples_of
+from discedit.moments.calibration import batch_size_of
 from discedit.moments.collect import collect_moments
 from discedit.moments.moments import Moments
 from discedit.recipes.recipe import Recipe
@@ -113,7 +113,7 @@ def prepare(options: Options, console: Console, *, rank: int = 0, ranks: int = 1
         options, console, source, base, model, num_classes, names,
         data=loaders.get("data"),
         test=loaders.get("test"),
-        example=None if example is None else moved(example, device),
+        example=None if example is None else to_device(example, device),
         facts={**about, "model": about_model, "data": facts},
     )  # fmt: skip
 
@@ -192,8 +192,8 @@ def _example(opened: Mapping[str, Any], known: Preprocessing, dtype: torch.dtype
             raise InputError(f"--{argument}: cannot be read: {type(error).__name__}: {error}") from error
         if batch is None:
             raise InputError(f"--{argument}: must give at least one sample, it gives none.")
-        inputs, _ = split(f"--{argument}", batch, 0, torch.device("cpu"), labels_needed=False)
-        return chosen(inputs, torch.arange(1), samples_of("--data", inputs))
+        inputs, _ = unpack_batch(f"--{argument}", batch, 0, torch.device("cpu"), labels_needed=False)
+        return index_samples(inputs, torch.arange(1), batch_size_of("--data", inputs))
     if known.size is None or known.channels is None:
         return None
     return torch.randn(1, known.channels, *known.size, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -203,8 +203,8 @@ def _count_logits(model: nn.Module, example: Any, device: torch.device) -> int:
     """Runs the model on one sample."""
     shape = tuple(tensor.shape) if (tensor := first_tensor(example)) is not None else type(example).__name__
     try:
-        with undisturbed(model):
-            logits = first_tensor(call(model, moved(example, device)))
+        with frozen_eval(model):
+            logits = first_tensor(call(model, to_device(example, device)))
     except Exception as error:
         why = (str(error).splitlines() or [""])[0]
         raise InputError(f"--model: cannot run on inputs of shape {shape}: {type(error).__name__}: {why}") from error

@@ -17,9 +17,9 @@ from discedit.editing.recording import record
 from discedit.editing.row_operations import AROUND, bias_of, scaled_rows, why_not_scaled, wrong_rows
 from discedit.editing.target_search import FORGET, Problem, search
 from discedit.graph.pruning_graph import Graph, unseen_message
-from discedit.model.forward import call, device_of, first_tensor, moved, undisturbed
-from discedit.recipes.recipe import Edit, Recipe, architecture_of, joined
-from discedit.repair.least_squares import Outputs, repaired, take_back
+from discedit.model.forward import call, device_of, first_tensor, frozen_eval, to_device
+from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits
+from discedit.repair.least_squares import Outputs, Protected, repaired, take_back
 from discedit.selection.candidates import check_layers, why_not_editable
 from discedit.selection.ranking import (
     MEASURES,
@@ -319,7 +319,7 @@ class _Plan:
     def _wrong(self, edited: nn.Module, rows: Mapping[str, list[int]]) -> dict[str, str]:
         """Layers of the edited model that do not give what the recipe says, with reasons."""
         inputs, data = self.problem.example_inputs, self.problem.data
-        batches = [] if inputs is None else [moved(inputs, device_of(edited))]
+        batches = [] if inputs is None else [to_device(inputs, device_of(edited))]
         if data is not None:
             batches = data.last(CHECKED)
         norms = {layer: norm for layer, norm in self.problem.scores.norms.items() if layer in rows}
@@ -364,19 +364,17 @@ class _Plan:
         weights = self.repair == "least_squares"
         result = repaired(
             "unlearn",
-            model,
             edit.model,
             behind,
             {},
             data.trace,
             retain,
             weights=weights,
-            silenced=rows,
-            protected=forget if weights else (),
-            protection=self.protection,
+            ablated=rows,
+            protected=Protected(forget, self.protection) if weights else Protected(),
             ignore=() if head is None else (head,),
         )
-        take_back("unlearn", model, edit.model, result, {}, data.trace, held_out, silenced=rows)
+        take_back("unlearn", model, edit.model, result, {}, data.trace, held_out, ablated=rows)
         if result.skipped:
             edit.recipe.settings["unrepaired"] = result.skipped
         record(edit, result.before, result.values)
@@ -461,7 +459,7 @@ def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> Edit:
     _same_function(edit.model, smaller.model, example_inputs)
     if unseen := graph.unseen(chosen):
         warn(unseen_message("unlearn", unseen))
-    both = joined(model, [edit, smaller], inplace=False)
+    both = compose_edits(model, [edit, smaller], inplace=False)
     both.recipe.settings["removed"] = {layer: len(parts) for layer, parts in rows.items()}
     kept = {layer: f"zeroed, not removed: {why}" for layer, why in skipped.items() if layer in gone}
     both.skipped = edit.skipped | kept
@@ -480,7 +478,7 @@ def _same_function(zeroed: nn.Module, smaller: nn.Module, example_inputs: Any) -
 
 
 def _logits(model: nn.Module, inputs: Any, device: torch.device) -> Tensor:
-    with undisturbed(model):
-        output = first_tensor(call(model, moved(inputs, device)))
+    with frozen_eval(model):
+        output = first_tensor(call(model, to_device(inputs, device)))
     assert output is not None
     return output

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from discedit.common import validation
 from discedit.editing.target_search import FORGET, Problem, search
-from discedit.model.forward import call, first_tensor, hooked, undisturbed
+from discedit.model.forward import call, first_tensor, frozen_eval, hooked
 from discedit.model.functional import LayersCalled
 from discedit.model.layers import as_its_class, input_of
 from discedit.model.trace import ModelTrace, is_layer
 from discedit.moments.calibration import SAMPLES
 from discedit.moments.covariances import OTHERS, GroupSums
-from discedit.moments.forget_retain import Classified
+from discedit.moments.forget_retain import ForgetRetainSplit
 from discedit.ops import fisher_bound
 from discedit.recipes.operations import Operation
 from discedit.recipes.recipe import Edit, Recipe, architecture_of, copied
@@ -119,7 +119,7 @@ def erased(
         for i, cls in enumerate(classes):
             groups[labels == cls] = i
         works.append(partial(run, inputs, groups, seed))
-    with hooked(handles), undisturbed(edited):
+    with hooked(handles), frozen_eval(edited):
         in_lockstep("unlearn", works, meet)
     result.forgotten = float((right / seen).mean())
     return result
@@ -292,7 +292,7 @@ class _Erasure:
     problem: Problem
     layers: list[str]
     scale: float
-    data: Classified
+    data: ForgetRetainSplit
 
     what = "layers"
 

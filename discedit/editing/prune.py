@@ -17,7 +17,7 @@ from discedit.model.sharded import unwrapped
 from discedit.model.size import count_macs, count_parameters, macs_of_weights
 from discedit.model.trace import ModelTrace
 from discedit.moments.calibration import batch_norms, calibrated, kept_back
-from discedit.recipes.recipe import Edit, Recipe, architecture_of, joined
+from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits
 from discedit.repair import batchnorm
 from discedit.repair.compensation import compensated
 from discedit.repair.least_squares import Outputs, repaired, take_back
@@ -397,7 +397,7 @@ def _repair(
             result = compensated(model, edit.model, readers, producers, trace, parts)
         else:
             weights = options.repair == "least_squares"
-            result = repaired(op, model, edit.model, readers, producers, trace, parts, weights=weights)
+            result = repaired(op, edit.model, readers, producers, trace, parts, weights=weights)
         take_back(op, model, edit.model, result, producers, trace, held_out, sums=not compensates)
         if result.skipped:
             edit.recipe.settings["unrepaired"] = result.skipped
@@ -459,7 +459,7 @@ def _plain(value: Any) -> Any:
 
 def _joined(model: nn.Module, done: list[_Step], budget: Budget, rescored: bool) -> Edit:
     """One edit for all steps."""
-    edit = joined(model, [step.edit for step in done], inplace=False)
+    edit = compose_edits(model, [step.edit for step in done], inplace=False)
     last = done[-1].choice
     edit.recipe.settings |= {"steps": len(done), "rescored": rescored}
     if budget.name in SIZES:

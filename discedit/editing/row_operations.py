@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from discedit.model.forward import call, hooked, undisturbed
+from discedit.model.forward import call, frozen_eval, hooked
 from discedit.model.layers import gives_zero, input_of, is_affine, is_own, why_not_plain
 from discedit.recipes.operations import Operation
 from discedit.recipes.recipe import Recipe, architecture_of, copied
@@ -141,73 +141,90 @@ def wrong_rows(
         batches: inputs of the model.
         The others as for `scaled_rows`.
     """
-    reasons: dict[str, str] = {}
-    seen: set[str] = set()
-    due: dict[str, Tensor] = {}
+    check = _RowCheck(model, norms, rows, scale, means)
     places = {layer: norms.get(layer, layer) for layer in rows}
-
-    def expected(layer: str, x: Tensor) -> Tensor | None:
-        """Behind the norm, in `model`; not needed where nothing is left of it."""
-        if not scale:
-            return None
-        y: Tensor = model.get_submodule(layer)(x)
-        return y if layer not in norms else model.get_submodule(norms[layer])(y)
-
-    def compare(layer: str, output: Tensor, y: Tensor | None) -> None:
-        index = torch.tensor(rows[layer], device=output.device)
-        axis = output.ndim - 1 if isinstance(model.get_submodule(layer), nn.Linear) else 1
-        found = output.index_select(axis, index).movedim(axis, -1).double()
-        mean = torch.zeros(len(index), dtype=torch.float64, device=output.device)
-        if means is not None:
-            mean = means[layer].to(mean)[index]
-        ought, size = mean.expand_as(found), float(mean.abs().max())
-        if y is not None:
-            before = y.index_select(axis, index).movedim(axis, -1).double()
-            ought, size = mean + scale * (before - mean), max(size, float(before.abs().max()))
-        units = ROUNDING if output.element_size() >= 4 else ROUNDING_OF_HALVES
-        missed = float((found - ought).abs().max()) if found.numel() else 0.0
-        if not missed <= units * torch.finfo(output.dtype).eps * max(1.0, abs(scale)) * size:
-            where = f"behind the norm {norms[layer]!r} " if layer in norms else ""
-            what = f"{scale:g} times their output" if scale else "zero" if means is None else "the mean"
-            around = " around the mean" if scale and means is not None else ""
-            reasons[layer] = (
-                f"its components do not give {what}{around} {where}when their weights are made to, they miss it by "
-                f"{missed:.3g}; use EraseDirections instead, or leave the layer out"
-            )
-
-    def enter(layer: str, _: nn.Module, args: Any) -> None:
-        if not bool(args[0].isfinite().all()):
-            raise ValueError(f"unlearn: data must give finite feature maps, what {layer!r} reads holds NaN or Inf.")
-        y = expected(layer, args[0])
-        due[layer] = args[0] if y is None else y
-
-    def leave(layer: str, _: nn.Module, __: Any, output: Any) -> None:
-        if layer in due and isinstance(output, Tensor):
-            y = due.pop(layer)
-            compare(layer, output, y if scale else None)
-            seen.add(layer)
-
-    handles = [edited.get_submodule(layer).register_forward_pre_hook(partial(enter, layer)) for layer in rows]
+    handles = [edited.get_submodule(layer).register_forward_pre_hook(partial(check.enter, layer)) for layer in rows]
     handles += [
-        edited.get_submodule(place).register_forward_hook(partial(leave, layer)) for layer, place in places.items()
+        edited.get_submodule(place).register_forward_hook(partial(check.leave, layer))
+        for layer, place in places.items()
     ]
-    with undisturbed(model), undisturbed(edited):
+    with frozen_eval(model), frozen_eval(edited):
         with hooked(handles):
             for batch in batches:
                 call(edited, batch)
         for layer in rows:
-            if layer in seen:
-                continue
-            part, norm = edited.get_submodule(layer), edited.get_submodule(places[layer])
-            try:
-                x = input_of(part)
-                y = expected(layer, x)
-                output = part(x) if layer not in norms else norm(part(x))
-            except Exception as error:  # whatever a forward of somebody's own may need
-                if not (is_own(part) and is_own(norm)):
-                    reasons[layer] = (
-                        f"it cannot be run by itself to see what it gives ({type(error).__name__}: {error})"
-                    )
-                continue
-            compare(layer, output, y)
-    return reasons
+            if layer not in check.seen:
+                check.alone(layer, edited.get_submodule(layer), edited.get_submodule(places[layer]))
+    return check.reasons
+
+
+class _RowCheck:
+    """Compares what edited rows give with what they are to give; arguments as for `scaled_rows`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        norms: Mapping[str, str],
+        rows: Mapping[str, list[int]],
+        scale: float,
+        means: Mapping[str, Tensor] | None,
+    ) -> None:
+        self.model, self.norms, self.rows, self.scale, self.means = model, norms, rows, scale, means
+        self.reasons: dict[str, str] = {}
+        self.seen: set[str] = set()
+        self._due: dict[str, Tensor] = {}
+
+    def enter(self, layer: str, _: nn.Module, args: Any) -> None:
+        if not bool(args[0].isfinite().all()):
+            raise ValueError(f"unlearn: data must give finite feature maps, what {layer!r} reads holds NaN or Inf.")
+        y = self._before(layer, args[0])
+        self._due[layer] = args[0] if y is None else y
+
+    def leave(self, layer: str, _: nn.Module, __: Any, output: Any) -> None:
+        if layer in self._due and isinstance(output, Tensor):
+            y = self._due.pop(layer)
+            self._compare(layer, output, y if self.scale else None)
+            self.seen.add(layer)
+
+    def alone(self, layer: str, part: nn.Module, norm: nn.Module) -> None:
+        """A layer that did not run as a module, on random input."""
+        try:
+            x = input_of(part)
+            y = self._before(layer, x)
+            output = part(x) if layer not in self.norms else norm(part(x))
+        except Exception as error:  # whatever a forward of somebody's own may need
+            if not (is_own(part) and is_own(norm)):
+                self.reasons[layer] = (
+                    f"it cannot be run by itself to see what it gives ({type(error).__name__}: {error})"
+                )
+            return
+        self._compare(layer, output, y)
+
+    def _before(self, layer: str, x: Tensor) -> Tensor | None:
+        """Behind the norm, in the model before the edit; not needed where nothing is left of it."""
+        if not self.scale:
+            return None
+        y: Tensor = self.model.get_submodule(layer)(x)
+        return y if layer not in self.norms else self.model.get_submodule(self.norms[layer])(y)
+
+    def _compare(self, layer: str, output: Tensor, y: Tensor | None) -> None:
+        index = torch.tensor(self.rows[layer], device=output.device)
+        axis = output.ndim - 1 if isinstance(self.model.get_submodule(layer), nn.Linear) else 1
+        found = output.index_select(axis, index).movedim(axis, -1).double()
+        mean = torch.zeros(len(index), dtype=torch.float64, device=output.device)
+        if self.means is not None:
+            mean = self.means[layer].to(mean)[index]
+        due, size = mean.expand_as(found), float(mean.abs().max())
+        if y is not None:
+            before = y.index_select(axis, index).movedim(axis, -1).double()
+            due, size = mean + self.scale * (before - mean), max(size, float(before.abs().max()))
+        units = ROUNDING if output.element_size() >= 4 else ROUNDING_OF_HALVES
+        missed = float((found - due).abs().max()) if found.numel() else 0.0
+        if not missed <= units * torch.finfo(output.dtype).eps * max(1.0, abs(self.scale)) * size:
+            where = f"behind the norm {self.norms[layer]!r} " if layer in self.norms else ""
+            what = f"{self.scale:g} times their output" if self.scale else "zero" if self.means is None else "the mean"
+            around = " around the mean" if self.scale and self.means is not None else ""
+            self.reasons[layer] = (
+                f"its components do not give {what}{around} {where}when their weights are made to, they miss it by "
+                f"{missed:.3g}; use EraseDirections instead, or leave the layer out"
+            )

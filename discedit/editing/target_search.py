@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from discedit.moments.forget_retain import Classified
+from discedit.moments.forget_retain import ForgetRetainSplit
 from discedit.recipes.recipe import Edit
 from discedit.scoring.scores import Scores
 
@@ -34,7 +34,7 @@ class Problem:
     forget: list[int]
     others: list[int]
     layers: list[str] | None
-    data: Classified | None
+    data: ForgetRetainSplit | None
     example_inputs: Any
     targets: Mapping[str, float]
 
@@ -65,7 +65,7 @@ class _Tried:
 class _Search:
     """Edits that were tried, by size; whether one is large enough."""
 
-    def __init__(self, plan: Plan, model: nn.Module, data: Classified, targets: Mapping[str, float]) -> None:
+    def __init__(self, plan: Plan, model: nn.Module, data: ForgetRetainSplit, targets: Mapping[str, float]) -> None:
         self.plan, self.data, self.targets = plan, data, targets
         self.least = "forget_accuracy" in targets  # the smallest edit is looked for, else the largest
         self.before = data.accuracy(model, "retain") if "retain_drop" in targets else math.nan
@@ -106,7 +106,7 @@ class _Search:
         return high
 
 
-def search(plan: Plan, model: nn.Module, data: Classified, targets: Mapping[str, float]) -> tuple[Edit, str]:
+def search(plan: Plan, model: nn.Module, data: ForgetRetainSplit, targets: Mapping[str, float]) -> tuple[Edit, str]:
     """The edit that meets the targets, or comes nearest, and what is to be said of those that it misses."""
     looking = _Search(plan, model, data, targets)
     count = looking.count()

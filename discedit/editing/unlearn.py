@@ -14,7 +14,7 @@ from discedit.editing.concept_erasure import EraseDirections, erasable_layers
 from discedit.editing.target_search import Problem
 from discedit.model.forward import outside_modes
 from discedit.model.sharded import unwrapped
-from discedit.moments.forget_retain import Classified
+from discedit.moments.forget_retain import ForgetRetainSplit
 from discedit.recipes.recipe import Edit
 from discedit.scoring.scores import Scores
 from discedit.selection.candidates import check_layers
@@ -77,7 +77,7 @@ def unlearn(
         raise ValueError(f"{op}: targets need data, labelled batches of all classes, got data=None.")
     if data is not None and not others:
         raise ValueError(f"{op}: classes must leave at least one class with samples, got {forget}.")
-    samples = None if data is None else Classified(op, model, data, forget, scores.num_classes)
+    samples = None if data is None else ForgetRetainSplit(op, model, data, forget, scores.num_classes)
     asked = None if layers is None else list(dict.fromkeys(layers))
     problem = Problem(model, scores, forget, others, asked, samples, example_inputs, targets)
     if isinstance(chosen, EraseDirections) or (chosen is None and data is not None):

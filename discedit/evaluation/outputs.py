@@ -15,17 +15,17 @@ from discedit.model.forward import (
     Quota,
     call,
     checked_labels,
-    chosen,
     device_of,
     first_tensor,
+    frozen_eval,
     hooked,
-    moved,
+    index_samples,
     samples_in,
-    split,
-    undisturbed,
+    to_device,
+    unpack_batch,
 )
 from discedit.model.trace import ModelTrace, SampleOrder
-from discedit.moments.calibration import joined
+from discedit.moments.calibration import concat_batches
 
 OP = "evaluate"
 
@@ -81,14 +81,14 @@ class Kept:
 
     @classmethod
     def of(cls, batches: Sequence[Kept], device: torch.device) -> Kept:
-        inputs = joined([batch.inputs for batch in batches], len(batches[0]))
-        return cls(moved(inputs, device), torch.cat([batch.labels for batch in batches]).to(device))
+        inputs = concat_batches([batch.inputs for batch in batches], len(batches[0]))
+        return cls(to_device(inputs, device), torch.cat([batch.labels for batch in batches]).to(device))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, index: Tensor) -> Kept:
-        return Kept(chosen(self.inputs, index, len(self)), self.labels[index.to(self.labels.device)])
+        return Kept(index_samples(self.inputs, index, len(self)), self.labels[index.to(self.labels.device)])
 
     def first(self, number: int) -> Kept:
         """About so many, as many of each class."""
@@ -151,17 +151,17 @@ def gather(
     labels, kept = [], []
     with ExitStack() as stack:
         for model in models.values():
-            stack.enter_context(undisturbed(model))
+            stack.enter_context(frozen_eval(model))
         torch.default_generator.manual_seed(seed)
         readers = {name: FeatureReader(name, model, features) for name, model in models.items() if features}
         for index, batch in enumerate(loader):
-            inputs, given = split(where, batch, index, device, labels_needed=True)
+            inputs, given = unpack_batch(where, batch, index, device, labels_needed=True)
             classes = checked_labels(where, given, num_classes, index).cpu()
             labels.append(classes)
             if len(places := quota.take(classes)):
-                kept.append(Kept(chosen(inputs, places, len(classes)), classes[places]))
+                kept.append(Kept(index_samples(inputs, places, len(classes)), classes[places]))
             for name, model in models.items():
-                own, reader = moved(inputs, device_of(model)), readers.get(name) if len(classes) else None
+                own, reader = to_device(inputs, device_of(model)), readers.get(name) if len(classes) else None
                 output, read = (call(model, own), None) if reader is None else reader.run(own)
                 at = f"in batch {index} of {argument}"
                 logits[name].append(_checked_logits(name, first_tensor(output), (len(classes), num_classes), at))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from discedit.common import validation
 from discedit.evaluation.outputs import EvaluationData, ForgetRetain, Kept, Outputs, means
-from discedit.model.forward import call, first_tensor, undisturbed
+from discedit.model.forward import call, first_tensor, frozen_eval
 from discedit.moments.calibration import batch_norms
 
 EVALUATED = 100  # samples at once
@@ -89,7 +89,7 @@ class Relearning:
         random = torch.Generator().manual_seed(data.seed)
         parts = [train.among(data.classes, inside=inside) for inside in (True, False)]
         batches = [_cycle(len(part), max(1, self.batch_size // 2), random) for part in parts]
-        with undisturbed(model):
+        with frozen_eval(model):
             student = copy.deepcopy(model)
             student.requires_grad_(True)
             for steps in range(self.max_steps + 1):
@@ -110,7 +110,7 @@ class Relearning:
 
 
 def accuracies(model: nn.Module, test: Kept, classes: Sequence[int]) -> ForgetRetain:
-    with undisturbed(model):
+    with frozen_eval(model):
         batches = [torch.arange(start, min(start + EVALUATED, len(test))) for start in range(0, len(test), EVALUATED)]
         logits = torch.cat([_logits(model, test.take(batch).inputs).cpu() for batch in batches])
     return means(Outputs(logits, None, test.labels.cpu()).recall(), classes)
@@ -132,7 +132,7 @@ def batchnorm_recall(model: nn.Module, train: Kept, test: Kept, classes: Sequenc
     """
     retain = train.among(classes, inside=False)
     order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed))
-    with undisturbed(model):
+    with frozen_eval(model):
         other = copy.deepcopy(model)
         for norm in batch_norms(other).values():
             norm.reset_running_stats()

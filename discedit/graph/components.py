@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from discedit.graph.hiding import ROUNDING, is_close
 from discedit.graph.network import OPAQUE, OUTPUT, Key, Members, Network, channel_axis, groups_of, is_depthwise
 from discedit.graph.removal import cut_own_tensors
-from discedit.model.forward import undisturbed
+from discedit.model.forward import frozen_eval
 from discedit.model.functional import why_not_explicit
 from discedit.model.layers import input_of, is_own
 from discedit.model.trace import width_of
@@ -332,7 +332,7 @@ def _differs(module: nn.Module, reads: bool, pruner: Any) -> bool:
         cut_own_tensors(smaller, "in" if reads else "out", [0])
         (pruner.prune_in_channels if reads else pruner.prune_out_channels)(smaller, [0])
         x = input_of(module)
-        with undisturbed(module), undisturbed(smaller):
+        with frozen_eval(module), frozen_eval(smaller):
             if reads:
                 without = smaller(x.narrow(axis, 1, x.shape[axis] - 1))
                 hidden = module(x.index_fill(axis, torch.tensor([0], device=x.device), 0))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from discedit.model.forward import call, hooked, tensors_in, undisturbed
+from discedit.model.forward import call, frozen_eval, hooked, tensors_in
 from discedit.model.functional import LayersCalled
 from discedit.model.trace import IN_TRAINING, ModelTrace, training_branches
 
@@ -347,7 +347,7 @@ def _odd_layers(model: nn.Module, inputs: Any) -> list[nn.Module]:
             found[module] = None
 
     handles = [module.register_forward_hook(leave) for module in model.modules() if isinstance(module, kinds)]
-    with hooked(handles), undisturbed(model):
+    with hooked(handles), frozen_eval(model):
         call(model, inputs)
     return list(found)
 

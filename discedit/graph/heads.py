@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from discedit.graph.network import Key, Members, Network, channel_axis, innermost_module, is_inside
 from discedit.model import attention
-from discedit.model.forward import call, hooked, undisturbed
+from discedit.model.forward import call, frozen_eval, hooked
 from discedit.model.functional import why_not_explicit
 from discedit.model.trace import width_of
 
@@ -159,7 +159,7 @@ class HeadFinder:
                 saved.setdefault(name, tensors[name].detach().clone())
                 tensors[name].data.select(dim, index).fill_(math.nan)
             # The other kernels of attention need not pass NaN on.
-            with hooked(handles), undisturbed(self.model), sdpa_kernel(SDPBackend.MATH):
+            with hooked(handles), frozen_eval(self.model), sdpa_kernel(SDPBackend.MATH):
                 call(self.model, self.network.inputs)
         finally:
             for name, value in saved.items():
@@ -272,7 +272,7 @@ class HeadFinder:
             for name, module in self.model.named_modules()
             if next(module.children(), None) is not None and not isinstance(module, torch.jit.ScriptModule)
         ]
-        with hooked(handles), undisturbed(self.model):
+        with hooked(handles), frozen_eval(self.model):
             call(self.model, self.network.inputs)
         return given
 

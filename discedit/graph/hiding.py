@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from discedit.graph.heads import Heads
 from discedit.graph.network import OUTPUT, Key, Members, Network, channel_axis, groups_of, kept_indices
 from discedit.graph.removal import operations_of
-from discedit.model.forward import call, device_of, map_tensors, shapes_of, tensors_in, undisturbed
+from discedit.model.forward import call, device_of, frozen_eval, map_tensors, shapes_of, tensors_in
 from discedit.model.layers import is_own
 from discedit.model.trace import IN_TRAINING, training_branches
 from discedit.recipes.operations import Operation
@@ -228,7 +228,7 @@ def _outputs(model: nn.Module, inputs: Any, branches: bool, seed: int | None = N
         branches: whether to run what train mode alone runs as well.
         seed: of chance; as it is outside, when it is not given.
     """
-    with undisturbed(model), warnings.catch_warnings():
+    with frozen_eval(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the model: it gave them when it was traced
         if seed is not None:
             torch.manual_seed(seed)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from discedit.graph.dependencies import trace_dependencies
-from discedit.model.forward import device_of, moved
+from discedit.model.forward import device_of, to_device
 from discedit.model.trace import IN_TRAINING, ModelTrace
 
 # A module and its side ("out", "in"; "through" where it works channel by channel), or a tensor and one of its axes.
@@ -38,7 +38,7 @@ class Network:
 
     def __init__(self, op: str, model: nn.Module, example_inputs: Any, *, keep_outputs: bool) -> None:
         self.op, self.original, self.keep_outputs = op, model, keep_outputs
-        self.inputs = moved(example_inputs, device_of(model))
+        self.inputs = to_device(example_inputs, device_of(model))
         self.model = copy.deepcopy(model).eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from discedit.model.forward import call, device_of, first_tensor, undisturbed
+from discedit.model.forward import call, device_of, first_tensor, frozen_eval
 from discedit.model.size import count_parameters
 from discedit.recipes.recipe import Edit, Recipe, architecture_of
 
@@ -178,7 +178,7 @@ def _loads_the_same(model: Any, folder: str | os.PathLike[str]) -> bool:
     inputs = {"pixel_values": images.to(device_of(model), model.dtype)}
     try:
         other, report = type(model).from_pretrained(folder, output_loading_info=True)
-        with undisturbed(model), undisturbed(other.to(device_of(model))):
+        with frozen_eval(model), frozen_eval(other.to(device_of(model))):
             expected, found = first_tensor(call(model, inputs)), first_tensor(call(other, inputs))
     except (ValueError, RuntimeError):  # the sizes are right, but not what the class makes of them
         return False

@@ -72,7 +72,7 @@ def version_of(tensor: Tensor) -> int | None:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[LayersCalled]:
+def frozen_eval(model: nn.Module) -> Iterator[LayersCalled]:
     """Eval mode without gradients inside, nothing compiled, layers called where functions take their weights; modes,
     buffers and random state as they were outside."""
     modes = [(module, module.training) for module in model.modules()]
@@ -145,7 +145,7 @@ class _Kept:
                 self._buffer.set_(self._value)  # type: ignore[call-overload]
 
 
-def split(op: str, batch: Any, index: int, device: torch.device, *, labels_needed: bool) -> tuple[Any, Any]:
+def unpack_batch(op: str, batch: Any, index: int, device: torch.device, *, labels_needed: bool) -> tuple[Any, Any]:
     """Inputs on the model's device, and labels (None where there are none and none are needed).
 
     A pair is always (inputs, labels).
@@ -171,7 +171,7 @@ def split(op: str, batch: Any, index: int, device: torch.device, *, labels_neede
             f"{op}: loader must give (inputs, labels) pairs, or dicts of arguments with 'labels', batch {index} is "
             f"{found}."
         )
-    return moved(inputs, device), labels
+    return to_device(inputs, device), labels
 
 
 def checked_labels(op: str, given: Any, num_classes: int, index: int) -> Tensor:
@@ -205,7 +205,7 @@ def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return inputs
 
 
-def chosen(inputs: Any, index: Tensor, samples: int) -> Any:
+def index_samples(inputs: Any, index: Tensor, samples: int) -> Any:
     """The same nest for some of the samples; what has no sample axis stays as it is."""
     return map_tensors(inputs, lambda t: t[index.to(t.device)] if t.ndim and len(t) == samples else t)
 
@@ -234,7 +234,7 @@ class Quota:
         return not any(self._left.values())
 
 
-def moved(inputs: Any, device: torch.device) -> Any:
+def to_device(inputs: Any, device: torch.device) -> Any:
     """On a GPU without waiting for the copy, which its stream waits for; on the CPU nobody else would."""
     return map_tensors(inputs, lambda tensor: _plain(tensor).to(device, non_blocking=device.type == "cuda"))
 

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from discedit.model.forward import undisturbed
+from discedit.model.forward import frozen_eval
 
 METHODS = ("forward", "_conv_forward")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -30,7 +30,7 @@ def why_not_plain(layer: nn.Module) -> str:
         return ""
     x = input_of(layer)
     try:
-        with undisturbed(layer):
+        with frozen_eval(layer):
             own = {name: getattr(layer, name) for name in ("weight", "bias")}
             names = [name for name in own if isinstance(layer._parameters.get(name), Tensor)]
             drawn = {name: _numbers(own[name].shape, own[name]) for name in names}
@@ -88,7 +88,7 @@ def _agree(module: nn.Module, both: Callable[[Tensor], tuple[Any, Any]]) -> bool
     """Whether two ways to run a module on numbers of its kind give the same; not where one of them fails."""
     x = input_of(module)
     try:
-        with undisturbed(module):
+        with frozen_eval(module):
             return _equal(*both(x))
     except Exception:  # whatever a forward of somebody's own may need
         return False

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from discedit.common import validation
-from discedit.model.forward import call, checked_labels, device_of, first_tensor, hooked, moved, split, undisturbed
+from discedit.model.forward import (
+    call,
+    checked_labels,
+    device_of,
+    first_tensor,
+    frozen_eval,
+    hooked,
+    to_device,
+    unpack_batch,
+)
 
 OP = "accuracy_per_class"
 
@@ -24,8 +33,8 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """Multiply-accumulates of one forward pass: half of what torch's own counter gives for matrix work."""
     from torch.utils.flop_counter import FlopCounterMode  # a third of a second to import: only who counts pays
 
-    with undisturbed(model), _constant(model), FlopCounterMode(display=False) as counter:
-        call(model, moved(example_inputs, device_of(model)))
+    with frozen_eval(model), _constant(model), FlopCounterMode(display=False) as counter:
+        call(model, to_device(example_inputs, device_of(model)))
     return int(counter.get_total_flops()) // 2
 
 
@@ -52,7 +61,7 @@ def macs_of_weights(model: nn.Module, example_inputs: Any) -> tuple[dict[str, fl
     from torch.utils.flop_counter import FlopCounterMode
 
     found: dict[str, float] = {}
-    with undisturbed(model), _constant(model), FlopCounterMode(display=False) as counter:
+    with frozen_eval(model), _constant(model), FlopCounterMode(display=False) as counter:
         handles = []
         for name, module in model.named_modules():
             if isinstance(module, (_ConvNd, nn.Linear)) and "weight" in module._parameters:
@@ -67,7 +76,7 @@ def macs_of_weights(model: nn.Module, example_inputs: Any) -> tuple[dict[str, fl
 
                 handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
         with hooked(handles):
-            call(model, moved(example_inputs, device_of(model)))
+            call(model, to_device(example_inputs, device_of(model)))
     return found, counter.get_total_flops() / 2 - sum(found.values())
 
 
@@ -87,9 +96,9 @@ def accuracy_per_class(model: nn.Module, loader: Iterable[Any], num_classes: int
     right = torch.zeros(num_classes, dtype=torch.float64)
     total = torch.zeros(num_classes, dtype=torch.float64)
     device = device_of(model)
-    with undisturbed(model):
+    with frozen_eval(model):
         for index, batch in enumerate(loader):
-            inputs, labels = split(OP, batch, index, device, labels_needed=True)
+            inputs, labels = unpack_batch(OP, batch, index, device, labels_needed=True)
             logits = first_tensor(call(model, inputs))
             classes = checked_labels(OP, labels, num_classes, index).cpu()
             if logits is None or logits.ndim != 2 or len(logits) != len(classes):

@@ -22,16 +22,16 @@ from torch.utils.hooks import RemovableHandle
 
 from discedit.model.forward import (
     call,
-    chosen,
     device_of,
     first_tensor,
+    frozen_eval,
     hooked,
-    moved,
+    index_samples,
     narrowed,
     samples_in,
     shapes_of,
     tensors_in,
-    undisturbed,
+    to_device,
     version_of,
 )
 from discedit.model.functional import why_not_explicit
@@ -174,11 +174,11 @@ class ModelTrace:
             training: whether to look at train mode as well, in a pass of its own.
             windows: whether to find out, in two more passes, where rows are samples.
         """
-        whole = moved(inputs, device_of(model))
+        whole = to_device(inputs, device_of(model))
         size = samples_in(whole)
         tracing = Tracing(model, size if few is None else min(size, few))
         inputs = narrowed(whole, size, tracing.seen.samples) if size else whole
-        with undisturbed(model):
+        with frozen_eval(model):
             with tracing:
                 output = call(model, inputs)
             trace = tracing.trace(output)
@@ -287,7 +287,7 @@ class SampleOrder:
 
     def __init__(self, inputs: Any, samples: int, run: Callable[[Any], dict[str, Tensor]]) -> None:
         def seen(few: list[int]) -> list[dict[str, Tensor]]:
-            return [run(chosen(inputs, torch.tensor(order), samples)) for order in (few, few[-1:] + few[:-1])]
+            return [run(index_samples(inputs, torch.tensor(order), samples)) for order in (few, few[-1:] + few[:-1])]
 
         # Never as many as there are: a sequence of that length would look alike.
         few = {1: [0, 0], 2: [0, 1, 0], 3: [0, 1, 2, 0]}.get(samples, [0, 1, 2])

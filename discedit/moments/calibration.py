@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from discedit.model.forward import device_of, first_tensor, narrowed, split
+from discedit.model.forward import device_of, first_tensor, narrowed, unpack_batch
 from discedit.model.trace import ModelTrace
 
 SAMPLES = 1024  # at most this many are looked at
@@ -43,8 +43,8 @@ def calibrated(
     total, limit, most = 0, SAMPLES, 0
     device = device_of(model)
     for index, batch in enumerate(data):
-        inputs, _ = split(op, batch, index, device, labels_needed=False)
-        size = samples_of(op, inputs)
+        inputs, _ = unpack_batch(op, batch, index, device, labels_needed=False)
+        size = batch_size_of(op, inputs)
         if not size:
             continue
         if not taken:
@@ -60,10 +60,10 @@ def calibrated(
             break
     if not taken or trace is None:
         raise ValueError(f"{op}: data must give at least one sample, it gave none.")
-    whole, samples = joined(taken, samples_of(op, taken[0])), min(total, limit)
+    whole, samples = concat_batches(taken, batch_size_of(op, taken[0])), min(total, limit)
     parts = 1 if device.type != "cpu" else min(PARTS, samples, -(-samples * trace.largest // MAP))
     rest = total - samples
-    behind = joined([narrowed(whole, total, rest, samples)], rest) if rest else None
+    behind = concat_batches([narrowed(whole, total, rest, samples)], rest) if rest else None
     return _in_parts(whole, total, samples, parts), trace, behind
 
 
@@ -90,16 +90,16 @@ class HeldOut:
 def kept_back(op: str, inputs: Sequence[Any], further: Any) -> tuple[list[Any], HeldOut]:
     """Parts to make something of, and samples to check it on: further ones, or else the last of those in the parts."""
     if further is not None:
-        return list(inputs), HeldOut(further, samples_of(op, further))
-    sizes = [samples_of(op, part) for part in inputs]
+        return list(inputs), HeldOut(further, batch_size_of(op, further))
+    sizes = [batch_size_of(op, part) for part in inputs]
     number, samples = held_out_of(sum(sizes)), sum(sizes)
     if samples == 1:
         return list(inputs), HeldOut(inputs[0], 1, apart=False)
-    whole, left = joined(inputs, sizes[0]), samples - number
+    whole, left = concat_batches(inputs, sizes[0]), samples - number
     return _in_parts(whole, samples, left, len(sizes)), HeldOut(narrowed(whole, samples, number, left), number)
 
 
-def samples_of(op: str, inputs: Any) -> int:
+def batch_size_of(op: str, inputs: Any) -> int:
     """Size of the first axis of the first tensor."""
     first = first_tensor(inputs)
     if first is None or not first.ndim:
@@ -122,15 +122,15 @@ def fits(first: Any, other: Any) -> bool:
     return bool(first == other)
 
 
-def joined(batches: Sequence[Any], samples: int) -> Any:
+def concat_batches(batches: Sequence[Any], samples: int) -> Any:
     """One batch of several, the first with so many samples; tensors without a sample axis as in the first."""
     first = batches[0]
     if isinstance(first, Tensor):
         return torch.cat(tuple(batches)) if first.ndim and len(first) == samples else first
     if isinstance(first, Mapping):
-        return {name: joined([batch[name] for batch in batches], samples) for name in first}
+        return {name: concat_batches([batch[name] for batch in batches], samples) for name in first}
     if isinstance(first, (tuple, list)):
-        return tuple(joined(several, samples) for several in zip(*batches, strict=True))
+        return tuple(concat_batches(several, samples) for several in zip(*batches, strict=True))
     return first
 
 

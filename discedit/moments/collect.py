@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from discedit.backends import arguments, select
 from discedit.common import validation
 from discedit.common.warning import warn
-from discedit.model.forward import call, first_tensor, moved, outside_inference_mode, samples_in
+from discedit.model.forward import call, first_tensor, outside_inference_mode, samples_in, to_device
 from discedit.model.sharded import Channels, has_shards, unwrapped
 from discedit.model.trace import ModelTrace, SampleOrder, Tracing, components_in, has_channels_last, is_layer
 from discedit.moments.data_pass import Pass, RunOptions
@@ -76,7 +76,8 @@ def collect_moments(
     Moments(1 layers, 4 channels, 2 classes, 8 samples)
     """
     settings: dict[str, Any] = {"read": read, "statistic": statistic, "witness": witness, "scale": scale}
-    return _MomentPass(model, loader, num_classes, 1, labels=labels, layers=layers, **settings, **run).collect()
+    assigner = BlockAssigner.of(model, num_classes, 1)
+    return _MomentPass(model, loader, assigner, labels=labels, layers=layers, **settings, **run).collect()
 
 
 @outside_inference_mode
@@ -108,7 +109,7 @@ def collect_blocks(
     number = validation.index(blocks)
     if number is None or number < 2:
         raise ValueError(f"collect_blocks: blocks must be an integer of at least 2, got {blocks!r}.")
-    together = _MomentPass(model, loader, num_classes, number, **options).collect()
+    together = _MomentPass(model, loader, BlockAssigner.of(model, num_classes, number), **options).collect()
     # A class's share of a block is a class of its own.
     return [together.rows(slice(block, None, number)) for block in range(number)]
 
@@ -117,8 +118,14 @@ class BlockAssigner:
     """Deals the samples of each class to the blocks in turn; nobody waits for the device."""
 
     def __init__(self, classes: int, blocks: int) -> None:
-        self.blocks = blocks
+        self.classes, self.blocks = classes, blocks
         self._seen = torch.zeros(classes, dtype=torch.int64)
+
+    @classmethod
+    def of(cls, model: nn.Module, num_classes: int, blocks: int) -> BlockAssigner:
+        """With what every collection checks first."""
+        validation.module(OP, model)
+        return cls(validation.positive_integer(OP, "num_classes", num_classes), blocks)
 
     def go_on(self, moments: Moments) -> None:
         """From the samples that were dealt already."""
@@ -144,8 +151,7 @@ class _MomentPass(Pass[Moments]):
         self,
         model: nn.Module,
         loader: Iterable[Any],
-        num_classes: int,
-        blocks: int,
+        assigner: BlockAssigner,
         *,
         labels: str = "given",
         layers: Iterable[str] | None = None,
@@ -155,17 +161,15 @@ class _MomentPass(Pass[Moments]):
         scale: float | Mapping[str, float] | None = None,
         **run: Unpack[RunOptions],
     ) -> None:
-        validation.module(OP, model)
-        self.num_classes = validation.positive_integer(OP, "num_classes", num_classes)
+        self.assigner, self.num_classes = assigner, assigner.classes
         validation.choice(OP, "labels", labels, ("given", "predicted"))
         validation.choice(OP, "read", read, READS)
         self._statistics = arguments.statistics(OP, statistic)
         arguments.witness(OP, witness, statistic, scale)
         settings: dict[str, Any] = {"statistic": statistic, "witness": witness, "scale": scale, "read": read}
-        moments = Moments(self.num_classes * blocks, **settings, backend=run.get("backend", "auto"))
+        moments = Moments(assigner.classes * assigner.blocks, **settings, backend=run.get("backend", "auto"))
         super().__init__(OP, model, loader, moments, self.num_classes if labels == "given" else None, run)
         self._named = labels, layers
-        self.assigner = BlockAssigner(self.num_classes, blocks)
         self.monitor = NonFiniteMonitor(self.device)
 
     def prepare(self) -> dict[str, Any]:
@@ -199,7 +203,7 @@ class _MomentPass(Pass[Moments]):
     def fold(self, inputs: Any, labels: Tensor | None, counted: int) -> None:
         index = self.progress.batches
         output = self.pooling.run(inputs)
-        classes = moved(_predicted(output, self.num_classes) if labels is None else labels, self.device)
+        classes = to_device(_predicted(output, self.num_classes) if labels is None else labels, self.device)
         whole = self.own is None or counted == len(classes)
         classes = classes if whole else classes[:counted]
         if self.assigner.blocks > 1:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discedit.model.forward import call, hooked, undisturbed
+from discedit.model.forward import call, frozen_eval, hooked
 from discedit.model.trace import ModelTrace
 from discedit.moments import positions as sampling
 from discedit.moments.calibration import PARTS
@@ -23,7 +23,7 @@ OTHERS = -1  # the group of all samples that are in no other
 
 
 @dataclass
-class Fit:
+class LayerMoments:
     """Moments of what a layer reads (x) and of what it is to give (y), float64: all that least squares needs.
 
     Attributes:
@@ -63,9 +63,9 @@ class Sums:
             terms = (rows.sum(0), given.sum(0), gram_of(rows), given.T @ rows, given.square().sum(0))
             self.sums = _added(self.sums, [term.double() for term in terms])
 
-    def fit(self) -> Fit:
+    def fit(self) -> LayerMoments:
         mean_x, mean_y, xx, yx, yy = (total / self.number for total in self.sums)
-        return Fit(
+        return LayerMoments(
             mean_x + self.shift_x,
             mean_y + self.shift_y,
             xx - torch.outer(mean_x, mean_x),
@@ -74,7 +74,9 @@ class Sums:
         )
 
 
-def fits_of(model: nn.Module, names: Iterable[str], inputs: Any, trace: ModelTrace) -> dict[str, tuple[Fit, int]]:
+def fits_of(
+    model: nn.Module, names: Iterable[str], inputs: Any, trace: ModelTrace
+) -> dict[str, tuple[LayerMoments, int]]:
     """Moments of what layers read and give, and how many channels they read; of those that run just once.
 
     Args:
@@ -91,7 +93,7 @@ def fits_of(model: nn.Module, names: Iterable[str], inputs: Any, trace: ModelTra
         sums[name].add(positions, args[0], positions.outputs(output))
 
     handles = [model.get_submodule(name).register_forward_hook(partial(read, name)) for name in once]
-    with hooked(handles), undisturbed(model):
+    with hooked(handles), frozen_eval(model):
         for batch in inputs:
             call(model, batch)
     return {name: (sums.pop(name).fit(), channels[name]) for name in once}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from discedit.common.warning import warn
-from discedit.model.forward import checked_labels, device_of, moved, samples_in, split, undisturbed
+from discedit.model.forward import checked_labels, device_of, frozen_eval, samples_in, to_device, unpack_batch
 from discedit.model.sharded import runs_together
 from discedit.moments.checkpoint import Checkpoint, Progress, digest_of
 from discedit.moments.distributed import MORE, NOTHING, Group, dropped_samples, own_samples
@@ -122,7 +122,7 @@ class Pass(ABC, Generic[M]):
         """To the end of this share; in step with the other processes where the model needs them."""
         together = not self.group.alone and runs_together(self.model)
         last: Any = None  # inputs for a pass that does not count
-        with undisturbed(self.model) as calls, self.hooks(), closing(self._batches()) as batches:
+        with frozen_eval(self.model) as calls, self.hooks(), closing(self._batches()) as batches:
             while True:
                 batch = next(batches, None)
                 if together:
@@ -131,7 +131,7 @@ class Pass(ABC, Generic[M]):
                     if MORE not in words:
                         break
                     if last is None and NOTHING in words:
-                        last = moved(self.group.first(words, None if batch is None else batch[0]), self.device)
+                        last = to_device(self.group.first(words, None if batch is None else batch[0]), self.device)
                 elif batch is None:
                     break
                 if batch is None:
@@ -157,7 +157,7 @@ class Pass(ABC, Generic[M]):
         shown = sys.stderr.isatty() and self.group.rank == 0 if shown is None else shown
         for batch in tqdm(self._batches_of, desc=self.op.split("_")[-1], unit="batch", disable=not shown):
             index = self.progress.batches
-            inputs, given = split(self.op, batch, index, self.device, labels_needed=self._labels is not None)
+            inputs, given = unpack_batch(self.op, batch, index, self.device, labels_needed=self._labels is not None)
             labels = None if self._labels is None else checked_labels(self.op, given, self._labels, index)
             samples = samples_in(inputs)
             counted = samples if self.own is None else max(0, min(samples, self.own - self.progress.samples))

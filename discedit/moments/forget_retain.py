@@ -9,16 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discedit.model.forward import Quota, call, checked_labels, chosen, device_of, hooked, split, undisturbed
+from discedit.model.forward import (
+    Quota,
+    call,
+    checked_labels,
+    device_of,
+    frozen_eval,
+    hooked,
+    index_samples,
+    unpack_batch,
+)
 from discedit.model.size import accuracy_per_class
 from discedit.model.trace import FEW, ModelTrace
-from discedit.moments.calibration import SAMPLES, HeldOut, calibration, fits, held_out_of, joined, kept_back, samples_of
+from discedit.moments.calibration import (
+    SAMPLES,
+    HeldOut,
+    batch_size_of,
+    calibration,
+    concat_batches,
+    fits,
+    held_out_of,
+    kept_back,
+)
 
 MEANS = 256  # samples that means are taken over
 KEPT = {"forget": 1024, "retain": 4096}  # samples that are held in memory, as many of each class
 
 
-class Classified:
+class ForgetRetainSplit:
     """Batches of two kinds: "forget" and "retain", of each kind the first `KEPT` samples, spread evenly over classes.
 
     Args:
@@ -43,9 +61,9 @@ class Classified:
         found: dict[str, list[tuple[Any, Tensor]]] = {"forget": [], "retain": []}
         device = device_of(model)
         for index, batch in enumerate(data):
-            inputs, given = split(op, batch, index, device, labels_needed=True)
+            inputs, given = unpack_batch(op, batch, index, device, labels_needed=True)
             labels = checked_labels(op, given, num_classes, index).cpu().long()
-            samples = samples_of(op, inputs)
+            samples = batch_size_of(op, inputs)
             if samples != len(labels):
                 raise ValueError(
                     f"{op}: data must give one label per sample, batch {index} has {samples} samples and {len(labels)} "
@@ -55,7 +73,7 @@ class Classified:
             among = torch.isin(labels[wanted], torch.tensor(forget))
             for kind, places in (("forget", wanted[among]), ("retain", wanted[~among])):
                 if len(places):
-                    found[kind].append((chosen(inputs, places, len(labels)), labels[places]))
+                    found[kind].append((index_samples(inputs, places, len(labels)), labels[places]))
             if quota.full():
                 break
         for kind, batches in found.items():
@@ -78,12 +96,12 @@ class Classified:
         """Samples of a kind as a repair takes them, and others to check it on: those behind, where there are some."""
         if kind not in self._apart:
             parts = self.parts(kind)
-            number = held_out_of(sum(samples_of(self.op, part) for part in parts))
+            number = held_out_of(sum(batch_size_of(self.op, part) for part in parts))
             behind = self._first(kind, number, behind=SAMPLES)
             further = None
             if behind:
                 inputs, labels = _interleaved(behind)[0]  # of batches that cannot be joined, the first
-                further = chosen(inputs, torch.arange(min(number, len(labels))), len(labels))
+                further = index_samples(inputs, torch.arange(min(number, len(labels))), len(labels))
             self._apart[kind] = kept_back(self.op, parts, further)
         return self._apart[kind]
 
@@ -92,7 +110,7 @@ class Classified:
         found = []
         for batches in self.batches.values():
             inputs, labels = batches[-1]
-            found.append(chosen(inputs, torch.arange(max(0, len(labels) - number), len(labels)), len(labels)))
+            found.append(index_samples(inputs, torch.arange(max(0, len(labels) - number), len(labels)), len(labels)))
         return found
 
     def labelled(self, kind: str, most: int) -> list[tuple[Any, Tensor]]:
@@ -101,7 +119,7 @@ class Classified:
         if key not in self._labelled:
             few = _interleaved(self._first(kind, most))
             inputs = calibration(self.op, self.model, few, self.trace)  # perhaps not of all
-            sizes = [samples_of(self.op, part) for part in inputs]
+            sizes = [batch_size_of(self.op, part) for part in inputs]
             labels = torch.split(torch.cat([labels for _, labels in few])[: sum(sizes)], sizes)
             self._labelled[key] = list(zip(inputs, labels, strict=True))
         return self._labelled[key]
@@ -119,7 +137,7 @@ class Classified:
                 places = left.nonzero()[:, 0]
                 places = places[quota.take(labels[places])]
                 if len(places):
-                    few.append((chosen(inputs, places, len(labels)), labels[places]))
+                    few.append((index_samples(inputs, places, len(labels)), labels[places]))
             self._few[key] = few
         return self._few[key]
 
@@ -151,7 +169,7 @@ class Classified:
 
         modules = {layer: self.model.get_submodule(place) for layer, place in places.items()}
         handles = [module.register_forward_hook(partial(add, layer)) for layer, module in modules.items()]
-        with hooked(handles), undisturbed(self.model):
+        with hooked(handles), frozen_eval(self.model):
             for inputs, _ in self._first("retain", MEANS):
                 call(self.model, inputs)
         return {layer: (total / number[layer]).cpu() for layer, total in sums.items()}
@@ -165,7 +183,7 @@ def _interleaved(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
     first, labels = batches[0]
     if not all(fits(first, inputs) for inputs, _ in batches):
         return batches
-    whole = joined([inputs for inputs, _ in batches], len(labels))
+    whole = concat_batches([inputs for inputs, _ in batches], len(labels))
     labels = torch.cat([labels for _, labels in batches])
     seen: dict[int, int] = {}
     turns = []
@@ -173,4 +191,4 @@ def _interleaved(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
         turns.append(seen.get(label, 0))
         seen[label] = turns[-1] + 1
     order = torch.tensor(turns).argsort(stable=True)
-    return [(chosen(whole, order, len(labels)), labels[order])]
+    return [(index_samples(whole, order, len(labels)), labels[order])]

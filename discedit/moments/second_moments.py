@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from discedit.backends import select
 from discedit.common import files, validation
 from discedit.common.window import Window
-from discedit.model.forward import call, chosen, hooked, outside_inference_mode, samples_in, without_autocast
+from discedit.model.forward import call, hooked, index_samples, outside_inference_mode, samples_in, without_autocast
 from discedit.model.sharded import unwrapped
 from discedit.model.trace import ModelTrace, is_layer
 from discedit.moments import positions as sampling
@@ -358,7 +358,7 @@ class _SecondMomentPass(Pass[SecondMoments]):
             index = torch.isin(labels[:counted].cpu(), torch.tensor(self.moments.classes)).nonzero().flatten()
             if not self.group.alone and not len(index):  # the others may wait for this process in the model
                 return self.idle(inputs)
-            inputs = chosen(inputs, index, samples)
+            inputs = index_samples(inputs, index, samples)
             samples = counted = len(index)
         if samples:
             self.samples, self.counted = samples, counted

@@ -276,7 +276,7 @@ def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,}{share}"
 
 
-def joined(model: nn.Module, edits: list[Edit], inplace: bool) -> Edit:
+def compose_edits(model: nn.Module, edits: list[Edit], inplace: bool) -> Edit:
     """One edit that does what these, made one after the other, did.
 
     Recipes look at a module's attributes before they change anything, so each is changed once, at the end.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discedit.model.forward import call, device_of, split, undisturbed
-from discedit.moments.calibration import batch_norms, samples_of
+from discedit.model.forward import call, device_of, frozen_eval, unpack_batch
+from discedit.moments.calibration import batch_norms, batch_size_of
 
 Replaced = tuple[dict[str, Tensor], dict[str, Tensor]]  # buffers by name, before and after
 
@@ -70,14 +70,14 @@ def _estimated(model: nn.Module, data: Iterable[Any]) -> dict[str, Tensor]:
     momenta = {name: module.momentum for name, module in norms.items()}
     device = device_of(model)
     index, seen = -1, 0
-    with undisturbed(model):
+    with frozen_eval(model):
         try:
             for module in norms.values():
                 module.reset_running_stats()
                 module.train()
             for index, batch in enumerate(data):
-                inputs, _ = split("prune", batch, index, device, labels_needed=False)
-                samples = samples_of("prune", inputs)
+                inputs, _ = unpack_batch("prune", batch, index, device, labels_needed=False)
+                samples = batch_size_of("prune", inputs)
                 if samples < 2:
                     continue
                 seen += samples

@@ -23,11 +23,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from discedit.common.warning import warn
-from discedit.model.forward import call, first_tensor, undisturbed, version_of
+from discedit.model.forward import call, first_tensor, frozen_eval, version_of
 from discedit.model.functional import LayersCalled
 from discedit.model.trace import ModelTrace, is_layer
 from discedit.moments.calibration import PARTS, HeldOut, scale_of
-from discedit.moments.covariances import Fit, Sums
+from discedit.moments.covariances import LayerMoments, Sums
 from discedit.moments.positions import Positions, matrix_of
 from discedit.repair.lockstep import Pause, in_lockstep
 
@@ -77,9 +77,23 @@ class Repairs:
         self.skipped[layer] = why
 
 
+@dataclass(frozen=True)
+class Protected:
+    """Images for which no layer is to give anything else than it gives before its own repair.
+
+    New weights are drawn towards those that make no difference there.
+
+    Attributes:
+        inputs: in parts.
+        weight: how much they count, all together, beside all of those that a repair is fitted to.
+    """
+
+    inputs: Sequence[Any] = ()
+    weight: float = 0.0
+
+
 def repaired(
     op: str,
-    model: nn.Module,
     edited: nn.Module,
     consumers: Iterable[str],
     removed: Mapping[str, list[int]],
@@ -87,41 +101,37 @@ def repaired(
     inputs: Sequence[Any],
     *,
     weights: bool,
-    silenced: Mapping[str, list[int]] | None = None,
-    protected: Sequence[Any] = (),
-    protection: float = 0.0,
+    ablated: Mapping[str, list[int]] | None = None,
+    protected: Protected = Protected(),
     ignore: Collection[str] = (),
 ) -> Repairs:
     """Repairs `edited` in place, in one forward pass of each model, and returns what it set.
 
     Args:
         op: what asks, for errors.
-        model: before pruning.
-        edited: after it; the same module names.
+        edited: the model after pruning; the same module names.
         consumers: the layers that read removed components.
         removed: layer -> the output rows that it has lost.
         trace: of the model before pruning.
         inputs: images in parts, see `calibration`.
         weights: least squares; otherwise the bias alone.
-        silenced: layer -> output rows that keep the weights that they have.
-        protected: images, in parts, for which no layer is to give anything else than it gives before its own repair:
-            new weights are drawn towards those that make no difference there.
-        protection: how much these count, all together, beside all of `inputs`.
+        ablated: layer -> output rows that keep the weights that they have.
+        protected: beside `inputs`.
         ignore: layers to leave as they are.
     """
     result, after = Repairs(), trace.of_copy(edited)
     names = _to_fit(trace, after, set(consumers), ignore, result)
     norms = {name: after.bias_norm(name) for name in names}
-    fitter = _LayerFitter(op, after, norms, weights, silenced or {}, protection, result)
+    fitter = _LayerFitter(op, after, norms, weights, ablated or {}, protected.weight, result)
     works = []
-    with undisturbed(model), undisturbed(edited):
-        for part, batch in enumerate([*inputs, *protected]):
+    with frozen_eval(trace.model), frozen_eval(edited):
+        for part, batch in enumerate([*inputs, *protected.inputs]):
             protects = part >= len(inputs)
-            parts = len(protected if protects else inputs)
+            parts = len(protected.inputs if protects else inputs)
             seed = part + (PARTS * len(names) - len(inputs) if protects else 0)  # another draw for each part
             targets = {name: _Target(removed.get(name, ()), PARTS * i + seed, parts) for i, name in enumerate(names)}
             with _Before(trace, targets):
-                call(model, batch)
+                call(trace.model, batch)
             works.append(partial(_pass_after, batch, targets, fitter, protects, after))
         in_lockstep(op, works, fitter.fit)
     return result
@@ -146,7 +156,7 @@ def _to_fit(
     return names
 
 
-def ridge_regression(op: str, fit: Fit, weights: Tensor, ridge: float, guard: Tensor | None = None) -> Tensor:
+def ridge_regression(op: str, fit: LayerMoments, weights: Tensor, ridge: float, guard: Tensor | None = None) -> Tensor:
     """The weights (outputs, inputs) that give y from x, drawn towards the given ones.
 
     Args:
@@ -375,7 +385,7 @@ class _LayerFitter:
         op: what asks, for errors.
         trace: of the model that is repaired.
         norms: layer -> the batch norm behind it that can take a bias; asked for before there are hooks.
-        weights, silenced, protection: as for `repaired`.
+        weights, ablated: as for `repaired`; protection: the weight of what is protected.
         sums, guards: of samples to fit, and of protected ones.
     """
 
@@ -383,7 +393,7 @@ class _LayerFitter:
     trace: ModelTrace
     norms: Mapping[str, nn.Module | None]
     weights: bool
-    silenced: Mapping[str, list[int]]
+    ablated: Mapping[str, list[int]]
     protection: float
     result: Repairs = field(default_factory=Repairs)
     sums: dict[str, Sums] = field(default_factory=dict)
@@ -393,14 +403,14 @@ class _LayerFitter:
         layer: Any = self.trace.model.get_submodule(name)
         fit = self.sums.pop(name).fit()
         matrix = matrix_of(layer).double()
-        silenced = self.silenced.get(name, [])
+        ablated = self.ablated.get(name, [])
         if self.weights:
             fitted = ridge_regression(self.op, fit, matrix, RIDGE, self._guard(name, fit.mean_x))
-            fitted[silenced] = matrix[silenced]
+            fitted[ablated] = matrix[ablated]
             self.result.set(name, f"{name}.weight", layer.weight, fitted.view_as(layer.weight))
             matrix = matrix_of(layer).double()  # as the layer now has it
         missing = fit.mean_y - matrix @ fit.mean_x  # beyond the layer's own bias, which is no part of the target
-        missing[silenced] = 0
+        missing[ablated] = 0
         self.result.shift(name, self.trace, self.norms[name], missing)
 
     def _guard(self, name: str, mean: Tensor) -> Tensor | None:
@@ -423,7 +433,7 @@ def take_back(
     held_out: HeldOut,
     *,
     sums: bool = True,
-    silenced: Mapping[str, list[int]] | None = None,
+    ablated: Mapping[str, list[int]] | None = None,
 ) -> None:
     """Undoes, in `edited` and in `repairs`, the repair of each layer that gives more error than none.
 
@@ -440,12 +450,12 @@ def take_back(
         ValueError: feature maps of `model` that are not finite.
     """
     after = trace.of_copy(edited)
-    with undisturbed(model), undisturbed(edited):
+    with frozen_eval(model), frozen_eval(edited):
         while repairs.layers:
             targets = {name: _Target(removed.get(name, ()), seed, PARTS) for seed, name in enumerate(repairs.layers)}
             with _Before(trace, targets, sums=sums):
                 call(model, held_out.inputs)
-            with _HeldOutCheck(op, after, targets, repairs, silenced or {}, held_out) as check:
+            with _HeldOutCheck(op, after, targets, repairs, ablated or {}, held_out) as check:
                 call(edited, held_out.inputs)
             for name in [name for name in repairs.layers if name not in check.judged]:
                 check.put(name, repairs.before)
@@ -463,11 +473,11 @@ class _HeldOutCheck(ActivationTracker):
         trace: ModelTrace,
         targets: Mapping[str, _Target],
         repairs: Repairs,
-        silenced: Mapping[str, list[int]],
+        ablated: Mapping[str, list[int]],
         held_out: HeldOut,
     ) -> None:
         super().__init__(trace, targets)
-        self.op, self.repairs, self.silenced, self.held_out = op, repairs, silenced, held_out
+        self.op, self.repairs, self.ablated, self.held_out = op, repairs, ablated, held_out
         self.waiting: dict[str, Tensor] = {}  # what layers read whose output is to be added
         self.judged: set[str] = set()
         self.stale = False  # layers behind have read what has changed since
@@ -539,7 +549,7 @@ class _HeldOutCheck(ActivationTracker):
         def squares_of(rows: Tensor) -> Tensor:
             """Of each sample."""
             rows = rows.double()
-            rows[:, self.silenced.get(name, [])] = 0  # no repair touches them
+            rows[:, self.ablated.get(name, [])] = 0  # no repair touches them
             return rows.square().view(len(x), -1).sum(1)
 
         repaired = squares_of(error(output))
@@ -589,7 +599,7 @@ class Outputs:
         self.expected = self._of(model)
 
     def _of(self, model: nn.Module) -> Tensor | None:
-        with undisturbed(model):
+        with frozen_eval(model):
             found = first_tensor(call(model, self.held_out.inputs))
         return found.double() if found is not None and found.is_floating_point() else None
 

@@ -15,7 +15,7 @@ from discedit.model.forward import outside_modes
 from discedit.model.sharded import unwrapped
 from discedit.model.trace import ModelTrace, components_in
 from discedit.moments.calibration import calibrated, scale_of
-from discedit.moments.covariances import Fit, fits_of
+from discedit.moments.covariances import LayerMoments, fits_of
 from discedit.moments.positions import matrix_of
 from discedit.scoring.scores import REDUCTIONS, Scores
 from discedit.selection.candidates import Candidates
@@ -264,7 +264,7 @@ def _output_weight(trace: ModelTrace, name: str, scores: Mapping[str, Tensor]) -
 class ConsumerStatistics:
     """What a layer reads, its weights, and what a change of its outputs counts."""
 
-    fit: Fit
+    fit: LayerMoments
     channels: int  # that it reads
     weights: Tensor  # (outputs, inputs)
     output_weight: Tensor  # (outputs,)

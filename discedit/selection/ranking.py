@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from discedit.common import validation
 from discedit.graph.pruning_graph import Graph
-from discedit.model.forward import chosen
+from discedit.model.forward import index_samples
 from discedit.moments.calibration import SAMPLES
-from discedit.moments.forget_retain import Classified
+from discedit.moments.forget_retain import ForgetRetainSplit
 from discedit.scoring.scores import Scores
 from discedit.selection.importance import fidelities
 
@@ -193,7 +193,7 @@ class MaxDamage(Limit):
 
 
 def rank_by_fidelity(
-    model: nn.Module, graph: Graph, units: Units, data: Classified, by: str
+    model: nn.Module, graph: Graph, units: Units, data: ForgetRetainSplit, by: str
 ) -> tuple[list[Ranking], dict[str, str]]:
     """A ranking for each class to forget, in their order; and layer -> why it is in none.
 
@@ -229,13 +229,13 @@ def _spread(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std(correction=0))
 
 
-def _samples_of_class(data: Classified, cls: int) -> list[Any]:
+def _samples_of_class(data: ForgetRetainSplit, cls: int) -> list[Any]:
     """Samples of one class to forget, in parts."""
     parts = []
     for inputs, labels in data.labelled("forget", SAMPLES):
         places = (labels == cls).nonzero()[:, 0]
         if len(places):
-            parts.append(chosen(inputs, places, len(labels)))
+            parts.append(index_samples(inputs, places, len(labels)))
     if not parts:
         raise ValueError(f"unlearn: data must hold samples of every class to forget, it holds none of class {cls}.")
     return parts
