@@ -195,24 +195,19 @@ def patch_moments(
 ) -> tuple[int, Tensor, Tensor]:
     """Mean and scatter of the patches of each channel that a convolution reads, over samples and output positions.
 
-    With them, the variance of what one input channel adds to an output, for any weight w of K = rows x columns taps, is
-    one product: w' scatter w / count.
-
     Args:
         x: feature map (samples, channels, height, width), float16, bfloat16, float32 or float64, any strides. Taps
             outside the map count as 0.
         kernel_size, stride, dilation: of the convolution: an integer of at least 1 or a pair (rows, columns).
         padding: zeros around the map: an integer, a pair (rows, columns) or four (top, bottom, left, right).
         positions: flat output positions (row * output width + column), the same for every sample: shape (positions,),
-            int64, on the device of x; one that is named twice counts twice. By default all. On a GPU, looking whether
-            they are in range waits for it.
+            int64, on the device of x; one that is named twice counts twice. By default all.
 
     Returns:
         The number of patches of a channel, samples x positions; their mean, shape (channels, K), and the scatter matrix
         about it, shape (channels, K, K), both float64, taps in the order of ``weight[output, channel].flatten()``.
-        Zeros without patches. The scatter is symmetric to the bit, and positive semidefinite up to rounding; backend
-        "cpp" rounds differences from the channel's middle to float32 unless x is float64. NaN or Inf in a patch makes
-        the moments of that channel's taps that see it non-finite, and no others'.
+        Zeros without patches. The scatter is symmetric to the bit; backend "cpp" rounds differences from the channel's
+        middle to float32 unless x is float64. NaN or Inf makes the moments of the taps that see it non-finite.
 
     Raises: TypeError, ValueError: as above; also for an empty map, or a kernel that is larger than the padded map.
 

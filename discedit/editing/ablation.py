@@ -65,30 +65,24 @@ class AblateComponents:
     """Unlearning that makes the components that tell the classes to forget best give a constant.
 
     Args:
-        limit: how many for each class: `TopFraction`, `TopK`, `AboveDeviations` or `MaxDamage`. By default the target
-            ``forget_accuracy=0.05`` when data is given, else ``TopFraction(0.06)``; with a repair, which a search would
-            do at every step, of 0.06 ("mean") or 0.08 ("least_squares").
-        by: what ranks them. "score"; "specific": the score minus the highest that the component has for a class that
-            stays. By samples in `data`, up to 1,024 of each kind, where one component can be told from another:
-            "fidelity", in [0, 1]: how much of what the layers that read it give it gives alone, with the best factor,
-            on samples of the class; "contrast": that minus the same on samples of the classes that stay.
+        limit: how many for each class: `TopFraction`, `TopFractionOfEach`, `TopK`, `AboveDeviations` or `MaxDamage`. By
+            default the target ``forget_accuracy=0.05`` when data is given, else ``TopFraction(0.06)``; with the repair
+            "mean" of 0.06, with "least_squares" of 0.08.
+        by: what ranks them: "score"; "specific", the score minus the highest for a class that stays; or, on data, how
+            much of what its consumers get a component gives alone on the class: "fidelity", and "contrast", that minus
+            the same on classes that stay.
         sign: "up": only components more active for the class than for the rest; "any". Fidelities have none.
-        components: "rows" (filters and neurons, ranked together, of the last third of the layers by default) or "heads"
-            of attention, which are edited as a whole by their rows of the values, found on `example_inputs`.
-        scale: what an output is multiplied by: 0, between 0 and 1 (attenuated), -1 (negated); not 1.
-        around: an output y behind the layer's norm becomes m + scale * (y - m). "mean": m is its mean over 256 samples
-            of the classes that stay; "zero": 0; "auto": "mean" with data, where every chosen layer has a bias that can
-            carry it, and "zero" where no edit around the mean meets a target that one around zero meets.
-        repair: "none"; "mean": biases of the layers behind; "least_squares" or `LeastSquares`: their weights, too, on
-            samples of the classes that stay, as in `prune`.
-        remove: also remove the zeroed components physically, where nothing shares them; needs `example_inputs`. What
-            stays zeroed is in `Edit.skipped`.
+        components: "rows" (filters and neurons, by default of the last third of the layers) or "heads" of attention.
+        scale, around: an output y behind the layer's norm becomes m + scale * (y - m), m its mean over 256 samples that
+            stay ("mean") or 0 ("zero"); "auto": "mean" with data, where every layer has a bias that can carry it, and
+            "zero" where that meets a target and the mean does not. `scale` is not 1.
+        repair: of the layers behind, on samples that stay: "none", "mean" (biases), "least_squares" or `LeastSquares`.
+        remove: also remove the zeroed components physically, where nothing shares them; needs `example_inputs`.
 
     Raises:
         ValueError, TypeError: a field out of its range; a sign for fidelities; `remove` unless zeroed.
 
-    Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (there the top components of each layer, of any sign:
-    `preset("discedit_u")`).
+    Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (`preset("discedit_u")`); the rest: docs/unlearning.md.
     """
 
     limit: Limit | None = None

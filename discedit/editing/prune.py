@@ -91,33 +91,31 @@ def prune(
 ) -> Edit:
     """Remove components of a network; the result is a smaller, plain torch module, and the model is unchanged.
 
-    The least important ones go with all that hangs on them. Each removal is checked: it must be the same function as
-    hiding the components from the layers that read them. Layers where it is not stay whole; `Edit.skipped` says why.
+    The least important go with all that hangs on them. Each removal must be the same function as hiding the components
+    from the layers that read them; layers where it is not stay whole, and `Edit.skipped` says why.
 
     Args:
         model: the model that `scores` came from.
-        scores: from `discedit.score`; or importances of one's own, layer -> (rows of the layer,), higher = keep; or
-            None for criteria that need no scores, and so no labels.
-        example_inputs: a tensor, or a tuple or dict of arguments, that the model can run on. Shows what hangs on what.
+        scores: from `discedit.score`; or importances, layer -> (rows of the layer,), higher = keep; or None for
+            criteria that need no scores, and so no labels.
+        example_inputs: a tensor, or a tuple or dict of arguments, that the model can run on.
         data: batches (labels are not used) for the criterion and the repair.
         budget: `Ratio`, `GlobalRatio`, `Threshold`, `MaxParameters` or `MaxMacs`; or one of ``ratio=0.3``,
             ``global_ratio=``, ``threshold=``, ``parameters=`` and ``macs=`` in its place.
         criterion: of importance, "auto" or one of those in docs/pruning.md.
-        repair: what follows the removal, in closed form: "least_squares", "mean", "compensation", "batchnorm", "none";
-            "auto": "least_squares" when data is given, else "none".
-        components: one or several of "filters" (of convolutions), "neurons" (of linear layers), "heads" (of attention),
-            "stream" (channels to which several layers add), or "all"; and "outputs": what the model gives beside its
-            logits, which otherwise keeps its shape, loses channels with the layers that give it.
-        layers, ignore: names of the layers to prune, by default all that can be; names of layers to leave whole.
+        repair: in closed form: "least_squares", "mean", "compensation", "batchnorm", "none"; "auto": "least_squares"
+            when data is given, else "none".
+        components: one or several of "filters", "neurons", "heads", "stream" (channels to which several layers add), or
+            "all"; and "outputs": what the model gives beside its logits may lose channels.
+        layers, ignore: names of layers to prune, by default all that can be; of layers to leave whole.
 
     Returns:
-        `Edit` with the smaller model, its recipe and a summary. A target that cannot be met gives the smallest model
-        that the limits allow, and a warning.
+        `Edit`. A target that cannot be met gives the smallest model that the limits allow, and a warning.
 
     Raises:
-        ValueError: no budget, several, or one out of range or too small to remove anything; scores of another model; a
-            layer in `layers` that cannot be pruned, or nothing that can; a criterion or repair without the data or
-            scores that it needs; a model that does not run on `example_inputs`.
+        ValueError: no budget, several, or one out of range; scores of another model; a layer in `layers` that cannot be
+            pruned, or nothing that can; a criterion or repair without what it needs; a model that does not run on
+            `example_inputs`.
 
     Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (criterion="min", repair="none"); others: docs/pruning.md.
     """

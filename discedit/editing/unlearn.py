@@ -37,32 +37,30 @@ def unlearn(
 ) -> Edit:
     """Edit what tells the given classes from the rest, so that the model no longer recognises them.
 
-    No guarantee of privacy: what the model learned from the class may still be found in what is left of it
-    (docs/evaluation.md). The model is unchanged; ``edit.recipe.apply(model, inplace=True)`` changes it.
+    No guarantee of privacy: what the model learned from the class may still be found in it (docs/evaluation.md). The
+    model is unchanged; ``edit.recipe.apply(model, inplace=True)`` changes it.
 
     Args:
         model: the model that `scores` came from.
         scores: from `discedit.score`.
         classes: class indices to forget, or a predicate on them, such as ``lambda label: label >= 5``.
         method: `EraseDirections`, `AblateComponents` or `ModHiFiU`, or its name ("erase_directions",
-            "ablate_components", "modhifi"). "auto": directions are erased when data is given and there is a layer
-            that they can be erased from, else components are ablated.
+            "ablate_components", "modhifi"). "auto": directions are erased when data is given and there is a layer that
+            they can be erased from, else components are ablated.
         forget_accuracy, retain_drop: targets in [0, 1], one or both, for the accuracy on `data` of the classes to
-            forget (of up to 128 samples) and for what the others lose, each a mean over classes. The smallest edit that
-            forgets so much is searched for; with `retain_drop` alone the largest that loses no more. A target that is
-            missed gives a warning, and ``recipe.settings["targets"]`` says by how much.
+            forget and for what the others lose, each a mean over classes. The smallest edit that forgets so much is
+            searched for; with `retain_drop` alone the largest that loses no more. One that is missed gives a warning.
         layers: names of layers to edit; by default the method's own choice.
-        data: labelled batches of all classes, for what measures or estimates anything. Held in memory are up to 4,096
-            samples of the classes that stay and 1,024 of those to forget, as many of each class.
+        data: labelled batches of all classes. Held in memory are up to 4,096 samples of the classes that stay and 1,024
+            of those to forget.
         example_inputs: as for `discedit.prune`, for heads and removal.
 
     Returns:
-        `Edit` with the edited model, its recipe and a summary. Layers that, when run, do not give what the recipe says
-        are left as they were, and `Edit.skipped` names them.
+        `Edit`. Layers that, when run, do not give what the recipe says are left alone, and `Edit.skipped` names them.
 
     Raises:
-        ValueError: unknown classes or classes without samples, scores of another model, no component or layer to choose
-            from, a target out of range, or a method without the data or inputs that it needs.
+        ValueError: unknown classes or classes without samples, scores of another model, nothing to choose from, a
+            target out of range, or a method without the data or inputs that it needs.
 
     Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024.
     """

@@ -40,9 +40,8 @@ def report(
 ) -> Path:
     """Write one HTML page about scores, and about edits, accuracies and settings where they are given.
 
-    The page holds all that it shows: no script, nothing from the network. Light and dark, on paper and on a phone. What
-    comes from outside (names, titles, settings) is text in it, whatever it looks like. Of more than 40 classes, or more
-    than 128 components of a layer, groups are shown, and the page says so. Deterministic: the same arguments give the
+    It holds all that it shows: no script, nothing from the network. Names, titles and settings are text in it, whatever
+    they look like. Of more than 40 classes, or 128 components of a layer, groups are shown. The same arguments give the
     same bytes.
 
     Args:
