@@ -501,6 +501,14 @@ def test_bad_options(net, options, message):
         cut(net, **options)
 
 
+@pytest.mark.parametrize("criterion", ["max", "mean", "min"])
+def test_criteria_of_scores_need_no_data(criterion, trained, digit_scores):
+    """Also "mean", which a repair that needs data is called, too."""
+    edit = prune(trained[0], digit_scores, ratio=0.5, criterion=criterion, layers=["fc1"], example_inputs=X)
+    lowest = digit_scores.reduce(criterion)["fc1"].argsort(stable=True)[:32]
+    assert edit.recipe.components["fc1"] == sorted(lowest.tolist())
+
+
 def test_an_unknown_criterion(trained, digit_scores):
     with pytest.raises(ValueError, match="prune: criterion must be one of .* got 'taylor'"):
         prune(trained[0], digit_scores, ratio=0.5, criterion="taylor", example_inputs=X)
