@@ -30,7 +30,7 @@ from benchmarks import held_out
 from benchmarks._common import Log, paired_ratio, seconds
 from benchmarks.latency import latency_ratio
 from benchmarks.rivals import chip, torch_pruning_importance, tvsprune
-from discedit import Edit, MaxMacs, Ratio, Scores, collect_moments, importances, prune, score, zoo
+from discedit import Edit, MaxMacs, Random, Ratio, Scores, collect_moments, importances, prune, score, zoo
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.model.size import count_macs
 
@@ -100,7 +100,8 @@ class Bench:
     def _importance(self, criterion: str, seed: int) -> dict[str, Tensor]:
         if criterion in OURS:
             data = self.train if criterion in OF_READERS else None
-            return importances(self.model, self.scores(), criterion, example_inputs=self.example, data=data, seed=seed)
+            kind = Random(seed) if criterion == "random" else criterion
+            return importances(self.model, self.scores(), kind, example_inputs=self.example, data=data)
         layers = list(self.importance("l1"))
         if criterion == "chip":
             readers = {layer: layer.replace("conv1", "conv2") for layer in layers}

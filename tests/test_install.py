@@ -130,7 +130,7 @@ def test_installs_without_a_compiler_and_says_so(without_compiler):
     assert "no C++ compiler found when discedit was installed (looked for no-such-compiler)" in said
     assert not list((unpacked / "discedit").glob("_cpu.*so"))
     report = run_in(unpacked, "from discedit.cli.main import main; main(['doctor'])")
-    assert "cpp        cannot run  not built: no C++ compiler found when discedit was installed" in report
+    assert "cpp        cannot run  discedit._cpu not built: no C++ compiler found when discedit was installed" in report
     assert "reference  runs" in report
 
 

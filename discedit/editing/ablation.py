@@ -232,10 +232,11 @@ class AblateComponents:
 class ModHiFiU(AblateComponents):
     """ModHiFi-U: components of highest fidelity on the class to forget give zero, or are negated.
 
+    Its fields are those of `AblateComponents`, with other defaults.
+
     Args:
         by: "fidelity", or "contrast", which is not from there.
         scale: None: -1 where the model has a layer norm, else 0.
-        The others as for `AblateComponents`.
 
     Source: Kashyap, Murti, Nayak, Narshana and Bhattacharyya, ModHiFi, NeurIPS 2025, there a given share of the last
     layers.
