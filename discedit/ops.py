@@ -64,7 +64,8 @@ def pool(x: Tensor, *, statistic: str | Names = "mean", layout: str = "auto", ba
         of the sum of the absolute terms. NaN in a map makes every statistic of that map NaN ("cls": NaN in its own
         token); Inf counts as a value.
 
-    Raises: TypeError, ValueError: as above; also for an empty map, or a statistic named twice.
+    Raises:
+        TypeError, ValueError: as above; also for an empty map, or a statistic named twice.
 
     Equivalent to ``x.double().mean((2, 3))`` for the mean of a map of shape (N, C, H, W).
 
@@ -118,8 +119,9 @@ def class_moments(  # type: ignore[misc]  # above stands what tells the two apar
         `ClassMoments`; `VectorMoments` for the witness "vector". NaN or Inf in a map, or exp(-scale t) beyond the range
         of float64, makes the moments of that class and channel non-finite.
 
-    Raises: TypeError, ValueError: as above; `out` is then unchanged. On a GPU nothing waits to see the labels: one
-    outside the range is a device-side assertion, as in torch's own indexing.
+    Raises:
+        TypeError, ValueError: as above; `out` is then unchanged. On a GPU nothing waits to see the labels: one
+            outside the range is a device-side assertion, as in torch's own indexing.
 
     Equivalent to ``t = pool(x)``, then for class k ``own = t[labels == k]``, ``own.mean(0)`` and
     ``((own - own.mean(0)) ** p).sum(0)`` for p = 2, 3, 4. Source: merging after Chan, Golub and LeVeque 1979 and Pebay
@@ -165,7 +167,10 @@ def merge_moments(a: Kind, b: Kind, *, backend: str = "auto") -> Kind:
     Args:
         a, b: two `ClassMoments` or two `VectorMoments` of the same shape on the same device.
 
-    Raises: TypeError, ValueError: as above. Source: Chan, Golub and LeVeque 1979; Pebay 2008.
+    Raises:
+        TypeError, ValueError: as above.
+
+    Source: Chan, Golub and LeVeque 1979; Pebay 2008.
 
     >>> left = class_moments(torch.tensor([[1.0]]), torch.tensor([0]), 1)
     >>> right = class_moments(torch.tensor([[3.0]]), torch.tensor([0]), 1)
@@ -209,7 +214,8 @@ def patch_moments(
         Zeros without patches. The scatter is symmetric to the bit; backend "cpp" rounds differences from the channel's
         middle to float32 unless x is float64. NaN or Inf makes the moments of the taps that see it non-finite.
 
-    Raises: TypeError, ValueError: as above; also for an empty map, or a kernel that is larger than the padded map.
+    Raises:
+        TypeError, ValueError: as above; also for an empty map, or a kernel that is larger than the padded map.
 
     Equivalent to ``p = unfold(x[:, i : i + 1].double(), kernel_size, dilation, padding, stride)`` for each channel i,
     then ``p.mean((0, 2))`` and the sum over samples and positions of the outer products of ``p - mean``. Source: needed
@@ -246,7 +252,8 @@ def fisher_bound(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor, *, ba
         is charged against the bound. A direction without variance counts as perfectly separating when the means differ
         along it (1) and as useless when they do not (0). NaN for non-finite moments.
 
-    Raises: TypeError, ValueError: as above.
+    Raises:
+        TypeError, ValueError: as above.
 
     Equivalent to ``F / (2 + F)`` with ``F = (mean1 - mean2) @ inv(cov1 + cov2) @ (mean1 - mean2)``, the Fisher
     discriminant ratio. Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024.
@@ -389,8 +396,9 @@ def one_vs_rest(
         when fewer than two classes have any. A channel that is constant and equal in a class and the rest scores 0,
         constant and different 1. "The rest" weighs each class by its sample count.
 
-    Raises: TypeError, ValueError: as above; also for a witness that the state or the bound does not serve, and, by
-    "certified", for moments that no law on value_range has.
+    Raises:
+        TypeError, ValueError: as above; also for a witness that the state or the bound does not serve, and, by
+            "certified", for moments that no law on value_range has.
 
     Equivalent to `minimax_bound` or another of the witness's moments under each class and all others. Source: Murti and
     Bhattacharyya, DISCEDIT, NeurIPS 2024; "certified": Maurer and Pontil 2009.
