@@ -188,9 +188,9 @@ def test_solve_without_variance_keeps_the_weights():
 def test_solve_of_moments_that_are_not_finite_comes_to_an_end():
     """In a process of its own, since a loop without end could not be told from inside."""
     code = (
-        "import torch; from discedit.repair.least_squares import Fit, ridge_regression\n"
+        "import torch; from discedit.repair.least_squares import LayerMoments, ridge_regression\n"
         "n = torch.full((2, 2), float('nan')).double()\n"
-        "try: ridge_regression('prune', Fit(n[0], n[0], n, n, n[0]), torch.zeros(2, 2).double(), 1e-3)\n"
+        "try: ridge_regression('prune', LayerMoments(n[0], n[0], n, n, n[0]), torch.zeros(2, 2).double(), 1e-3)\n"
         "except (ValueError, RuntimeError): pass"
     )
     subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
