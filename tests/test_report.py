@@ -230,9 +230,9 @@ def test_edits_show_which_components_went_where(page, run):
             first, _, last = part.partition("\u2013")
             spelled += range(int(first), int(last or first) + 1)
         assert spelled == sorted(channels)
-    silenced = run["edits"]["rows"].recipe
-    assert f"{sum(map(len, silenced.components.values()))} of " in text.partition("rows unlearn")[2]
-    assert "silenced" in text
+    ablated = run["edits"]["rows"].recipe
+    assert f"{sum(map(len, ablated.components.values()))} of " in text.partition("rows unlearn")[2]
+    assert "ablated" in text
     for layer, bounds in run["edits"]["directions"].recipe.settings["directions"].items():
         assert re.search(rf"{layer} ?{len(bounds)} .*{bounds[0]:.2f}", text), layer
     assert "To forget: digit 3" in text

@@ -124,7 +124,7 @@ def test_classes_may_be_any_kind_of_index(trained, digit_scores):
 
 def test_summary(trained, digit_scores):
     text = unlearn_with(trained[0], digit_scores, classes=[1]).summary()
-    assert "silenced" in text
+    assert "ablated" in text
     assert "of 64" in text
     assert "parameters: 60,714 -> 60,714" in text
 

@@ -119,7 +119,7 @@ def prune_model(
     """Mask the channels with the lowest scores in every layer, in place: their weights, biases and norms.
 
     What is behind the norm is then 0, as if the channel were removed. Masks made before stay, and the channels that
-    they silence count as gone.
+    they ablate count as gone.
 
     Args:
         model: has the layers that the scores name: convolutions and linear layers.

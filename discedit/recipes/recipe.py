@@ -41,7 +41,7 @@ class Recipe:
     Attributes:
         edit: "prune" or "unlearn".
         settings: the arguments that led to it, for the reader.
-        components: layer name -> the channels that were removed or silenced; none where directions were erased.
+        components: layer name -> the channels that were removed or ablated; none where directions were erased.
         architecture: tensor name -> shape, of the model before the edit.
         operations: what is done, in order.
         tensors: "set.I" the values that operation I writes, "undo.I" those that it replaced.
@@ -239,7 +239,7 @@ class Edit:
     def summary(self) -> str:
         """A table of what went from each layer, and what it cost."""
         directions = self.recipe.settings.get("directions", {})
-        verb = "removed" if self.recipe.edit == "prune" else "directions" if directions else "silenced"
+        verb = "removed" if self.recipe.edit == "prune" else "directions" if directions else "ablated"
         names = [*self.recipe.components, *directions, *self.skipped]
         width = max((len(name) for name in names), default=5)
         lines = [f"{'layer':{width}}  {verb:>12}"]

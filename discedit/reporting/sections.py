@@ -279,7 +279,7 @@ def _strongest(values: Tensor, direction: Tensor | None, names: Names) -> list[t
 
 
 def edit(title: str, made: Edit | Recipe, scores: Scores, names: Names) -> dict[str, Any]:
-    """What one edit removed, silenced or erased, and where."""
+    """What one edit removed, ablated or erased, and where."""
     whole_edit = made if isinstance(made, Edit) else None
     recipe = _recipe(made)
     rows = []
@@ -303,7 +303,7 @@ def edit(title: str, made: Edit | Recipe, scores: Scores, names: Names) -> dict[
     return {
         "title": title,
         "kind": recipe.edit,
-        "done": {"prune": "removed", "unlearn": "silenced"}.get(recipe.edit, "changed"),
+        "done": {"prune": "removed", "unlearn": "ablated"}.get(recipe.edit, "changed"),
         "rows": rows,
         "gone": gone,
         "whole": whole,
