@@ -16,7 +16,6 @@ from benchmarks.options import with_method
 from discedit import iterative_prune, ops, prune, unlearn
 from discedit.backends import triton_interprets
 from discedit.common.state import ClassMoments, State, VectorMoments
-from discedit.graph.pruning_graph import KINDS
 from discedit.selection.budget import BUDGETS, AcrossLayers
 from discedit.selection.importance import COMPONENTS
 
@@ -187,7 +186,7 @@ def prune_with(model, scores=None, *, keep_outputs=True, steps=1, rescore=None, 
         options["budget"] = BUDGETS[name](options.pop(name), **limits)
     if not keep_outputs:
         kinds = options.get("components", COMPONENTS)
-        options["components"] = (*(KINDS if kinds == "all" else kinds), "outputs")
+        options["components"] = (*([kinds] if isinstance(kinds, str) else kinds), "outputs")
     if steps == 1 and rescore is None:
         return prune(model, scores, **options)
     return iterative_prune(model, scores, steps=steps, rescore=rescore, **options)

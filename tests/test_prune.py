@@ -509,6 +509,12 @@ def test_criteria_of_scores_need_no_data(criterion, trained, digit_scores):
     assert edit.recipe.components["fc1"] == sorted(lowest.tolist())
 
 
+def test_all_kinds_beside_outputs(net):
+    every, outputs = (cut(net, ratio=0.3, components="all", keep_outputs=keep) for keep in (True, False))
+    assert outputs.recipe.settings["components"] == [*every.recipe.settings["components"], "outputs"]
+    assert outputs.recipe.components == every.recipe.components  # this network gives its logits alone
+
+
 def test_an_unknown_criterion(trained, digit_scores):
     with pytest.raises(ValueError, match="prune: criterion must be one of .* got 'taylor'"):
         prune(trained[0], digit_scores, ratio=0.5, criterion="taylor", example_inputs=X)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from discedit.common import validation
 from discedit.common.warning import warn
 from discedit.editing.concept_erasure import check_scale
-from discedit.editing.recording import record
 from discedit.editing.row_operations import AROUND, bias_of, scaled_rows, why_not_scaled, wrong_rows
 from discedit.editing.target_search import FORGET, Problem, search
 from discedit.graph.pruning_graph import Graph, unseen_message
 from discedit.model.forward import call, device_of, first_tensor, frozen_eval, to_device
-from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits
+from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits, record
 from discedit.repair.least_squares import Outputs, Protected, repaired, take_back
 from discedit.selection.candidates import check_layers, why_not_editable
 from discedit.selection.ranking import (
@@ -170,7 +169,6 @@ class AblateComponents:
             raise ValueError(f"unlearn: a limit and targets cannot be given together, got {self.limit} and {given}.")
         needs = {
             f"by={self.by!r}": self.by in OF_DATA,
-            "targets": bool(problem.targets),
             f"repair={self.repair_name!r}": self.repair_name != "none",
             "around='mean'": self.around == "mean",
         }
@@ -181,7 +179,7 @@ class AblateComponents:
         for name, needed in (("remove=True", self.remove), ("components='heads'", heads)):
             if needed and problem.example_inputs is None:
                 raise ValueError(f"unlearn: {name} needs example_inputs, got None.")
-        others_needed = self.by == "specific" or problem.data is not None or isinstance(self.limit, MaxDamage)
+        others_needed = self.by == "specific" or isinstance(self.limit, MaxDamage)
         if not problem.others and others_needed:
             raise ValueError(f"unlearn: classes must leave at least one class with samples, got {problem.forget}.")
 
@@ -265,7 +263,7 @@ class _Plan:
     around: str
     repair: str
     protection: float
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
 
     what = "components per class"
 

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from discedit.common import validation
 from discedit.common.warning import warn
-from discedit.editing.recording import record
 from discedit.graph.pruning_graph import KINDS, Components, Graph, unseen_message
 from discedit.model.forward import outside_modes
 from discedit.model.sharded import unwrapped
 from discedit.model.size import count_macs, count_parameters, macs_of_weights
 from discedit.model.trace import ModelTrace
 from discedit.moments.calibration import batch_norms, calibrated, kept_back
-from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits
+from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits, record
 from discedit.repair import batchnorm
 from discedit.repair.compensation import compensated
 from discedit.repair.least_squares import Outputs, repaired, take_back
@@ -27,10 +26,10 @@ from discedit.selection.budget import (
     Budget,
     Choice,
     Cost,
-    MaxMacs,
     MaxParameters,
     Progress,
     Ratio,
+    SizeBudget,
     Threshold,
     budget_of,
     choose,
@@ -119,9 +118,7 @@ def prune(
 
     Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (criterion="min", repair="none"); others: docs/pruning.md.
     """
-    options = _Options.of(
-        example_inputs, data, budget_of("prune", budget, shorthand), criterion, repair, components, layers, ignore
-    )
+    options = _Options.of(example_inputs, data, budget, criterion, repair, components, layers, ignore, **shorthand)
     return _in_steps(model, scores, options, 1, None)
 
 
@@ -130,6 +127,7 @@ def iterative_prune(
     model: nn.Module,
     scores: Scores | Mapping[str, Tensor] | None = None,
     *,
+    example_inputs: Any,
     steps: int,
     rescore: Callable[[nn.Module], Scores | Mapping[str, Tensor]] | None = None,
     **options: Any,
@@ -137,7 +135,7 @@ def iterative_prune(
     """`prune` in several equal steps, each with its own choice and repair.
 
     Args:
-        model, scores: as for `prune`.
+        model, scores, example_inputs: as for `prune`.
         steps: how many, at least 1.
         rescore: scores of the model after each step but the last, e.g. ``lambda m: score(collect_moments(m, loader,
             10))``; by default those of the components that are left.
@@ -153,15 +151,7 @@ def iterative_prune(
     steps = validation.positive_integer(op, "steps", steps)
     if rescore is not None and steps == 1:
         raise ValueError(f"{op}: rescore needs steps above 1, got steps=1.")
-    given = {name: options.pop(name, None) for name in ("example_inputs", "data")}
-    if given["example_inputs"] is None:
-        raise TypeError(f"{op}: example_inputs must be given.")
-    named = {name: options.pop(name) for name in _NAMED if name in options}
-    budget = budget_of(op, options.pop("budget", None), options)
-    return _in_steps(model, scores, _Options.of(budget=budget, **given, **named), steps, rescore)
-
-
-_NAMED = ("criterion", "repair", "components", "layers", "ignore")
+    return _in_steps(model, scores, _Options.of(example_inputs, **options), steps, rescore)
 
 
 @dataclass(frozen=True)
@@ -181,13 +171,14 @@ class _Options:
     def of(
         cls,
         example_inputs: Any,
-        data: Iterable[Any] | None,
-        budget: Budget,
+        data: Iterable[Any] | None = None,
+        budget: Budget | None = None,
         criterion: str | Random = "auto",
         repair: str = "auto",
         components: str | Iterable[str] = COMPONENTS,
         layers: Iterable[str] | None = None,
         ignore: Iterable[str] = (),
+        **shorthand: Unpack[Shorthand],
     ) -> _Options:
         """Each checked by itself.
 
@@ -200,7 +191,7 @@ class _Options:
         return cls(
             example_inputs,
             list(data) if isinstance(data, Iterator) else data,
-            budget,
+            budget_of("prune", budget, shorthand),
             criterion,
             repair,
             kinds_of("prune", components, (*KINDS, OUTPUTS)),
@@ -274,8 +265,7 @@ def _in_steps(
         if done:
             had = {layer: len(parts.rows) for layer, parts in done[0].found.items()}
             progress = replace(progress, had=had, lost=_lost(done), few=_heads(done[0].found))
-        part = settled.budget.step(progress) if steps > 1 or settled.budget.name in SIZES else settled.budget
-        done.append(_once(current, candidates, replace(settled, budget=part)))
+        done.append(_once(current, candidates, replace(settled, budget=settled.budget.step(progress))))
         current = done[-1].edit.model
         if step < steps:
             if rescore is None:
@@ -290,9 +280,6 @@ def _in_steps(
     edit.recipe.settings[options.budget.name] = _plain(options.budget.value)
     edit.macs_before, edit.macs_after = macs_before, count_macs(edit.model, options.example_inputs)
     return edit
-
-
-SIZES = (MaxParameters.name, MaxMacs.name)  # budgets whose shares are of the whole model
 
 
 def _macs(model: nn.Module, example_inputs: Any) -> int:
@@ -313,7 +300,7 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options) -> _Step:
     skipped = {layer: why for layer in chosen if (why := why_not_pruned(model, layer))}
     found, unfit = graph.find([layer for layer in chosen if layer not in skipped], options.kinds)
     skipped |= unfit
-    if options.budget.name in SIZES:
+    if isinstance(options.budget, SizeBudget):
         skipped |= (uncut := graph.uncuttable(found))
         found = {layer: parts for layer, parts in found.items() if layer not in uncut}
     inputs: Any = None
@@ -363,7 +350,7 @@ def _chosen(graph: Graph, values: dict[str, Tensor], few: set[str], options: _Op
     """What goes."""
     budget = options.budget.within(values)
     cost = None
-    if budget.name in SIZES:
+    if isinstance(budget, SizeBudget):
         shapes = {tensor: tuple(parameter.shape) for tensor, parameter in graph.model.named_parameters()}
         of_weights, fixed = macs_of_weights(graph.model, options.example_inputs)
         footprints = {layer: [place for place in graph.footprint(layer) if place[0] in shapes] for layer in values}
@@ -460,7 +447,7 @@ def _joined(model: nn.Module, done: list[_Step], budget: Budget, rescored: bool)
     edit = compose_edits(model, [step.edit for step in done], inplace=False)
     last = done[-1].choice
     edit.recipe.settings |= {"steps": len(done), "rescored": rescored}
-    if budget.name in SIZES:
+    if isinstance(budget, SizeBudget):
         edit.recipe.settings["budget"] = done[-1].edit.recipe.settings["budget"]
     else:
         reached = sum(_lost(done).values())

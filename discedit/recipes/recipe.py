@@ -353,3 +353,12 @@ def _operation(entry: Any, what: str) -> Operation:
     if not isinstance(index, list):
         raise ValueError(f"{what} must have a list of indices, got {index!r}.")
     return Operation(**{**entry, "index": tuple(index)})
+
+
+def record(edit: Edit, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    """Adds to an edit's recipe that these tensors were replaced in its model."""
+    for name, old in before.items():
+        index = len(edit.recipe.operations)
+        edit.recipe.tensors[f"set.{index}"] = after[name].detach().cpu().clone()
+        edit.recipe.tensors[f"undo.{index}"] = old.cpu()
+        edit.recipe.operations.append(Operation("set", name))

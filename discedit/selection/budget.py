@@ -6,7 +6,7 @@ import bisect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -83,8 +83,8 @@ class Progress:
 
     share: float = 1.0
     size: float = 0.0
-    had: Mapping[str, int] | None = None
-    lost: Mapping[str, int] | None = None
+    had: Mapping[str, int] = field(default_factory=dict)
+    lost: Mapping[str, int] = field(default_factory=dict)
     few: Collection[str] = ()
 
 
@@ -112,7 +112,7 @@ class Ratio(Budget):
         return _removal(order, self.name, sum(counts.values()), counts, order.held(counts))
 
     def step(self, progress: Progress) -> Budget:
-        if progress.had is None or progress.lost is None:
+        if not progress.had:
             scaled = {layer: ratio * progress.share for layer, ratio in _items(self.value)}
             return replace(self, value=scaled if isinstance(self.value, Mapping) else self.value * progress.share)
         shares = {}
@@ -173,7 +173,7 @@ class GlobalRatio(AcrossLayers):
         return _removal(order, self.name, asked, order.prefix(asked), held)
 
     def step(self, progress: Progress) -> Budget:
-        if progress.had is None or progress.lost is None:
+        if not progress.had:
             return replace(self, value=self.value * progress.share)
         had, lost = sum(progress.had.values()), sum(progress.lost.values())
         left = max(0, share_of(self.value * progress.share, had) - lost)
@@ -181,7 +181,7 @@ class GlobalRatio(AcrossLayers):
 
 
 @dataclass(frozen=True)
-class _Size(AcrossLayers):
+class SizeBudget(AcrossLayers):
     """A budget of what is left."""
 
     unit: ClassVar[str]
@@ -225,14 +225,14 @@ class _Size(AcrossLayers):
 
     def _asked(self, present: float) -> float:
         number = validation.index(self.value)
-        return number if number is not None and number >= 0 else float(self.value) * present
+        return float(self.value) * present if number is None else number
 
     def _room(self, asked: float, present: float) -> float:
         return asked
 
 
 @dataclass(frozen=True)
-class MaxParameters(_Size):
+class MaxParameters(SizeBudget):
     """So many parameters may be left: an integer, or a share in (0, 1) of those of the whole model."""
 
     name, unit = "parameters", "parameters"
@@ -243,7 +243,7 @@ class MaxParameters(_Size):
 
 
 @dataclass(frozen=True)
-class MaxMacs(_Size):
+class MaxMacs(SizeBudget):
     """So many multiply-accumulates of a forward pass on `example_inputs` may be left: an integer, or a share in
     (0, 1)."""
 

@@ -95,8 +95,7 @@ def check_criterion(op: str, criterion: str | Random, data: Any) -> None:
 def kinds_of(op: str, components: str | Iterable[str], known: tuple[str, ...] = KINDS) -> tuple[str, ...]:
     """The kinds of components asked for, checked."""
     kinds = (components,) if isinstance(components, str) else tuple(components)
-    if kinds == ("all",):
-        return KINDS
+    kinds = tuple(dict.fromkeys(one for kind in kinds for one in (KINDS if kind == "all" else (kind,))))
     for kind in kinds:
         validation.choice(op, "components", kind, known)
     if not kinds:
