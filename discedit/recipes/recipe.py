@@ -83,7 +83,8 @@ class Recipe:
                 undo = apply_operation(slots, operation, tensors.get(f"set.{i}"))
                 if undo is not None:
                     tensors[f"undo.{i}"] = undo.cpu()
-        edit = Edit(model, replace(self, tensors=tensors), parameters_before, count_parameters(model))
+        recipe = replace(self, operations=list(self.operations), tensors=tensors)  # to which a repair may add
+        edit = Edit(model, recipe, parameters_before, count_parameters(model))
         for name, parameter in before.items():
             edit._names[parameter] = name
         return edit
