@@ -73,7 +73,7 @@ class Shorthand(TypedDict, total=False):
     macs: int | float
 
 
-@outside_modes
+@outside_modes()
 def prune(
     model: nn.Module,
     scores: Scores | Mapping[str, Tensor] | None = None,
@@ -122,7 +122,7 @@ def prune(
     return _in_steps(model, scores, options, 1, None)
 
 
-@outside_modes
+@outside_modes()
 def iterative_prune(
     model: nn.Module,
     scores: Scores | Mapping[str, Tensor] | None = None,

@@ -22,7 +22,7 @@ from discedit.selection.candidates import check_layers
 METHODS = {"erase_directions": EraseDirections, "ablate_components": AblateComponents, "modhifi": ModHiFiU}
 
 
-@outside_modes
+@outside_modes()
 def unlearn(
     model: nn.Module,
     scores: Scores,

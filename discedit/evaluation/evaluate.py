@@ -199,7 +199,7 @@ class _Plan:
         return any(what in metric.requires for metric in self.metrics.values())
 
 
-@outside_inference_mode
+@outside_inference_mode()
 def evaluate(
     model: nn.Module,
     *,

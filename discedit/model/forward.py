@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,6 @@ from discedit.backends import arguments
 from discedit.common import validation
 from discedit.model.functional import LayersCalled
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
 _CACHES = ("past_key_values", "past_key_value", "cache_params")  # state for the next call, whose shape follows heads
 _DEPTH = 16  # how far nests of outputs are looked into
 
@@ -29,31 +25,13 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def outside_inference_mode(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """`function`, which works inside `torch.inference_mode` as it does outside: what is made there has no versions, by
-    which changes in place are seen, and could never be trained."""
-    return _within(function, _without_inference_mode)
-
-
-def outside_modes(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """As `outside_inference_mode`, and outside autocast: in its products, closed forms would lose their digits."""
-    return _within(outside_inference_mode(function), without_autocast)
-
-
-def _within(
-    function: Callable[Parameters, Result], context: Callable[[], AbstractContextManager[Any]]
-) -> Callable[Parameters, Result]:
-    @wraps(function)
-    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with context():
-            return function(*args, **kwargs)
-
-    return run
-
-
-def _without_inference_mode() -> AbstractContextManager[Any]:
-    """Where there is none, nothing: leaving inference mode turns gradients on, which the caller may have turned off."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Works inside `torch.inference_mode` as outside: what is made there has no versions, by which changes in place are
+    seen, and could never be trained."""
+    # Where there is none, nothing: leaving inference mode turns gradients on, which the caller may have turned off.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        yield
 
 
 @contextmanager
@@ -62,6 +40,13 @@ def without_autocast() -> Iterator[None]:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def outside_modes() -> Iterator[None]:
+    """Outside autocast as well: in its products, closed forms would lose their digits."""
+    with outside_inference_mode(), without_autocast():
         yield
 
 
@@ -78,21 +63,40 @@ def frozen_eval(model: nn.Module) -> Iterator[LayersCalled]:
     modes = [(module, module.training) for module in model.modules()]
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
-    kept = list(_Kept.all_of(model))
+    kept = _buffers_of(model)
+    # Hooks, by which everything here is found out, are not seen by code that was compiled without them.
+    compiled = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     try:
-        with torch.random.fork_rng(devices), _without_inference_mode(), torch.no_grad(), _nothing_compiled():
+        with torch.random.fork_rng(devices), outside_inference_mode(), torch.no_grad(), eager:
             model.eval()
             with LayersCalled(model) as calls:
                 yield calls
     finally:
-        for buffer in kept:
-            buffer.put_back()
+        for module, name, buffer, version, value in kept:
+            if name in module._buffers:
+                module._buffers[name] = buffer
+            if version_of(buffer) != version or buffer.shape != value.shape:
+                with torch.no_grad():
+                    buffer.resize_(value.shape).copy_(value)
         # Through train(), parents first, because some modules do work there; then the flags, whatever that left.
         for module, mode in modes:
             if module.training != mode:
                 module.train(mode)
         for module, mode in modes:
             module.training = mode
+
+
+def _buffers_of(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, int | None, Tensor]]:
+    """Each with its version and a copy. Some modules learn in eval mode, too: observers of quantisation, caches,
+    codebooks. Running statistics of norms do not change there, and are what closed forms set on purpose."""
+    return [
+        (module, name, buffer, version_of(buffer), buffer.detach().clone())
+        for module in model.modules()
+        if not isinstance(module, _NormBase)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
 
 
 @contextmanager
@@ -103,46 +107,6 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _nothing_compiled() -> AbstractContextManager[Any]:
-    """Hooks, by which everything here is found out, are not seen by code that was compiled without them."""
-    if "torch._dynamo" not in sys.modules:  # then nothing has been compiled
-        return nullcontext()
-    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return eager
-
-
-class _Kept:
-    """A buffer as it is now. Some modules learn in eval mode, too: observers of quantisation, caches, codebooks.
-
-    Running statistics of norms do not change there, and are what closed forms set on purpose.
-    """
-
-    def __init__(self, module: nn.Module, name: str, buffer: Tensor) -> None:
-        self._module, self._name, self._buffer = module, name, buffer
-        self._version = version_of(buffer)
-        self._value = buffer.detach().clone()
-
-    @classmethod
-    def all_of(cls, model: nn.Module) -> Iterator[_Kept]:
-        for module in model.modules():
-            if not isinstance(module, _NormBase):
-                for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        yield cls(module, name, buffer)
-
-    def put_back(self) -> None:
-        """The same tensor, with the same values and shape."""
-        if self._name in self._module._buffers:
-            self._module._buffers[self._name] = self._buffer
-        if version_of(self._buffer) == self._version and self._buffer.shape == self._value.shape:
-            return
-        with torch.no_grad():
-            if self._buffer.shape == self._value.shape:
-                self._buffer.copy_(self._value)
-            else:
-                self._buffer.set_(self._value)  # type: ignore[call-overload]
 
 
 def unpack_batch(op: str, batch: Any, index: int, device: torch.device, *, labels_needed: bool) -> tuple[Any, Any]:

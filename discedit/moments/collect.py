@@ -31,7 +31,7 @@ INPUT = "input of "  # a place that is not the output of the module named
 NEVER = torch.iinfo(torch.int64).max  # of a batch that is not sound
 
 
-@outside_inference_mode
+@outside_inference_mode()
 def collect_moments(
     model: nn.Module,
     loader: Iterable[Any],
@@ -80,7 +80,7 @@ def collect_moments(
     return _MomentPass(model, loader, assigner, labels=labels, layers=layers, **settings, **run).collect()
 
 
-@outside_inference_mode
+@outside_inference_mode()
 def collect_blocks(
     model: nn.Module, loader: Iterable[Any], num_classes: int, *, blocks: int = 10, **options: Any
 ) -> list[Moments]:

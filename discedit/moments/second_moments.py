@@ -243,7 +243,7 @@ class SecondMoments(LayerStates[InputMoments]):
         return moments
 
 
-@outside_inference_mode
+@outside_inference_mode()
 def collect_second_moments(
     model: nn.Module,
     loader: Iterable[Any],

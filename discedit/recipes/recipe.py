@@ -54,7 +54,7 @@ class Recipe:
     operations: list[Operation]
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
-    @outside_inference_mode
+    @outside_inference_mode()
     def apply(self, model: nn.Module, *, inplace: bool = False) -> Edit:
         """Make this edit to a model of the same architecture.
 
@@ -89,7 +89,7 @@ class Recipe:
             edit._names[parameter] = name
         return edit
 
-    @outside_inference_mode
+    @outside_inference_mode()
     def undo(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
         """Give an edited model its removed and replaced values back, bit for bit.
 

@@ -35,7 +35,7 @@ class Random:
     seed: int = 0
 
 
-@outside_modes
+@outside_modes()
 def importances(
     model: nn.Module,
     scores: Scores,
