@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from discedit.model.forward import call, frozen_eval, hooked, tensors_in
+from discedit.model.forward import call, hooked, tensors_in
 from discedit.model.functional import LayersCalled
 from discedit.model.trace import IN_TRAINING, ModelTrace, training_branches
 
@@ -35,30 +35,11 @@ _SAME = re.compile("(T|Transpose|Permute|View|UnsafeView|Reshape|ReshapeAlias|Un
 _SIGNED = 2**64  # autograd keeps a negative axis as an unsigned number
 
 
-def trace_dependencies(trace: ModelTrace, inputs: Any) -> DependencyTrace:
-    """Follows a model whose parameters want gradients; it is in eval mode afterwards, and its buffers are as they were.
-
-    Args:
-        trace: of the model, train mode included.
-
-    Raises:
-        Exception: whatever the model raises, when it does not run.
-    """
-    try:
-        return DependencyTrace(trace, inputs)
-    except Exception:
-        # torch-pruning looks at the outputs of layers while the model runs, and dies of those that are no tensors.
-        odd = _odd_layers(trace.model, inputs)
-        if not odd:
-            raise
-        return DependencyTrace(trace, inputs, odd)
-
-
 class DependencyTrace:
-    """What torch-pruning makes of a model.
+    """What torch-pruning makes of a model, which is in eval mode afterwards, with its buffers as they were.
 
     Args:
-        odd: layers whose outputs torch-pruning must not look at.
+        trace: of the model, train mode included; its parameters want gradients.
 
     Attributes:
         graph: its dependency graph, whose index mappings are settled.
@@ -70,15 +51,18 @@ class DependencyTrace:
             the module in which it stands.
     """
 
-    def __init__(self, trace: ModelTrace, inputs: Any, odd: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, trace: ModelTrace, inputs: Any) -> None:
         import torch_pruning  # here, so that what only scores does without it
 
-        self.trace, self.model, self.inputs, self.odd = trace, trace.model, inputs, list(odd)
+        self.trace, self.model, self.inputs = trace, trace.model, inputs
         self.names = {module: name for name, module in self.model.named_modules()}
         self.graph = torch_pruning.DependencyGraph()
         for kind in (nn.GRU, nn.RNN):  # read their inputs as nn.LSTM does, which torch-pruning knows
             self.graph.register_customized_layer(kind, torch_pruning.pruner.function.LSTMPruner())
         self.kinds = _layer_kinds(self.graph)
+        nested = trace.nested | (trace.training.nested if trace.training else set())
+        # torch-pruning looks at the outputs of its layers while the model runs, and dies of those that are no tensors.
+        self.odd = [module for module, name in self.names.items() if name in nested and isinstance(module, self.kinds)]
         self.recurrent = any(isinstance(module, nn.RNNBase) for module in self.names)
         self.ran: set[str] = set()  # modules, in either mode
         self.roots: list[Tensor] = []
@@ -332,24 +316,6 @@ def _layer_kinds(graph: Any) -> tuple[type, ...]:
     from torch_pruning.ops import type2class
 
     return (*(type2class(kind) for kind in graph.REGISTERED_PRUNERS), *graph.CUSTOMIZED_PRUNERS)
-
-
-def _odd_layers(model: nn.Module, inputs: Any) -> list[nn.Module]:
-    """Layers that give something else than the tensor, or the tuple of tensors, that torch-pruning expects."""
-    import torch_pruning
-
-    kinds = _layer_kinds(torch_pruning.DependencyGraph())
-    found: dict[nn.Module, None] = {}
-
-    def leave(module: nn.Module, _: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple) and output and not isinstance(module, nn.Linear) else output
-        if not isinstance(first, (Tensor, nn.utils.rnn.PackedSequence)):
-            found[module] = None
-
-    handles = [module.register_forward_hook(leave) for module in model.modules() if isinstance(module, kinds)]
-    with hooked(handles), frozen_eval(model):
-        call(model, inputs)
-    return list(found)
 
 
 def _axis(function: Any, ndim: int) -> int:

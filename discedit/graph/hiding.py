@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from discedit.graph.heads import Heads
 from discedit.graph.network import OUTPUT, Key, Members, Network, channel_axis, groups_of, kept_indices
 from discedit.graph.removal import operations_of
-from discedit.model.forward import call, device_of, frozen_eval, map_tensors, shapes_of, tensors_in
+from discedit.model.forward import call, frozen_eval, map_tensors, tensors_in
 from discedit.model.layers import is_own
 from discedit.model.trace import IN_TRAINING, training_branches
 from discedit.recipes.operations import Operation
@@ -48,7 +48,7 @@ class RemovalCheck:
 
     def __init__(self, network: Network, heads: Sequence[Heads], doubtful: Mapping[str, Mapping[str, str]]) -> None:
         self.network, self.heads, self.doubtful = network, heads, doubtful
-        self.branches = network.trace.branches  # whether train mode runs something of its own
+        self.trains = network.trace.training is not None
 
     def operations(self, gone: Mapping[Key, list[int]]) -> list[Operation]:
         """What removes channels."""
@@ -80,7 +80,7 @@ class RemovalCheck:
             hidden = self._hidden(gone, smaller)
         except Exception as error:
             return [], f"its channels cannot be hidden from the layers that read them: {error}"
-        why = self._difference(removed, hidden, gone) or self._problem_in_training(smaller)
+        why = self._difference(removed, hidden, gone)
         return ([], why) if why else (operations, "")
 
     def reshapes(self, part: Members) -> str:
@@ -93,7 +93,7 @@ class RemovalCheck:
         return self._reshapes(after)
 
     def _run(self, model: nn.Module) -> dict[str, Tensor]:
-        return _outputs(model, self._reference.inputs, self.branches)
+        return _outputs(model, self._reference.inputs, self.trains)
 
     def _difference(
         self, removed: Mapping[str, Tensor], hidden: Mapping[str, Tensor], gone: Mapping[Key, list[int]]
@@ -103,7 +103,7 @@ class RemovalCheck:
             tensor = self._left_of(place, whole, removed[place].shape, gone)
             if tensor is None:
                 return self.network.reshaped(place)
-            if place not in self._random and not is_close(tensor, removed[place], self._reference.tolerance):
+            if not is_close(tensor, removed[place], self._reference.tolerance) and place not in self._random:
                 which = "" if place == self.network.main else f" (the model's {place} differs)"
                 return f"removing its channels is not the same as hiding them from the layers that read them{which}"
         return ""
@@ -149,7 +149,8 @@ class RemovalCheck:
         axes = [axis for axis, (one, other) in enumerate(zip(whole.shape, shape, strict=False)) if one != other]
         if not axes or self.network.stays(place):
             return whole
-        left = kept_indices(whole.shape[axes[0]], gone.get((place, OUTPUT), ()))
+        lost = gone.get((place, OUTPUT)) or gone.get((place.removesuffix(IN_TRAINING), OUTPUT), ())
+        left = kept_indices(whole.shape[axes[0]], lost)
         found = whole.index_select(axes[0], torch.tensor(left, device=whole.device))
         return found if found.shape == shape else None
 
@@ -178,54 +179,29 @@ class RemovalCheck:
             if not name.startswith("_") and (place, name) not in known
         ]
 
-    def _problem_in_training(self, smaller: nn.Module) -> str:
-        """Why a smaller model does not run in train mode as the model itself does; empty when it does, or neither."""
-        training = self.network.trace.training
-        try:
-            shapes = _shapes_in_training(smaller, self._reference.inputs)
-        except Exception as error:
-            why = f"the model does not run in train mode without its channels: {error}"
-            return "" if self._trained is None else why
-        if (training is not None and shapes == training.outputs) or self._trained is None:  # the last runs the model
-            return ""
-        for place, shape in self._trained.items():
-            if place not in shapes or (shapes[place] != shape and self.network.stays(place)):
-                return self.network.reshaped(f"{place}{IN_TRAINING}")
-        return ""
-
     @cached_property
     def _reference(self) -> _Reference:
         network = self.network
         try:
             model, inputs = copy.deepcopy(network.original).double(), _double(network.inputs)
-            return _Reference(model, inputs, _outputs(model, inputs, self.branches), 1e-9)
+            return _Reference(model, inputs, _outputs(model, inputs, self.trains), 1e-9)
         except Exception:
             model = copy.deepcopy(network.original)
-            return _Reference(model, network.inputs, _outputs(model, network.inputs, self.branches), 1e-2)
+            return _Reference(model, network.inputs, _outputs(model, network.inputs, self.trains), 1e-2)
 
     @cached_property
     def _random(self) -> set[str]:
         """Outputs in train mode that chance changes, so that their values show nothing."""
-        if not self.branches:
-            return set()
         first, second = (_outputs(self._reference.model, self._reference.inputs, True, seed) for seed in (0, 1))
         same = {place for place, tensor in first.items() if is_close(tensor, second.get(place), 1e-9)}
         return {place for place in first if place.endswith(IN_TRAINING) and place not in same}
 
-    @cached_property
-    def _trained(self) -> dict[str, tuple[int, ...]] | None:
-        """Shapes of what the model gives in train mode; None when it does not run there."""
-        try:
-            return _shapes_in_training(copy.deepcopy(self._reference.model), self._reference.inputs)
-        except Exception:
-            return None
 
-
-def _outputs(model: nn.Module, inputs: Any, branches: bool, seed: int | None = None) -> dict[str, Tensor]:
+def _outputs(model: nn.Module, inputs: Any, trains: bool, seed: int | None = None) -> dict[str, Tensor]:
     """What a model gives.
 
     Args:
-        branches: whether to run what train mode alone runs as well.
+        trains: whether to run what train mode decides as well.
         seed: of chance; as it is outside, when it is not given.
     """
     with frozen_eval(model), warnings.catch_warnings():
@@ -233,24 +209,18 @@ def _outputs(model: nn.Module, inputs: Any, branches: bool, seed: int | None = N
         if seed is not None:
             torch.manual_seed(seed)
         found = dict(tensors_in(call(model, inputs)))
-        if branches:
-            with training_branches(model):
-                found |= {f"{place}{IN_TRAINING}": tensor for place, tensor in tensors_in(call(model, inputs))}
+        if trains:
+            try:
+                with training_branches(model):
+                    found |= {f"{place}{IN_TRAINING}": tensor for place, tensor in tensors_in(call(model, inputs))}
+            except Exception as error:
+                raise RuntimeError(f"in train mode: {error}") from error
     # Parameters may be among them, and what the model changes in place when it runs again.
     return {place: tensor.detach().clone() for place, tensor in found.items()}
 
 
 def _double(inputs: Any) -> Any:
     return map_tensors(inputs, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-
-
-def _shapes_in_training(model: nn.Module, inputs: Any) -> dict[str, tuple[int, ...]]:
-    """Of the outputs in train mode, after which the model is no longer what it was."""
-    device = device_of(model)
-    rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with rng, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return shapes_of(dict(tensors_in(call(model.train(), inputs))))
 
 
 def is_close(one: Tensor, other: Tensor | None, tolerance: float) -> bool:

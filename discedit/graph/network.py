@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from discedit.graph.dependencies import trace_dependencies
+from discedit.graph.dependencies import DependencyTrace
 from discedit.model.forward import device_of, to_device
 from discedit.model.trace import IN_TRAINING, ModelTrace
 
@@ -50,7 +50,7 @@ class Network:
         self.shared = {owner for owners in places.values() if len(owners) > 1 for owner in owners}
         try:
             self.trace = ModelTrace.of(self.model, self.inputs, few=None, training=True)
-            self.dependencies = trace_dependencies(self.trace, self.inputs)
+            self.dependencies = DependencyTrace(self.trace, self.inputs)
         except Exception as error:
             raise ValueError(f"{self.op}: the model cannot be traced on example_inputs: {error}") from error
         self.graph, self.order = self.dependencies.graph, self.trace.order

@@ -105,10 +105,12 @@ class TrainMode:
     Attributes:
         runs: module -> how often it was called.
         outputs: place in what the model gives -> shape of the tensor there.
+        nested: as in `ModelTrace`.
     """
 
     runs: dict[str, int]
     outputs: dict[str, tuple[int, ...]]
+    nested: set[str] = field(default_factory=set, compare=False)
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Any) -> TrainMode | None:
@@ -119,7 +121,7 @@ class TrainMode:
                 output = call(model, inputs)
         except Exception:  # what does not run in train mode has no branches there
             return None
-        return cls(tracing.seen.runs, shapes_of(dict(tensors_in(output))))
+        return cls(tracing.seen.runs, shapes_of(dict(tensors_in(output))), tracing.seen.nested)
 
 
 @dataclass
@@ -144,6 +146,7 @@ class ModelTrace:
         outputs: place in what the model gives -> shape of the tensor there.
         logits: the place of the logits; empty when there are none.
         largest: bytes per sample of the largest output of a module.
+        nested: modules that give neither a tensor nor, unless they are linear layers, a tuple that begins with one.
     """
 
     model: nn.Module
@@ -161,6 +164,7 @@ class ModelTrace:
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     logits: str = ""
     largest: int = 1
+    nested: set[str] = field(default_factory=set)
     _known_norms: dict[str, Norm] = field(default_factory=dict, init=False, repr=False)
     _why_not_plain: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
@@ -451,6 +455,9 @@ class Tracing(TorchFunctionMode):
 
     def _end(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
         x, seen = first_tensor(output), self.seen
+        given = output[0] if isinstance(output, tuple) and output and not isinstance(module, nn.Linear) else output
+        if not isinstance(given, (Tensor, nn.utils.rnn.PackedSequence)):
+            seen.nested.add(name)
         if x is not None:
             seen.largest = max(seen.largest, x.numel() * x.element_size())
             sources = tuple(layer for layer, norm in seen.norms.items() if norm == name) if is_norm(module) else ()
