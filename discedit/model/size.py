@@ -17,7 +17,6 @@ from discedit.model.forward import (
     device_of,
     first_tensor,
     frozen_eval,
-    hooked,
     to_device,
     unpack_batch,
 )
@@ -31,11 +30,27 @@ def count_parameters(model: nn.Module) -> int:
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """Multiply-accumulates of one forward pass: half of what torch's own counter gives for matrix work."""
+    return int(_counted(model, example_inputs)["Global"]) // 2
+
+
+def macs_of_weights(model: nn.Module, example_inputs: Any) -> tuple[dict[str, float], float]:
+    """Multiply-accumulates of one forward pass by the weight that they are proportional to, and all others."""
+    counted, root = _counted(model, example_inputs), type(model).__name__
+    found = {
+        f"{name}.weight": counted[f"{root}.{name}"] / 2
+        for name, module in model.named_modules()
+        if isinstance(module, (_ConvNd, nn.Linear)) and "weight" in module._parameters and f"{root}.{name}" in counted
+    }
+    return found, counted["Global"] / 2 - sum(found.values())
+
+
+def _counted(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """Floating-point operations by module, which torch names from the model's class on; of the whole: "Global"."""
     from torch.utils.flop_counter import FlopCounterMode  # a third of a second to import: only who counts pays
 
     with frozen_eval(model), _constant(model), FlopCounterMode(display=False) as counter:
         call(model, to_device(example_inputs, device_of(model)))
-    return int(counter.get_total_flops()) // 2
+    return {"Global": 0} | {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
 
 
 @contextmanager
@@ -54,30 +69,6 @@ def _constant(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         want(True)
-
-
-def macs_of_weights(model: nn.Module, example_inputs: Any) -> tuple[dict[str, float], float]:
-    """Multiply-accumulates of one forward pass by the weight that they are proportional to, and all others."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    found: dict[str, float] = {}
-    with frozen_eval(model), _constant(model), FlopCounterMode(display=False) as counter:
-        handles = []
-        for name, module in model.named_modules():
-            if isinstance(module, (_ConvNd, nn.Linear)) and "weight" in module._parameters:
-                before: list[float] = []
-
-                def enter(_: nn.Module, __: Any, before: list[float] = before) -> None:
-                    before.append(counter.get_total_flops())
-
-                def leave(_: nn.Module, __: Any, ___: Any, before: list[float] = before, name: str = name) -> None:
-                    macs = (counter.get_total_flops() - before.pop()) / 2
-                    found[f"{name}.weight"] = found.get(f"{name}.weight", 0.0) + macs
-
-                handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-        with hooked(handles):
-            call(model, to_device(example_inputs, device_of(model)))
-    return found, counter.get_total_flops() / 2 - sum(found.values())
 
 
 def accuracy_per_class(model: nn.Module, loader: Iterable[Any], num_classes: int) -> Tensor:
