@@ -149,7 +149,7 @@ class RemovalCheck:
         axes = [axis for axis, (one, other) in enumerate(zip(whole.shape, shape, strict=False)) if one != other]
         if not axes or self.network.stays(place):
             return whole
-        lost = gone.get((place, OUTPUT)) or gone.get((place.removesuffix(IN_TRAINING), OUTPUT), ())
+        lost = gone.get((place, OUTPUT)) or gone.get((place.removesuffix(IN_TRAINING), OUTPUT), [])
         left = kept_indices(whole.shape[axes[0]], lost)
         found = whole.index_select(axes[0], torch.tensor(left, device=whole.device))
         return found if found.shape == shape else None

@@ -162,19 +162,25 @@ def check_possible(
 ) -> None:
     """Refuses what a model of the right architecture may still lack: attributes as expected, types that hold the
     numbers and, to undo, the values that were replaced."""
+    modules = dict(slots.model.named_modules())
     for i, operation in enumerate(operations):
+        target, name, value = operation.target, operation.name, operation.value
         if operation.kind == "attribute":
-            check_attribute(what, slots.model, operation, operation.value if undo else operation.before)
+            if target not in modules:
+                raise ValueError(f"{what}: the model has no module {target!r}.")
+            expected, found = value if undo else operation.before, attribute_of(modules[target], name)
+            if found != expected:
+                must = f"must be {expected!r}, it is {found!r}"
+                raise ValueError(f"{what}: attribute {name!r} of module {target!r} {must}.")
             continue
-        target, dtype = operation.target, slots.get(operation.target).dtype
-        saved = tensors.get(f"undo.{i}")
+        dtype, saved = slots.get(target).dtype, tensors.get(f"undo.{i}")
         if undo and (saved is None or saved.dtype != dtype):
             found = "none" if saved is None else f"values of type {saved.dtype}"
             raise ValueError(f"{what}: to undo, tensor {target!r} ({dtype}) needs its values, found {found}.")
-        if not undo and operation.kind in ("fill", "scale") and not _is_representable(operation.value, dtype):
+        if not undo and operation.kind in ("fill", "scale") and not _is_representable(value, dtype):
             raise ValueError(
                 f"{what}: the number to {operation.kind} tensor {target!r} with must be in the range of its type "
-                f"{dtype}, got {operation.value!r:.40}."
+                f"{dtype}, got {value!r:.40}."
             )
 
 
@@ -184,24 +190,6 @@ def _is_representable(value: float, dtype: torch.dtype) -> bool:
     if isinstance(value, float) and not math.isfinite(value):
         return dtype.is_floating_point
     return abs(value) <= limits.max
-
-
-def check_attribute(what: str, model: nn.Module, operation: Operation, expected: Any) -> None:
-    """Refuses a model whose module or attribute is not the one that an operation changes."""
-    found = attribute_of(module_of(what, model, operation), operation.name)
-    if found != expected:
-        raise ValueError(
-            f"{what}: attribute {operation.name!r} of module {operation.target!r} must be {expected!r}, it is "
-            f"{found!r}."
-        )
-
-
-def module_of(what: str, model: nn.Module, operation: Operation) -> nn.Module:
-    """The module whose attribute an operation changes."""
-    try:
-        return model.get_submodule(operation.target)
-    except AttributeError as error:
-        raise ValueError(f"{what}: the model has no module {operation.target!r}.") from error
 
 
 def attribute_of(module: nn.Module, name: str) -> Any:

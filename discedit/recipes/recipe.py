@@ -71,12 +71,13 @@ class Recipe:
         """
         source = unwrapped(model)
         check_architecture(source, self.architecture, "Recipe: this recipe was made for another architecture")
-        self._check(source, undo=False)
+        model = source if inplace else copied(source)
+        slots = Slots(model)
+        check_operations("Recipe", self.operations, self.architecture, slots=slots, tensors=self.tensors)
+        check_possible("Recipe", self.operations, slots, self.tensors, undo=False)
         before = dict(source.named_parameters())
         parameters_before = count_parameters(source)
-        model = source if inplace else copied(source)
         tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith("set.")}
-        slots = Slots(model)
         with all_or_nothing(slots, needed=inplace) as announce:
             for i, operation in enumerate(self.operations):
                 announce(operation)
@@ -100,22 +101,15 @@ class Recipe:
             ValueError: the model's shapes are not those that this edit leaves.
         """
         model = unwrapped(model)
-        edited = check_operations("Recipe", self.operations, self.architecture, slots=Slots(model))
-        check_architecture(model, edited, "Recipe: this model does not carry this recipe's edit")
-        self._check(model, undo=True)
         slots = Slots(model if inplace else copied(model))
+        edited = check_operations("Recipe", self.operations, self.architecture, slots=slots)
+        check_architecture(model, edited, "Recipe: this model does not carry this recipe's edit")
+        check_possible("Recipe", self.operations, slots, self.tensors, undo=True)
         with all_or_nothing(slots, needed=inplace) as announce:
             for i, operation in reversed(list(enumerate(self.operations))):
                 announce(operation)
                 undo_operation(slots, operation, self.tensors.get(f"undo.{i}"))
         return slots.model
-
-    def _check(self, model: nn.Module, *, undo: bool) -> None:
-        """Refuses before anything has changed."""
-        slots = Slots(model)
-        if not undo:
-            check_operations("Recipe", self.operations, self.architecture, slots=slots, tensors=self.tensors)
-        check_possible("Recipe", self.operations, slots, self.tensors, undo=undo)
 
     def edited_architecture(self) -> dict[str, list[int]]:
         """Tensor name -> shape, of the model after the edit."""
@@ -265,8 +259,9 @@ def copied(model: nn.Module) -> nn.Module:
 
 def reduced(model: nn.Module, operations: list[Operation]) -> nn.Module:
     """A copy of a model with operations that only remove; it shares the parameters that stay whole."""
-    Recipe("prune", {}, {}, architecture_of(model), operations)._check(model, undo=False)
     slots = Slots(copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}))
+    check_operations("Recipe", operations, architecture_of(model), slots=slots)
+    check_possible("Recipe", operations, slots, {}, undo=False)
     for operation in operations:
         apply_operation(slots, operation, None)
     return slots.model
