@@ -14,12 +14,11 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from discedit.graph.hiding import ROUNDING, is_close
 from discedit.graph.network import OPAQUE, OUTPUT, Key, Members, Network, channel_axis, groups_of, is_depthwise
 from discedit.graph.removal import cut_own_tensors
 from discedit.model.forward import frozen_eval
 from discedit.model.functional import why_not_explicit
-from discedit.model.layers import input_of, is_own
+from discedit.model.layers import input_of, is_close, is_own
 from discedit.model.trace import width_of
 
 # Operations of autograd's graph that are no sums of what they read; what is done in place on a view has no name there.
@@ -341,4 +340,4 @@ def _differs(module: nn.Module, reads: bool, pruner: Any) -> bool:
                 hidden = hidden.narrow(axis, 1, hidden.shape[axis] - 1)
     except Exception:  # whatever a forward of somebody's own may need: the removal as a whole will show
         return False
-    return not is_close(without, hidden, ROUNDING * torch.finfo(x.dtype).eps)
+    return not is_close(without, hidden)

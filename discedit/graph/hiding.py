@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -17,13 +16,12 @@ from torch import Tensor, nn
 from discedit.graph.heads import Heads
 from discedit.graph.network import OUTPUT, Key, Members, Network, channel_axis, groups_of, kept_indices
 from discedit.graph.removal import operations_of
-from discedit.model.forward import call, frozen_eval, map_tensors, tensors_in
-from discedit.model.layers import is_own
+from discedit.model.forward import call, frozen_eval, hooked, map_tensors, tensors_in
+from discedit.model.layers import is_close, is_own
 from discedit.model.trace import IN_TRAINING, training_branches
 from discedit.recipes.operations import Operation
 from discedit.recipes.recipe import reduced
 
-ROUNDING = 1000  # units in the last place of the largest number
 _WIDTH = re.compile("dim|width|size|channels|features|planes|hidden|d_model")  # attributes that count channels
 _INPUTS = ("input", "query", "key", "value")  # of layers, by name
 
@@ -56,13 +54,14 @@ class RemovalCheck:
 
     def trial(self, gone: Mapping[Key, list[int]]) -> tuple[list[Operation], str]:
         """The operations that remove channels, and what is wrong with them; nothing is, when it is empty."""
+        across = self._across(gone)
         try:
             operations = self.operations(gone)
             smaller = reduced(self._reference.model, operations)
         except Exception as error:  # whatever torch-pruning makes of an operation that it does not know
             return [], f"torch-pruning cannot remove its channels: {error}"
         try:
-            removed = self._run(smaller)
+            removed, shapes = self._run_watched(smaller, across)
         except Exception as error:
             why = f"the model does not run without its channels: {error}"
             kept = self._kept_widths(gone, operations)
@@ -71,13 +70,14 @@ class RemovalCheck:
             operations += kept
             try:
                 smaller = reduced(self._reference.model, operations)
-                removed = self._run(smaller)
+                removed, shapes = self._run_watched(smaller, across)
             except Exception:
                 return [], why
         if why := self._reshapes(removed):
             return [], why
+        narrowed = [(name, smaller.get_submodule(name), lost, shapes[name]) for name, lost in across.items()]
         try:
-            hidden = self._hidden(gone, smaller)
+            hidden = self._hidden(gone, narrowed)
         except Exception as error:
             return [], f"its channels cannot be hidden from the layers that read them: {error}"
         why = self._difference(removed, hidden, gone)
@@ -94,6 +94,17 @@ class RemovalCheck:
 
     def _run(self, model: nn.Module) -> dict[str, Tensor]:
         return _outputs(model, self._reference.inputs, self.trains)
+
+    def _run_watched(self, model: nn.Module, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
+        """With the shapes that some modules read, call by call; None where the first argument is no tensor."""
+        shapes: dict[str, list[Any]] = {name: [] for name in names}
+
+        def note(seen: list[Any], _: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.append(args[0].shape if args and isinstance(args[0], Tensor) else None)
+
+        handles = [model.get_submodule(n).register_forward_pre_hook(partial(note, seen)) for n, seen in shapes.items()]
+        with hooked(handles):
+            return self._run(model), shapes
 
     def _difference(
         self, removed: Mapping[str, Tensor], hidden: Mapping[str, Tensor], gone: Mapping[Key, list[int]]
@@ -114,10 +125,14 @@ class RemovalCheck:
         changed = [p for p in before if p not in after or (self.network.stays(p) and before[p].shape != after[p].shape)]
         return self.network.reshaped(changed[0]) if changed or len(before) != len(after) else ""
 
-    def _hidden(self, gone: Mapping[Key, list[int]], smaller: nn.Module) -> dict[str, Tensor]:
+    def _hidden(
+        self, gone: Mapping[Key, list[int]], narrowed: Iterable[tuple[str, nn.Module, list[int], list[Any]]]
+    ) -> dict[str, Tensor]:
         """What the model gives with components hidden from their readers.
 
-        What works across channels, as norms do, is that of the smaller model, on the channels that are left.
+        Args:
+            narrowed: what works across channels, as norms do: its name, its twin in the smaller model, which works on
+                the channels that are left, these, and the shapes that the twin read.
         """
         model = self._reference.model
         with ExitStack() as stack:
@@ -127,8 +142,8 @@ class RemovalCheck:
                     several = 3 if isinstance(module, nn.MultiheadAttention) else 1
                     hide = _hiding(lost, channel_axis(module), several)
                     stack.callback(module.register_forward_pre_hook(hide, with_kwargs=True).remove)
-            for name, lost in self._across(gone).items():
-                stack.enter_context(_narrow(model.get_submodule(name), smaller.get_submodule(name), lost))
+            for name, smaller, lost, shapes in narrowed:
+                stack.enter_context(_narrow(model.get_submodule(name), smaller, lost, iter(shapes)))
             return self._run(model)
 
     def _across(self, gone: Mapping[Key, list[int]]) -> dict[str, list[int]]:
@@ -223,17 +238,6 @@ def _double(inputs: Any) -> Any:
     return map_tensors(inputs, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
 
-def is_close(one: Tensor, other: Tensor | None, tolerance: float) -> bool:
-    """Whether two outputs are the same but for rounding; what is not finite must be the same."""
-    if other is None or one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if not (one.is_floating_point() or one.is_complex()):
-        return bool((one == other).all())
-    same = (one == other) | (one.isnan() & other.isnan())
-    off, size = (one - other).abs().masked_fill(same, 0), one.abs().masked_fill(~one.isfinite(), 0)
-    return not one.numel() or float(off.max()) <= tolerance * float(size.max()) + 1e-12
-
-
 def _hiding(channels: list[int], dim: int, several: int) -> Any:
     """A hook that hides channels of the first few arguments, or of those that have their names."""
 
@@ -248,15 +252,20 @@ def _hiding(channels: list[int], dim: int, several: int) -> Any:
 
 
 @contextmanager
-def _narrow(module: nn.Module, smaller: nn.Module, gone: list[int]) -> Iterator[None]:
-    """Has a module of fewer channels work in a module's place, on the channels that are left; the others are zero."""
+def _narrow(module: nn.Module, smaller: nn.Module, gone: list[int], shapes: Iterator[Any]) -> Iterator[None]:
+    """Has a module of fewer channels work in a module's place, on the channels that are left; the others are zero.
+
+    Args:
+        shapes: of what the smaller one read in each call: where it is another, there are the channels.
+    """
     whole, own, before = module.forward, is_own(module), vars(module).get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        axis = _axis_of_channels(module, whole, args, kwargs)
-        if axis is None:
+        shape = next(shapes, None)
+        axes = [] if shape is None else [axis for axis, size in enumerate(args[0].shape) if size != shape[axis]]
+        if len(axes) != 1:
             return whole(*args, **kwargs)
-        x, *rest = args
+        (x, *rest), [axis] = args, axes
         left = torch.tensor(kept_indices(x.shape[axis], gone), device=x.device)
         if not own and not _treats_channels_alike(module, partial(whole, **kwargs), axis, x, *rest):
             raise ValueError(f"{type(module).__name__} takes channels by their place")
@@ -287,29 +296,4 @@ def _treats_channels_alike(module: nn.Module, forward: Callable[..., Tensor], ax
     finally:
         for parameter, data in before.items():
             parameter.data = data
-    return is_close(other, whole.index_select(axis, order), ROUNDING * torch.finfo(x.dtype).eps)
-
-
-def _axis_of_channels(
-    module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> int | None:
-    """Along which a module's first parameter lies in what it gives: a NaN in it shows where; None if nowhere."""
-    if not args or not isinstance(args[0], Tensor):
-        return None
-    x, *rest = args
-    parameter = next((p for p in module.parameters() if p.ndim), None)
-    if parameter is None:
-        return 1 if isinstance(module, nn.GroupNorm) else x.ndim - 1
-    first = tuple(0 for _ in parameter.shape)
-    before = parameter.data[first].clone()
-    parameter.data[first] = math.nan
-    try:
-        nan = forward(torch.ones_like(x), *rest, **kwargs).isnan()
-    finally:
-        parameter.data[first] = before
-    if nan.shape != x.shape:
-        return None
-    for axis in range(1, x.ndim):
-        if nan.select(axis, 0).all() and not nan.narrow(axis, 1, nan.shape[axis] - 1).any():
-            return axis
-    return None
+    return is_close(other, whole.index_select(axis, order))

@@ -35,7 +35,7 @@ from discedit.model.forward import (
     version_of,
 )
 from discedit.model.functional import why_not_explicit
-from discedit.model.layers import is_affine, takes_constants, why_not_plain
+from discedit.model.layers import is_affine, is_close, takes_constants, why_not_plain
 from discedit.model.sharded import has_shards, identity, unwrapped
 
 ALIKE = 1e-2  # of the largest number: two batches need not give the same digits
@@ -313,13 +313,8 @@ class SampleOrder:
         each, rest = divmod(len(first), self._number)
         if rest or not first.numel():
             return 0
-        first, second = first.double(), second.double()
-        tolerance = ALIKE * float(first.abs().nan_to_num(0.0, 0.0, 0.0).max())
-
-        def alike(one: Tensor, other: Tensor) -> bool:
-            return torch.allclose(one, other, rtol=ALIKE, atol=tolerance, equal_nan=True)
-
-        return each if alike(first.roll(each, 0), second) or (each == 1 and self._by_chance) else 0
+        alike = is_close(first.roll(each, 0), second, ALIKE)
+        return each if alike or (each == 1 and self._by_chance) else 0
 
 
 def _random_state() -> Tensor:
