@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from discedit.common import files
+from discedit.common.tables import format_table
 from discedit.model.forward import outside_inference_mode
 from discedit.model.sharded import unwrapped
 from discedit.model.size import count_parameters
@@ -235,14 +236,13 @@ class Edit:
         """A table of what went from each layer, and what it cost."""
         directions = self.recipe.settings.get("directions", {})
         verb = "removed" if self.recipe.edit == "prune" else "directions" if directions else "ablated"
-        names = [*self.recipe.components, *directions, *self.skipped]
-        width = max((len(name) for name in names), default=5)
-        lines = [f"{'layer':{width}}  {verb:>12}"]
+        rows = [("layer", verb, "")]
         for layer, channels in self.recipe.components.items():
             of = f" of {self.widths[layer]}" if layer in self.widths else ""
-            lines.append(f"{layer:{width}}  {f'{len(channels)}{of}':>12}")
-        lines += [f"{layer:{width}}  {len(bounds):>12}" for layer, bounds in directions.items()]
-        lines += [f"{layer:{width}}  {'-':>12}  {why}" for layer, why in self.skipped.items()]
+            rows.append((layer, f"{len(channels)}{of}", ""))
+        rows += [(layer, str(len(bounds)), "") for layer, bounds in directions.items()]
+        rows += [(layer, "-", why) for layer, why in self.skipped.items()]
+        lines = [format_table(rows, left=(0, 2))]
         lines.append(f"parameters: {_change(self.parameters_before, self.parameters_after)}")
         if self.macs_before is not None and self.macs_after is not None:
             lines.append(f"multiply-accumulates: {_change(self.macs_before, self.macs_after)}")
