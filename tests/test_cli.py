@@ -318,6 +318,7 @@ def test_report_hands_over_what_the_runs_hold(place, scored, edited, tmp_path, m
 
     def report(path, scores, **options):
         seen.update(options, scores=scores)
+        path.parent.mkdir()
         path.write_text("<html>")
         return path
 
@@ -603,8 +604,8 @@ def test_options_of_the_document_are_those_of_the_parser(capsys):
         (["score", *MODEL, "--data", "no/where"], "'no/where' does not exist"),
         (["score", *MODEL, "--data", "{place}/weights.safetensors"], "is neither"),
         (["score", *MODEL, "--data", "{place}/train.npz", "--recipe", "{place}/no.json"], "does not exist"),
-        (["score", *MODEL, "--data", "{place}/train.npz", "--device", "abacus"], "--device: must be auto, cpu, cuda"),
-        (["score", *MODEL, "--data", "{place}/train.npz", "--device", "meta"], "--device: must be auto, cpu, cuda"),
+        (["score", *MODEL, "--data", "{place}/train.npz", "--device", "abacus"], "'--device': must be auto, cpu, cuda"),
+        (["score", *MODEL, "--data", "{place}/train.npz", "--device", "meta"], "'--device': must be auto, cpu, cuda"),
         (["score", *MODEL, "--data", "{place}/train.npz", "--bound-option", "radius=2"], "takes none"),
         (["score", *MODEL, "--data", "{place}/train.npz", "--checkpoint-every", "5"], "needs --checkpoint"),
         (["score", *MODEL, "--data", "{place}/train.npz", "--layers", "conv9"], "conv9"),
@@ -612,7 +613,7 @@ def test_options_of_the_document_are_those_of_the_parser(capsys):
         (["score", *MODEL, "--data", "{place}/train.npz", "--mean", "0,0", "--std", "1,1"], "must be 1 number or 1"),
         (
             ["score", *MODEL, "--data", "{place}/train.npz", "--mean", "0", "--std", "0"],
-            "must be a finite number above 0",
+            "0.0 is not in the range x>0",
         ),
         (["score", *MODEL, "--data", "{place}/train.npz", "--size", "9"], "the model takes 9 x 9"),
         (["score", *MODEL, "--data", "{place}/train.npz", "--size", "0x4"], "0 is not in the range"),
@@ -623,7 +624,7 @@ def test_options_of_the_document_are_those_of_the_parser(capsys):
         (["prune", *MODEL, "--size", "8", "--ratio", "0.3"], "--scores: must be given"),
         (["prune", *MODEL, "--data", "{place}/train.npz"], "exactly one budget must be given"),
         (["prune", *MODEL, "--data", "{place}/train.npz", "--ratio", "1.5"], "ratio must be"),
-        (["prune", *MODEL, "--data", "{place}/train.npz", "--ratio", "conv1=x"], "must be a finite number"),
+        (["prune", *MODEL, "--data", "{place}/train.npz", "--ratio", "conv1=x"], "'x' is not a valid float"),
         (["prune", *MODEL, "--scores", "{scored}", "--ratio", "0.3"], "--data: must be given, or --size"),
         (["prune", *MODEL, "--scores", "{place}", "--ratio", "0.3"], "does not exist"),
         (["prune", *MODEL, "--scores", "{scored}/moments.safetensors", "--ratio", "0.3"], "is not a discedit scores"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ import click
 from discedit import backends
 from discedit.backends import arguments
 from discedit.cli.data import MOST_CLASSES
+from discedit.cli.errors import explained
 from discedit.cli.run_folder import Console
 from discedit.editing import ablation
 from discedit.editing.prune import OUTPUTS, REPAIRS
@@ -27,7 +28,6 @@ from discedit.selection.ranking import MEASURES, SIGNS
 
 Options = SimpleNamespace  # of a command, by name
 Result = tuple[dict[str, Any], str]  # what run.json holds, and what is shown
-BOUND_OPTIONS = sorted({option for options in arguments.OPTIONS.values() for option in options})
 EPILOG = """\b
 exit codes:
   0  done
@@ -46,22 +46,8 @@ MODULE:FACTORY that gives a dataset or loader, such as 'discedit.zoo:cifar10("tr
 
 # ---- what values look like -------------------------------------------------------------------------------------------
 
-
-def number_above(limit: float) -> Callable[[Any], float]:
-    def number(value: Any) -> float:
-        try:
-            found = float(value)
-        except ValueError:
-            found = math.nan
-        if not math.isfinite(found) or found <= limit:
-            what = "finite number" if limit == -math.inf else f"finite number above {limit:g}"
-            raise click.BadParameter(f"must be a {what}, got {value!r}")
-        return found
-
-    return number
-
-
-NUMBER, ABOVE_ZERO = number_above(-math.inf), number_above(0)
+NUMBER = click.FLOAT
+ABOVE_ZERO = click.FloatRange(0, min_open=True)
 COUNT = click.IntRange(1, 10**9)
 SIDE = click.IntRange(1, 1 << 13)
 EXISTING = click.Path(exists=True, path_type=Path)
@@ -77,13 +63,17 @@ def names(text: str) -> list[str]:
 def class_names(text: str) -> list[str]:
     if not text.startswith("@"):
         return names(text)
-    try:
+    with explained(f"--class-names: cannot read {text[1:]!r}"):
         found = Path(text[1:]).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"cannot read {text[1:]!r}: {error}") from error
     if not found or not all(found):
         raise click.BadParameter(f"must hold one name on each line, {text[1:]!r} does not")
     return found
+
+
+def device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise click.BadParameter(f"must be auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -105,32 +95,24 @@ def size(text: str) -> tuple[int, int]:
 
 def amount(text: str) -> int | float:
     """ "120000" is a number of things, "0.5" a share."""
-    try:
-        return int(text)
-    except ValueError:
-        return NUMBER(text)
+    return int(text) if text.isdecimal() else NUMBER(text)
 
 
-def by_layer(number: Callable[[str], Any]) -> Callable[[str], Any]:
+def amount_by_layer(text: str) -> Any:
     """ "0.3", or "conv1=0.3,conv2=0.5"."""
-
-    def number_or_layers(text: str) -> Any:
-        if "=" not in text:
-            return number(text)
-        pairs = [part.rpartition("=") for part in text.split(",")]
-        if not all(layer.strip() for layer, _, _ in pairs):
-            raise click.BadParameter(f"must be a number, or LAYER=NUMBER with commas between, got {text!r}")
-        return {layer.strip(): number(value) for layer, _, value in pairs}
-
-    return number_or_layers
+    if "=" not in text:
+        return amount(text)
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    if not all(layer.strip() for layer, _, _ in pairs):
+        raise click.BadParameter(f"must be a number, or LAYER=NUMBER with commas between, got {text!r}")
+    return {layer.strip(): amount(value) for layer, _, value in pairs}
 
 
 def bound_option(text: str) -> tuple[str, Any]:
+    """ "radius=2", or "value_range=0,1"."""
     name, _, value = text.partition("=")
-    if name not in BOUND_OPTIONS:
-        raise click.BadParameter(f"must be NAME=VALUE with a name among {', '.join(BOUND_OPTIONS)}, got {text!r}")
-    found = numbers(value)
-    return name, COUNT(value) if name == "comparisons" else found if len(found) > 1 else found[0]
+    found = tuple(amount(part) for part in value.split(","))
+    return name, found if len(found) > 1 else found[0]
 
 
 # ---- options, in the groups that commands share ----------------------------------------------------------------------
@@ -161,7 +143,7 @@ MODEL_OPTIONS = [
     option("--weights", EXISTING, help="state dict, .safetensors or .pt/.pth (read without running code)"),
     option("--recipe", EXISTING, multiple=True,
            help="recipe of an earlier edit to apply first; may be given again, and applies in this order"),
-    option("--device", str, "auto", "auto (a GPU if there is one), cpu, cuda or cuda:N"),
+    option("--device", device, "auto", "auto (a GPU if there is one), cpu, cuda or cuda:N"),
     option("--dtype", ("float32", "bfloat16", "float16"), "float32", "what the model runs in"),
 ]  # fmt: skip
 
@@ -213,7 +195,7 @@ SCORE_OPTIONS = [
     *RUN,
 ]  # fmt: skip
 BUDGET = [
-    option("--ratio", by_layer(NUMBER), metavar="X", help="share of each layer's components to remove, or LAYER=X,..."),
+    option("--ratio", amount_by_layer, metavar="X", help="share of each layer's components to remove, or LAYER=X,..."),
     option("--global-ratio", NUMBER, help="share of all components together"),
     option("--threshold", NUMBER, help="components less important than this go"),
     option("--parameters", amount, metavar="N", help="parameters that may be left: a number, or a share below 1"),
@@ -231,7 +213,7 @@ PRUNE_OPTIONS = [
     option("--components", names, "filters,neurons,heads", f"all, or of {', '.join((*KINDS, OUTPUTS))}"),
     option("--across", ("auto", *NORMALISATIONS), "auto", "how layers compare"),
     option("--round-to", COUNT, 1, "what stays in a layer is a multiple of N"),
-    option("--floor", by_layer(amount), "1", "components that stay in each layer at least, or LAYER=N,..."),
+    option("--floor", amount_by_layer, "1", "components that stay in each layer at least, or LAYER=N,..."),
     LAYERS,
     option("--ignore", names, metavar="A,B,...", help="layers to leave whole"),
     option("--steps", click.IntRange(1, 1000), 1, "in N equal steps"),
@@ -239,7 +221,8 @@ PRUNE_OPTIONS = [
     out("prune"),
     *RUN,
 ]
-ABLATION = [
+METHOD = [  # of unlearning: what its classes take, None where it was not given
+    option("--scale", NUMBER, help="multiplies directions or outputs (default 0, or -1 as modhifi says)"),
     option("--fraction", NUMBER, help="share of the components to ablate for each class"),
     option("--top", COUNT, help="so many of each layer"),
     option("--deviations", NUMBER, help="so far above the mean of their layer"),
@@ -250,7 +233,7 @@ ABLATION = [
     option("--around", ("auto", *AROUND), help="what they give instead"),
     option("--repair", tuple(ablation.FRACTION), help="of later layers (default none)"),
     option("--protection", NUMBER, help="of the repair least_squares (default 1)"),
-    option("--remove", is_flag=True, help="also remove zeroed components physically"),
+    click.Option(["--remove"], is_flag=True, default=None, help="also remove zeroed components physically"),
 ]
 UNLEARN_OPTIONS = [
     *MODEL_OPTIONS,
@@ -264,8 +247,7 @@ UNLEARN_OPTIONS = [
     LAYERS,
     option("--forget-accuracy", NUMBER, help="target for the classes to forget; goes with --retain-drop"),
     option("--retain-drop", NUMBER, help="what the others may lose at most"),
-    option("--scale", NUMBER, help="multiplies directions or outputs (default 0, or -1 as modhifi says)"),
-    *ABLATION,
+    *METHOD,
     out("unlearn"),
     *RUN,
 ]

@@ -12,8 +12,8 @@ from torch import nn
 
 from discedit import zoo
 from discedit.cli.arguments import OUTPUT, Options, Result, command, option
+from discedit.cli.errors import InputError
 from discedit.cli.job import accuracy_rows
-from discedit.cli.models import InputError
 from discedit.cli.run_folder import Console
 from discedit.common.tables import format_table
 from discedit.editing.prune import prune
