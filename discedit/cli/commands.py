@@ -112,11 +112,7 @@ def score_command(options: Options, console: Console) -> Result:
 
 @contextmanager
 def _process_group(size: int, device: torch.device, timeout: float) -> Iterator[None]:
-    """A group of all ranks, if there are several.
-
-    Raises:
-        GroupError: another rank fails or does not answer in time.
-    """
+    """A group of all ranks, if there are several."""
     if size == 1:
         yield
         return
@@ -400,7 +396,6 @@ def report_command(options: Options, console: Console) -> Result:
     title, folder, record = min(scored, key=lambda run: run[2]["command"] != "score")
     if len(scored) > 1:
         console.say(f"scores: of {title}; {len(scored) - 1} other runs hold scores too")
-    moments_file = folder / "moments.safetensors"
     edits, accuracy, curve = _of_edits(runs)
     model = record.get("model")
     target = RunFolder(options.out, overwrite=options.overwrite)
@@ -411,7 +406,6 @@ def report_command(options: Options, console: Console) -> Result:
         edits=edits,
         accuracy=accuracy or None,
         curve=curve or None,
-        moments=Moments.load(moments_file) if moments_file.is_file() else None,
         class_names=model.get("class_names") if isinstance(model, dict) else None,
         title=options.title,
         settings={name: found["arguments"] for name, _, found in runs},

@@ -74,11 +74,7 @@ class Images(Dataset[Any]):
 
 
 def open_data(spec: str, argument: str) -> Images | Any:
-    """What --data or --test names: `Images`, or the dataset or loader of a factory.
-
-    Raises:
-        InputError: nothing that can be read is there.
-    """
+    """What --data or --test names: `Images`, or the dataset or loader of a factory."""
     path = Path(spec)
     if path.is_dir():
         return open_folder(path, argument)
@@ -150,11 +146,7 @@ def open_archive(path: Path, argument: str = "--data") -> Images:
 
 
 def image_tensor(item: Path | np.ndarray[Any, Any], known: Preprocessing) -> Tensor:
-    """One image as the model takes it: (channels, height, width), float32.
-
-    Raises:
-        InputError: it does not fit the model. What Pillow raises: it cannot be read.
-    """
+    """One image as the model takes it: (channels, height, width), float32."""
     if isinstance(item, np.ndarray) and item.dtype != np.uint8:
         image = torch.from_numpy(item.astype(np.float32))
         if known.size is not None and known.size != item.shape[1:]:
@@ -185,9 +177,6 @@ def converted(image: Image, channels: int | None) -> Image:
     """The image in grey (1) or red, green and blue (3); None: the one of the two that loses nothing.
 
     Palettes are looked up, transparency is dropped, 16 bits become 8.
-
-    Raises:
-        InputError: pixels without a known range.
     """
     if image.mode == "F":
         raise InputError("has pixels of floating-point numbers, whose range is not known.")
@@ -224,16 +213,9 @@ def times(size: Iterable[int]) -> str:
 
 
 def number_classes(data: Images, names: list[str] | None) -> str:
-    """Gives the classes the numbers that the model knows them by.
+    """Gives the classes the numbers that the model knows them by, whose names are in order, and says how.
 
-    Args:
-        names: of the model's classes, in order; None: not known, so that the sorted order counts.
-
-    Returns:
-        How, for the reader; empty where nothing was decided.
-
-    Raises:
-        InputError: a class of the data that is none of the names.
+    Where either has no names, the data's own numbers count, and nothing is said.
     """
     own = data.class_names
     if own is None or names is None or own == names:
@@ -269,9 +251,6 @@ def make_loader(
     """(inputs, labels) batches that can be gone through again, in the type that the model runs in.
 
     Of several ranks, each takes whole batches in turn: so the features do not depend on their number.
-
-    Raises:
-        InputError: the factory gave nothing of the kind.
     """
     if isinstance(source, Images):
         source, limit_per_class = Subset(source, source.first_of_each_class(limit_per_class).tolist()), None

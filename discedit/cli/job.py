@@ -73,11 +73,7 @@ class Job:
 def prepare(options: Options, console: Console, *, classes: int = 0) -> Job:
     """Loads the model and opens the data, and says what was not given but inferred.
 
-    Args:
-        classes: number of classes where neither an option nor data tells, such as that of given scores.
-
-    Raises:
-        InputError, FileNotFoundError: something is missing, damaged or does not fit.
+    `classes` is their number where neither an option nor data tells, such as that of given scores.
     """
     rank, ranks = console.rank, console.ranks
     if ranks > 1 and console.command != "score":

@@ -52,11 +52,7 @@ class ModelSource:
 
 
 def open_model(spec: str, *, pretrained: bool = False) -> ModelSource:
-    """The model that "timm:NAME", "hf:FOLDER" or "module:factory" names, on the CPU, in eval mode.
-
-    Raises:
-        InputError: an unknown form, a package that is not installed, or no model there.
-    """
+    """The model that "timm:NAME", "hf:FOLDER" or "module:factory" names, on the CPU, in eval mode."""
     kind, _, rest = spec.partition(":")
     if pretrained and kind != "timm":
         raise InputError(f"--pretrained: goes with --model timm:NAME alone, got --model {spec!r}.")
@@ -82,9 +78,6 @@ def resolve(argument: str, spec: str) -> Any:
 
     The module is imported, from the working directory too. Of the rest nothing is evaluated: arguments are literals.
     A name that stands without parentheses is called without arguments if it can be called, unless it is a model.
-
-    Raises:
-        InputError: a specification of another form, or code of that module that fails; it is then the cause.
     """
     module, _, rest = spec.partition(":")
     try:
@@ -202,9 +195,6 @@ def load_weights(model: nn.Module, path: Path, *, argument: str = "--weights") -
 
     Counters of batch norms, which evaluation does not use, may be absent; of tensors that hang in several places one
     name is enough.
-
-    Raises:
-        InputError: no such file, no state dict in it, or one that does not fit.
     """
     weights = _state_dict(path, argument)
     own = model.state_dict(keep_vars=True)

@@ -73,12 +73,7 @@ def _integer_of_environment(name: str, default: int) -> int:
 
 
 class RunFolder:
-    """A folder that holds one run: looked at before the work, made by the first file after it; run.json is the last.
-
-    Raises:
-        InputError: the folder holds another run, or files that this one would write, and may not be overwritten; or
-            nothing can be written there.
-    """
+    """A folder that holds one run: looked at before the work, made by the first file after it; run.json is the last."""
 
     def __init__(self, path: Path, *, overwrite: bool) -> None:
         self.path = path
@@ -133,11 +128,7 @@ def record_of(console: Console, options: Any, packages: Iterable[str], **fields:
 
 
 def load_run(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Folder and run.json of a run, which is named by either.
-
-    Raises:
-        FileNotFoundError: there is no run. ValueError: run.json is damaged or foreign.
-    """
+    """Folder and run.json of a run, which is named by either."""
     folder = path.parent if path.name == FILE else path
     file = folder / FILE
     if not file.is_file():
