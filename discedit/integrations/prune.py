@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -163,28 +161,13 @@ def prune_model(
                     f"{op}: norms must be as wide as their layers, {norms[layer]!r} has {len(own)} channels, {layer!r} "
                     f"has {width}."
                 )
-    owners = {layer: [modules[layer], *([modules[norms[layer]]] if layer in norms else [])] for layer in chosen}
-    with _all_or_none(module for pair in owners.values() for module in pair):
-        return {layer: _mask(*owners[layer], amount=amounts[layer], scores=values[layer]) for layer in chosen}
+    return {
+        layer: _mask(modules[layer], modules[norms[layer]] if layer in norms else None, amounts[layer], values[layer])
+        for layer in chosen
+    }
 
 
-@contextmanager
-def _all_or_none(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Modules as they were where masking one of them fails: masks are attributes, and no tensor is written to."""
-    before = [
-        (module, {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(module).items()})
-        for module in modules
-    ]
-    try:
-        yield
-    except BaseException:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-        raise
-
-
-def _mask(module: nn.Module, norm: nn.Module | None = None, *, amount: int | float, scores: Tensor) -> Tensor:
+def _mask(module: nn.Module, norm: nn.Module | None, amount: int | float, scores: Tensor) -> Tensor:
     """The channels of a layer that are masked then."""
     DiscEditStructured.apply(module, "weight", amount, scores, _output_axis(module))
     active = _active(module)

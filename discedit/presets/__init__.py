@@ -138,8 +138,8 @@ class Preset:
         if self.selection == "lowest":
             share = self.amount if ratio is None else ratio
             return self._signed(prune(model, scores, ratio=share, **settings))
-        if threshold is not None:
-            _checked_threshold(op, threshold)
+        if threshold is not None and not (validation.is_number(threshold) and 0 <= threshold <= 1):
+            raise ValueError(f"{op}: threshold must be a number in [0, 1], got {threshold!r}.")
         reduced = scores.reduce(settings["criterion"])
         shares = {layer: _below(values, self.amount, threshold) / len(values) for layer, values in reduced.items()}
         edit = prune(model, scores, ratio=shares, **settings)
@@ -251,8 +251,3 @@ def _below(values: Tensor, share: float, threshold: float | None) -> int:
     """How many of a layer's components score below the threshold, leaving one."""
     limit = share * values.mean() if threshold is None else threshold
     return min(int((values < limit).sum()), len(values) - 1)
-
-
-def _checked_threshold(op: str, value: Any) -> None:
-    if not validation.is_number(value) or not 0 <= value <= 1:
-        raise ValueError(f"{op}: threshold must be a number in [0, 1], got {value!r}.")
