@@ -14,7 +14,7 @@ from discedit import backends
 from discedit.backends import arguments
 from discedit.cli.data import MOST_CLASSES
 from discedit.cli.errors import explained
-from discedit.cli.run_folder import Console
+from discedit.cli.run_folder import Console, Result
 from discedit.editing import ablation
 from discedit.editing.prune import OUTPUTS, REPAIRS
 from discedit.editing.row_operations import AROUND
@@ -27,7 +27,6 @@ from discedit.selection.importance import CRITERIA
 from discedit.selection.ranking import MEASURES, SIGNS
 
 Options = SimpleNamespace  # of a command, by name
-Result = tuple[dict[str, Any], str]  # what run.json holds, and what is shown
 EPILOG = """\b
 exit codes:
   0  done
@@ -76,13 +75,9 @@ def device(text: str) -> str:
     return text
 
 
-def numbers(text: str) -> tuple[float, ...]:
+def listed(kind: click.ParamType[Any]) -> Callable[[str], tuple[Any, ...]]:
     """ "0.5" or "0.485,0.456,0.406"."""
-    return tuple(NUMBER(part) for part in text.split(","))
-
-
-def numbers_above_zero(text: str) -> tuple[float, ...]:
-    return tuple(ABOVE_ZERO(part) for part in text.split(","))
+    return lambda text: tuple(kind(part) for part in text.split(","))
 
 
 def size(text: str) -> tuple[int, int]:
@@ -159,8 +154,8 @@ def data_options(serves: str = "", *, required: bool = False) -> list[click.Opti
         option("--workers", click.IntRange(0, 256), 0, "processes that read data; 0: this one"),
         option("--size", size, metavar="N", help="of images of folders and .npz files: resize the shorter side, then "
                "crop the centre: N or HxW (default: what timm or the processor says)"),
-        option("--mean", numbers, metavar="R,G,B", help="of pixels in [0, 1], for each channel"),
-        option("--std", numbers_above_zero, metavar="R,G,B", help="standard deviation, the same way"),
+        option("--mean", listed(NUMBER), metavar="R,G,B", help="of pixels in [0, 1], for each channel"),
+        option("--std", listed(ABOVE_ZERO), metavar="R,G,B", help="standard deviation, the same way"),
     ]  # fmt: skip
 
 
@@ -168,14 +163,18 @@ def out(command: str) -> click.Option:
     return option("--out", click.Path(path_type=Path), f"out/{command}", "run folder")
 
 
+def on_model(command: str, *own: click.Option, serves: str = "", needed: bool = False) -> list[click.Parameter]:
+    """Options of a command that works on a model and data, which its own ones are between."""
+    return [*MODEL_OPTIONS, *data_options(serves, required=needed), *own, out(command), *RUN]
+
+
 TEST = option("--test", metavar="SPEC", help="data to test on; as for --data")
 LABELS = option("--labels", ("given", "predicted"), "given", "whose labels: the data's, or the model's own answers")
 SCORES = option("--scores", EXISTING, help="file or run folder of `discedit score`; default: computed from --data")
 LAYERS = option("--layers", names, metavar="A,B,...", help="layers to read or edit (default: all that can be)")
 
-SCORE_OPTIONS = [
-    *MODEL_OPTIONS,
-    *data_options(required=True),
+SCORE = on_model(
+    "score",
     LABELS,
     LAYERS,
     option("--read", READS, "consumer", "a layer as the next one gets it, behind its norm, or at its output"),
@@ -191,23 +190,18 @@ SCORE_OPTIONS = [
     option("--checkpoint", click.Path(path_type=Path), help="of long runs: save the state there, and go on from it"),
     option("--checkpoint-every", NUMBER, help="so many seconds (default 60)"),
     option("--timeout", ABOVE_ZERO, 1800.0, "under torchrun: seconds to wait for other processes"),
-    out("score"),
-    *RUN,
-]  # fmt: skip
-BUDGET = [
+    needed=True,
+)  # fmt: skip
+PRUNE = on_model(
+    "prune",
+    TEST,
+    SCORES,
+    LABELS,
     option("--ratio", amount_by_layer, metavar="X", help="share of each layer's components to remove, or LAYER=X,..."),
     option("--global-ratio", NUMBER, help="share of all components together"),
     option("--threshold", NUMBER, help="components less important than this go"),
     option("--parameters", amount, metavar="N", help="parameters that may be left: a number, or a share below 1"),
     option("--macs", amount, metavar="N", help="the same for multiply-accumulates"),
-]
-PRUNE_OPTIONS = [
-    *MODEL_OPTIONS,
-    *data_options("; scores, criterion and repair come from it"),
-    TEST,
-    SCORES,
-    LABELS,
-    *BUDGET,
     option("--criterion", ("auto", *CRITERIA), "auto", "of importance"),
     option("--repair", REPAIRS, "auto", "what follows the removal"),
     option("--components", names, "filters,neurons,heads", f"all, or of {', '.join((*KINDS, OUTPUTS))}"),
@@ -218,9 +212,8 @@ PRUNE_OPTIONS = [
     option("--ignore", names, metavar="A,B,...", help="layers to leave whole"),
     option("--steps", click.IntRange(1, 1000), 1, "in N equal steps"),
     flag("--rescore", "score the model anew after each step; needs --data"),
-    out("prune"),
-    *RUN,
-]
+    serves="; scores, criterion and repair come from it",
+)
 METHOD = [  # of unlearning: what its classes take, None where it was not given
     option("--scale", NUMBER, help="multiplies directions or outputs (default 0, or -1 as modhifi says)"),
     option("--fraction", NUMBER, help="share of the components to ablate for each class"),
@@ -235,9 +228,8 @@ METHOD = [  # of unlearning: what its classes take, None where it was not given
     option("--protection", NUMBER, help="of the repair least_squares (default 1)"),
     click.Option(["--remove"], is_flag=True, default=None, help="also remove zeroed components physically"),
 ]
-UNLEARN_OPTIONS = [
-    *MODEL_OPTIONS,
-    *data_options("; all classes, labelled"),
+UNLEARN = on_model(
+    "unlearn",
     TEST,
     SCORES,
     LABELS,
@@ -248,12 +240,10 @@ UNLEARN_OPTIONS = [
     option("--forget-accuracy", NUMBER, help="target for the classes to forget; goes with --retain-drop"),
     option("--retain-drop", NUMBER, help="what the others may lose at most"),
     *METHOD,
-    out("unlearn"),
-    *RUN,
-]
-EVALUATE_OPTIONS = [
-    *MODEL_OPTIONS,
-    *data_options("; samples that the model was trained on"),
+    serves="; all classes, labelled",
+)
+EVALUATE = on_model(
+    "evaluate",
     option("--test", required=True, metavar="SPEC", help="data to test on; as for --data"),
     option("--classes", names, metavar="A,B,...", help="names or indices forgotten (default: those of the recipes)"),
     option("--original", EXISTING, help="weights before the edit (default: of the model without --recipe)"),
@@ -262,9 +252,13 @@ EVALUATE_OPTIONS = [
     option("--features", metavar="LAYER", help="whose output to look at (default: the input of the head)"),
     option("--learning-rate", ABOVE_ZERO, 0.001, "of relearning"),
     option("--max-steps", COUNT, 50, "of relearning"),
-    out("evaluate"),
-    *RUN,
-]
+    serves="; samples that the model was trained on",
+)
+
+
+def chosen(options: Options, *names: str) -> dict[str, Any]:
+    """Those of these options that were given or have a default, by name: as the library's functions take them."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def command(*parameters: click.Parameter) -> Callable[[Callable[[Options, Console], Result]], click.Command]:

@@ -17,25 +17,13 @@ from safetensors.torch import save as format_tensors
 from torch import Tensor
 
 from discedit import backends
-from discedit.backends import arguments
-from discedit.cli.arguments import (
-    EVALUATE_OPTIONS,
-    EXISTING,
-    METHOD,
-    PRUNE_OPTIONS,
-    RUN,
-    SCORE_OPTIONS,
-    UNLEARN_OPTIONS,
-    Options,
-    Result,
-    command,
-    option,
-    out,
-)
+from discedit.backends.arguments import OPTIONS as BOUND_OPTIONS
+from discedit.cli import arguments
+from discedit.cli.arguments import Options, chosen, command
 from discedit.cli.errors import GroupError, InputError, NothingChangedError
 from discedit.cli.job import Job, accuracy_rows, prepare
 from discedit.cli.models import load_weights
-from discedit.cli.run_folder import Console, RunFolder, load_run, record_of
+from discedit.cli.run_folder import Console, Result, RunFolder, load_run, record_of
 from discedit.common import files
 from discedit.common.tables import format_table
 from discedit.editing import AblateComponents, EraseDirections, LeastSquares
@@ -60,20 +48,15 @@ LIMITS: dict[str, type[Limit]] = {kind.name: kind for kind in (TopFraction, TopK
 Run = tuple[str, Path, dict[str, Any]]  # title, folder and run.json
 
 
-def chosen(options: Options, *names: str) -> dict[str, Any]:
-    """Those of these options that were given or have a default, by name: as the library's functions take them."""
-    return {name: value for name in names if (value := getattr(options, name)) is not None}
-
-
 # ---- score -----------------------------------------------------------------------------------------------------------
 
 
-@command(*SCORE_OPTIONS)
+@command(*arguments.SCORE)
 def score_command(options: Options, console: Console) -> Result:
     """How well each component tells each class from the rest: one pass over the data."""
     if options.checkpoint_every is not None and options.checkpoint is None:
         raise InputError("--checkpoint-every: needs --checkpoint, which was not given.")
-    known = arguments.OPTIONS.get(options.bound, {})
+    known = BOUND_OPTIONS.get(options.bound, {})
     for name, _ in options.bound_option:
         if name not in known:
             takes = f"takes {', '.join(known)}" if known else "takes none"
@@ -97,7 +80,6 @@ def score_command(options: Options, console: Console) -> Result:
         **chosen(options, "bound", "witness", "pairs"),
         **dict(options.bound_option),
     )
-    folder.clear()
     together.save(folder.file("moments.safetensors"))
     scores.save(folder.file("scores.safetensors"))
     record = job.record(
@@ -106,8 +88,7 @@ def score_command(options: Options, console: Console) -> Result:
         settings=scores.settings,
         layers=_best(scores),
     )
-    written = folder.finish(record)
-    return record, f"{_score_table(record['results']['layers'], job.names())}\n{written}"
+    return folder.finish(record, _score_table(record["results"]["layers"], job.names()))
 
 
 @contextmanager
@@ -182,7 +163,7 @@ def _score_table(layers: Mapping[str, Any], names: Sequence[str]) -> str:
 # ---- prune and unlearn -----------------------------------------------------------------------------------------------
 
 
-@command(*PRUNE_OPTIONS)
+@command(*arguments.PRUNE)
 def prune_command(options: Options, console: Console) -> Result:
     """Remove the least important components and repair what is left.
 
@@ -222,7 +203,7 @@ def _budget(options: Options) -> Budget:
     return BUDGETS[name](value, floor=options.floor, round_to=options.round_to, **across)
 
 
-@command(*UNLEARN_OPTIONS)
+@command(*arguments.UNLEARN)
 def unlearn_command(options: Options, console: Console) -> Result:
     """Edit the model so that it no longer recognises some classes.
 
@@ -249,7 +230,7 @@ def unlearn_command(options: Options, console: Console) -> Result:
 
 def _method(options: Options) -> str | EraseDirections | AblateComponents:
     """The way of unlearning, of the options that are given."""
-    given = chosen(options, *(str(option.name) for option in METHOD))
+    given = chosen(options, *(str(option.name) for option in arguments.METHOD))
     if options.method == "auto":
         for name in given:
             raise InputError(f"--{name}: goes with a --method that is named.")
@@ -303,18 +284,15 @@ def _finish(job: Job, folder: RunFolder, edit: Edit, computed: Scores | None, **
         for layer, channels in edit.recipe.components.items()
     }
     results |= {"skipped": edit.skipped, "settings": edit.recipe.settings}
-    folder.clear()
     if computed is not None:
         computed.save(folder.file("scores.safetensors"))
     edit.recipe.save(folder.file(f"{kind}.json"))
     folder.file(f"{kind}.values.safetensors")
     _save_model(job, folder, edit)
-    record = job.record(**results)
-    written = folder.finish(record)
     measured = "accuracy: not measured, since there is no --test"
     if columns:
         measured = format_table(accuracy_rows(columns, job.names(), results.get("classes", ())))
-    return record, f"{edit.summary()}\n\n{measured}\n{written}"
+    return folder.finish(job.record(**results), f"{edit.summary()}\n\n{measured}")
 
 
 def _save_model(job: Job, folder: RunFolder, edit: Edit) -> None:
@@ -334,7 +312,7 @@ def _save_model(job: Job, folder: RunFolder, edit: Edit) -> None:
 # ---- evaluate --------------------------------------------------------------------------------------------------------
 
 
-@command(*EVALUATE_OPTIONS)
+@command(*arguments.EVALUATE)
 def evaluate_command(options: Options, console: Console) -> Result:
     """What an edited model still knows of the classes it should have forgotten."""
     if options.recipe and options.original is not None:
@@ -360,10 +338,7 @@ def evaluate_command(options: Options, console: Console) -> Result:
         seed=options.seed,
         **others,
     )
-    folder.clear()
-    record = job.record(classes=wanted, evaluation=found.to_dict())
-    written = folder.finish(record)
-    return record, f"{found.table()}\n{written}"
+    return folder.finish(job.record(classes=wanted, evaluation=found.to_dict()), found.table())
 
 
 def _forgotten(paths: Sequence[Path]) -> list[int]:
@@ -379,10 +354,10 @@ def _forgotten(paths: Sequence[Path]) -> list[int]:
 
 
 @command(
-    click.Argument(["runs"], nargs=-1, required=True, type=EXISTING),
-    option("--title", help="heading of the page"),
-    out("report"),
-    *RUN,
+    click.Argument(["runs"], nargs=-1, required=True, type=arguments.EXISTING),
+    arguments.option("--title", help="heading of the page"),
+    arguments.out("report"),
+    *arguments.RUN,
 )
 def report_command(options: Options, console: Console) -> Result:
     """One HTML page from run folders of score, prune and unlearn."""
@@ -399,7 +374,6 @@ def report_command(options: Options, console: Console) -> Result:
     edits, accuracy, curve = _of_edits(runs)
     model = record.get("model")
     target = RunFolder(options.out, overwrite=options.overwrite)
-    target.clear()
     report(
         target.file("report.html"),
         Scores.load(folder / "scores.safetensors"),
@@ -411,8 +385,7 @@ def report_command(options: Options, console: Console) -> Result:
         settings={name: found["arguments"] for name, _, found in runs},
     )
     results = {"runs": {name: str(where) for name, where, _ in runs}}
-    record = record_of(console, options, (), seed=options.seed, data={}, results=results)
-    return record, target.finish(record)
+    return target.finish(record_of(console, options, (), seed=options.seed, data={}, results=results))
 
 
 def _of_edits(runs: Sequence[Run]) -> tuple[dict[str, Recipe], dict[str, Tensor], list[dict[str, Any]]]:

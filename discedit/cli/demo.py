@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import click
 from torch import nn
 
 from discedit import zoo
-from discedit.cli.arguments import OUTPUT, Options, Result, command, option
+from discedit.cli.arguments import OUTPUT, Options, command, option
 from discedit.cli.errors import InputError
 from discedit.cli.job import accuracy_rows
-from discedit.cli.run_folder import Console
+from discedit.cli.run_folder import Console, Result
 from discedit.common.tables import format_table
 from discedit.editing.prune import prune
 from discedit.editing.unlearn import unlearn
@@ -44,9 +43,7 @@ def demo_command(options: Options, console: Console) -> Result:
         raise InputError(f"the class to forget must lie in 0..9, got {forget}.")
 
     def step(text: str) -> None:
-        if not options.quiet:
-            stream = sys.stderr if options.json else sys.stdout
-            print(f"[{time.perf_counter() - console.clock:5.1f} s] {text}", file=stream, flush=True)
+        console.say(f"[{time.perf_counter() - console.clock:5.1f} s] {text}")
 
     if options.data == "digits":
         train, test = zoo.digits()

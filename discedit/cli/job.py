@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discedit.cli.arguments import Options
+from discedit.cli.arguments import Options, chosen
 from discedit.cli.data import CPU, Images, make_loader, number_classes, open_data, times
 from discedit.cli.errors import InputError, explained
 from discedit.cli.models import ModelSource, Preprocessing, load_weights, open_model, some
@@ -145,7 +145,7 @@ def _with_recipes(base: nn.Module, paths: Sequence[Path]) -> nn.Module:
 
 def _preprocessing(options: Options, known: Preprocessing) -> Preprocessing:
     """What the model's configuration says, and over it what the command line says."""
-    given = {name: getattr(options, name) for name in IMAGE_OPTIONS if getattr(options, name) is not None}
+    given = chosen(options, *IMAGE_OPTIONS)
     if ("mean" in given) != ("std" in given):
         raise InputError("--mean: goes together with --std, only one of them was given.")
     if "size" in given:
@@ -169,7 +169,7 @@ def _open(
             names = names or data.class_names
             if how:
                 console.say(f"{argument}: {how}")
-        elif any(getattr(options, name) is not None for name in IMAGE_OPTIONS):
+        elif chosen(options, *IMAGE_OPTIONS):
             raise InputError(f"--{argument}: --size, --mean and --std are for folders and .npz files, not a factory.")
     return opened, names
 
@@ -234,7 +234,7 @@ def _told(options: Options, known: Preprocessing) -> str:
     """What is done to images, and where that is known from."""
     size = "as they are" if known.size is None else times(known.size)
     scaled = "in [0, 1], not normalised" if known.mean is None else f"mean {known.mean}, std {known.std}"
-    given = [f"--{name}" for name in IMAGE_OPTIONS if getattr(options, name) is not None]
+    given = [f"--{name}" for name in chosen(options, *IMAGE_OPTIONS)]
     if known.source and len(given) < len(IMAGE_OPTIONS):
         given.append(known.source)
     return f"size {size}, {scaled} (from {', '.join(given) or 'nothing: no option, no configuration'})"

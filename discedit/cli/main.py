@@ -14,10 +14,10 @@ import click
 import torch
 
 from discedit import backends
-from discedit.cli.arguments import OUTPUT, Options, Result, command
+from discedit.cli.arguments import OUTPUT, Options, command
 from discedit.cli.commands import evaluate_command, prune_command, report_command, score_command, unlearn_command
 from discedit.cli.demo import demo_command
-from discedit.cli.run_folder import Console, as_json
+from discedit.cli.run_folder import Console, Result, as_json
 
 DONE, BUG, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 

@@ -26,6 +26,7 @@ VALUES = ("prune.values.safetensors", "unlearn.values.safetensors", "discedit.va
 # All that a run may leave, so that nothing else is ever replaced or deleted.
 NAMES = (FILE, "moments.safetensors", "scores.safetensors", "prune.json", "unlearn.json", *VALUES,
          "model.safetensors", "config.json", "discedit.json", "report.html")  # fmt: skip
+Result = tuple[dict[str, Any], str]  # what run.json holds, and what is shown
 
 
 @dataclass
@@ -86,25 +87,22 @@ class RunFolder:
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise InputError(f"--out: must be a folder that can be written to, {str(nearest)!r} is none.")
 
-    def clear(self) -> None:
-        """Removes the run that is to be overwritten, its run.json first."""
-        for name in self._old:
-            (self.path / name).unlink(missing_ok=True)
-
     def file(self, name: str) -> Path:
-        """Where to write a file of the run, which run.json will name."""
+        """Where to write a file of the run, which run.json will name; the first removes the run that was there."""
         assert name in NAMES, name
+        while self._old:  # its run.json first
+            (self.path / self._old.pop(0)).unlink(missing_ok=True)
         self._files.append(name)
         return self.path / name
 
-    def finish(self, record: dict[str, Any]) -> str:
-        """Writes run.json, with size and checksum of the other files, and says what was written."""
-        record["files"] = []
-        for name in self._files:
+    def finish(self, record: dict[str, Any], text: str = "") -> Result:
+        """Writes run.json, with size and checksum of the other files, and adds what was written to the text."""
+        target, record["files"] = self.file(FILE), []
+        for name in self._files[:-1]:
             data = (self.path / name).read_bytes()
             record["files"].append({"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-        files.write_atomically(self.path / FILE, (as_json(record) + "\n").encode())
-        return f"written to {self.path}: {', '.join([*self._files, FILE])}"
+        files.write_atomically(target, (as_json(record) + "\n").encode())
+        return record, f"{text}\nwritten to {self.path}: {', '.join(self._files)}".lstrip()
 
 
 def record_of(console: Console, options: Any, packages: Iterable[str], **fields: Any) -> dict[str, Any]:
