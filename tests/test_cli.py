@@ -17,6 +17,7 @@ import discedit
 from discedit import (
     AblateComponents,
     GlobalRatio,
+    LeastSquares,
     ModHiFiU,
     Moments,
     Random,
@@ -244,6 +245,15 @@ def test_unlearn_from_scores_alone(place, scored, tmp_path, trained, digit_score
     assert Recipe.load(tmp_path / "a" / "unlearn.json").operations == expected.operations
     assert main(["unlearn", *with_data(place), "--no-data", *options, "--out", str(tmp_path / "b")]) == 0
     assert Recipe.load(tmp_path / "b" / "unlearn.json").operations == expected.operations
+
+
+def test_a_protection_of_nothing_is_an_option_like_others(place, tmp_path, trained, digit_scores):
+    options = ["--method", "ablate_components", "--top", "4", "--repair", "least_squares", "--protection", "0"]
+    assert main(["unlearn", *with_data(place), "--classes", "3", *options, "--out", str(tmp_path)]) == 0
+    method = AblateComponents(TopK(4), repair=LeastSquares(0.0))
+    edit = discedit.unlearn(trained[0], digit_scores, classes=[3], method=method, data=zoo.batches(trained[1]))
+    assert Recipe.load(tmp_path / "unlearn.json").settings == edit.recipe.settings
+    assert edit.recipe.settings["protection"] == 0
 
 
 def test_unlearn_by_modhifi(place, scored, tmp_path, trained, digit_scores, capsys):
@@ -629,6 +639,18 @@ def test_options_of_the_document_are_those_of_the_parser(capsys):
         (["prune", *MODEL, "--scores", "{scored}/moments.safetensors", "--ratio", "0.3"], "is not a discedit scores"),
         (["unlearn", *MODEL, "--scores", "{scored}", "--classes", "ten"], "got 'ten'"),
         (["unlearn", *MODEL, "--scores", "{scored}", "--classes", "10"], "indices in 0..9, got '10'"),
+        (
+            ["unlearn", *MODEL, "--scores", "{scored}", "--classes", "3", "--top", "4"],
+            "--top: goes with a --method that is named",
+        ),
+        (
+            ["unlearn", *MODEL, "--scores", "{scored}", "--classes", "3", "--method", "erase_directions", "--remove"],
+            "--remove: does not go with --method erase_directions",
+        ),
+        (
+            ["unlearn", *MODEL, "--scores", "{scored}", "--classes", "3", "--method", "modhifi", "--protection", "0"],
+            "--protection: goes with --repair least_squares",
+        ),
         (["evaluate", *MODEL, "--test", "{place}/test.npz"], "--classes: must be given"),
         (["evaluate", *MODEL, "--test", "{place}/test.npz", "--classes", "3", "--metrics", "taste"], "'taste'"),
         (["report", "{place}"], "has no run.json"),
@@ -701,7 +723,7 @@ def test_demo_explains_missing_data(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--forget", "10"], r"the class to forget must lie in 0..9, got 10"),
+        (["--forget", "10"], r"'--forget': 10 is not in the range 0<=x<=9"),
         (["--ratio", "1"], r"ratio must be a number in \[0, 1\), got 1.0"),
     ],
 )

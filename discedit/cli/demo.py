@@ -29,7 +29,7 @@ MODELS = {"digits": ("digitsnet",), "cifar10": ("resnet56", "resnet20")}
     option("--data", tuple(MODELS), "digits", "cifar10: the files that DISCEDIT_DATA names"),
     option("--model", tuple(name for names in MODELS.values() for name in names), help="default: the first of --data"),
     option("--ratio", float, 0.3, "share of each layer's components to prune"),
-    option("--forget", int, 3, "class index to unlearn"),
+    option("--forget", click.IntRange(0, 9), 3, "class index to unlearn"),
     option("--out", click.Path(path_type=Path), "out/demo", "folder for the files"),
     *OUTPUT,
 )
@@ -39,8 +39,6 @@ def demo_command(options: Options, console: Console) -> Result:
     name, forget = options.model or models[0], options.forget
     if name not in models:
         raise InputError(f"--model must be one of {list(models)} for --data {options.data}, got {name!r}")
-    if not 0 <= forget < 10:
-        raise InputError(f"the class to forget must lie in 0..9, got {forget}.")
 
     def step(text: str) -> None:
         console.say(f"[{time.perf_counter() - console.clock:5.1f} s] {text}")
