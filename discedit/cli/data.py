@@ -114,9 +114,8 @@ def open_archive(path: Path, argument: str = "--data") -> Images:
     """An .npz file with `images`, uint8 (n, height, width[, channels]) or float (n, channels, height, width), and
     `labels`; `class_names` may be in it too."""
 
-    def check(holds: bool, rule: str) -> None:
-        if not holds:
-            raise InputError(f"{argument}: {str(path)!r} must hold {rule}.")
+    def wrong(rule: str) -> InputError:
+        return InputError(f"{argument}: {str(path)!r} must hold {rule}.")
 
     with (
         explained(f"{argument}: {str(path)!r} is no .npz file that can be read"),
@@ -124,22 +123,21 @@ def open_archive(path: Path, argument: str = "--data") -> Images:
         np.load(file, allow_pickle=False) as archive,
     ):
         arrays = {name: np.asarray(archive[name]) for name in archive.files}
-    check({"images", "labels"} <= arrays.keys(), f"images and labels, it holds {sorted(arrays)}")
+    if not {"images", "labels"} <= arrays.keys():
+        raise wrong(f"images and labels, it holds {sorted(arrays)}")
     images, labels, names = arrays["images"], arrays["labels"], arrays.get("class_names")
     pictures = images.dtype == np.uint8 and (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3)))
-    check(
-        (pictures or (images.dtype.kind == "f" and images.ndim == 4)) and images.size > 0,
-        "images, uint8 of shape (n, height, width) or (n, height, width, 1 or 3), or float of shape (n, channels, "
-        f"height, width), not empty; got {images.dtype} {images.shape}",
-    )
-    check(
-        labels.dtype.kind in "iu" and labels.shape == images.shape[:1],
-        f"labels, one integer for each of {len(images)} images; got {labels.dtype} {labels.shape}",
-    )
+    if not (pictures or (images.dtype.kind == "f" and images.ndim == 4)) or not images.size:
+        raise wrong(
+            "images, uint8 of shape (n, height, width) or (n, height, width, 1 or 3), or float of shape (n, channels, "
+            f"height, width), not empty; got {images.dtype} {images.shape}"
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise wrong(f"labels, one integer for each of {len(images)} images; got {labels.dtype} {labels.shape}")
     for place in np.flatnonzero((labels < 0) | (labels > MOST_CLASSES)):
-        check(False, f"labels in 0..{MOST_CLASSES}, got {labels[place]} at position {place}")
-    if names is not None:
-        check(names.dtype.kind == "U" and names.ndim == 1, f"class_names as a list of strings, got {names.dtype}")
+        raise wrong(f"labels in 0..{MOST_CLASSES}, got {labels[place]} at position {place}")
+    if names is not None and (names.dtype.kind != "U" or names.ndim != 1):
+        raise wrong(f"class_names as a list of strings, got {names.dtype}")
     images = images[..., None] if images.ndim == 3 else images
     class_names = None if names is None else names.tolist()
     return Images(argument, str(path), images, torch.from_numpy(labels.astype(np.int64)), class_names)
