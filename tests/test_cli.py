@@ -615,7 +615,11 @@ def test_options_of_the_document_are_those_of_the_parser(capsys):
         (["score", *MODEL, "--data", "{place}/train.npz", "--recipe", "{place}/no.json"], "does not exist"),
         (["score", *MODEL, "--data", "{place}/train.npz", "--device", "abacus"], "'--device': must be auto, cpu, cuda"),
         (["score", *MODEL, "--data", "{place}/train.npz", "--device", "meta"], "'--device': must be auto, cpu, cuda"),
-        (["score", *MODEL, "--data", "{place}/train.npz", "--bound-option", "radius=2"], "takes none"),
+        (["score", *MODEL, "--data", "{place}/train.npz", "--bound-option", "radius=2"], "takes no options"),
+        (
+            ["score", *MODEL, "--data", "{place}/train.npz", "--bound", "certified", "--witness", "linear"],
+            "value_range must be given",
+        ),
         (["score", *MODEL, "--data", "{place}/train.npz", "--checkpoint-every", "5"], "needs --checkpoint"),
         (["score", *MODEL, "--data", "{place}/train.npz", "--layers", "conv9"], "conv9"),
         (["score", *MODEL, "--data", "{place}/train.npz", "--mean", "0.5"], "goes together with --std"),

@@ -17,10 +17,10 @@ from safetensors.torch import save as format_tensors
 from torch import Tensor
 
 from discedit import backends
-from discedit.backends.arguments import OPTIONS as BOUND_OPTIONS
+from discedit.backends.arguments import asked
 from discedit.cli import arguments
 from discedit.cli.arguments import Options, chosen, command
-from discedit.cli.errors import GroupError, InputError, NothingChangedError
+from discedit.cli.errors import GroupError, InputError, NothingChangedError, explained
 from discedit.cli.job import Job, accuracy_rows, prepare
 from discedit.cli.models import load_weights
 from discedit.cli.run_folder import Console, Result, RunFolder, load_run, record_of
@@ -56,12 +56,8 @@ def score_command(options: Options, console: Console) -> Result:
     """How well each component tells each class from the rest: one pass over the data."""
     if options.checkpoint_every is not None and options.checkpoint is None:
         raise InputError("--checkpoint-every: needs --checkpoint, which was not given.")
-    known = BOUND_OPTIONS.get(options.bound, {})
-    for name, _ in options.bound_option:
-        if name not in known:
-            takes = f"takes {', '.join(known)}" if known else "takes none"
-            raise InputError(f"--bound-option: --bound {options.bound} {takes}, got {name!r}.")
-    folder = RunFolder(options.out, overwrite=options.overwrite)
+    with explained("--bound-option"):  # before the pass, not after it
+        asked("score", options.bound, dict(options.bound_option), options.witness)
     job = prepare(options, console)
     device = device_of(job.model)
     for op in ("pool", "fold_moments") if options.backend != "auto" else ():
@@ -80,15 +76,16 @@ def score_command(options: Options, console: Console) -> Result:
         **chosen(options, "bound", "witness", "pairs"),
         **dict(options.bound_option),
     )
-    together.save(folder.file("moments.safetensors"))
-    scores.save(folder.file("scores.safetensors"))
-    record = job.record(
+    together.save(job.folder.file("moments.safetensors"))
+    scores.save(job.folder.file("scores.safetensors"))
+    layers = _best(scores)
+    return job.finish(
+        _score_table(layers, job.names()),
         samples_per_class=scores.counts.tolist(),
         components=sum(map(len, scores.values())),
         settings=scores.settings,
-        layers=_best(scores),
+        layers=layers,
     )
-    return folder.finish(record, _score_table(record["results"]["layers"], job.names()))
 
 
 @contextmanager
@@ -154,9 +151,8 @@ def _best(scores: Scores) -> dict[str, dict[str, Any]]:
 def _score_table(layers: Mapping[str, Any], names: Sequence[str]) -> str:
     rows = [("layer", "components", "mean of best", "best score", "of component", "for class")]
     for layer, found in layers.items():
-        best, mean = found["best"], f"{found['mean_of_best']:.3f}"
-        score = f"{best['score'] or 0:.3f}"
-        rows.append((layer, found["components"], mean, score, best["component"], names[best["class"]]))
+        best, numbers = found["best"], [f"{value:.3f}" for value in (found["mean_of_best"], found["best"]["score"])]
+        rows.append((layer, found["components"], *numbers, best["component"], names[best["class"]]))
     return format_table(rows, left=(0, 5))
 
 
@@ -173,7 +169,6 @@ def prune_command(options: Options, console: Console) -> Result:
     if options.data is None and options.rescore:
         raise InputError("--rescore: needs --data, which was not given.")
     budget = _budget(options)
-    folder = RunFolder(options.out, overwrite=options.overwrite)
     job = prepare(options, console, classes=given.num_classes if given else 0)
     if job.example is None:
         raise InputError("--data: must be given, or --size, for inputs that show what hangs on what.")
@@ -190,7 +185,7 @@ def prune_command(options: Options, console: Console) -> Result:
         edit = iterative_prune(job.model, scores, steps=options.steps, **settings)
     else:
         edit = prune(job.model, scores, **settings)
-    return _finish(job, folder, edit, scores if given is None else None)
+    return _finish(job, edit, scores if given is None else None)
 
 
 def _budget(options: Options) -> Budget:
@@ -211,7 +206,6 @@ def unlearn_command(options: Options, console: Console) -> Result:
     """
     given = _given_scores(options)
     method = _method(options)
-    folder = RunFolder(options.out, overwrite=options.overwrite)
     job = prepare(options, console, classes=given.num_classes if given else 0)
     forget = job.classes(options.classes)
     console.say("classes: " + ", ".join(f"{cls} ({job.names()[cls]})" for cls in forget))
@@ -225,7 +219,7 @@ def unlearn_command(options: Options, console: Console) -> Result:
         example_inputs=job.example,
         **chosen(options, "forget_accuracy", "retain_drop", "layers"),
     )
-    return _finish(job, folder, edit, scores if given is None else None, classes=forget)
+    return _finish(job, edit, scores if given is None else None, classes=forget)
 
 
 def _method(options: Options) -> str | EraseDirections | AblateComponents:
@@ -267,9 +261,9 @@ def _scores_of(job: Job, given: Scores | None, *, pairs: bool) -> Scores:
     return scores
 
 
-def _finish(job: Job, folder: RunFolder, edit: Edit, computed: Scores | None, **results: Any) -> Result:
+def _finish(job: Job, edit: Edit, computed: Scores | None, **results: Any) -> Result:
     """Measures, writes and tells what an edit did, and writes scores that were computed for it."""
-    kind = job.console.command
+    kind, folder = job.console.command, job.folder
     if not edit.recipe.operations:
         raise NothingChangedError("the edit changes nothing, so nothing was written.")
     columns: dict[str, list[float]] = {}
@@ -288,25 +282,25 @@ def _finish(job: Job, folder: RunFolder, edit: Edit, computed: Scores | None, **
         computed.save(folder.file("scores.safetensors"))
     edit.recipe.save(folder.file(f"{kind}.json"))
     folder.file(f"{kind}.values.safetensors")
-    _save_model(job, folder, edit)
+    _save_model(job, edit)
     measured = "accuracy: not measured, since there is no --test"
     if columns:
         measured = format_table(accuracy_rows(columns, job.names(), results.get("classes", ())))
-    return folder.finish(job.record(**results), f"{edit.summary()}\n\n{measured}")
+    return job.finish(f"{edit.summary()}\n\n{measured}", **results)
 
 
-def _save_model(job: Job, folder: RunFolder, edit: Edit) -> None:
+def _save_model(job: Job, edit: Edit) -> None:
     """The weights; of a transformers model the folder that `--model hf:` takes."""
     if job.source.whole and not job.options.recipe:
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder.path) as temporary:
+        with tempfile.TemporaryDirectory(prefix=".", dir=job.folder.path) as temporary:
             huggingface.save_pretrained(edit, temporary)
             for path in sorted(Path(temporary).iterdir()):
-                path.replace(folder.file(path.name))
+                path.replace(job.folder.file(path.name))
         return
     state = edit.model.state_dict(keep_vars=True)
     once = {id(tensor): name for name, tensor in reversed(state.items())}  # tied tensors under their first name
     weights = {name: state[name].detach().cpu().contiguous().clone() for name in reversed(once.values())}
-    files.write_atomically(folder.file("model.safetensors"), format_tensors(weights))
+    files.write_atomically(job.folder.file("model.safetensors"), format_tensors(weights))
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------------------
@@ -317,7 +311,6 @@ def evaluate_command(options: Options, console: Console) -> Result:
     """What an edited model still knows of the classes it should have forgotten."""
     if options.recipe and options.original is not None:
         raise InputError("--original: must be left out with --recipe, whose original is the model without it.")
-    folder = RunFolder(options.out, overwrite=options.overwrite)
     job = prepare(options, console)
     wanted = job.classes(options.classes) if options.classes else _forgotten(options.recipe)
     console.say("classes: " + ", ".join(f"{cls} ({job.names()[cls]})" for cls in wanted if cls < job.num_classes))
@@ -338,7 +331,7 @@ def evaluate_command(options: Options, console: Console) -> Result:
         seed=options.seed,
         **others,
     )
-    return folder.finish(job.record(classes=wanted, evaluation=found.to_dict()), found.table())
+    return job.finish(found.table(), classes=wanted, evaluation=found.to_dict())
 
 
 def _forgotten(paths: Sequence[Path]) -> list[int]:

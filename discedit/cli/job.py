@@ -15,7 +15,7 @@ from discedit.cli.arguments import Options, chosen
 from discedit.cli.data import CPU, Images, make_loader, number_classes, open_data, times
 from discedit.cli.errors import InputError, explained
 from discedit.cli.models import ModelSource, Preprocessing, load_weights, open_model, some
-from discedit.cli.run_folder import Console, record_of
+from discedit.cli.run_folder import Console, Result, RunFolder, record_of
 from discedit.model.forward import call, first_tensor, frozen_eval, index_samples, to_device, unpack_batch
 from discedit.model.size import accuracy_per_class, count_parameters
 from discedit.moments.calibration import batch_size_of
@@ -33,6 +33,7 @@ class Job:
 
     options: Options
     console: Console
+    folder: RunFolder
     source: ModelSource
     base: nn.Module  # before the recipes
     model: nn.Module  # with them
@@ -43,8 +44,9 @@ class Job:
     example: Any  # inputs of one sample; None where there is nothing to tell their shape
     facts: dict[str, Any]
 
-    def record(self, **results: Any) -> dict[str, Any]:
-        return record_of(self.console, self.options, self.source.packages, **self.facts, results=results)
+    def finish(self, text: str, **results: Any) -> Result:
+        record = record_of(self.console, self.options, self.source.packages, **self.facts, results=results)
+        return self.folder.finish(record, text)
 
     def moments(self, model: nn.Module) -> Moments:
         assert self.data is not None
@@ -78,6 +80,7 @@ def prepare(options: Options, console: Console, *, classes: int = 0) -> Job:
     rank, ranks = console.rank, console.ranks
     if ranks > 1 and console.command != "score":
         raise InputError(f"{console.command} runs on one rank, torchrun started {ranks}: only score takes several.")
+    folder = RunFolder(options.out, overwrite=options.overwrite)
     torch.manual_seed(options.seed)
     device, dtype = _device(options.device, ranks), getattr(torch, options.dtype)
     source = open_model(options.model, pretrained=options.pretrained)
@@ -111,7 +114,7 @@ def prepare(options: Options, console: Console, *, classes: int = 0) -> Job:
     }  # fmt: skip
     about = {"seed": options.seed, "device": str(device), "dtype": options.dtype, "ranks": ranks}
     return Job(
-        options, console, source, base, model, num_classes, names,
+        options, console, folder, source, base, model, num_classes, names,
         data=loaders.get("data"),
         test=loaders.get("test"),
         example=None if example is None else to_device(example, device),
