@@ -136,14 +136,15 @@ def _backend_of_scores(options: Options, device: torch.device, console: Console)
 def _best(scores: Scores) -> dict[str, dict[str, Any]]:
     """Of each layer the component that tells a class best."""
     found: dict[str, dict[str, Any]] = {}
+    errors = scores.standard_error() if scores.errors else {}
     for layer, values in scores.items():
         known = values.nan_to_num(nan=-1.0)
         if not known.numel():
             continue
         channel, cls = divmod(int(known.argmax()), values.shape[1])
         best = {"component": channel, "class": cls, "score": float(values[channel, cls])}
-        if scores.errors:
-            best["standard_error"] = float(scores.standard_error()[layer][channel, cls])
+        if layer in errors:
+            best["standard_error"] = float(errors[layer][channel, cls])
         found[layer] = {"components": len(values), "mean_of_best": float(known.amax(1).mean()), "best": best}
     return found
 
