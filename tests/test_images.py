@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from discedit import zoo
 from discedit.cli.arguments import size
 from discedit.cli.data import fitted, make_loader, number_classes, open_archive, open_data, open_folder
-from discedit.cli.models import InputError, Preprocessing
+from discedit.cli.errors import InputError
+from discedit.cli.models import Preprocessing
 
 
 def pixels(height, width, channels=3, seed=0):
@@ -107,8 +108,8 @@ def test_archives_of_every_form(tmp_path):
         ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.zeros(2)}, "one integer for each of 2 images"),
         ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0, -1])}, "got -1 at position 1"),
         ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([1 << 63, 0], np.uint64)}, "at position 0"),
-        ({"images": np.zeros((2, 4, 4, 5), np.uint8), "labels": np.zeros(2, int)}, "images of .* must be uint8"),
-        ({"images": np.zeros((2, 4, 4), np.float32), "labels": np.zeros(2, int)}, "images of .* must be uint8"),
+        ({"images": np.zeros((2, 4, 4, 5), np.uint8), "labels": np.zeros(2, int)}, "must hold images, uint8 of shape"),
+        ({"images": np.zeros((2, 4, 4), np.float32), "labels": np.zeros(2, int)}, "must hold images, uint8 of shape"),
         ({"images": np.zeros((0, 4, 4), np.uint8), "labels": np.zeros(0, int)}, "not empty"),
         ({"images": np.array([{}, {}]), "labels": np.zeros(2, int)}, "cannot be read|can be read"),
     ],

@@ -620,8 +620,8 @@ def test_a_group_beyond_a_layers_channels():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"scores": {}}, ValueError, "scores must hold at least one layer, it is empty"),
-        ({"scores": [1]}, TypeError, "scores must be Scores or a mapping of layer names to tensors, got list"),
+        ({"scores": {}}, ValueError, "scores must be Scores or a mapping of layer names to tensors, got {}"),
+        ({"scores": [1]}, ValueError, r"scores must be Scores or a mapping of layer names to tensors, got \[1\]"),
         ({"scores": {"third": torch.ones(8)}}, ValueError, "name modules of the model, 'third' is none"),
         ({"scores": {"first": [1.0] * 8}}, TypeError, r"scores\['first'\] must be a torch.Tensor, got list"),
         ({"scores": {"first": torch.ones(7)}}, ValueError, "each of the layer's 8 channels, got 7"),

@@ -97,7 +97,7 @@ def random_scores(widths, classes, **settings):
 
 
 @pytest.fixture(scope="module")
-def run(trained, digit_moments, digit_scores):
+def run(trained, digit_scores):
     """All that a report can hold, of a real network."""
     model, train, test = trained
     loader = zoo.batches(train)
@@ -116,8 +116,8 @@ def run(trained, digit_moments, digit_scores):
     settings = {"seed": 0, "versions": {"torch": "2.13", "python": "3.11"}, "layers": ["a", "b"]}
     names = [f"digit {k}" for k in range(10)]
     return {
-        "scores": digit_scores, "edits": edits, "accuracy": accuracy, "curve": curve, "moments": digit_moments,
-        "class_names": names, "title": "Digits", "settings": settings,
+        "scores": digit_scores, "edits": edits, "accuracy": accuracy, "curve": curve, "class_names": names,
+         "title": "Digits", "settings": settings,
     }  # fmt: skip
 
 
@@ -349,22 +349,6 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, run, written):
     assert again.read_bytes() == written.read_bytes()
 
 
-def test_counts_components_that_never_change(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(60) % 3
-    x = torch.randn(60, 9, generator=generator)
-    x[:, 2] = 0.1
-    x[:, 5] = 0.0
-    x[:, 7] = labels.float()  # constant in each class, not over all
-    for settings in ({}, {"statistic": ["max", "mean"], "witness": "vector"}):
-        moments = Moments(4, **settings)
-        moments.update("conv", x[:, :, None, None].expand(-1, -1, 2, 2), labels)
-        with pytest.warns(UserWarning, match="without samples"):
-            scores = score(moments)
-        path = report(tmp_path / "m.html", scores, moments=moments)
-        assert "2 of the components gave one and the same value on every sample" in Page(path).section("about")
-
-
 def test_standard_errors_by_layer(tmp_path):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(90) % 3
@@ -530,34 +514,17 @@ def test_templates_escape_everything():
         ({"scores": {}}, TypeError, r"scores must be a discedit.Scores, got dict"),
         ({"scores": Scores({}, {}, torch.ones(3), bound="", witness="", statistic="", norms={})}, ValueError,
          r"scores must hold at least one layer"),
-        ({"edits": [1]}, TypeError, r"edits must be a mapping from title to Edit or Recipe, got list"),
-        ({"edits": {"a": 1}}, TypeError, r"edits\['a'\] must be an Edit or a Recipe, got int"),
-        ({"edits": {1: 1}}, TypeError, r"edits must have strings for titles, got 1"),
-        ({"accuracy": torch.ones(3)}, TypeError, r"accuracy must be a mapping from title to accuracies by class"),
-        ({"accuracy": {}}, ValueError, r"accuracy must hold at least one model's accuracies, it is empty"),
-        ({"accuracy": {"a": "good"}}, TypeError, r"accuracy\['a'\] must be numbers, got str"),
         ({"accuracy": {"a": torch.ones(2)}}, ValueError, r"one share for each of 3 classes, got shape \(2,\)"),
         ({"accuracy": {"a": [0.5, 91.0, 1]}}, ValueError, r"must lie in \[0, 1\], got 91 for class 1"),
-        ({"curve": {}}, TypeError, r"curve must be a sequence of mappings, got dict"),
-        ({"curve": []}, ValueError, r"curve must hold at least one point"),
-        ({"curve": [1]}, TypeError, r"curve\[0\] must be a mapping, got int"),
-        ({"curve": [{"title": "a", "macs": 0.5}]}, ValueError, r"curve\[0\] must have 'accuracy'"),
-        ({"curve": [{"title": "a", "accuracy": 0.5}]}, ValueError, r"curve\[0\] must have 'parameters' or 'macs'"),
+        ({"curve": [{"title": "a", "macs": 0.5}]}, ValueError, r"curve\[0\] must have 'title', 'accuracy'"),
+        ({"curve": [{"title": "a", "accuracy": 0.5}]}, ValueError, r"curve\[0\] must have .*'parameters' or 'macs'"),
         ({"curve": [{"title": "a", "accuracy": 0.5, "macs": 40e6}]}, ValueError,
          r"curve\[0\]\['macs'\] must be a share in \[0, 1\], got 40000000.0"),
         ({"curve": [{"title": "a", "accuracy": math.nan, "macs": 1}]}, ValueError, r"\['accuracy'\] must be a share"),
-        ({"curve": [{"title": 3, "accuracy": 0.5, "macs": 1}]}, TypeError, r"\['title'\] must be a string, got int"),
         ({"curve": [{"title": "a", "flops": 1}]}, ValueError, r"must have keys out of 'title', .* got 'flops'"),
-        ({"moments": 1}, TypeError, r"moments must be a discedit.Moments, got int"),
-        ({"moments": Moments(4)}, ValueError, r"moments must be of the 3 classes of the scores, they are of 4"),
-        ({"moments": Moments(3)}, ValueError, r"4 components in layer 'layer0': they have none"),
-        ({"class_names": "abc"}, TypeError, r"class_names must be a sequence of strings, got 'abc'"),
-        ({"class_names": [1, 2, 3]}, TypeError, r"class_names must be a sequence of strings"),
-        ({"class_names": ["a"]}, ValueError, r"class_names must name 3 classes, got 1 names"),
-        ({"title": 1}, TypeError, r"title must be a string, got int"),
-        ({"settings": [1]}, TypeError, r"settings must be a mapping, got list"),
-        ({"settings": {1: 1}}, TypeError, r"settings must have strings for names, got 1"),
-        ({"settings": {"a": {1, 2}}}, ValueError, r"settings\['a'\] must be what JSON has, got \{1, 2\}"),
+        ({"class_names": "abc"}, ValueError, r"class_names must name 3 classes, got 'abc'"),
+        ({"class_names": ["a"]}, ValueError, r"class_names must name 3 classes, got \['a'\]"),
+        ({"settings": {"a": {1, 2}}}, ValueError, r"settings must be what JSON has, got \{'a': \{1, 2\}\}"),
     ],
     ids=str,
 )  # fmt: skip

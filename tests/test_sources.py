@@ -1,6 +1,7 @@
 """Models from specifications, and their weights."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from discedit import zoo
-from discedit.cli.models import InputError, load_weights, open_model, resolve
+from discedit.cli.errors import InputError
+from discedit.cli.models import load_weights, open_model, resolve
 
 
 def test_factories_with_literal_arguments(tmp_path, monkeypatch):
@@ -69,10 +71,10 @@ def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("package", ["timm", "transformers"])
-def test_what_to_install_is_said(package, monkeypatch):
-    monkeypatch.setattr("discedit.cli.models.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=rf"needs {package}, which is not installed: pip install 'discedit\[cli\]'"):
-        open_model({"timm": "timm:resnet10t", "transformers": "hf:somewhere"}[package])
+def test_what_to_install_is_said(package, vit, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=rf"{package}.*, which is not installed: pip install 'discedit\[cli\]'"):
+        open_model({"timm": "timm:resnet10t", "transformers": f"hf:{vit[0]}"}[package])
 
 
 def test_timm_knows_its_images():

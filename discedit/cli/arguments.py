@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,8 @@ import click
 from discedit import backends
 from discedit.backends import arguments
 from discedit.cli.data import MOST_CLASSES
-from discedit.cli.run_folder import Console
+from discedit.cli.errors import explained
+from discedit.cli.run_folder import Console, Result
 from discedit.editing import ablation
 from discedit.editing.prune import OUTPUTS, REPAIRS
 from discedit.editing.row_operations import AROUND
@@ -26,8 +27,6 @@ from discedit.selection.importance import CRITERIA
 from discedit.selection.ranking import MEASURES, SIGNS
 
 Options = SimpleNamespace  # of a command, by name
-Result = tuple[dict[str, Any], str]  # what run.json holds, and what is shown
-BOUND_OPTIONS = sorted({option for options in arguments.OPTIONS.values() for option in options})
 EPILOG = """\b
 exit codes:
   0  done
@@ -46,22 +45,8 @@ MODULE:FACTORY that gives a dataset or loader, such as 'discedit.zoo:cifar10("tr
 
 # ---- what values look like -------------------------------------------------------------------------------------------
 
-
-def number_above(limit: float) -> Callable[[Any], float]:
-    def number(value: Any) -> float:
-        try:
-            found = float(value)
-        except ValueError:
-            found = math.nan
-        if not math.isfinite(found) or found <= limit:
-            what = "finite number" if limit == -math.inf else f"finite number above {limit:g}"
-            raise click.BadParameter(f"must be a {what}, got {value!r}")
-        return found
-
-    return number
-
-
-NUMBER, ABOVE_ZERO = number_above(-math.inf), number_above(0)
+NUMBER = click.FLOAT
+ABOVE_ZERO = click.FloatRange(0, min_open=True)
 COUNT = click.IntRange(1, 10**9)
 SIDE = click.IntRange(1, 1 << 13)
 EXISTING = click.Path(exists=True, path_type=Path)
@@ -77,22 +62,22 @@ def names(text: str) -> list[str]:
 def class_names(text: str) -> list[str]:
     if not text.startswith("@"):
         return names(text)
-    try:
+    with explained(f"--class-names: cannot read {text[1:]!r}"):
         found = Path(text[1:]).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"cannot read {text[1:]!r}: {error}") from error
     if not found or not all(found):
         raise click.BadParameter(f"must hold one name on each line, {text[1:]!r} does not")
     return found
 
 
-def numbers(text: str) -> tuple[float, ...]:
+def device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise click.BadParameter(f"must be auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
+def listed(kind: click.ParamType[Any]) -> Callable[[str], tuple[Any, ...]]:
     """ "0.5" or "0.485,0.456,0.406"."""
-    return tuple(NUMBER(part) for part in text.split(","))
-
-
-def numbers_above_zero(text: str) -> tuple[float, ...]:
-    return tuple(ABOVE_ZERO(part) for part in text.split(","))
+    return lambda text: tuple(kind(part) for part in text.split(","))
 
 
 def size(text: str) -> tuple[int, int]:
@@ -105,32 +90,24 @@ def size(text: str) -> tuple[int, int]:
 
 def amount(text: str) -> int | float:
     """ "120000" is a number of things, "0.5" a share."""
-    try:
-        return int(text)
-    except ValueError:
-        return NUMBER(text)
+    return int(text) if text.isdecimal() else NUMBER(text)
 
 
-def by_layer(number: Callable[[str], Any]) -> Callable[[str], Any]:
+def amount_by_layer(text: str) -> Any:
     """ "0.3", or "conv1=0.3,conv2=0.5"."""
-
-    def number_or_layers(text: str) -> Any:
-        if "=" not in text:
-            return number(text)
-        pairs = [part.rpartition("=") for part in text.split(",")]
-        if not all(layer.strip() for layer, _, _ in pairs):
-            raise click.BadParameter(f"must be a number, or LAYER=NUMBER with commas between, got {text!r}")
-        return {layer.strip(): number(value) for layer, _, value in pairs}
-
-    return number_or_layers
+    if "=" not in text:
+        return amount(text)
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    if not all(layer.strip() for layer, _, _ in pairs):
+        raise click.BadParameter(f"must be a number, or LAYER=NUMBER with commas between, got {text!r}")
+    return {layer.strip(): amount(value) for layer, _, value in pairs}
 
 
 def bound_option(text: str) -> tuple[str, Any]:
+    """ "radius=2", or "value_range=0,1"."""
     name, _, value = text.partition("=")
-    if name not in BOUND_OPTIONS:
-        raise click.BadParameter(f"must be NAME=VALUE with a name among {', '.join(BOUND_OPTIONS)}, got {text!r}")
-    found = numbers(value)
-    return name, COUNT(value) if name == "comparisons" else found if len(found) > 1 else found[0]
+    found = tuple(amount(part) for part in value.split(","))
+    return name, found if len(found) > 1 else found[0]
 
 
 # ---- options, in the groups that commands share ----------------------------------------------------------------------
@@ -161,7 +138,7 @@ MODEL_OPTIONS = [
     option("--weights", EXISTING, help="state dict, .safetensors or .pt/.pth (read without running code)"),
     option("--recipe", EXISTING, multiple=True,
            help="recipe of an earlier edit to apply first; may be given again, and applies in this order"),
-    option("--device", str, "auto", "auto (a GPU if there is one), cpu, cuda or cuda:N"),
+    option("--device", device, "auto", "auto (a GPU if there is one), cpu, cuda or cuda:N"),
     option("--dtype", ("float32", "bfloat16", "float16"), "float32", "what the model runs in"),
 ]  # fmt: skip
 
@@ -177,8 +154,8 @@ def data_options(serves: str = "", *, required: bool = False) -> list[click.Opti
         option("--workers", click.IntRange(0, 256), 0, "processes that read data; 0: this one"),
         option("--size", size, metavar="N", help="of images of folders and .npz files: resize the shorter side, then "
                "crop the centre: N or HxW (default: what timm or the processor says)"),
-        option("--mean", numbers, metavar="R,G,B", help="of pixels in [0, 1], for each channel"),
-        option("--std", numbers_above_zero, metavar="R,G,B", help="standard deviation, the same way"),
+        option("--mean", listed(NUMBER), metavar="R,G,B", help="of pixels in [0, 1], for each channel"),
+        option("--std", listed(ABOVE_ZERO), metavar="R,G,B", help="standard deviation, the same way"),
     ]  # fmt: skip
 
 
@@ -186,14 +163,18 @@ def out(command: str) -> click.Option:
     return option("--out", click.Path(path_type=Path), f"out/{command}", "run folder")
 
 
+def on_model(command: str, *own: click.Option, serves: str = "", needed: bool = False) -> list[click.Parameter]:
+    """Options of a command that works on a model and data, which its own ones are between."""
+    return [*MODEL_OPTIONS, *data_options(serves, required=needed), *own, out(command), *RUN]
+
+
 TEST = option("--test", metavar="SPEC", help="data to test on; as for --data")
 LABELS = option("--labels", ("given", "predicted"), "given", "whose labels: the data's, or the model's own answers")
 SCORES = option("--scores", EXISTING, help="file or run folder of `discedit score`; default: computed from --data")
 LAYERS = option("--layers", names, metavar="A,B,...", help="layers to read or edit (default: all that can be)")
 
-SCORE_OPTIONS = [
-    *MODEL_OPTIONS,
-    *data_options(required=True),
+SCORE = on_model(
+    "score",
     LABELS,
     LAYERS,
     option("--read", READS, "consumer", "a layer as the next one gets it, behind its norm, or at its output"),
@@ -209,37 +190,32 @@ SCORE_OPTIONS = [
     option("--checkpoint", click.Path(path_type=Path), help="of long runs: save the state there, and go on from it"),
     option("--checkpoint-every", NUMBER, help="so many seconds (default 60)"),
     option("--timeout", ABOVE_ZERO, 1800.0, "under torchrun: seconds to wait for other processes"),
-    out("score"),
-    *RUN,
-]  # fmt: skip
-BUDGET = [
-    option("--ratio", by_layer(NUMBER), metavar="X", help="share of each layer's components to remove, or LAYER=X,..."),
+    needed=True,
+)  # fmt: skip
+PRUNE = on_model(
+    "prune",
+    TEST,
+    SCORES,
+    LABELS,
+    option("--ratio", amount_by_layer, metavar="X", help="share of each layer's components to remove, or LAYER=X,..."),
     option("--global-ratio", NUMBER, help="share of all components together"),
     option("--threshold", NUMBER, help="components less important than this go"),
     option("--parameters", amount, metavar="N", help="parameters that may be left: a number, or a share below 1"),
     option("--macs", amount, metavar="N", help="the same for multiply-accumulates"),
-]
-PRUNE_OPTIONS = [
-    *MODEL_OPTIONS,
-    *data_options("; scores, criterion and repair come from it"),
-    TEST,
-    SCORES,
-    LABELS,
-    *BUDGET,
     option("--criterion", ("auto", *CRITERIA), "auto", "of importance"),
     option("--repair", REPAIRS, "auto", "what follows the removal"),
     option("--components", names, "filters,neurons,heads", f"all, or of {', '.join((*KINDS, OUTPUTS))}"),
     option("--across", ("auto", *NORMALISATIONS), "auto", "how layers compare"),
     option("--round-to", COUNT, 1, "what stays in a layer is a multiple of N"),
-    option("--floor", by_layer(amount), "1", "components that stay in each layer at least, or LAYER=N,..."),
+    option("--floor", amount_by_layer, "1", "components that stay in each layer at least, or LAYER=N,..."),
     LAYERS,
     option("--ignore", names, metavar="A,B,...", help="layers to leave whole"),
     option("--steps", click.IntRange(1, 1000), 1, "in N equal steps"),
     flag("--rescore", "score the model anew after each step; needs --data"),
-    out("prune"),
-    *RUN,
-]
-ABLATION = [
+    serves="; scores, criterion and repair come from it",
+)
+METHOD = [  # of unlearning: what its classes take, None where it was not given
+    option("--scale", NUMBER, help="multiplies directions or outputs (default 0, or -1 as modhifi says)"),
     option("--fraction", NUMBER, help="share of the components to ablate for each class"),
     option("--top", COUNT, help="so many of each layer"),
     option("--deviations", NUMBER, help="so far above the mean of their layer"),
@@ -250,11 +226,10 @@ ABLATION = [
     option("--around", ("auto", *AROUND), help="what they give instead"),
     option("--repair", tuple(ablation.FRACTION), help="of later layers (default none)"),
     option("--protection", NUMBER, help="of the repair least_squares (default 1)"),
-    option("--remove", is_flag=True, help="also remove zeroed components physically"),
+    click.Option(["--remove"], is_flag=True, default=None, help="also remove zeroed components physically"),
 ]
-UNLEARN_OPTIONS = [
-    *MODEL_OPTIONS,
-    *data_options("; all classes, labelled"),
+UNLEARN = on_model(
+    "unlearn",
     TEST,
     SCORES,
     LABELS,
@@ -264,14 +239,11 @@ UNLEARN_OPTIONS = [
     LAYERS,
     option("--forget-accuracy", NUMBER, help="target for the classes to forget; goes with --retain-drop"),
     option("--retain-drop", NUMBER, help="what the others may lose at most"),
-    option("--scale", NUMBER, help="multiplies directions or outputs (default 0, or -1 as modhifi says)"),
-    *ABLATION,
-    out("unlearn"),
-    *RUN,
-]
-EVALUATE_OPTIONS = [
-    *MODEL_OPTIONS,
-    *data_options("; samples that the model was trained on"),
+    *METHOD,
+    serves="; all classes, labelled",
+)
+EVALUATE = on_model(
+    "evaluate",
     option("--test", required=True, metavar="SPEC", help="data to test on; as for --data"),
     option("--classes", names, metavar="A,B,...", help="names or indices forgotten (default: those of the recipes)"),
     option("--original", EXISTING, help="weights before the edit (default: of the model without --recipe)"),
@@ -280,9 +252,13 @@ EVALUATE_OPTIONS = [
     option("--features", metavar="LAYER", help="whose output to look at (default: the input of the head)"),
     option("--learning-rate", ABOVE_ZERO, 0.001, "of relearning"),
     option("--max-steps", COUNT, 50, "of relearning"),
-    out("evaluate"),
-    *RUN,
-]
+    serves="; samples that the model was trained on",
+)
+
+
+def chosen(options: Options, *names: str) -> dict[str, Any]:
+    """Those of these options that were given or have a default, by name: as the library's functions take them."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def command(*parameters: click.Parameter) -> Callable[[Callable[[Options, Console], Result]], click.Command]:

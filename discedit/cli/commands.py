@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,33 +14,21 @@ from typing import Any
 import click
 import torch
 from safetensors.torch import save as format_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from discedit import backends
-from discedit.backends import arguments
-from discedit.cli.arguments import (
-    ABLATION,
-    BUDGET,
-    EVALUATE_OPTIONS,
-    EXISTING,
-    PRUNE_OPTIONS,
-    RUN,
-    SCORE_OPTIONS,
-    UNLEARN_OPTIONS,
-    Options,
-    Result,
-    command,
-    option,
-    out,
-)
+from discedit.backends.arguments import asked
+from discedit.cli import arguments
+from discedit.cli.arguments import Options, chosen, command
+from discedit.cli.errors import GroupError, InputError, NothingChangedError, explained
 from discedit.cli.job import Job, accuracy_rows, prepare
-from discedit.cli.models import InputError, load_weights
-from discedit.cli.run_folder import Console, GroupError, NothingChangedError, RunFolder, load_run, record_of
+from discedit.cli.models import load_weights
+from discedit.cli.run_folder import Console, Result, RunFolder, load_run, record_of
 from discedit.common import files
 from discedit.common.tables import format_table
-from discedit.editing import AblateComponents, EraseDirections, LeastSquares, ModHiFiU
+from discedit.editing import AblateComponents, EraseDirections, LeastSquares
 from discedit.editing.prune import OF_SCORES, iterative_prune, prune
-from discedit.editing.unlearn import unlearn
+from discedit.editing.unlearn import METHODS, unlearn
 from discedit.evaluation.evaluate import evaluate
 from discedit.evaluation.relearning import Relearning
 from discedit.integrations import huggingface
@@ -53,7 +41,7 @@ from discedit.recipes.recipe import Edit, Recipe
 from discedit.reporting.report import report
 from discedit.scoring.scores import OVER_PAIRS, Scores, score
 from discedit.selection import AboveDeviations, Limit, MaxDamage, Random, TopFraction, TopK
-from discedit.selection.budget import BUDGETS, AcrossLayers
+from discedit.selection.budget import BUDGETS, AcrossLayers, Budget
 
 GROUP_FAILURES = ("gloo", "nccl", "timed out", "connection", "peer")  # in messages of torch.distributed
 LIMITS: dict[str, type[Limit]] = {kind.name: kind for kind in (TopFraction, TopK, AboveDeviations, MaxDamage)}
@@ -63,73 +51,46 @@ Run = tuple[str, Path, dict[str, Any]]  # title, folder and run.json
 # ---- score -----------------------------------------------------------------------------------------------------------
 
 
-@command(*SCORE_OPTIONS)
+@command(*arguments.SCORE)
 def score_command(options: Options, console: Console) -> Result:
     """How well each component tells each class from the rest: one pass over the data."""
-    rank, size = _ranks()
-    console.rank = rank
     if options.checkpoint_every is not None and options.checkpoint is None:
         raise InputError("--checkpoint-every: needs --checkpoint, which was not given.")
-    known = arguments.OPTIONS.get(options.bound, {})
-    for name, _ in options.bound_option:
-        if name not in known:
-            takes = f"takes {', '.join(known)}" if known else "takes none"
-            raise InputError(f"--bound-option: --bound {options.bound} {takes}, got {name!r}.")
-    with RunFolder(options.out, overwrite=options.overwrite, writes=rank == 0) as folder:
-        job = prepare(options, console, rank=rank, ranks=size)
-        device = device_of(job.model)
-        for op in ("pool", "fold_moments") if options.backend != "auto" else ():
-            if reason := backends.why_not(options.backend, op, device):
-                raise InputError(f"--backend: {options.backend!r} cannot run: {reason}.")
-        with _process_group(size, device, options.timeout):
-            blocks = _collect(job, size)
-        if rank:
-            return {}, ""
-        together = blocks[0].rows(slice(None))
-        for block in blocks[1:]:
-            together.merge(block)
-        scores = score(
-            blocks if len(blocks) > 1 else blocks[0],
-            bound=options.bound,
-            witness=options.witness,
-            pairs=options.pairs,
-            backend=_backend_of_scores(options, device, console),
-            **dict(options.bound_option),
-        )
-        folder.clear()
-        together.save(folder.file("moments.safetensors"))
-        scores.save(folder.file("scores.safetensors"))
-        record = job.record(
-            samples_per_class=scores.counts.tolist(),
-            components=sum(map(len, scores.values())),
-            settings=scores.settings,
-            layers=_best(scores),
-        )
-        written = folder.finish(record)
-    return record, f"{_score_table(record['results']['layers'], job.names())}\n{written}"
-
-
-def _ranks() -> tuple[int, int]:
-    """This process's rank and how many there are, as torchrun says."""
-    try:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    except ValueError as error:
-        raise InputError(f"RANK and WORLD_SIZE in the environment must be integers: {error}") from error
-
-
-def _only_one_rank(console: Console) -> None:
-    size = _ranks()[1]
-    if size > 1:
-        raise InputError(f"{console.command} runs on one rank, torchrun started {size}: only score takes several.")
+    with explained("--bound-option"):  # before the pass, not after it
+        asked("score", options.bound, dict(options.bound_option), options.witness)
+    job = prepare(options, console)
+    device = device_of(job.model)
+    for op in ("pool", "fold_moments") if options.backend != "auto" else ():
+        if reason := backends.why_not(options.backend, op, device):
+            raise InputError(f"--backend: {options.backend!r} cannot run: {reason}.")
+    with _process_group(console.ranks, device, options.timeout):
+        blocks = _collect(job)
+    if console.rank:
+        return {}, ""
+    together = blocks[0].rows(slice(None))
+    for block in blocks[1:]:
+        together.merge(block)
+    scores = score(
+        blocks,
+        backend=_backend_of_scores(options, device, console),
+        **chosen(options, "bound", "witness", "pairs"),
+        **dict(options.bound_option),
+    )
+    together.save(job.folder.file("moments.safetensors"))
+    scores.save(job.folder.file("scores.safetensors"))
+    layers = _best(scores)
+    return job.finish(
+        _score_table(layers, job.names()),
+        samples_per_class=scores.counts.tolist(),
+        components=sum(map(len, scores.values())),
+        settings=scores.settings,
+        layers=layers,
+    )
 
 
 @contextmanager
 def _process_group(size: int, device: torch.device, timeout: float) -> Iterator[None]:
-    """A group of all ranks, if there are several.
-
-    Raises:
-        GroupError: another rank fails or does not answer in time.
-    """
+    """A group of all ranks, if there are several."""
     if size == 1:
         yield
         return
@@ -141,30 +102,25 @@ def _process_group(size: int, device: torch.device, timeout: float) -> Iterator[
     except (OtherFailed, RuntimeError) as error:
         known = isinstance(error, (OtherFailed, dist.DistError))
         if known or any(mark in str(error).lower() for mark in GROUP_FAILURES):
-            raise GroupError(str(error)) from error
+            raise GroupError(f"another process of the group failed or is late: {error}") from error
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _collect(job: Job, ranks: int) -> list[Moments]:
+def _collect(job: Job) -> list[Moments]:
     """Moments of all samples, or of each block of them."""
     options = job.options
     several = len(options.statistic) > 1
-    witness = options.witness or ("vector" if several else "quadratic")
-    arguments: dict[str, Any] = {
-        "statistic": options.statistic if several or witness == "vector" else options.statistic[0],
-        "witness": witness,
-        "progress": job.console.progress,
-        "group": "world" if ranks > 1 else None,
-        **{name: getattr(options, name) for name in ("labels", "layers", "read", "scale", "backend", "checkpoint")},
-    }
-    if options.checkpoint_every is not None:
-        arguments["checkpoint_every"] = options.checkpoint_every
+    settings: dict[str, Any] = {"witness": "vector" if several else "quadratic"}
+    settings["group"] = "world" if job.console.ranks > 1 else None
+    names = ("witness", "labels", "layers", "read", "scale", "backend", "checkpoint", "checkpoint_every")
+    settings |= {**chosen(options, *names), "progress": job.console.progress}
+    settings["statistic"] = options.statistic[slice(None) if several or settings["witness"] == "vector" else 0]
     if options.blocks is None:
-        return [collect_moments(job.model, job.data or (), job.num_classes, **arguments)]
-    return collect_blocks(job.model, job.data or (), job.num_classes, blocks=options.blocks, **arguments)
+        return [collect_moments(job.model, job.data or (), job.num_classes, **settings)]
+    return collect_blocks(job.model, job.data or (), job.num_classes, blocks=options.blocks, **settings)
 
 
 def _backend_of_scores(options: Options, device: torch.device, console: Console) -> str:
@@ -180,14 +136,15 @@ def _backend_of_scores(options: Options, device: torch.device, console: Console)
 def _best(scores: Scores) -> dict[str, dict[str, Any]]:
     """Of each layer the component that tells a class best."""
     found: dict[str, dict[str, Any]] = {}
+    errors = scores.standard_error() if scores.errors else {}
     for layer, values in scores.items():
         known = values.nan_to_num(nan=-1.0)
         if not known.numel():
             continue
         channel, cls = divmod(int(known.argmax()), values.shape[1])
         best = {"component": channel, "class": cls, "score": float(values[channel, cls])}
-        if scores.errors:
-            best["standard_error"] = float(scores.standard_error()[layer][channel, cls])
+        if layer in errors:
+            best["standard_error"] = float(errors[layer][channel, cls])
         found[layer] = {"components": len(values), "mean_of_best": float(known.amax(1).mean()), "best": best}
     return found
 
@@ -195,121 +152,107 @@ def _best(scores: Scores) -> dict[str, dict[str, Any]]:
 def _score_table(layers: Mapping[str, Any], names: Sequence[str]) -> str:
     rows = [("layer", "components", "mean of best", "best score", "of component", "for class")]
     for layer, found in layers.items():
-        best, mean = found["best"], f"{found['mean_of_best']:.3f}"
-        score = f"{best['score'] or 0:.3f}"
-        rows.append((layer, found["components"], mean, score, best["component"], names[best["class"]]))
+        best, numbers = found["best"], [f"{value:.3f}" for value in (found["mean_of_best"], found["best"]["score"])]
+        rows.append((layer, found["components"], *numbers, best["component"], names[best["class"]]))
     return format_table(rows, left=(0, 5))
 
 
 # ---- prune and unlearn -----------------------------------------------------------------------------------------------
 
 
-@command(*PRUNE_OPTIONS)
+@command(*arguments.PRUNE)
 def prune_command(options: Options, console: Console) -> Result:
     """Remove the least important components and repair what is left.
 
     Exactly one budget: --ratio, --global-ratio, --threshold, --parameters or --macs.
     """
-    given = _given_scores(options, console)
+    given = _given_scores(options)
     if options.data is None and options.rescore:
         raise InputError("--rescore: needs --data, which was not given.")
-    with RunFolder(options.out, overwrite=options.overwrite) as folder:
-        job = prepare(options, console, classes=0 if given is None else given.num_classes)
-        if job.example is None:
-            raise InputError("--data: must be given, or --size, for inputs that show what hangs on what.")
-        needed = given is not None or options.criterion in ("auto", *OF_SCORES)
-        pairs = options.criterion in OVER_PAIRS
-        scores = _scores_of(job, given, pairs=pairs) if needed else None
-        edit = _prune(job, scores, lambda model: score(job.moments(model), pairs=pairs))
-        return _finish(job, folder, edit, scores if given is None else None)
+    budget = _budget(options)
+    job = prepare(options, console, classes=given.num_classes if given else 0)
+    if job.example is None:
+        raise InputError("--data: must be given, or --size, for inputs that show what hangs on what.")
+    pairs = options.criterion in OVER_PAIRS
+    needed = given is not None or options.criterion in ("auto", *OF_SCORES)
+    scores = _scores_of(job, given, pairs=pairs) if needed else None
+    settings = chosen(options, "criterion", "repair", "layers", "components", "ignore")
+    if options.criterion == "random":
+        settings["criterion"] = Random(options.seed)
+    settings |= {"example_inputs": job.example, "data": job.data, "budget": budget}
+    if options.rescore:
+        settings["rescore"] = lambda model: score(job.moments(model), pairs=pairs)
+    if options.rescore or options.steps > 1:
+        edit = iterative_prune(job.model, scores, steps=options.steps, **settings)
+    else:
+        edit = prune(job.model, scores, **settings)
+    return _finish(job, edit, scores if given is None else None)
 
 
-def _prune(job: Job, scores: Scores | None, rescore: Callable[[nn.Module], Scores]) -> Edit:
-    options = job.options
-    names = [budget.name for budget in BUDGET if getattr(options, str(budget.name)) is not None]
-    if len(names) != 1:
-        found = ", ".join(f"--{name}" for name in names) or "none"
-        raise InputError(f"--ratio: exactly one budget must be given, got {found}.".replace("_", "-"))
-    limits: dict[str, Any] = {"floor": options.floor, "round_to": options.round_to}
-    kind = BUDGETS[str(names[0])]
-    if issubclass(kind, AcrossLayers):
-        limits["across"] = options.across
-    given: dict[str, Any] = {
-        "example_inputs": job.example,
-        "data": job.data,
-        "budget": kind(getattr(options, str(names[0])), **limits),
-        "criterion": Random(options.seed) if options.criterion == "random" else options.criterion,
-        "ignore": options.ignore or [],
-        **{name: getattr(options, name) for name in ("repair", "layers", "components")},
-    }
-    if options.steps == 1 and not options.rescore:
-        return prune(job.model, scores, **given)
-    anew = rescore if options.rescore else None
-    return iterative_prune(job.model, scores, steps=options.steps, rescore=anew, **given)
+def _budget(options: Options) -> Budget:
+    given = chosen(options, *BUDGETS)
+    if len(given) != 1:
+        found = ", ".join(f"--{name}" for name in given).replace("_", "-") or "none"
+        raise InputError(f"--ratio: exactly one budget must be given, got {found}.")
+    [(name, value)] = given.items()
+    across = chosen(options, "across") if issubclass(BUDGETS[name], AcrossLayers) else {}
+    return BUDGETS[name](value, floor=options.floor, round_to=options.round_to, **across)
 
 
-@command(*UNLEARN_OPTIONS)
+@command(*arguments.UNLEARN)
 def unlearn_command(options: Options, console: Console) -> Result:
     """Edit the model so that it no longer recognises some classes.
 
     At most one limit: --fraction, --top, --deviations, --damage, or --forget-accuracy and --retain-drop.
     """
-    given = _given_scores(options, console)
-    with RunFolder(options.out, overwrite=options.overwrite) as folder:
-        job = prepare(options, console, classes=0 if given is None else given.num_classes)
-        forget = job.classes(options.classes)
-        console.say("classes: " + ", ".join(f"{cls} ({job.names()[cls]})" for cls in forget))
-        scores = _scores_of(job, given, pairs=False)
-        edit = _unlearn(job, scores, forget)
-        return _finish(job, folder, edit, scores if given is None else None, classes=forget)
-
-
-def _unlearn(job: Job, scores: Scores, forget: list[int]) -> Edit:
-    options = job.options
-    return unlearn(
+    given = _given_scores(options)
+    method = _method(options)
+    job = prepare(options, console, classes=given.num_classes if given else 0)
+    forget = job.classes(options.classes)
+    console.say("classes: " + ", ".join(f"{cls} ({job.names()[cls]})" for cls in forget))
+    scores = _scores_of(job, given, pairs=False)
+    edit = unlearn(
         job.model,
         scores,
         classes=forget,
-        method=_method(options),
+        method=method,
         data=None if options.no_data else job.data,
         example_inputs=job.example,
-        **{name: getattr(options, name) for name in ("forget_accuracy", "retain_drop", "layers")},
+        **chosen(options, "forget_accuracy", "retain_drop", "layers"),
     )
+    return _finish(job, edit, scores if given is None else None, classes=forget)
 
 
 def _method(options: Options) -> str | EraseDirections | AblateComponents:
     """The way of unlearning, of the options that are given."""
-    given = {str(o.name): value for o in ABLATION if (value := getattr(options, str(o.name))) not in (None, False)}
-    scale = {} if options.scale is None else {"scale": options.scale}
-    if options.method in ("auto", EraseDirections.name):
-        if given:
-            raise InputError(f"--{next(iter(given))}: goes with --method ablate_components or modhifi.")
-        if options.method == "auto" and scale:
-            raise InputError("--scale: goes with a --method that is named.")
-        return EraseDirections(**scale) if scale else str(options.method)
+    given = chosen(options, *(str(option.name) for option in arguments.METHOD))
+    if options.method == "auto":
+        for name in given:
+            raise InputError(f"--{name}: goes with a --method that is named.")
+        return "auto"
     limits = [name for name in LIMITS if name in given]
     if len(limits) > 1:
         raise InputError(f"--{limits[0]}: one limit may be given, got {' and '.join(f'--{name}' for name in limits)}.")
-    if limits:
-        given["limit"] = LIMITS[limits[0]](given.pop(limits[0]))
-    protection = given.pop("protection", None)
-    if protection is not None:
+    for name in limits:
+        given["limit"] = LIMITS[name](given.pop(name))
+    if "protection" in given:
         if given.get("repair") != "least_squares":
             raise InputError("--protection: goes with --repair least_squares.")
-        given["repair"] = LeastSquares(protection)
-    kind = ModHiFiU if options.method == ModHiFiU.name else AblateComponents
-    return kind(**given, **scale)
+        given["repair"] = LeastSquares(given.pop("protection"))
+    kind: type[EraseDirections] | type[AblateComponents] = METHODS[options.method]
+    for name in given.keys() - {field.name for field in fields(kind)}:
+        raise InputError(f"--{limits[0] if name == 'limit' else name}: does not go with --method {options.method}.")
+    return kind(**given)
 
 
-def _given_scores(options: Options, console: Console) -> Scores | None:
+def _given_scores(options: Options) -> Scores | None:
     """Read before anything that takes long."""
-    _only_one_rank(console)
-    if options.scores is None:
-        if options.data is None:
-            raise InputError("--scores: must be given, or --data to compute them from.")
-        return None
-    path: Path = options.scores
-    return Scores.load(path / "scores.safetensors" if path.is_dir() else path)
+    if options.scores is not None:
+        path: Path = options.scores
+        return Scores.load(path / "scores.safetensors" if path.is_dir() else path)
+    if options.data is None:
+        raise InputError("--scores: must be given, or --data to compute them from.")
+    return None
 
 
 def _scores_of(job: Job, given: Scores | None, *, pairs: bool) -> Scores:
@@ -319,9 +262,9 @@ def _scores_of(job: Job, given: Scores | None, *, pairs: bool) -> Scores:
     return scores
 
 
-def _finish(job: Job, folder: RunFolder, edit: Edit, computed: Scores | None, **results: Any) -> Result:
+def _finish(job: Job, edit: Edit, computed: Scores | None, **results: Any) -> Result:
     """Measures, writes and tells what an edit did, and writes scores that were computed for it."""
-    kind = job.console.command
+    kind, folder = job.console.command, job.folder
     if not edit.recipe.operations:
         raise NothingChangedError("the edit changes nothing, so nothing was written.")
     columns: dict[str, list[float]] = {}
@@ -336,70 +279,60 @@ def _finish(job: Job, folder: RunFolder, edit: Edit, computed: Scores | None, **
         for layer, channels in edit.recipe.components.items()
     }
     results |= {"skipped": edit.skipped, "settings": edit.recipe.settings}
-    folder.clear()
     if computed is not None:
         computed.save(folder.file("scores.safetensors"))
     edit.recipe.save(folder.file(f"{kind}.json"))
     folder.file(f"{kind}.values.safetensors")
-    _save_model(job, folder, edit)
-    record = job.record(**results)
-    written = folder.finish(record)
+    _save_model(job, edit)
     measured = "accuracy: not measured, since there is no --test"
     if columns:
         measured = format_table(accuracy_rows(columns, job.names(), results.get("classes", ())))
-    return record, f"{edit.summary()}\n\n{measured}\n{written}"
+    return job.finish(f"{edit.summary()}\n\n{measured}", **results)
 
 
-def _save_model(job: Job, folder: RunFolder, edit: Edit) -> None:
+def _save_model(job: Job, edit: Edit) -> None:
     """The weights; of a transformers model the folder that `--model hf:` takes."""
     if job.source.whole and not job.options.recipe:
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder.path) as temporary:
+        with tempfile.TemporaryDirectory(prefix=".", dir=job.folder.path) as temporary:
             huggingface.save_pretrained(edit, temporary)
             for path in sorted(Path(temporary).iterdir()):
-                path.replace(folder.file(path.name))
+                path.replace(job.folder.file(path.name))
         return
     state = edit.model.state_dict(keep_vars=True)
     once = {id(tensor): name for name, tensor in reversed(state.items())}  # tied tensors under their first name
     weights = {name: state[name].detach().cpu().contiguous().clone() for name in reversed(once.values())}
-    files.write_atomically(folder.file("model.safetensors"), format_tensors(weights))
+    files.write_atomically(job.folder.file("model.safetensors"), format_tensors(weights))
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------------------
 
 
-@command(*EVALUATE_OPTIONS)
+@command(*arguments.EVALUATE)
 def evaluate_command(options: Options, console: Console) -> Result:
     """What an edited model still knows of the classes it should have forgotten."""
-    _only_one_rank(console)
     if options.recipe and options.original is not None:
         raise InputError("--original: must be left out with --recipe, whose original is the model without it.")
-    with RunFolder(options.out, overwrite=options.overwrite) as folder:
-        job = prepare(options, console)
-        wanted = job.classes(options.classes) if options.classes else _forgotten(options.recipe)
-        console.say("classes: " + ", ".join(f"{cls} ({job.names()[cls]})" for cls in wanted if cls < job.num_classes))
-        others: dict[str, Any] = {"original": job.base if options.recipe else None, "retrained": None}
-        for name in others:
-            path = getattr(options, name)
-            if path is not None:
-                others[name] = copy.deepcopy(job.base)
-                load_weights(others[name], path, argument=f"--{name}")
-        relearning = Relearning(options.learning_rate, max_steps=options.max_steps)
-        tuned = [relearning] if {"all", "relearning"} & {*options.metrics} else []
-        found = evaluate(
-            job.model,
-            classes=wanted,
-            test=job.test or (),
-            num_classes=job.num_classes,
-            train=job.data,
-            metrics=[*options.metrics, *tuned],
-            features=options.features,
-            seed=options.seed,
-            **others,
-        )
-        folder.clear()
-        record = job.record(classes=wanted, evaluation=found.to_dict())
-        written = folder.finish(record)
-    return record, f"{found.table()}\n{written}"
+    job = prepare(options, console)
+    wanted = job.classes(options.classes) if options.classes else _forgotten(options.recipe)
+    console.say("classes: " + ", ".join(f"{cls} ({job.names()[cls]})" for cls in wanted if cls < job.num_classes))
+    others: dict[str, Any] = {"original": job.base if options.recipe else None}
+    for name, path in chosen(options, "original", "retrained").items():
+        others[name] = copy.deepcopy(job.base)
+        load_weights(others[name], path, argument=f"--{name}")
+    relearning = Relearning(options.learning_rate, max_steps=options.max_steps)
+    tuned = [relearning] if {"all", "relearning"} & {*options.metrics} else []
+    found = evaluate(
+        job.model,
+        classes=wanted,
+        test=job.test or (),
+        num_classes=job.num_classes,
+        train=job.data,
+        metrics=[*options.metrics, *tuned],
+        features=options.features,
+        seed=options.seed,
+        **others,
+    )
+    return job.finish(found.table(), classes=wanted, evaluation=found.to_dict())
 
 
 def _forgotten(paths: Sequence[Path]) -> list[int]:
@@ -415,14 +348,13 @@ def _forgotten(paths: Sequence[Path]) -> list[int]:
 
 
 @command(
-    click.Argument(["runs"], nargs=-1, required=True, type=EXISTING),
-    option("--title", help="heading of the page"),
-    out("report"),
-    *RUN,
+    click.Argument(["runs"], nargs=-1, required=True, type=arguments.EXISTING),
+    arguments.option("--title", help="heading of the page"),
+    arguments.out("report"),
+    *arguments.RUN,
 )
 def report_command(options: Options, console: Console) -> Result:
     """One HTML page from run folders of score, prune and unlearn."""
-    _only_one_rank(console)
     folders, records = zip(*map(load_run, options.runs), strict=True)
     names = [folder.resolve().name for folder in folders]
     titles = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
@@ -433,26 +365,21 @@ def report_command(options: Options, console: Console) -> Result:
     title, folder, record = min(scored, key=lambda run: run[2]["command"] != "score")
     if len(scored) > 1:
         console.say(f"scores: of {title}; {len(scored) - 1} other runs hold scores too")
-    moments_file = folder / "moments.safetensors"
     edits, accuracy, curve = _of_edits(runs)
     model = record.get("model")
-    with RunFolder(options.out, overwrite=options.overwrite) as target:
-        target.clear()
-        report(
-            target.file("report.html"),
-            Scores.load(folder / "scores.safetensors"),
-            edits=edits,
-            accuracy=accuracy or None,
-            curve=curve or None,
-            moments=Moments.load(moments_file) if moments_file.is_file() else None,
-            class_names=model.get("class_names") if isinstance(model, dict) else None,
-            title=options.title,
-            settings={name: found["arguments"] for name, _, found in runs},
-        )
-        results = {"runs": {name: str(where) for name, where, _ in runs}}
-        record = record_of(console, options, (), seed=options.seed, data={}, results=results)
-        written = target.finish(record)
-    return record, written
+    target = RunFolder(options.out, overwrite=options.overwrite)
+    report(
+        target.file("report.html"),
+        Scores.load(folder / "scores.safetensors"),
+        edits=edits,
+        accuracy=accuracy or None,
+        curve=curve or None,
+        class_names=model.get("class_names") if isinstance(model, dict) else None,
+        title=options.title,
+        settings={name: found["arguments"] for name, _, found in runs},
+    )
+    results = {"runs": {name: str(where) for name, where, _ in runs}}
+    return target.finish(record_of(console, options, (), seed=options.seed, data={}, results=results))
 
 
 def _of_edits(runs: Sequence[Run]) -> tuple[dict[str, Recipe], dict[str, Tensor], list[dict[str, Any]]]:

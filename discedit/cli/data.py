@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from discedit.cli.models import InputError, Preprocessing, resolve, some
-from discedit.model.forward import Quota, index_samples, map_tensors
-from discedit.moments.calibration import batch_size_of
-from discedit.moments.distributed import ShardSampler
+from discedit.cli.errors import InputError, explained
+from discedit.cli.models import Preprocessing, resolve, some
+from discedit.model.forward import Quota, index_samples, map_tensors, unpack_batch
 from discedit.moments.stream import has_indices, remade
 
 if TYPE_CHECKING:
@@ -25,38 +24,35 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MOST_CLASSES = 1 << 20
+CPU = torch.device("cpu")
 
 
+@dataclass(eq=False)
 class Images(Dataset[Any]):
     """Labelled images: files, or an array of uint8 (height, width, channels) or float (channels, height, width)."""
 
-    def __init__(
-        self, spec: str, items: Any, labels: Any, class_names: list[str] | None = None, ignored: int = 0
-    ) -> None:
-        self.spec, self.items, self.class_names = spec, items, class_names
-        self.labels = torch.as_tensor(np.asarray(labels).astype(np.int64))
-        self.ignored = ignored  # files that are no images
-        self.preprocessing = Preprocessing()
-        self.argument = "--data"  # which names them, for messages
+    argument: str  # that names them, for messages
+    spec: str
+    items: list[Path] | np.ndarray[Any, Any]
+    labels: Tensor
+    class_names: list[str] | None = None
+    ignored: int = 0  # files that are no images
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
         """What to call an image in a message."""
-        item = self.items[index]
-        return repr(str(item)) if isinstance(item, Path) else f"{index} of {self.spec!r}"
+        return repr(str(self.items[index])) if isinstance(self.items, list) else f"{index} of {self.spec!r}"
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """An image (channels, height, width), float32, and its label."""
         try:
-            image = normalised(image_tensor(self.items[index], self.preprocessing), self.preprocessing)
-        except Exception as error:  # Pillow's are of many kinds, by format and damage
-            why = str(error) if isinstance(error, InputError) else f"cannot be read: {type(error).__name__}: {error}"
-            if isinstance(error, ModuleNotFoundError):
-                why = "needs Pillow, which is not installed: pip install 'discedit[cli]'"
-            raise InputError(f"{self.argument}: image {self.name(index)} {why}") from error
-        return image, int(self.labels[index])
+            with explained("cannot be read"):  # Pillow's errors are of many kinds, by format and damage
+                return image_tensor(self.items[index], self.preprocessing), int(self.labels[index])
+        except InputError as error:
+            raise InputError(f"{self.argument}: image {self.name(index)} {error}") from error
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
         samples = [self[index] for index in indices]
@@ -78,119 +74,107 @@ class Images(Dataset[Any]):
 
 
 def open_data(spec: str, argument: str) -> Images | Any:
-    """What --data or --test names: `Images`, or the dataset or loader of a factory.
-
-    Raises:
-        InputError: nothing that can be read is there.
-    """
+    """What --data or --test names: `Images`, or the dataset or loader of a factory."""
     path = Path(spec)
-    try:
-        if path.is_dir() or (path.is_file() and path.suffix == ".npz"):
-            images = open_folder(path) if path.is_dir() else open_archive(path)
-            images.argument = argument
-            return images
-    except InputError as error:
-        raise InputError(f"{argument}: {error}") from error
+    if path.is_dir():
+        return open_folder(path, argument)
+    if path.is_file() and path.suffix == ".npz":
+        return open_archive(path, argument)
     if path.exists() or ":" not in spec or os.sep in spec.partition(":")[0]:
         what = "is neither" if path.exists() else "does not exist"
         raise InputError(f"{argument}: must be an image folder, an .npz file or MODULE:FACTORY; {spec!r} {what}.")
     return resolve(argument, spec)
 
 
-def open_folder(root: Path) -> Images:
+def open_folder(root: Path, argument: str = "--data") -> Images:
     """root/CLASS/.../image: the classes are the folders in the root, in sorted order; what is hidden is left out.
 
     Read with Pillow alone: torchvision's ImageFolder, from the same layout, wants the one torch that it was built for.
     """
-    classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    shown = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
+    classes = sorted(entry for entry in shown if entry.is_dir())
     if not classes:
-        raise InputError(f"an image folder must hold a folder for each class, {str(root)!r} holds none.")
+        raise InputError(f"{argument}: an image folder must hold a folder for each class, {str(root)!r} holds none.")
     items: list[Path] = []
     labels: list[int] = []
-    ignored = sum(entry.is_file() and not entry.name.startswith(".") for entry in root.iterdir())
+    ignored = sum(entry.is_file() for entry in shown)
     for label, folder in enumerate(classes):
         files = [Path(place) / name for place, _, names in sorted(os.walk(folder)) for name in sorted(names)]
         files = [file for file in files if not file.name.startswith(".")]
         images = [file for file in files if file.suffix.lower() in SUFFIXES]
         if not images:
-            raise InputError(f"class folder {str(folder)!r} holds no image ({', '.join(SUFFIXES)}).")
+            raise InputError(f"{argument}: class folder {str(folder)!r} holds no image ({', '.join(SUFFIXES)}).")
         items += images
         labels += [label] * len(images)
         ignored += len(files) - len(images)
-    return Images(str(root), items, labels, [folder.name for folder in classes], ignored)
+    return Images(argument, str(root), items, torch.tensor(labels), [folder.name for folder in classes], ignored)
 
 
-def open_archive(path: Path) -> Images:
+def open_archive(path: Path, argument: str = "--data") -> Images:
     """An .npz file with `images`, uint8 (n, height, width[, channels]) or float (n, channels, height, width), and
     `labels`; `class_names` may be in it too."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: np.asarray(archive[name]) for name in archive.files}
-    except Exception as error:  # a damaged zip file raises many kinds
-        raise InputError(f"{str(path)!r} is no .npz file that can be read: {error}") from error
+
+    def wrong(rule: str) -> InputError:
+        return InputError(f"{argument}: {str(path)!r} must hold {rule}.")
+
+    with (
+        explained(f"{argument}: {str(path)!r} is no .npz file that can be read"),
+        path.open("rb") as file,  # which numpy leaves open where it fails
+        np.load(file, allow_pickle=False) as archive,
+    ):
+        arrays = {name: np.asarray(archive[name]) for name in archive.files}
     if not {"images", "labels"} <= arrays.keys():
-        raise InputError(f"{str(path)!r} must hold images and labels, it holds {sorted(arrays)}.")
+        raise wrong(f"images and labels, it holds {sorted(arrays)}")
     images, labels, names = arrays["images"], arrays["labels"], arrays.get("class_names")
-    grey = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
-    if not (grey if images.dtype == np.uint8 else images.dtype.kind == "f" and images.ndim == 4) or not images.size:
-        raise InputError(
-            f"images of {str(path)!r} must be uint8 of shape (n, height, width) or (n, height, width, 1 or 3), or "
-            f"float of shape (n, channels, height, width), not empty; got {images.dtype} {images.shape}."
+    pictures = images.dtype == np.uint8 and (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3)))
+    if not (pictures or (images.dtype.kind == "f" and images.ndim == 4)) or not images.size:
+        raise wrong(
+            "images, uint8 of shape (n, height, width) or (n, height, width, 1 or 3), or float of shape (n, channels, "
+            f"height, width), not empty; got {images.dtype} {images.shape}"
         )
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise InputError(
-            f"labels of {str(path)!r} must be one integer for each of {len(images)} images, got "
-            f"{labels.dtype} {labels.shape}."
-        )
-    wrong = np.flatnonzero((labels < 0) | (labels > MOST_CLASSES))
-    if wrong.size:
-        raise InputError(
-            f"labels of {str(path)!r} must lie in 0..{MOST_CLASSES}, got {labels[wrong[0]]} at position {wrong[0]}."
-        )
+        raise wrong(f"labels, one integer for each of {len(images)} images; got {labels.dtype} {labels.shape}")
+    for place in np.flatnonzero((labels < 0) | (labels > MOST_CLASSES)):
+        raise wrong(f"labels in 0..{MOST_CLASSES}, got {labels[place]} at position {place}")
     if names is not None and (names.dtype.kind != "U" or names.ndim != 1):
-        raise InputError(f"class_names of {str(path)!r} must be a list of strings, got {names.dtype}.")
+        raise wrong(f"class_names as a list of strings, got {names.dtype}")
     images = images[..., None] if images.ndim == 3 else images
-    return Images(str(path), images, labels, None if names is None else names.tolist())
+    class_names = None if names is None else names.tolist()
+    return Images(argument, str(path), images, torch.from_numpy(labels.astype(np.int64)), class_names)
 
 
 def image_tensor(item: Path | np.ndarray[Any, Any], known: Preprocessing) -> Tensor:
-    """One image as the model takes it but for mean and deviation: (channels, height, width), float32.
-
-    Raises:
-        InputError: it does not fit the model. What Pillow raises: it cannot be read.
-    """
+    """One image as the model takes it: (channels, height, width), float32."""
     if isinstance(item, np.ndarray) and item.dtype != np.uint8:
-        found = torch.from_numpy(item.astype(np.float32))
+        image = torch.from_numpy(item.astype(np.float32))
         if known.size is not None and known.size != item.shape[1:]:
             size = f"{times(item.shape[1:])}, the model takes {times(known.size)}"
             raise InputError(f"has {size}: float images are taken as they are.")
-        if not bool(found.isfinite().all()):
+        if not bool(image.isfinite().all()):
             raise InputError("must be finite, it holds NaN or Inf.")
-        return found
-    if isinstance(item, np.ndarray):
-        height, width, channels = item.shape
-        fits = known.size in (None, (height, width)) and known.resize in (None, min(height, width))
-        if not fits or known.channels not in (None, channels):
-            from PIL import Image
-
-            picture = Image.fromarray(item[..., 0] if channels == 1 else item)
-            item = np.array(fitted(converted(picture, known.channels), known))
     else:
         from PIL import Image
 
-        with Image.open(item) as opened:
-            opened.load()
-            item = np.array(fitted(converted(opened, known.channels), known))
-    return torch.from_numpy(item if item.ndim == 3 else item[..., None]).permute(2, 0, 1).float().div_(255)
+        if isinstance(item, np.ndarray):
+            picture = Image.fromarray(item[..., 0] if item.shape[2] == 1 else item)
+        else:
+            picture = Image.open(item)
+        with picture:
+            pixels = np.array(fitted(converted(picture, known.channels), known))
+        image = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None])
+        image = image.permute(2, 0, 1).float().div_(255)
+    if known.mean is None or known.std is None:
+        return image
+    for argument, values in (("--mean", known.mean), ("--std", known.std)):
+        if len(values) not in (1, len(image)):
+            raise InputError(f"has {len(image)} channels: {argument} must be 1 number or {len(image)}, got {values}.")
+    return image.sub_(torch.tensor(known.mean).view(-1, 1, 1)).div_(torch.tensor(known.std).view(-1, 1, 1))
 
 
 def converted(image: Image, channels: int | None) -> Image:
     """The image in grey (1) or red, green and blue (3); None: the one of the two that loses nothing.
 
     Palettes are looked up, transparency is dropped, 16 bits become 8.
-
-    Raises:
-        InputError: pixels without a known range.
     """
     if image.mode == "F":
         raise InputError("has pixels of floating-point numbers, whose range is not known.")
@@ -222,44 +206,32 @@ def fitted(image: Image, known: Preprocessing) -> Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def normalised(image: Tensor, known: Preprocessing) -> Tensor:
-    if known.mean is None or known.std is None:
-        return image
-    for argument, values in (("--mean", known.mean), ("--std", known.std)):
-        if len(values) not in (1, len(image)):
-            raise InputError(f"has {len(image)} channels: {argument} must be 1 number or {len(image)}, got {values}.")
-    return image.sub_(torch.tensor(known.mean).view(-1, 1, 1)).div_(torch.tensor(known.std).view(-1, 1, 1))
-
-
 def times(size: Iterable[int]) -> str:
     return " x ".join(map(str, size))
 
 
 def number_classes(data: Images, names: list[str] | None) -> str:
-    """Gives the classes the numbers that the model knows them by.
+    """Gives the classes the numbers that the model knows them by, whose names are in order, and says how.
 
-    Args:
-        names: of the model's classes, in order; None: not known, so that the sorted order counts.
-
-    Returns:
-        How, for the reader; empty where nothing was decided.
-
-    Raises:
-        InputError: a class of the data that is none of the names.
+    Where either has no names, the data's own numbers count, and nothing is said.
     """
     own = data.class_names
     if own is None or names is None or own == names:
         return ""
-    unknown = [name for name in own if name not in names]
-    numbered = unknown == own and all(name.isascii() and name.isdigit() and int(name) < len(names) for name in own)
-    if not isinstance(data.items, list) or (unknown and not numbered):
+    places = {name: place for place, name in enumerate(names)}
+    how = "matched with the classes by name"
+    if not places.keys() & set(own):
+        places = {str(place): place for place in range(len(names))}
+        how = "named by the numbers of the classes"
+    unknown = [name for name in own if name not in places]
+    if unknown or not isinstance(data.items, list):
         raise InputError(
             f"{data.argument}: classes must be those of the model, {some(names)}, and folders be named so or by their "
             f"numbers; found {some([repr(name) for name in unknown or own])}."
         )
-    data.labels = torch.tensor([int(name) if numbered else names.index(name) for name in own])[data.labels]
+    data.labels = torch.tensor([places[name] for name in own])[data.labels]
     data.class_names = names
-    return f"folders are {'named by the numbers of the classes' if numbered else 'matched with the classes by name'}"
+    return f"folders are {how}"
 
 
 def make_loader(
@@ -277,22 +249,12 @@ def make_loader(
     """(inputs, labels) batches that can be gone through again, in the type that the model runs in.
 
     Of several ranks, each takes whole batches in turn: so the features do not depend on their number.
-
-    Raises:
-        InputError: the factory gave nothing of the kind.
     """
-    indexed = hasattr(source, "__len__") and hasattr(source, "__getitem__")
     if isinstance(source, Images):
         source, limit_per_class = Subset(source, source.first_of_each_class(limit_per_class).tolist()), None
+    indexed = hasattr(source, "__len__") and hasattr(source, "__getitem__")
     if indexed and not isinstance(source, (DataLoader, list, tuple, str)):
-        share = (rank, ranks) if limit_per_class is None else (0, 1)
-        shard = ShardSampler(source, rank=share[0], replicas=share[1], block=batch_size)
-        source = DataLoader(
-            source, batch_sampler=BatchSampler(shard, batch_size, drop_last=False), num_workers=workers,
-            collate_fn=partial(_collated, default_collate, dtype),
-        )  # fmt: skip
-        if limit_per_class is None:
-            return source
+        source = DataLoader(source, batch_size, num_workers=workers)
     if isinstance(source, (Iterator, tuple, str)) or not isinstance(source, Iterable):
         raise InputError(
             f"{argument}: must give a dataset, or a loader that can be gone through again, it gives a "
@@ -329,17 +291,13 @@ class _Batches:
     def __iter__(self) -> Iterator[Any]:
         quota = None if self.per_class is None else Quota(self.per_class)
         for index, batch in enumerate(self.loader):
+            samples = 1
             if quota is not None:
-                labels = self._labels(batch)
-                batch = index_samples(batch, quota.take(labels), len(labels))
-            if index % self.ranks == self.rank and (quota is None or batch_size_of(self.argument, batch)):
+                with explained(f"--limit-per-class: needs labels, {self.argument} gives none"):
+                    labels = torch.as_tensor(unpack_batch(self.argument, batch, index, CPU, labels_needed=True)[1])
+                places = quota.take(labels)
+                batch, samples = index_samples(batch, places, len(labels)), len(places)
+            if index % self.ranks == self.rank and samples:
                 yield _cast(batch, self.dtype)
             if quota is not None and quota.full():
                 return
-
-    def _labels(self, batch: Any) -> Tensor:
-        labels = batch.get("labels") if isinstance(batch, dict) else batch[1] if len(batch) == 2 else None
-        try:
-            return torch.as_tensor(labels)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"--limit-per-class: needs labels, {self.argument} gives none.") from error

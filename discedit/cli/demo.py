@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import click
 from torch import nn
 
 from discedit import zoo
-from discedit.cli.arguments import OUTPUT, Options, Result, command, option
+from discedit.cli.arguments import OUTPUT, Options, command, option
+from discedit.cli.errors import InputError
 from discedit.cli.job import accuracy_rows
-from discedit.cli.models import InputError
-from discedit.cli.run_folder import Console
+from discedit.cli.run_folder import Console, Result
 from discedit.common.tables import format_table
 from discedit.editing.prune import prune
 from discedit.editing.unlearn import unlearn
@@ -30,7 +29,7 @@ MODELS = {"digits": ("digitsnet",), "cifar10": ("resnet56", "resnet20")}
     option("--data", tuple(MODELS), "digits", "cifar10: the files that DISCEDIT_DATA names"),
     option("--model", tuple(name for names in MODELS.values() for name in names), help="default: the first of --data"),
     option("--ratio", float, 0.3, "share of each layer's components to prune"),
-    option("--forget", int, 3, "class index to unlearn"),
+    option("--forget", click.IntRange(0, 9), 3, "class index to unlearn"),
     option("--out", click.Path(path_type=Path), "out/demo", "folder for the files"),
     *OUTPUT,
 )
@@ -40,13 +39,9 @@ def demo_command(options: Options, console: Console) -> Result:
     name, forget = options.model or models[0], options.forget
     if name not in models:
         raise InputError(f"--model must be one of {list(models)} for --data {options.data}, got {name!r}")
-    if not 0 <= forget < 10:
-        raise InputError(f"the class to forget must lie in 0..9, got {forget}.")
 
     def step(text: str) -> None:
-        if not options.quiet:
-            stream = sys.stderr if options.json else sys.stdout
-            print(f"[{time.perf_counter() - console.clock:5.1f} s] {text}", file=stream, flush=True)
+        console.say(f"[{time.perf_counter() - console.clock:5.1f} s] {text}")
 
     if options.data == "digits":
         train, test = zoo.digits()

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discedit.cli.arguments import Options
-from discedit.cli.data import Images, make_loader, number_classes, open_data, times
-from discedit.cli.models import InputError, ModelSource, Preprocessing, load_weights, open_model, some
-from discedit.cli.run_folder import Console, record_of
+from discedit.cli.arguments import Options, chosen
+from discedit.cli.data import CPU, Images, make_loader, number_classes, open_data, times
+from discedit.cli.errors import InputError, explained
+from discedit.cli.models import ModelSource, Preprocessing, load_weights, open_model, some
+from discedit.cli.run_folder import Console, Result, RunFolder, record_of
 from discedit.model.forward import call, first_tensor, frozen_eval, index_samples, to_device, unpack_batch
 from discedit.model.size import accuracy_per_class, count_parameters
 from discedit.moments.calibration import batch_size_of
@@ -32,6 +33,7 @@ class Job:
 
     options: Options
     console: Console
+    folder: RunFolder
     source: ModelSource
     base: nn.Module  # before the recipes
     model: nn.Module  # with them
@@ -42,8 +44,9 @@ class Job:
     example: Any  # inputs of one sample; None where there is nothing to tell their shape
     facts: dict[str, Any]
 
-    def record(self, **results: Any) -> dict[str, Any]:
-        return record_of(self.console, self.options, self.source.packages, **self.facts, results=results)
+    def finish(self, text: str, **results: Any) -> Result:
+        record = record_of(self.console, self.options, self.source.packages, **self.facts, results=results)
+        return self.folder.finish(record, text)
 
     def moments(self, model: nn.Module) -> Moments:
         assert self.data is not None
@@ -69,15 +72,15 @@ class Job:
         return list(dict.fromkeys(found))
 
 
-def prepare(options: Options, console: Console, *, rank: int = 0, ranks: int = 1, classes: int = 0) -> Job:
+def prepare(options: Options, console: Console, *, classes: int = 0) -> Job:
     """Loads the model and opens the data, and says what was not given but inferred.
 
-    Args:
-        classes: number of classes where neither an option nor data tells, such as that of given scores.
-
-    Raises:
-        InputError, FileNotFoundError: something is missing, damaged or does not fit.
+    `classes` is their number where neither an option nor data tells, such as that of given scores.
     """
+    rank, ranks = console.rank, console.ranks
+    if ranks > 1 and console.command != "score":
+        raise InputError(f"{console.command} runs on one rank, torchrun started {ranks}: only score takes several.")
+    folder = RunFolder(options.out, overwrite=options.overwrite)
     torch.manual_seed(options.seed)
     device, dtype = _device(options.device, ranks), getattr(torch, options.dtype)
     source = open_model(options.model, pretrained=options.pretrained)
@@ -91,53 +94,46 @@ def prepare(options: Options, console: Console, *, rank: int = 0, ranks: int = 1
     logits = None if example is None else _count_logits(model, example, device)
     num_classes = options.num_classes or logits or classes
     _check_classes(num_classes, names, opened)
-    loaders, facts = {}, {}
+    parameters = count_parameters(model)
+    console.say(f"model: {options.model}: {parameters:,} parameters, {num_classes} classes")
+    if logits not in (None, num_classes):
+        console.say(f"model: gives {logits} logits; --num-classes {num_classes} holds for the labels")
+    loaders, about_data = {}, {}
     for argument, data in opened.items():
         limit = options.limit_per_class if argument == "data" else None
         loaders[argument] = make_loader(
             data, argument=f"--{argument}", dtype=dtype, batch_size=options.batch_size, workers=options.workers,
             limit_per_class=limit, num_classes=num_classes, rank=rank, ranks=ranks,
         )  # fmt: skip
-        facts[argument] = _facts(getattr(options, argument), data, limit, num_classes)
-    parameters = count_parameters(model)
-    console.say(f"model: {options.model}: {parameters:,} parameters, {num_classes} classes")
-    if logits not in (None, num_classes):
-        console.say(f"model: gives {logits} logits; --num-classes {num_classes} holds for the labels")
-    _say_of_images(console, options, known, opened, facts)
+        about_data[argument] = _facts(getattr(options, argument), data, limit, num_classes, console)
+    if any(isinstance(data, Images) for data in opened.values()):
+        console.say(f"images: {_told(options, known)}")
     about_model = {
         "spec": options.model, "weights": options.weights, "recipes": options.recipe, "parameters": parameters,
         "classes": num_classes, "class_names": names,
     }  # fmt: skip
     about = {"seed": options.seed, "device": str(device), "dtype": options.dtype, "ranks": ranks}
     return Job(
-        options, console, source, base, model, num_classes, names,
+        options, console, folder, source, base, model, num_classes, names,
         data=loaders.get("data"),
         test=loaders.get("test"),
         example=None if example is None else to_device(example, device),
-        facts={**about, "model": about_model, "data": facts},
+        facts={**about, "model": about_model, "data": about_data},
     )  # fmt: skip
 
 
 def _device(name: str, ranks: int) -> torch.device:
     """The device that --device names; under torchrun each rank's own GPU."""
-    here = torch.cuda.device_count()
     if name == "auto":
-        name = "cuda" if here else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device: must be auto, cpu, cuda or cuda:N, got {name!r}.")
-    if device.type == "cpu":
-        return device
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if ranks > 1 else 0)
-    elif ranks > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0') if ranks > 1 else 0}"
+    elif name != "cpu" and ranks > 1:
         raise InputError(f"--device: must be cuda where there are several ranks, each has its own; got {name!r}.")
-    if device.index >= here:
-        raise InputError(f"--device: torch finds {here} CUDA devices, got {str(device)!r}.")
-    torch.cuda.set_device(device)
+    with explained(f"--device: {name!r} cannot be used"):
+        device = torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     return device
 
 
@@ -152,7 +148,7 @@ def _with_recipes(base: nn.Module, paths: Sequence[Path]) -> nn.Module:
 
 def _preprocessing(options: Options, known: Preprocessing) -> Preprocessing:
     """What the model's configuration says, and over it what the command line says."""
-    given = {name: getattr(options, name) for name in IMAGE_OPTIONS if getattr(options, name) is not None}
+    given = chosen(options, *IMAGE_OPTIONS)
     if ("mean" in given) != ("std" in given):
         raise InputError("--mean: goes together with --std, only one of them was given.")
     if "size" in given:
@@ -176,7 +172,7 @@ def _open(
             names = names or data.class_names
             if how:
                 console.say(f"{argument}: {how}")
-        elif any(getattr(options, name) is not None for name in IMAGE_OPTIONS):
+        elif chosen(options, *IMAGE_OPTIONS):
             raise InputError(f"--{argument}: --size, --mean and --std are for folders and .npz files, not a factory.")
     return opened, names
 
@@ -184,16 +180,12 @@ def _open(
 def _example(opened: Mapping[str, Any], known: Preprocessing, dtype: torch.dtype) -> Any:
     """Inputs of one sample: of the data, or else random ones of the shape that is known; None where none is."""
     for argument, data in opened.items():
-        try:
+        with explained(f"--{argument}: cannot be read"):
             batch = next(iter(make_loader(data, argument=f"--{argument}", dtype=dtype)), None)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"--{argument}: cannot be read: {type(error).__name__}: {error}") from error
         if batch is None:
             raise InputError(f"--{argument}: must give at least one sample, it gives none.")
-        inputs, _ = unpack_batch(f"--{argument}", batch, 0, torch.device("cpu"), labels_needed=False)
-        return index_samples(inputs, torch.arange(1), batch_size_of("--data", inputs))
+        inputs, _ = unpack_batch(f"--{argument}", batch, 0, CPU, labels_needed=False)
+        return index_samples(inputs, torch.arange(1), batch_size_of(f"--{argument}", inputs))
     if known.size is None or known.channels is None:
         return None
     return torch.randn(1, known.channels, *known.size, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -202,12 +194,8 @@ def _example(opened: Mapping[str, Any], known: Preprocessing, dtype: torch.dtype
 def _count_logits(model: nn.Module, example: Any, device: torch.device) -> int:
     """Runs the model on one sample."""
     shape = tuple(tensor.shape) if (tensor := first_tensor(example)) is not None else type(example).__name__
-    try:
-        with frozen_eval(model):
-            logits = first_tensor(call(model, to_device(example, device)))
-    except Exception as error:
-        why = (str(error).splitlines() or [""])[0]
-        raise InputError(f"--model: cannot run on inputs of shape {shape}: {type(error).__name__}: {why}") from error
+    with explained(f"--model: cannot run on inputs of shape {shape}"), frozen_eval(model):
+        logits = first_tensor(call(model, to_device(example, device)))
     if logits is None or logits.ndim != 2:
         found = type(logits).__name__ if logits is None else f"shape {tuple(logits.shape)}"
         raise InputError(f"--model: must give logits of shape (samples, classes) for {shape}, it gives {found}.")
@@ -231,34 +219,28 @@ def _check_classes(num_classes: int, names: list[str] | None, opened: Mapping[st
             )
 
 
-def _facts(spec: str, data: Any, limit: int | None, num_classes: int) -> dict[str, Any]:
+def _facts(spec: str, data: Any, limit: int | None, num_classes: int, console: Console) -> dict[str, Any]:
     """Data as run.json names them."""
     if not isinstance(data, Images):
         return {"spec": spec, "samples_per_class": None}
     counts = torch.bincount(data.labels[data.first_of_each_class(limit)], minlength=num_classes)
+    samples = int(counts.sum())
+    ignored = f"; {data.ignored} files that are none were passed over" if data.ignored else ""
+    console.say(f"{data.argument.removeprefix('--')}: {data.spec}: {samples:,} images{ignored}")
+    preprocessing = asdict(data.preprocessing)
     return {
-        "spec": spec,
-        "samples_per_class": counts.tolist(),
-        "samples": int(counts.sum()),
-        "preprocessing": asdict(data.preprocessing),
-    }
+        "spec": spec, "samples_per_class": counts.tolist(), "samples": samples, "preprocessing": preprocessing,
+    }  # fmt: skip
 
 
-def _say_of_images(
-    console: Console, options: Options, known: Preprocessing, opened: Mapping[str, Any], facts: Mapping[str, Any]
-) -> None:
-    images = {argument: data for argument, data in opened.items() if isinstance(data, Images)}
-    for argument, data in images.items():
-        ignored = f"; {data.ignored} files that are none were passed over" if data.ignored else ""
-        console.say(f"{argument}: {data.spec}: {facts[argument]['samples']:,} images{ignored}")
-    if images:
-        size = "as they are" if known.size is None else times(known.size)
-        scaled = "in [0, 1], not normalised" if known.mean is None else f"mean {known.mean}, std {known.std}"
-        given = [f"--{name}" for name in IMAGE_OPTIONS if getattr(options, name) is not None]
-        if known.source and len(given) < len(IMAGE_OPTIONS):
-            given.append(known.source)
-        sources = ", ".join(given) or "nothing: no option, no configuration"
-        console.say(f"images: size {size}, {scaled} (from {sources})")
+def _told(options: Options, known: Preprocessing) -> str:
+    """What is done to images, and where that is known from."""
+    size = "as they are" if known.size is None else times(known.size)
+    scaled = "in [0, 1], not normalised" if known.mean is None else f"mean {known.mean}, std {known.std}"
+    given = [f"--{name}" for name in chosen(options, *IMAGE_OPTIONS)]
+    if known.source and len(given) < len(IMAGE_OPTIONS):
+        given.append(known.source)
+    return f"size {size}, {scaled} (from {', '.join(given) or 'nothing: no option, no configuration'})"
 
 
 def accuracy_rows(

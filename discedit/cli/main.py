@@ -14,12 +14,12 @@ import click
 import torch
 
 from discedit import backends
-from discedit.cli.arguments import OUTPUT, Options, Result, command
+from discedit.cli.arguments import OUTPUT, Options, command
 from discedit.cli.commands import evaluate_command, prune_command, report_command, score_command, unlearn_command
 from discedit.cli.demo import demo_command
-from discedit.cli.run_folder import Console, GroupError, NothingChangedError, as_json, plain
+from discedit.cli.run_folder import Console, Result, as_json
 
-DONE, BUG, BAD_INPUT, NOTHING_CHANGED, GROUP_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+DONE, BUG, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 @command(*OUTPUT)
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with discedit.make_context("discedit", list(given)) as context:
             record, text = discedit.invoke(context)
         if record or text:
-            print(as_json(plain(record)) if as_object else text, flush=True)
+            print(as_json(record) if as_object else text, flush=True)
         return DONE
     except click.exceptions.Exit as stop:  # --help and --version
         return stop.exit_code
@@ -79,10 +79,8 @@ def _explained(error: BaseException, name: str) -> tuple[int, str]:
     if isinstance(error, click.UsageError):
         help = f" See {error.ctx.command_path} --help." if error.ctx else ""
         return BAD_INPUT, f"{error.format_message().rstrip('.')}.{help}"
-    if isinstance(error, NothingChangedError):
-        return NOTHING_CHANGED, str(error)
-    if isinstance(error, GroupError):
-        return GROUP_FAILED, f"another process of the group failed or is late: {error}"
+    if isinstance(error, click.ClickException):  # those of errors.py
+        return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ast
 import json
 import math
+import pickle
 import pkgutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from discedit.cli.errors import InputError, explained
+from discedit.integrations import huggingface
+
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which processors store
 EXAMPLES = 'discedit.zoo:cifar_resnet("resnet20"), timm:resnet18 or hf:FOLDER'
 SHOWN = 5  # names in a message
-
-
-class InputError(ValueError):
-    """What the caller gave cannot be used; the message says why."""
-
-    def __init__(self, message: str) -> None:
-        # A DataLoader raises an error of a worker process anew, with its traceback for a message: take the last line.
-        super().__init__(message.rpartition("InputError: ")[2].strip())
 
 
 @dataclass(frozen=True)
@@ -58,16 +52,12 @@ class ModelSource:
 
 
 def open_model(spec: str, *, pretrained: bool = False) -> ModelSource:
-    """The model that "timm:NAME", "hf:FOLDER" or "module:factory" names, on the CPU, in eval mode.
-
-    Raises:
-        InputError: an unknown form, a package that is not installed, or no model there.
-    """
+    """The model that "timm:NAME", "hf:FOLDER" or "module:factory" names, on the CPU, in eval mode."""
     kind, _, rest = spec.partition(":")
+    if pretrained and kind != "timm":
+        raise InputError(f"--pretrained: goes with --model timm:NAME alone, got --model {spec!r}.")
     if kind == "timm":
         source = _timm(rest, pretrained)
-    elif pretrained:
-        raise InputError(f"--pretrained: goes with --model timm:NAME alone, got --model {spec!r}.")
     elif kind == "hf":
         source = _huggingface(rest)
     else:
@@ -88,9 +78,6 @@ def resolve(argument: str, spec: str) -> Any:
 
     The module is imported, from the working directory too. Of the rest nothing is evaluated: arguments are literals.
     A name that stands without parentheses is called without arguments if it can be called, unless it is a model.
-
-    Raises:
-        InputError: a specification of another form, or code of that module that fails; it is then the cause.
     """
     module, _, rest = spec.partition(":")
     try:
@@ -108,39 +95,22 @@ def resolve(argument: str, spec: str) -> Any:
         raise InputError(
             f"{argument}: must be MODULE:FACTORY or MODULE:FACTORY(LITERALS), such as {EXAMPLES}; got {spec!r}."
         ) from error
-    try:
-        with _working_directory_importable():
-            found: Any = pkgutil.resolve_name(f"{module}:{name}")
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # as `python -m` has it, also for the console script
+        sys.path.insert(0, folder)
+    with explained(f"{argument}: {spec!r} failed"):
+        found: Any = pkgutil.resolve_name(f"{module}:{name}")
         if call is node or (callable(found) and not isinstance(found, nn.Module)):
             found = found(*arguments, **keywords)
         for key in keys:
             found = found[key]
-    except Exception as error:
-        raise InputError(f"{argument}: {spec!r} failed: {type(error).__name__}: {error}") from error
     return found
 
 
-@contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    """As with `python -m`, also for the console script."""
-    folder = str(Path.cwd())
-    known = folder in sys.path or "" in sys.path
-    if not known:
-        sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        if not known and folder in sys.path:
-            sys.path.remove(folder)
-
-
 def _timm(name: str, pretrained: bool) -> ModelSource:
-    timm = _package("timm", "--model timm:NAME")
-    try:
-        model = timm.create_model(name, pretrained=pretrained)
+    with explained(f"--model: timm cannot make {name!r}"):
+        model = import_module("timm").create_model(name, pretrained=pretrained)
         data = import_module("timm.data").resolve_model_data_config(model)
-    except Exception as error:
-        raise InputError(f"--model: timm cannot make {name!r}: {type(error).__name__}: {error}") from error
     channels, height, width = data["input_size"]
     known = Preprocessing(
         size=(height, width),
@@ -155,17 +125,15 @@ def _timm(name: str, pretrained: bool) -> ModelSource:
 
 
 def _huggingface(name: str) -> ModelSource:
-    transformers = _package("transformers", "--model hf:FOLDER")
     folder = Path(name)
     if not name or not (folder / "config.json").is_file():
         raise InputError(f"--model: hf: must be followed by a local folder with a config.json, got {name!r}.")
-    from discedit.integrations import huggingface
-
-    transformers.utils.logging.disable_progress_bar()  # for files that load in no time
     edited = (folder / huggingface.RECIPE).is_file()
-    try:
+    with explained(f"--model: cannot load {name!r}"):
+        transformers = import_module("transformers")
+        transformers.utils.logging.disable_progress_bar()  # for files that load in no time
         if edited:
-            model = huggingface.load_pretrained(folder).model
+            model: Any = huggingface.load_pretrained(folder).model
         else:
             model, report = transformers.AutoModelForImageClassification.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True
@@ -173,19 +141,10 @@ def _huggingface(name: str) -> ModelSource:
             absent = {kind.replace("_", " "): sorted(map(str, names)) for kind, names in report.items() if names}
             if absent:
                 raise ValueError("; ".join(f"{kind}: {some(names)}" for kind, names in absent.items()))
-    except Exception as error:
-        raise InputError(f"--model: cannot load {name!r}: {type(error).__name__}: {error}") from error
-    config: Any = model.config
-    labels = {int(index): str(label) for index, label in (config.id2label or {}).items()}
+    labels = {int(index): str(label) for index, label in (model.config.id2label or {}).items()}
     names = [labels.get(index, "") for index in range(len(labels))]
-    known = bool(names) and all(names) and names != [f"LABEL_{index}" for index in range(len(names))]
-    return ModelSource(
-        model,
-        _processor(folder, config),
-        names if known else None,
-        packages=("transformers",),
-        whole=not edited,
-    )
+    known = all(names) and names != [f"LABEL_{index}" for index in range(len(names))]
+    return ModelSource(model, _processor(folder, model.config), names if known else None, ("transformers",), not edited)
 
 
 def _processor(folder: Path, config: Any) -> Preprocessing:
@@ -202,12 +161,10 @@ def _processor(folder: Path, config: Any) -> Preprocessing:
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return known
-    try:
+    with explained(f"--model: {str(file)!r} is no image processor's configuration"):
         given = json.loads(file.read_text(encoding="utf-8"))
-        whole, crop = (
-            _sides(given.get(name)) if given.get(f"do_{verb}", True) else {}
-            for name, verb in (("size", "resize"), ("crop_size", "center_crop"))
-        )
+        whole = _sides(given.get("size")) if given.get("do_resize", True) else {}
+        crop = _sides(given.get("crop_size")) if given.get("do_center_crop", True) else {}
         target = crop if "height" in crop else whole
         shorter = whole.get("shortest_edge")
         if shorter is None and target is crop and "height" in whole:
@@ -227,22 +184,10 @@ def _processor(folder: Path, config: Any) -> Preprocessing:
             interpolation=RESAMPLING.get(given.get("resample", 2), "bilinear"),
             source=str(file),
         )
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise InputError(f"--model: {str(file)!r} is no image processor's configuration: {error}") from error
 
 
 def _sides(size: Any) -> dict[str, Any]:
     return {"height": size, "width": size} if isinstance(size, int) else size or {}
-
-
-def _package(name: str, what: str) -> Any:
-    """An optional package; imported here, because it takes seconds."""
-    if find_spec(name) is None:
-        raise InputError(f"{what} needs {name}, which is not installed: pip install 'discedit[cli]'")
-    try:
-        return import_module(name)
-    except Exception as error:  # such as a torchvision that was built for another torch
-        raise InputError(f"{what} needs {name}, whose import fails: {type(error).__name__}: {error}") from error
 
 
 def load_weights(model: nn.Module, path: Path, *, argument: str = "--weights") -> None:
@@ -250,9 +195,6 @@ def load_weights(model: nn.Module, path: Path, *, argument: str = "--weights") -
 
     Counters of batch norms, which evaluation does not use, may be absent; of tensors that hang in several places one
     name is enough.
-
-    Raises:
-        InputError: no such file, no state dict in it, or one that does not fit.
     """
     weights = _state_dict(path, argument)
     own = model.state_dict(keep_vars=True)
@@ -269,16 +211,15 @@ def load_weights(model: nn.Module, path: Path, *, argument: str = "--weights") -
 
 
 def _state_dict(path: Path, argument: str) -> Mapping[str, Tensor]:
-    try:
+    with explained(f"{argument}: {str(path)!r} cannot be read"):
         if path.suffix == ".safetensors":
-            weights: Any = load_file(path)
-        elif path.suffix in (".pt", ".pth"):
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        else:
+            return load_file(path)
+        if path.suffix not in (".pt", ".pth"):
             raise ValueError("it must be a .safetensors, .pt or .pth file")
-    except Exception as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{argument}: {str(path)!r} cannot be read: {why}") from error
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # whose own message says how to run it all the same
+            raise ValueError("it is damaged, or holds more than tensors in plain containers") from error
     if isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping):
         weights = weights["state_dict"]
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
@@ -288,7 +229,7 @@ def _state_dict(path: Path, argument: str) -> Mapping[str, Tensor]:
     return weights
 
 
-def some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     shown = ", ".join(names[:SHOWN])
     return f"{shown} and {len(names) - SHOWN} more" if len(names) > SHOWN else shown

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from discedit.cli.models import InputError
+from discedit.cli.errors import InputError
 from discedit.common import files
 
 FILE = "run.json"
@@ -27,23 +26,17 @@ VALUES = ("prune.values.safetensors", "unlearn.values.safetensors", "discedit.va
 # All that a run may leave, so that nothing else is ever replaced or deleted.
 NAMES = (FILE, "moments.safetensors", "scores.safetensors", "prune.json", "unlearn.json", *VALUES,
          "model.safetensors", "config.json", "discedit.json", "report.html")  # fmt: skip
-
-
-class NothingChangedError(Exception):
-    """The command had nothing to do; the message says why."""
-
-
-class GroupError(Exception):
-    """Another process of the group failed or did not answer in time."""
+Result = tuple[dict[str, Any], str]  # what run.json holds, and what is shown
 
 
 @dataclass
 class Console:
-    """What a command says beside its results, on stderr: on rank 0, and unless it is to be quiet."""
+    """What a command says beside its results, on stderr: on rank 0 of those that torchrun starts, and if not quiet."""
 
     command: str
     quiet: bool = False
-    rank: int = 0
+    rank: int = field(default_factory=lambda: _integer_of_environment("RANK", 0))
+    ranks: int = field(default_factory=lambda: _integer_of_environment("WORLD_SIZE", 1))
     warnings: list[str] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     clock: float = field(default_factory=time.perf_counter)
@@ -57,18 +50,15 @@ class Console:
         if not self.quiet and not self.rank:
             print(text, file=sys.stderr, flush=True)
 
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-        if not self.rank:
-            print(f"discedit {self.command}: warning: {text}", file=sys.stderr, flush=True)
-
     @contextmanager
     def warning(self) -> Iterator[None]:
         """Shows warnings of the library as lines of the command, and keeps them for run.json."""
 
         def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
             if issubclass(category, (UserWarning, RuntimeWarning)):
-                self.warn(str(message))
+                self.warnings.append(str(message))
+                if not self.rank:
+                    print(f"discedit {self.command}: warning: {message}", file=sys.stderr, flush=True)
 
         with warnings.catch_warnings():
             warnings.simplefilter("default")
@@ -76,91 +66,67 @@ class Console:
             yield
 
 
+def _integer_of_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise InputError(f"{name} in the environment must be an integer, got {text!r}.")
+    return int(text)
+
+
 class RunFolder:
-    """A folder that holds one run: claimed before the work, filled after it, run.json last.
+    """A folder that holds one run: looked at before the work, made by the first file after it; run.json is the last."""
 
-    As a context, it takes the folders away that were made for a run that failed.
-
-    Raises:
-        InputError: the folder holds another run, or files that this one would write, and may not be overwritten; or it
-            is no folder, or not to be written to.
-    """
-
-    def __init__(self, path: Path, *, overwrite: bool, writes: bool = True) -> None:
+    def __init__(self, path: Path, *, overwrite: bool) -> None:
         self.path = path
-        self._made: list[Path] = []
         self._files: list[str] = []
-        self._old: list[str] = []
-        if not writes:  # another rank does
-            return
-        if path.exists() and not path.is_dir():
-            raise InputError(f"--out: must be a folder, {str(path)!r} is a file.")
         self._old = [name for name in NAMES if (path / name).is_file()]
         if self._old and not overwrite:
             what = "another run" if FILE in self._old else ", ".join(self._old)
             raise InputError(f"--out: {str(path)!r} holds {what}; name another folder, or add --overwrite.")
-        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise InputError(f"--out: nothing can be written to {str(path)!r}.")
-
-    def __enter__(self) -> RunFolder:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for folder in self._made if kind else ():
-            with suppress(OSError):  # it holds something
-                folder.rmdir()
-
-    def clear(self) -> None:
-        """Removes the run that is to be overwritten, its run.json first."""
-        for name in self._old:
-            (self.path / name).unlink(missing_ok=True)
-        self._old = []
+        nearest = next(place for place in (path, *path.parents) if place.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise InputError(f"--out: must be a folder that can be written to, {str(nearest)!r} is none.")
 
     def file(self, name: str) -> Path:
-        """Where to write a file of the run, which run.json will name."""
+        """Where to write a file of the run, which run.json will name; the first removes the run that was there."""
         assert name in NAMES, name
+        while self._old:  # its run.json first
+            (self.path / self._old.pop(0)).unlink(missing_ok=True)
         self._files.append(name)
         return self.path / name
 
-    def finish(self, record: dict[str, Any]) -> str:
-        """Writes run.json, with size and checksum of the other files, and says what was written."""
-        record["files"] = []
-        for name in self._files:
+    def finish(self, record: dict[str, Any], text: str = "") -> Result:
+        """Writes run.json, with size and checksum of the other files, and adds what was written to the text."""
+        target, record["files"] = self.file(FILE), []
+        for name in self._files[:-1]:
             data = (self.path / name).read_bytes()
             record["files"].append({"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-        files.write_atomically(self.path / FILE, (as_json(record) + "\n").encode())
-        return f"written to {self.path}: {', '.join([*self._files, FILE])}"
+        files.write_atomically(target, (as_json(record) + "\n").encode())
+        return record, f"{text}\nwritten to {self.path}: {', '.join(self._files)}".lstrip()
 
 
 def record_of(console: Console, options: Any, packages: Iterable[str], **fields: Any) -> dict[str, Any]:
-    """The fields of run.json that every command has, and those given."""
+    """The fields of run.json that every command has, and those given, as JSON has them."""
     if console.warnings:
         fields["results"] = {**fields["results"], "warnings": console.warnings}
+    names = ("discedit", "torch", "numpy", *packages)
     record = {
         "kind": "run",
         "version": files.VERSION,
         "command": console.command,
         "arguments": vars(options),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("discedit", "torch", "numpy", *packages)},
-        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         "commit": commit(),
         "started": console.started,
         "seconds": round(time.perf_counter() - console.clock, 3),
         **fields,
     }
-    return {name: plain(value) for name, value in record.items()}
+    found: dict[str, Any] = json.loads(as_json(record))
+    return found
 
 
 def load_run(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Folder and run.json of a run, which is named by either.
-
-    Raises:
-        FileNotFoundError: there is no run. ValueError: run.json is damaged or foreign.
-    """
+    """Folder and run.json of a run, which is named by either."""
     folder = path.parent if path.name == FILE else path
     file = folder / FILE
     if not file.is_file():
@@ -180,16 +146,7 @@ def commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def plain(value: Any) -> Any:
-    """As JSON has it: paths and other objects as text, NaN and infinities as null."""
-    if isinstance(value, Mapping):
-        return {str(name): plain(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
 def as_json(record: Any) -> str:
-    return json.dumps(record, indent=1, allow_nan=False)
+    """Paths and other objects as text, NaN and infinities as null."""
+    known = json.loads(json.dumps(record, default=str), parse_constant=lambda _: None)
+    return json.dumps(known, indent=1)

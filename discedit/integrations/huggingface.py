@@ -43,7 +43,8 @@ def save_pretrained(edit: Edit, folder: str | os.PathLike[str]) -> bool:
         ValueError: its model is no transformers model, or has other shapes than the edit left.
         ImportError: transformers is not installed.
     """
-    transformers = _transformers("save_pretrained")
+    import transformers
+
     if not isinstance(edit, Edit):
         raise TypeError(f"save_pretrained: edit must be a discedit.Edit, got {type(edit).__name__}.")
     model: Any = edit.model
@@ -81,7 +82,8 @@ def load_pretrained(folder: str | os.PathLike[str]) -> Edit:
         ValueError: one is damaged, or they do not fit together.
         ImportError: transformers is not installed.
     """
-    transformers = _transformers("load_pretrained")
+    import transformers
+
     path = Path(folder)
     for file in ("config.json", RECIPE, WEIGHTS):
         if not (path / file).is_file():
@@ -110,14 +112,6 @@ def load_pretrained(folder: str | os.PathLike[str]) -> Edit:
     names = [name for name, _ in model.named_parameters()]
     before = sum(math.prod(recipe.architecture[name]) for name in names)
     return Edit(model.eval(), recipe, before, count_parameters(model))
-
-
-def _transformers(op: str) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(f"{op}: transformers must be installed: pip install transformers") from error
-    return transformers
 
 
 def _check_shapes(what: str, found: dict[str, list[int]], expected: dict[str, list[int]]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from discedit.scoring.scores import Scores
 class DiscEditStructured(BasePruningMethod):
     """Masks the channels with the lowest scores among those that are not masked yet; of equal ones the first.
 
-    Made by `apply`, as all methods of torch.nn.utils.prune.
+    `discedit_structured` applies it, with the scores in the parameter's shape as torch's ``importance_scores``.
 
     Args:
         amount: share of the channels that are not masked yet, in 0..1 and rounded to whole channels, or their number.
@@ -42,38 +40,6 @@ class DiscEditStructured(BasePruningMethod):
                 f"DiscEditStructured: amount must be at most the {len(scores)} channels that are left, got {number}."
             )
         return default_mask.index_fill(self.dim, scores.argsort(stable=True)[:number], 0)
-
-    @classmethod
-    def apply(cls, module: nn.Module, name: str, amount: int | float, scores: Tensor, dim: int = 0) -> Any:  # type: ignore[override]
-        """Adds the mask to a module; the method, or the `PruningContainer` that it became a part of.
-
-        Args:
-            module, name: the parameter, of at least two axes.
-            amount, dim: as for the class.
-            scores: (channels,), one for each channel of the whole parameter, finite.
-
-        Raises:
-            ValueError: an argument that does not fit, or more channels than are left.
-        """
-        op = cls.__name__
-        parameter = getattr(module, name, None)
-        if not isinstance(parameter, Tensor) or parameter.ndim < 2:
-            raise ValueError(f"{op}: name must be a parameter of at least two axes, got {name!r} of {module}.")
-        if not -parameter.ndim <= dim < parameter.ndim:
-            raise ValueError(f"{op}: dim must be an axis of {name!r}, {validation.shape_of(parameter)}, got {dim}.")
-        if scores.shape != (parameter.shape[dim],):
-            raise ValueError(
-                f"{op}: scores must be one for each of the {parameter.shape[dim]} channels on axis {dim} of {name!r}, "
-                f"got shape {validation.shape_of(scores)}."
-            )
-        axes = [1] * parameter.ndim
-        axes[dim] = -1
-        spread = scores.to(parameter.device).view(axes).expand_as(parameter)
-        method = super().apply(module, name, amount, dim=dim, importance_scores=spread)  # type: ignore[no-untyped-call]
-        # A container gives its mask the type of the scores, whose precision the parameter need not have.
-        module.register_buffer(f"{name}_mask", getattr(module, f"{name}_mask").to(parameter.dtype))
-        setattr(module, name, method.apply_mask(module))
-        return method
 
 
 def discedit_structured(
@@ -102,8 +68,25 @@ def discedit_structured(
     >>> conv.weight_mask[:, 0, 0, 0]
     tensor([1., 0., 0., 1.])
     """
-    values = of_layer("discedit_structured", "scores", scores, reduction)
-    DiscEditStructured.apply(module, name, amount, values, dim)
+    op = "discedit_structured"
+    values = of_layer(op, "scores", scores, reduction)
+    parameter = getattr(module, name, None)
+    if not isinstance(parameter, Tensor) or parameter.ndim < 2:
+        raise ValueError(f"{op}: name must be a parameter of at least two axes, got {name!r} of {module}.")
+    if not -parameter.ndim <= dim < parameter.ndim:
+        raise ValueError(f"{op}: dim must be an axis of {name!r}, {validation.shape_of(parameter)}, got {dim}.")
+    if values.shape != (parameter.shape[dim],):
+        raise ValueError(
+            f"{op}: scores must be one for each of the {parameter.shape[dim]} channels on axis {dim} of {name!r}, got "
+            f"shape {validation.shape_of(values)}."
+        )
+    axes = [1] * parameter.ndim
+    axes[dim] = -1
+    spread = values.to(parameter.device).view(axes).expand_as(parameter)
+    method = DiscEditStructured.apply(module, name, amount, dim, importance_scores=spread)  # type: ignore[no-untyped-call]
+    # A container gives its mask the type of the scores, whose precision the parameter need not have.
+    module.register_buffer(f"{name}_mask", getattr(module, f"{name}_mask").to(parameter.dtype))
+    setattr(module, name, method.apply_mask(module))
     return module
 
 
@@ -163,30 +146,15 @@ def prune_model(
                     f"{op}: norms must be as wide as their layers, {norms[layer]!r} has {len(own)} channels, {layer!r} "
                     f"has {width}."
                 )
-    owners = {layer: [modules[layer], *([modules[norms[layer]]] if layer in norms else [])] for layer in chosen}
-    with _all_or_none(module for pair in owners.values() for module in pair):
-        return {layer: _mask(*owners[layer], amount=amounts[layer], scores=values[layer]) for layer in chosen}
+    return {
+        layer: _mask(modules[layer], modules[norms[layer]] if layer in norms else None, amounts[layer], values[layer])
+        for layer in chosen
+    }
 
 
-@contextmanager
-def _all_or_none(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Modules as they were where masking one of them fails: masks are attributes, and no tensor is written to."""
-    before = [
-        (module, {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(module).items()})
-        for module in modules
-    ]
-    try:
-        yield
-    except BaseException:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-        raise
-
-
-def _mask(module: nn.Module, norm: nn.Module | None = None, *, amount: int | float, scores: Tensor) -> Tensor:
+def _mask(module: nn.Module, norm: nn.Module | None, amount: int | float, scores: Tensor) -> Tensor:
     """The channels of a layer that are masked then."""
-    DiscEditStructured.apply(module, "weight", amount, scores, _output_axis(module))
+    discedit_structured(module, "weight", amount, scores, _output_axis(module))
     active = _active(module)
     for owner, name in ((module, "bias"), (norm, "weight"), (norm, "bias")):
         own = getattr(owner, name, None)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from discedit.common import validation
 from discedit.editing.ablation import AblateComponents
@@ -82,13 +82,7 @@ class Preset:
         Raises:
             ValueError, TypeError: as `discedit.collect_moments` and `discedit.score`.
         """
-        settings: dict[str, Any] = {
-            "statistic": self.statistic,
-            "witness": self.witness,
-            "scale": self.scale,
-            "read": self.read,
-            **overrides,
-        }
+        settings = {name: getattr(self, name) for name in ("statistic", "witness", "scale", "read")} | overrides
         moments = collect_moments(model, loader, num_classes, **settings)
         return score(
             moments,
@@ -138,10 +132,13 @@ class Preset:
         if self.selection == "lowest":
             share = self.amount if ratio is None else ratio
             return self._signed(prune(model, scores, ratio=share, **settings))
-        if threshold is not None:
-            _checked_threshold(op, threshold)
+        if threshold is not None and not (validation.is_number(threshold) and 0 <= threshold <= 1):
+            raise ValueError(f"{op}: threshold must be a number in [0, 1], got {threshold!r}.")
         reduced = scores.reduce(settings["criterion"])
-        shares = {layer: _below(values, self.amount, threshold) / len(values) for layer, values in reduced.items()}
+        shares = {}
+        for layer, values in reduced.items():
+            limit = self.amount * values.mean() if threshold is None else threshold
+            shares[layer] = min(int((values < limit).sum()), len(values) - 1) / len(values)
         edit = prune(model, scores, ratio=shares, **settings)
         del edit.recipe.settings["ratio"]
         return self._signed(edit, threshold=threshold, amount=self.amount)
@@ -245,14 +242,3 @@ def preset(name: str) -> Preset:
     'hellinger'
     """
     return PRESETS[validation.choice("preset", "name", name, PRESETS)]
-
-
-def _below(values: Tensor, share: float, threshold: float | None) -> int:
-    """How many of a layer's components score below the threshold, leaving one."""
-    limit = share * values.mean() if threshold is None else threshold
-    return min(int((values < limit).sum()), len(values) - 1)
-
-
-def _checked_threshold(op: str, value: Any) -> None:
-    if not validation.is_number(value) or not 0 <= value <= 1:
-        raise ValueError(f"{op}: threshold must be a number in [0, 1], got {value!r}.")
