@@ -678,7 +678,7 @@ def test_files_of_another_model_are_refused(place, scored, edited, cifar, tmp_pa
     assert main(["score", *model, *data, "--weights", str(place / "weights.safetensors")]) == 2
     assert "does not fit the model: missing" in capsys.readouterr().err
     assert main(["score", *model, *data, "--recipe", str(edited[0] / "prune.json")]) == 2
-    assert "must be made on the base model" in capsys.readouterr().err
+    assert "prune.json' cannot be applied: Recipe: this recipe was made for another" in capsys.readouterr().err
     assert main(["prune", *model, *data, "--scores", str(scored), "--ratio", "0.3"]) == 2
     assert "scores must come from this model" in capsys.readouterr().err
     own = ["--weights", str(zoo.data_folder() / "resnet20_cifar10.safetensors")]

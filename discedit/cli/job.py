@@ -22,7 +22,6 @@ from discedit.moments.calibration import batch_size_of
 from discedit.moments.collect import collect_moments
 from discedit.moments.moments import Moments
 from discedit.recipes.recipe import Recipe
-from discedit.recipes.stack import Stack
 
 IMAGE_OPTIONS = ("size", "mean", "std")
 
@@ -137,13 +136,14 @@ def _device(name: str, ranks: int) -> torch.device:
     return device
 
 
-def _with_recipes(base: nn.Module, paths: Sequence[Path]) -> nn.Module:
-    if not paths:
-        return base
-    stack = Stack(base)
-    for number, path in enumerate(paths, start=1):
-        stack.push(f"{number}. {path}", Recipe.load(path))
-    return stack.model
+def _with_recipes(model: nn.Module, paths: Sequence[Path]) -> nn.Module:
+    """Each edits what the one before leaves."""
+    for path in paths:
+        try:
+            model = Recipe.load(path).apply(model).model
+        except ValueError as error:
+            raise InputError(f"--recipe: {str(path)!r} cannot be applied: {error}") from error
+    return model
 
 
 def _preprocessing(options: Options, known: Preprocessing) -> Preprocessing:
