@@ -41,6 +41,7 @@ class Moments(LayerStates[State]):
 
     Attributes:
         num_classes, statistic, witness, scale, read: as given; several statistics are a tuple.
+        statistics: a tuple also of one.
         norms: for a layer whose output goes straight into a normalisation, the name of that normalisation. Edits reach
             both.
 
@@ -64,9 +65,9 @@ class Moments(LayerStates[State]):
         super().__init__()
         op = "Moments"
         self.num_classes = validation.positive_integer(op, "num_classes", num_classes)
-        self._statistics = arguments.statistics(op, statistic)
+        self.statistics = arguments.statistics(op, statistic)
         arguments.witness(op, witness, statistic, scale)
-        self.statistic: Statistic = statistic if isinstance(statistic, str) else self._statistics
+        self.statistic: Statistic = statistic if isinstance(statistic, str) else self.statistics
         self.witness = witness
         self.scale: Scale = None
         if isinstance(scale, Mapping):
@@ -130,8 +131,8 @@ class Moments(LayerStates[State]):
         """
         validation.tensor("Moments.fold", "pooled", pooled, (torch.float64,))
         several = not isinstance(self.statistic, str)
-        if pooled.ndim != (3 if several else 2) or (several and pooled.shape[2] != len(self._statistics)):
-            form = f"(samples, channels, {len(self._statistics)})" if several else "(samples, channels)"
+        if pooled.ndim != (3 if several else 2) or (several and pooled.shape[2] != len(self.statistics)):
+            form = f"(samples, channels, {len(self.statistics)})" if several else "(samples, channels)"
             raise ValueError(
                 f"pooled must have shape {form} for statistic={self.statistic!r}, got {validation.shape_of(pooled)}."
             )
@@ -177,7 +178,7 @@ class Moments(LayerStates[State]):
 
     def _mean_shape(self, channels: int) -> tuple[int, ...]:
         plane = (self.num_classes, channels)
-        return (len(self._statistics), *plane) if self.witness == "vector" else plane
+        return (len(self.statistics), *plane) if self.witness == "vector" else plane
 
     @property
     def _kind(self) -> type[State]:

@@ -290,7 +290,6 @@ def collect_second_moments(
             raise ValueError(f"{OP}: classes needs num_classes, got num_classes=None.")
         num_classes = validation.positive_integer(OP, "num_classes", num_classes)
         classes = validation.classes(OP, classes, num_classes)
-    validation.module(OP, model)
     moments = SecondMoments(kind, positions=positions, classes=classes)
     labels = None if classes is None else num_classes
     passing = _SecondMomentPass(model, loader, moments, labels, run, layers)
