@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,13 +84,7 @@ class Moments(LayerStates[State]):
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments that the numbers depend on."""
-        return {
-            "num_classes": self.num_classes,
-            "statistic": self.statistic,
-            "witness": self.witness,
-            "scale": self.scale,
-            "read": self.read,
-        }
+        return {name: getattr(self, name) for name in ("num_classes", "statistic", "witness", "scale", "read")}
 
     @property
     def samples(self) -> int:
@@ -192,33 +185,23 @@ class Moments(LayerStates[State]):
 
     def rows(self, which: slice) -> Moments:
         """A copy with some of the classes alone, in their order."""
-        part = Moments(
-            len(range(self.num_classes)[which]),
-            **{name: value for name, value in self.settings.items() if name != "num_classes"},
-            backend=self.backend,
-        )
+        settings = self.settings | {"num_classes": len(range(self.num_classes)[which])}
+        part = Moments(**settings, backend=self.backend)
         part.norms = dict(self.norms)
         for layer, state in self.items():
             sums = (tensor[..., which, :].clone() for tensor in state.tensors()[1:])
             part._layers[layer] = self._kind(state.count[which].clone(), *sums)
         return part
 
-    def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Header and tensors of the file format."""
-        tensors = {
-            f"{index}.{field}": tensor
-            for index, state in enumerate(self.values())
-            for field, tensor in zip(state.shapes(*state.mean.shape), state.tensors(), strict=True)
-        }
-        header = {
+    def header(self) -> dict[str, Any]:
+        return {
             **self.settings,
             "layers": {layer: state.channels for layer, state in self.items()},
             "norms": self.norms,
         }
-        return header, tensors
 
     @classmethod
-    def from_contents(cls, header: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> Moments:
+    def of_header(cls, header: dict[str, Any], path: files.Source) -> Moments:
         moments = cls(
             files.field(header, "num_classes", int, path),
             statistic=files.field(header, "statistic", (str, list), path),
@@ -227,16 +210,15 @@ class Moments(LayerStates[State]):
             read=READ_ONCE if "read" not in header else files.field(header, "read", str, path),
         )
         moments.norms = files.field(header, "norms", dict, path)
-        layers = files.field(header, "layers", dict, path)
-        for index, layer in enumerate(layers):
-            shapes = moments._kind.shapes(*moments._mean_shape(files.field(layers, layer, int, path)))
-            count, *sums = (
-                files.take(tensors, f"{index}.{field}", shape, torch.int64 if field == "count" else torch.float64, path)
-                for field, shape in shapes.items()
-            )
-            moments._layers[layer] = moments._kind(count, *sums)
-        files.nothing_else(header, tensors, moments.contents(), path)
         return moments
+
+    def _shapes(self, size: Any) -> dict[str, tuple[int, ...]]:
+        if not isinstance(size, int):
+            raise ValueError(f"it must have a number of channels, got {size!r}.")
+        return self._kind.shapes(*self._mean_shape(size))
+
+    def _state(self, tensors: dict[str, Tensor]) -> State:
+        return self._kind(*tensors.values())
 
 
 def _check_range(planes: Tensor, scale: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -23,6 +22,7 @@ class LayerState(Protocol):
 
     @property
     def mean(self) -> Tensor: ...
+    def named(self) -> dict[str, Tensor]: ...
     def clone(self) -> Any: ...
     def to(self, device: torch.device | str, /) -> Any: ...
 
@@ -58,13 +58,21 @@ class LayerStates(Mapping[str, S]):
         """The arguments that the numbers depend on."""
 
     @abstractmethod
-    def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Header and tensors of the file format."""
+    def header(self) -> dict[str, Any]:
+        """Of the files: JSON, whose "layers" has the size of each layer."""
 
     @classmethod
     @abstractmethod
-    def from_contents(cls, header: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> Self:
-        """What has these contents."""
+    def of_header(cls, header: dict[str, Any], path: files.Source) -> Self:
+        """What has this header and no layers."""
+
+    @abstractmethod
+    def _shapes(self, size: Any) -> dict[str, tuple[int, ...]]:
+        """Of a layer's tensors, from its size in the header; ValueError: it is none."""
+
+    @abstractmethod
+    def _state(self, tensors: dict[str, Tensor]) -> S:
+        """Of a layer that has these tensors."""
 
     @abstractmethod
     def _merged(self, own: S, other: S) -> S:
@@ -79,6 +87,26 @@ class LayerStates(Mapping[str, S]):
         """One with the same settings and no layers."""
         return type(self)(**self.settings)
 
+    def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Header and tensors of the file format."""
+        layers = enumerate(self.values())
+        return self.header(), {f"{i}.{name}": tensor for i, state in layers for name, tensor in state.named().items()}
+
+    @classmethod
+    def from_contents(cls, header: dict[str, Any], tensors: dict[str, Tensor], path: files.Source) -> Self:
+        found = cls.of_header(header, path)
+        for index, (layer, size) in enumerate(files.field(header, "layers", dict, path).items()):
+            try:
+                shapes = found._shapes(size)
+            except ValueError as error:
+                raise ValueError(f"{str(path)!r} is damaged: layer {layer!r}: {error}") from error
+            kinds = {name: torch.int64 if name == "count" else torch.float64 for name in shapes}
+            found._layers[layer] = found._state({
+                name: files.take(tensors, f"{index}.{name}", shape, kinds[name], path) for name, shape in shapes.items()
+            })  # fmt: skip
+        files.nothing_else(header, tensors, found.contents(), path)
+        return found
+
     def merge(self, other: Self) -> Self:
         """Add the samples of `other` to this object, which is returned. Layers that only one side has are kept.
 
@@ -86,8 +114,8 @@ class LayerStates(Mapping[str, S]):
             ValueError: the two differ in settings, or in a layer's shape or weights. Nothing is then merged.
         """
         op, mine, theirs = f"{type(self).__name__}.merge", self.settings, other.settings
-        different = [name for name in mine if mine[name] != theirs[name]]
-        if different:
+        if mine != theirs:
+            different = [name for name in mine if mine[name] != theirs[name]]
             wanted, found = (", ".join(f"{name}={of[name]!r}" for name in different) for of in (mine, theirs))
             raise ValueError(f"{op}: other must have {wanted} like this object, it has {found}.")
         merged: dict[str, S] = {}
@@ -138,12 +166,12 @@ class LayerStates(Mapping[str, S]):
         copy._layers = {layer: state.to(device) for layer, state in self.items()}
         return copy
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: files.Source) -> None:
         """Write one safetensors file, atomically."""
         files.save_tensors(path, self.KIND, *self.contents())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: files.Source) -> Self:
         """Read what `save` wrote, bit for bit.
 
         Raises:
