@@ -291,7 +291,7 @@ def test_layers_that_cannot_be_read_are_named():
         (lambda m: collect_second_moments(network(), loader(), kind="half"), "kind must be one of"),
         (
             lambda m: collect_second_moments(network(), loader(), positions=0),
-            "^collect_second_moments: positions must be an int",
+            "^SecondMoments: positions must be an int",
         ),
         (lambda m: collect_second_moments(network(), loader(), classes=[1]), "classes needs num_classes"),
         (

@@ -106,34 +106,12 @@ class Moments(LayerStates[State]):
         """
         try:
             pooled = ops.pool(x, statistic=self.statistic, layout=layout, backend=self.backend)
-            self.fold(layer, pooled, labels)
+            self.fold_planes(layer, pooled[None] if pooled.ndim == 2 else pooled.permute(2, 0, 1), labels)
         except ValueError as error:
             raise ValueError(f"layer {layer!r}: {error}") from error
 
-    def fold(self, layer: str, pooled: Tensor, labels: Tensor) -> None:
-        """Merge one batch of a layer's pooled features: `update` after pooling.
-
-        Args:
-            layer: name of the layer; a new name starts a new state.
-            pooled: as `discedit.ops.pool` gives it for this object's statistic: shape (samples, channels), or (samples,
-                channels, statistics) for several; float64.
-            labels: class index of each sample, shape (samples,), on the device of pooled.
-
-        Raises:
-            ValueError: as `update`.
-        """
-        validation.tensor("Moments.fold", "pooled", pooled, (torch.float64,))
-        several = not isinstance(self.statistic, str)
-        if pooled.ndim != (3 if several else 2) or (several and pooled.shape[2] != len(self.statistics)):
-            form = f"(samples, channels, {len(self.statistics)})" if several else "(samples, channels)"
-            raise ValueError(
-                f"pooled must have shape {form} for statistic={self.statistic!r}, got {validation.shape_of(pooled)}."
-            )
-        pooled = pooled.detach()
-        self.fold_planes(layer, pooled.permute(2, 0, 1) if several else pooled[None], labels)
-
     def fold_planes(self, layer: str, planes: Tensor, labels: Tensor, *, checked: bool = False) -> None:
-        """`fold` from the layout of the kernels: one plane per statistic, shape (statistics, samples, channels).
+        """`update` after pooling, from the layout of the kernels: (statistics, samples, channels).
 
         ``checked`` leaves the values to the caller, to whom `sentinel` tells whether they are sound.
         """
@@ -153,7 +131,7 @@ class Moments(LayerStates[State]):
         self._layers[layer] = state
 
     def sentinel(self, layer: str, planes: Tensor) -> Tensor:
-        """One number, on the device of the planes, that is not finite where `fold` would refuse them."""
+        """One number, on the device of the planes, that is not finite where `update` would refuse them."""
         if planes.numel() == 0:
             return planes.new_zeros(())
         greatest, scale = planes.abs().amax(), self._scale_of(layer)

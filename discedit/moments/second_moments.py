@@ -252,20 +252,16 @@ def collect_second_moments(
 
     Memory: of the kind "full" 8 (channels x taps)^2 bytes per layer, of "singleton" 16 outputs x channels x taps.
     """
-    validation.choice(OP, "kind", kind, KINDS)
-    if isinstance(positions, str):
-        validation.choice(OP, "positions", positions, ("auto",))
-        positions = POSITIONS[kind]
-    elif positions is not None:
-        positions = validation.positive_integer(OP, "positions", positions)
-    if classes is not None:
-        if num_classes is None:
-            raise ValueError(f"{OP}: classes needs num_classes, got num_classes=None.")
+    if classes is None:
+        num_classes = None  # the loader needs no labels
+    elif num_classes is None:
+        raise ValueError(f"{OP}: classes needs num_classes, got num_classes=None.")
+    else:
         num_classes = validation.positive_integer(OP, "num_classes", num_classes)
         classes = validation.classes(OP, classes, num_classes)
-    moments = SecondMoments(kind, positions=positions, classes=classes)
-    labels = None if classes is None else num_classes
-    passing = _SecondMomentPass(model, loader, moments, labels, run, layers)
+    most: Any = POSITIONS.get(kind) if positions == "auto" else positions
+    moments = SecondMoments(kind, positions=most, classes=classes)
+    passing = _SecondMomentPass(model, loader, moments, num_classes, run, layers)
     moments = passing.collect()
     if not moments.samples:
         what = "loader must give at least one sample" if classes is None else f"loader must give samples of {classes}"
@@ -292,19 +288,17 @@ class _SecondMomentPass(Pass[SecondMoments]):
     ) -> None:
         super().__init__(OP, model, loader, moments, labels, run)
         self.layers: dict[str, nn.Module] = {}
-        self._names = names
+        self._names = None if names is None else list(names)
         self._positions: dict[Any, Positions] = {}  # by layer, size of its output and device
 
     def prepare(self) -> dict[str, Any]:
         trace = ModelTrace(unwrapped(self.model))
         modules = dict(trace.model.named_modules())
-        names = [name for name, module in modules.items() if is_layer(module)]
-        if self._names is not None:
-            names = list(self._names)
-            for name in names:
-                why = trace.why_not_read(name) if name in modules else f"it is none of the {len(modules)} modules"
-                if why:
-                    raise ValueError(f"{OP}: layers must name layers that can be read, {name!r} cannot: {why}.")
+        names = [name for name, module in modules.items() if is_layer(module)] if self._names is None else self._names
+        for name in self._names or ():
+            why = trace.why_not_read(name) if name in modules else f"it is none of the {len(modules)} modules"
+            if why:
+                raise ValueError(f"{OP}: layers must name layers that can be read, {name!r} cannot: {why}.")
         skipped = self.moments.skipped = {name: why for name in names if (why := trace.why_not_read(name))}
         self.layers = {name: modules[name] for name in names if name not in skipped}
         if not self.layers:
@@ -325,18 +319,18 @@ class _SecondMomentPass(Pass[SecondMoments]):
         call(self.model, inputs)
 
     def fold(self, inputs: Any, labels: Tensor | None, counted: int) -> None:
-        samples = samples_in(inputs)
+        self.samples = samples_in(inputs)
         if self.moments.classes is not None and labels is not None:
             index = torch.isin(labels[:counted].cpu(), torch.tensor(self.moments.classes)).nonzero().flatten()
             if not self.group.alone and not len(index):  # the others may wait for this process in the model
-                return self.idle(inputs)
-            inputs = index_samples(inputs, index, samples)
-            samples = counted = len(index)
-        if samples:
-            self.samples, self.counted = samples, counted
+                self.idle(inputs)
+                return
+            inputs = index_samples(inputs, index, self.samples)
+            self.samples = counted = len(index)
+        if self.samples:
+            self.counted = counted
             call(self.model, inputs)
             self.moments.samples += counted
-        return None
 
     def _read(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         x = args[0]
@@ -375,8 +369,9 @@ class _SecondMomentPass(Pass[SecondMoments]):
         size = _size(layer, output)
         key = (name, size, output.device)
         if key not in self._positions:
-            few = most is not None and math.prod(size) > most
-            chosen = sample_positions("grid", size, most, 0).to(output.device) if few and most is not None else None
+            chosen = None
+            if most is not None and math.prod(size) > most:
+                chosen = sample_positions("grid", size, most, 0).to(output.device)
             self._positions[key] = Positions(layer, chosen)
         return self._positions[key]
 
