@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from discedit.model.forward import device_of, first_tensor, narrowed, unpack_batch
+from discedit.model.forward import device_of, first_tensor, map_tensors, narrowed, unpack_batch
 from discedit.model.trace import ModelTrace
 
 SAMPLES = 1024  # at most this many are looked at
@@ -109,17 +109,11 @@ def batch_size_of(op: str, inputs: Any) -> int:
 
 def fits(first: Any, other: Any) -> bool:
     """Whether two batches can be joined."""
-    if isinstance(first, Tensor):
-        return isinstance(other, Tensor) and first.shape[1:] == other.shape[1:] and first.dtype == other.dtype
-    if isinstance(first, Mapping):
-        return (
-            isinstance(other, Mapping)
-            and first.keys() == other.keys()
-            and all(fits(first[name], other[name]) for name in first)
-        )
-    if isinstance(first, (tuple, list)):
-        return isinstance(other, (tuple, list)) and len(first) == len(other) and all(map(fits, first, other))
-    return bool(first == other)
+
+    def form(tensor: Tensor) -> Any:
+        return tuple(tensor.shape[1:]), tensor.dtype
+
+    return bool(map_tensors(first, form) == map_tensors(other, form))
 
 
 def concat_batches(batches: Sequence[Any], samples: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
 from typing import Any
@@ -57,7 +58,7 @@ class ForgetRetainSplit:
         self._labelled: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
         self._few: dict[tuple[str, int, int], list[tuple[Any, Tensor]]] = {}
         self._apart: dict[str, tuple[list[Any], HeldOut]] = {}
-        self._means: dict[tuple[tuple[str, str], ...], dict[str, Tensor]] = {}
+        self._means: dict[Any, dict[str, Tensor]] = {}
         found: dict[str, list[tuple[Any, Tensor]]] = {"forget": [], "retain": []}
         device = device_of(model)
         for index, batch in enumerate(data):
@@ -128,17 +129,16 @@ class ForgetRetainSplit:
         """The first samples of each class, as many of each as make up so many together; behind the first so many."""
         key = (kind, most, behind)
         if key not in self._few:
-            classes = {label for _, labels in self.batches[kind] for label in labels.tolist()}
-            before, quota = (Quota(dict.fromkeys(classes, -(-number // len(classes)))) for number in (behind, most))
-            few = []
-            for inputs, labels in self.batches[kind]:
-                left = torch.ones(len(labels), dtype=torch.bool)
-                left[before.take(labels)] = False
-                places = left.nonzero()[:, 0]
-                places = places[quota.take(labels[places])]
-                if len(places):
-                    few.append((index_samples(inputs, places, len(labels)), labels[places]))
-            self._few[key] = few
+            sizes = [len(labels) for _, labels in self.batches[kind]]
+            together = torch.cat([labels for _, labels in self.batches[kind]])
+            start, each = (-(-number // len(set(together.tolist()))) for number in (behind, most))
+            turns = _turns(together)
+            wanted = torch.split((turns >= start) & (turns < start + each), sizes)
+            self._few[key] = [
+                (index_samples(inputs, places.nonzero()[:, 0], len(labels)), labels[places])
+                for (inputs, labels), places in zip(self.batches[kind], wanted, strict=True)
+                if bool(places.any())
+            ]
         return self._few[key]
 
     @cached_property
@@ -152,11 +152,8 @@ class ForgetRetainSplit:
         Computed once for the same places.
         """
         key = tuple(places.items())
-        if key not in self._means:
-            self._means[key] = self._measured(places)
-        return self._means[key]
-
-    def _measured(self, places: Mapping[str, str]) -> dict[str, Tensor]:
+        if key in self._means:
+            return self._means[key]
         sums: dict[str, Tensor] = {}
         number = dict.fromkeys(places, 0)
 
@@ -172,7 +169,8 @@ class ForgetRetainSplit:
         with hooked(handles), frozen_eval(self.model):
             for inputs, _ in self._first("retain", MEANS):
                 call(self.model, inputs)
-        return {layer: (total / number[layer]).cpu() for layer, total in sums.items()}
+        self._means[key] = {layer: (total / number[layer]).cpu() for layer, total in sums.items()}
+        return self._means[key]
 
 
 def _interleaved(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
@@ -185,10 +183,15 @@ def _interleaved(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
         return batches
     whole = concat_batches([inputs for inputs, _ in batches], len(labels))
     labels = torch.cat([labels for _, labels in batches])
-    seen: dict[int, int] = {}
+    order = _turns(labels).argsort(stable=True)
+    return [(index_samples(whole, order, len(labels)), labels[order])]
+
+
+def _turns(labels: Tensor) -> Tensor:
+    """Of each sample, how many of its class come before it."""
+    seen: Counter[int] = Counter()
     turns = []
     for label in labels.tolist():
-        turns.append(seen.get(label, 0))
-        seen[label] = turns[-1] + 1
-    order = torch.tensor(turns).argsort(stable=True)
-    return [(index_samples(whole, order, len(labels)), labels[order])]
+        turns.append(seen[label])
+        seen[label] += 1
+    return torch.tensor(turns)
