@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 OP = "collect_moments"
 INPUT = "input of "  # a place that is not the output of the module named
+REPEATED = "they run more than once per forward pass"
+FOREIGN = "their rows are not the samples in the order of the batch, nor windows of them that lie together"
+TOKENLESS = "statistic 'cls' needs an output of shape (samples, tokens, channels)"
 SETTINGS = ("read", "statistic", "witness", "scale")  # of `Moments`
 NEVER = torch.iinfo(torch.int64).max  # of a batch that is not sound
 
@@ -319,7 +322,7 @@ class PoolingHooks:
     def take(self) -> Iterator[tuple[str, Tensor]]:
         """The pooled planes of the batch that just ran, by layer; the next batch overwrites them."""
         if self._repeated:
-            self._leave_out_repeated([layer for layer, place in self._places.items() if place in self._repeated])
+            self._leave_out([layer for layer, place in self._places.items() if place in self._repeated], REPEATED)
             self._repeated.clear()
         for layer, place in self._places.items():
             planes = self._pools[place].planes
@@ -342,24 +345,22 @@ class PoolingHooks:
         head = None if self.explicit else trace.classifier
         found = {layer: self._place_of(layer, trace) for layer in trace.given if layer in self.layers and layer != head}
         self._places = {layer: place for layer, place in found.items() if place is not None}
-        if self.explicit and len(self._places) < len(self.layers):
-            missing = sorted(set(self.layers) - set(self._places))
+        missing = sorted(set(self.layers) - set(self._places)) if self.explicit else []
+        if missing:
             raise ValueError(
-                f"{OP}: layers must name modules that run in the forward pass and give a tensor, these did not: "
-                f"{missing}."
+                f"{OP}: layers must name modules that run in the forward pass and give a tensor, not so {missing}."
             )
-        repeated = [layer for layer in self._places if trace.runs[layer] > 1]
-        if repeated:
-            self._leave_out_repeated(repeated)
-        self._set_pools(trace, inputs)
-        why = "their rows are not the samples in the order of the batch, nor windows of them that lie together"
-        foreign = [layer for layer, place in self._places.items() if place not in self._pools]
-        self._leave_out(foreign, why)
         if not self._places:
-            none = f"of {foreign}, {why}" if foreign else "it has none that runs"
-            raise ValueError(f"{OP}: model must have a convolution or linear layer besides its head {head!r}, {none}.")
+            raise ValueError(
+                f"{OP}: model must have a convolution or linear layer besides its head {head!r}, it has none that runs."
+            )
+        self._leave_out([layer for layer in self._places if trace.runs[layer] > 1], REPEATED)
+        self._set_pools(trace, inputs)
+        self._leave_out([layer for layer, place in self._places.items() if place not in self._pools], FOREIGN)
         if "cls" in self.moments.statistics and not self.explicit:
-            self._leave_out_tokenless(trace)
+            tokens = {place for place, pool in self._pools.items() if pool.layout == "tokens" and pool.windows == 1}
+            tokens = {place for place in tokens if len(trace.given[_module_at(place)]) == 3}
+            self._leave_out([layer for layer, place in self._places.items() if place not in tokens], TOKENLESS)
         self.norms = {layer: norm for layer, norm in trace.norms.items() if layer in self._places}
         for place in self._pools:
             self._handles[place] = self._hook(place, self._at)
@@ -396,33 +397,20 @@ class PoolingHooks:
             elif self.explicit:
                 raise ValueError(
                     f"{OP}: layers must give one output per sample, or windows that lie together by samples, layer "
-                    f"{layer!r} gives {shape[0]} rows for {trace.samples} samples in another order."
+                    f"{layer!r} gives shape {tuple(shape)} for {trace.samples} samples, in another order."
                 )
 
-    def _leave_out(self, layers: Collection[str], why: str) -> None:
-        if layers:
-            warn(f"{OP}: left out, because {why}: {list(layers)}.")
+    def _leave_out(self, layers: list[str], why: str) -> None:
+        if not layers:
+            return
+        if len(layers) == len(self._places):
+            raise ValueError(f"{OP}: model must have layers that can be read, none can, because {why}: {layers}.")
+        warn(f"{OP}: left out, because {why}: {layers}.")
         self._places = {layer: place for layer, place in self._places.items() if layer not in layers}
         for place in self._pools.keys() - self._places.values():
             del self._pools[place]
             if place in self._handles:
                 self._handles.pop(place).remove()
-
-    def _leave_out_repeated(self, layers: Collection[str]) -> None:
-        self._leave_out(sorted(layers), "they run more than once per forward pass")
-        if not self._places:
-            raise ValueError(f"{OP}: no layer is left to read.")
-
-    def _leave_out_tokenless(self, trace: ModelTrace) -> None:
-        needs = "statistic 'cls' needs an output of shape (samples, tokens, channels)"
-        tokenless = []
-        for layer, place in self._places.items():
-            pool = self._pools[place]
-            if pool.layout != "tokens" or pool.windows > 1 or len(trace.given[_module_at(place)]) != 3:
-                tokenless.append(layer)
-        if len(tokenless) == len(self._places):
-            raise ValueError(f"{OP}: {needs}, no layer has one: {tokenless}.")
-        self._leave_out(tokenless, needs)
 
     def _hook(self, place: str, note: Callable[[str, Tensor], None]) -> RemovableHandle:
         """Has the first tensor that a module reads or gives noted."""
@@ -451,7 +439,7 @@ def _rows_of(place: str, layout: str, shape: torch.Size, samples: int, order: Sa
         shape: of what the module there gives for so many samples: as many rows as it reads.
     """
     windows = order.windows(place)
-    if windows * samples == shape[0] and (windows == 1 or layout != "auto"):
+    if windows and windows * samples == shape[0] and (windows == 1 or layout != "auto"):
         return windows, False
     turned = layout == "tokens" and len(shape) == 3 and shape[1] == samples and order.windows(place, axis=1) == 1
     return int(turned), turned
