@@ -35,9 +35,6 @@ def calibrated(
 
     With `further`, also a batch of the samples behind those, from the same pass over `data`, which may be shuffled anew
     in each; otherwise, and where there are none, None.
-
-    Raises:
-        ValueError: no sample, or inputs without a sample axis.
     """
     taken: list[Any] = []
     total, limit, most = 0, SAMPLES, 0

@@ -28,37 +28,20 @@ COUNTS = {"batches": int, "samples": int, "digest": str}
 
 @dataclass
 class Progress:
-    """How far a pass has come.
-
-    Attributes:
-        batches: taken from the loader.
-        samples: of them, those that counted.
-        digest: of the batches, by `Stream`; empty: they cannot be told from others.
-        loader: where it stands, bytes, if it can say so.
-    """
+    """How far a pass has come: batches taken, samples of them that counted, and where the loader stands."""
 
     batches: int = 0
     samples: int = 0
-    digest: str = ""
-    loader: Tensor | None = field(default=None, compare=False)
+    digest: str = ""  # of the batches, by `Stream`; empty: they cannot be told from others
+    loader: Tensor | None = field(default=None, compare=False)  # its own state, bytes, if it has one
 
 
 class Checkpoint(Generic[Saved]):
-    """A file of each process, replaced atomically.
+    """A file of each process, replaced atomically; with the state and progress of an earlier run, where there was one.
 
     Args:
-        op: what asks, for errors.
-        folder: made if it is not there.
-        every: seconds between two states.
-        group: the processes of the pass.
         run: what must be the same in the run that goes on: JSON.
         load: makes the state from header, tensors and path of a file.
-
-    Attributes:
-        state, progress: of the file; where there is none, None and the beginning.
-
-    Raises:
-        ValueError: folder or every are none, the file is damaged, or files are another run's.
     """
 
     def __init__(

@@ -140,11 +140,7 @@ class BlockAssigner:
 
 
 class _MomentPass(Pass[Moments]):
-    """Pools every layer and folds what it gives into the moments; each class times each block is a class of theirs.
-
-    Args:
-        options: those of `collect_moments`.
-    """
+    """Pools every layer and folds what it gives into the moments; each class times each block is a class of theirs."""
 
     def __init__(
         self, model: nn.Module, loader: Iterable[Any], num_classes: int, blocks: int, options: Mapping[str, Any]

@@ -50,12 +50,7 @@ class Pass(ABC, Generic[M]):
 
     Args:
         op: what asks, for errors; its last word names the progress bar.
-        loader: batches, as `collect_moments` takes them.
-        moments: what the samples are added to.
         labels: how many classes there are, where the batches must hold labels; else None.
-
-    Raises:
-        TypeError, ValueError: an option that is none of `RunOptions`, or a model that is none or cannot run.
     """
 
     home: torch.device | None = None  # where the moments go at last; None: the model's device

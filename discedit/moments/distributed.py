@@ -29,16 +29,7 @@ class OtherFailed(RuntimeError):
 
 
 class Group:
-    """The processes that share a pass; without one, this process alone.
-
-    Args:
-        op: what asks, for errors.
-        group: "world", a process group, or None.
-
-    Raises:
-        RuntimeError: torch.distributed is not initialised. ValueError: something else, or a group that this process is
-        not in.
-    """
+    """The processes that share a pass ("world" or a process group); without one (None), this process alone."""
 
     def __init__(self, op: str, group: Any) -> None:
         self.op = op
@@ -90,9 +81,6 @@ class Group:
         """Every process's bytes, in rank order, one at a time, when all have said that they are done.
 
         To be taken to the end: each is sent when the one before has been.
-
-        Raises:
-            RuntimeError: another process has failed.
         """
         if self.alone:
             yield data
@@ -107,11 +95,7 @@ class Group:
             yield data if mine else sent.cpu().numpy().tobytes()
 
     def check(self, words: list[int]) -> None:
-        """After `agree`.
-
-        Raises:
-            RuntimeError: another process has failed; the message holds its error.
-        """
+        """After `agree`: raises where another process has failed, with its error."""
         if FAILED not in words:
             return
         errors = self.gather(b"")

@@ -40,13 +40,7 @@ KEPT = {"forget": 1024, "retain": 4096}  # samples that are held in memory, as m
 class ForgetRetainSplit:
     """Batches of two kinds: "forget" and "retain", of each kind the first `KEPT` samples, spread evenly over classes.
 
-    Args:
-        op: what asks, for errors.
-        data: (inputs, labels); read once, and no further than needed.
-        forget: classes.
-
-    Raises:
-        ValueError: no batch, labels that do not fit, or no sample of a kind.
+    `data`, pairs of inputs and labels, is read once, and no further than needed.
     """
 
     def __init__(self, op: str, model: nn.Module, data: Iterable[Any], forget: list[int], num_classes: int) -> None:
@@ -147,10 +141,7 @@ class ForgetRetainSplit:
         return ModelTrace.of(self.model, _interleaved(self._first("retain", FEW))[0][0], windows=True)
 
     def means(self, places: Mapping[str, str]) -> dict[str, Tensor]:
-        """Layer -> mean over retained samples and positions of what the module in that place gives: (channels,).
-
-        Computed once for the same places.
-        """
+        """Layer -> mean over retained samples and positions of what the module in that place gives: (channels,)."""
         key = tuple(places.items())
         if key in self._means:
             return self._means[key]
@@ -174,10 +165,7 @@ class ForgetRetainSplit:
 
 
 def _interleaved(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
-    """One batch, its classes in turn: however few of its first samples are used, they are as many of each.
-
-    Batches that cannot be joined stay as they are.
-    """
+    """One batch, its classes in turn, so that the first are as many of each; what cannot be joined stays as it is."""
     first, labels = batches[0]
     if not all(fits(first, inputs) for inputs, _ in batches):
         return batches

@@ -23,15 +23,7 @@ class Stream:
 
     A loader with `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader`) is put where it was. Of a
     `DataLoader` over a dataset with indices, batches that are passed over are not loaded. A digest of what was taken
-    tells of all but the first whether they give the same batches again.
-
-    Args:
-        op: what asks, for errors.
-        loader: as for `collect_moments`.
-        progress: of the earlier run.
-
-    Raises:
-        ValueError: other batches, or fewer.
+    tells of all but the first whether they give the same batches again: others, or fewer, are a ValueError.
     """
 
     def __init__(self, op: str, loader: Iterable[Any], progress: Progress) -> None:
