@@ -119,7 +119,7 @@ class Moments(LayerStates[State]):
         scale = self._scale_of(layer)
         if not checked:
             _check_range(planes, scale)
-        state = self._layers.get(layer)
+        state = self.layers.get(layer)
         if state is None:
             state = self._kind.with_mean(self._mean_shape(planes.shape[2]), planes.device)
         elif state.channels != planes.shape[2] or state.device != planes.device:
@@ -128,7 +128,7 @@ class Moments(LayerStates[State]):
                 f"{planes.shape[2]} on {planes.device}."
             )
         select("fold_moments", self.backend, planes.device)(planes.contiguous(), scale, labels, state)
-        self._layers[layer] = state
+        self.layers[layer] = state
 
     def sentinel(self, layer: str, planes: Tensor) -> Tensor:
         """One number, on the device of the planes, that is not finite where `update` would refuse them."""
@@ -168,7 +168,7 @@ class Moments(LayerStates[State]):
         part.norms = dict(self.norms)
         for layer, state in self.items():
             sums = (tensor[..., which, :].clone() for tensor in state.tensors()[1:])
-            part._layers[layer] = self._kind(state.count[which].clone(), *sums)
+            part.layers[layer] = self._kind(state.count[which].clone(), *sums)
         return part
 
     def header(self) -> dict[str, Any]:

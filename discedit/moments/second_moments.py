@@ -177,7 +177,7 @@ class SecondMoments(LayerStates[InputMoments]):
     def update(self, layer: str, moments: InputMoments) -> None:
         """Merge more of a layer; a new name starts a new state."""
         try:
-            self._layers[layer] = self._layers[layer].add_(moments) if layer in self else moments.clone()
+            self.layers[layer] = self.layers[layer].add_(moments) if layer in self else moments.clone()
         except ValueError as error:
             raise ValueError(f"SecondMoments.update: layer {layer!r}: {error}") from error
 

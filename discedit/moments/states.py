@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from discedit.common import files
+from discedit.common.by_layer import ByLayer
 from discedit.moments.distributed import WORLD, Group
 
 if TYPE_CHECKING:
@@ -30,27 +30,14 @@ class LayerState(Protocol):
 S = TypeVar("S", bound=LayerState)
 
 
-class LayerStates(Mapping[str, S]):
+class LayerStates(ByLayer[S]):
     """A mapping from layer name to the layer's state."""
 
     KIND: ClassVar[str]  # of the files
     EXTRAS: ClassVar[tuple[str, ...]]  # attributes beside the layers: dictionaries are joined, numbers add up
 
     def __init__(self) -> None:
-        self._layers: dict[str, S] = {}
-
-    # A mapping of tensors has no equality of its own: identity, as for other owners of tensors.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    def __getitem__(self, layer: str) -> S:
-        return self._layers[layer]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
+        self.layers: dict[str, S] = {}
 
     @property
     @abstractmethod
@@ -101,7 +88,7 @@ class LayerStates(Mapping[str, S]):
             except ValueError as error:
                 raise ValueError(f"{str(path)!r} is damaged: layer {layer!r}: {error}") from error
             kinds = {name: torch.int64 if name == "count" else torch.float64 for name in shapes}
-            found._layers[layer] = found._state({
+            found.layers[layer] = found._state({
                 name: files.take(tensors, f"{index}.{name}", shape, kinds[name], path) for name, shape in shapes.items()
             })  # fmt: skip
         files.nothing_else(header, tensors, found.contents(), path)
@@ -121,10 +108,10 @@ class LayerStates(Mapping[str, S]):
         merged: dict[str, S] = {}
         for layer, state in other.items():
             try:
-                merged[layer] = self._merged(self._layers[layer], state) if layer in self else state.clone()
+                merged[layer] = self._merged(self.layers[layer], state) if layer in self else state.clone()
             except ValueError as error:
                 raise ValueError(f"{op}: layer {layer!r}: {error}") from error
-        self._layers.update(merged)
+        self.layers.update(merged)
         self._add_extras(other)
         return self
 
@@ -154,7 +141,7 @@ class LayerStates(Mapping[str, S]):
         if refused is not None:
             raise refused
         devices = {layer: state.mean.device for layer, state in self.items()}
-        self._layers = {layer: state.to(devices.get(layer, device or "cpu")) for layer, state in total.items()}
+        self.layers = {layer: state.to(devices.get(layer, device or "cpu")) for layer, state in total.items()}
         for name in self.EXTRAS:
             setattr(self, name, getattr(total, name))
         return self
@@ -163,7 +150,7 @@ class LayerStates(Mapping[str, S]):
         """A copy on another device."""
         copy = self._like()
         copy._add_extras(self)
-        copy._layers = {layer: state.to(device) for layer, state in self.items()}
+        copy.layers = {layer: state.to(device) for layer, state in self.items()}
         return copy
 
     def save(self, path: files.Source) -> None:
