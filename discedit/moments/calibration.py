@@ -21,11 +21,6 @@ MEMORY = 4 * 2**30  # bytes that the feature maps of all samples may take at onc
 MAPS = 6  # as large as the largest that a network holds at one moment
 
 
-def calibration(op: str, model: nn.Module, data: Iterable[Any], trace: ModelTrace | None = None) -> list[Any]:
-    """As `calibrated`, the samples alone."""
-    return calibrated(op, model, data, trace)[0]
-
-
 def calibrated(
     op: str, model: nn.Module, data: Iterable[Any], trace: ModelTrace | None = None, *, further: bool = False
 ) -> tuple[list[Any], ModelTrace, Any]:
