@@ -279,6 +279,15 @@ def test_layers_that_run_twice_are_left_out_and_named():
     assert list(moments) == ["first"]
 
 
+def test_a_layer_that_runs_twice_is_left_out_whoever_reads_it():
+    net = Net(
+        lambda net, x: net.head(net.shared(net.shared(net.first(x).mean((2, 3)))).relu()),
+        first=nn.Conv2d(3, 4, 3), shared=nn.Linear(4, 4), head=nn.Linear(4, 5),
+    ).eval()  # fmt: skip
+    with pytest.warns(UserWarning, match=r"left out, because they run more than once .*: \['shared'\]"):
+        assert list(collect_moments(net, DataLoader(small_data(), 20), 5)) == ["first"]
+
+
 def test_progress_goes_to_stderr(capsys):
     collect_moments(small_model(), DataLoader(small_data(), 20), 5, progress=True)
     captured = capsys.readouterr()
