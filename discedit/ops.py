@@ -154,7 +154,8 @@ def class_moments(  # type: ignore[misc]  # above stands what tells the two apar
     state = arguments.state(op, "out", out)
     if type(state) is not kind or state.mean.shape != mean or state.device != x.device:
         wanted = arguments.description(kind, mean, x.device)
-        raise ValueError(f"{op}: out must be {wanted}, it is {arguments.described(state)}.")
+        found = arguments.description(type(state), state.mean.shape, state.device)
+        raise ValueError(f"{op}: out must be {wanted}, it is {found}.")
     call("class_moments_", backend, state, *batch)
     return state
 
@@ -180,10 +181,8 @@ def merge_moments(a: Kind, b: Kind, *, backend: str = "auto") -> Kind:
     arguments.state("merge_moments", "a", a)
     arguments.state("merge_moments", "b", b)
     if type(a) is not type(b) or a.mean.shape != b.mean.shape or a.device != b.device:
-        raise ValueError(
-            f"merge_moments: a and b must have the same kind, shape and device: a is {arguments.described(a)}, "
-            f"b is {arguments.described(b)}."
-        )
+        one, other = (arguments.description(type(x), x.mean.shape, x.device) for x in (a, b))
+        raise ValueError(f"merge_moments: a and b must have the same kind, shape and device: a is {one}, b is {other}.")
     merged: Kind = call("merge_moments", backend, a, b)
     return merged
 

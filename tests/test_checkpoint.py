@@ -254,8 +254,14 @@ def test_bad_arguments(tmp_path):
     for options, message in (
         ({"checkpoint": 3}, "checkpoint must be a folder's path, got 3"),
         ({"checkpoint": tmp_path / "file"}, "checkpoint must be a folder, .* is a file"),
-        ({"checkpoint": tmp_path / "a", "checkpoint_every": -1}, "checkpoint_every must be a number of seconds"),
-        ({"checkpoint": tmp_path / "a", "checkpoint_every": "1"}, "checkpoint_every must be a number of seconds"),
+        (
+            {"checkpoint": tmp_path / "a", "checkpoint_every": -1},
+            "checkpoint_every must be a finite number of at least 0",
+        ),
+        (
+            {"checkpoint": tmp_path / "a", "checkpoint_every": "1"},
+            "checkpoint_every must be a finite number of at least 0",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             collect_moments(network(), batches, 4, **options)

@@ -381,7 +381,7 @@ def test_a_group_must_be_one():
     with pytest.raises(RuntimeError, match="collect_moments: torch.distributed must be initialised first"):
         collect_moments(network(), DataLoader(dataset(4)), 4, group="world")
     alone = Group("op", None)
-    assert (alone.agree(1), alone.gather(b"x"), list(alone.exchange(b"y"))) == ([1], [b"x"], [b"y"])
+    assert (alone.agree(1), list(alone.gather(b"x")), list(alone.exchange(b"y"))) == ([1], [b"x"], [b"y"])
 
 
 def test_a_wrong_group_is_an_error(tmp_path):
@@ -452,5 +452,5 @@ def test_second_moments_are_those_of_one_process(wrapped, tmp_path):
     assert found.samples == whole.samples == (51 if wrapped else 101)
     assert list(found) == list(whole)
     for layer, state in whole.items():
-        for name, tensor in state.tensors().items():
-            assert torch.allclose(found[layer].tensors()[name].double(), tensor.double(), rtol=1e-12), (layer, name)
+        for name, tensor in state.named().items():
+            assert torch.allclose(found[layer].named()[name].double(), tensor.double(), rtol=1e-12), (layer, name)

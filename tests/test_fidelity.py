@@ -195,7 +195,7 @@ def same(first, second, tolerance=0.0):
     assert first.settings == second.settings
     assert first.samples == second.samples
     for layer in first:
-        for (name, mine), other in zip(first[layer].tensors().items(), second[layer].tensors().values(), strict=True):
+        for (name, mine), other in zip(first[layer].named().items(), second[layer].named().values(), strict=True):
             scale = 1 + float(mine.abs().max())
             assert float((mine - other).abs().max()) <= tolerance * scale, (layer, name)
 
@@ -223,10 +223,10 @@ def test_a_batch_may_be_taken_in_parts(kind, number, monkeypatch):
 
 def test_what_is_merged_stays_what_it_was():
     first, second = (collect_second_moments(network(), [images()[0][k::2]]) for k in range(2))
-    before = {name: tensor.clone() for name, tensor in second["3"].tensors().items()}
+    before = {name: tensor.clone() for name, tensor in second["3"].named().items()}
     total = SecondMoments("full", positions=49).merge(second).merge(first)
     total.update("3", first["3"])
-    assert all(torch.equal(before[name], tensor) for name, tensor in second["3"].tensors().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in second["3"].named().items())
     assert total["3"].count == second["3"].count + 2 * first["3"].count
 
 
@@ -291,7 +291,7 @@ def test_layers_that_cannot_be_read_are_named():
         (lambda m: collect_second_moments(network(), loader(), kind="half"), "kind must be one of"),
         (
             lambda m: collect_second_moments(network(), loader(), positions=0),
-            "^collect_second_moments: positions must be an int",
+            "^SecondMoments: positions must be an int",
         ),
         (lambda m: collect_second_moments(network(), loader(), classes=[1]), "classes needs num_classes"),
         (

@@ -433,8 +433,8 @@ def test_second_moments_are_those_of_the_cpu(kind):
     expected = collect_second_moments(model, batches, kind=kind)
     found = collect_second_moments(model.to(DEVICE), batches, kind=kind)
     for layer, state in expected.items():
-        for name, tensor in state.tensors().items():
-            torch.testing.assert_close(found[layer].tensors()[name], tensor, rtol=1e-10, atol=1e-10)
+        for name, tensor in state.named().items():
+            torch.testing.assert_close(found[layer].named()[name], tensor, rtol=1e-10, atol=1e-10)
 
 
 def test_modhifi_prunes_on_the_device():

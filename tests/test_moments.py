@@ -54,18 +54,6 @@ def test_update_is_class_moments_of_every_layer(kind, backend):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fold_is_update_after_pooling(kind):
-    moments, folded = (Moments(4, **KINDS[kind]) for _ in range(2))
-    x, labels = torch.randn(20, 6, 3, 3), torch.arange(20) % 4
-    moments.update("a", x, labels)
-    pooled = ops.pool(x, statistic=moments.statistic)
-    for same in (pooled, pooled.clone(), pooled.clone(memory_format=torch.contiguous_format).requires_grad_()):
-        folded._layers.clear()
-        folded.fold("a", same, labels)
-        assert equal(moments, folded)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_save_and_load_keep_every_bit(tmp_path, kind):
     moments = filled(**KINDS[kind])
     moments.save(tmp_path / "m.safetensors")
@@ -190,21 +178,6 @@ def test_a_layer_without_a_scale_is_named():
     moments = Moments(3, witness="exp", scale={"a": 1, "b": 2})
     with pytest.raises(ValueError, match=r"layer 'c': scale must name every layer, .*'c' is not among \['a', 'b'\]"):
         moments.update("c", torch.ones(1, 2), torch.tensor([0]))
-
-
-def test_pooled_features_of_another_statistic_are_refused():
-    labels = torch.tensor([0, 1])
-    vector = Moments(3, statistic=("mean", "max"), witness="vector")
-    for shape in ((2, 5), (2, 5, 3)):
-        message = r"pooled must have shape \(samples, channels, 2\) for statistic=\('mean', 'max'\), got \(2, 5.*\)"
-        with pytest.raises(ValueError, match=message):
-            vector.fold("a", torch.ones(shape, dtype=torch.float64), labels)
-    with pytest.raises(ValueError, match=r"pooled must have shape \(samples, channels\) for statistic='mean', got"):
-        Moments(3).fold("a", torch.ones(2, 5, 1, dtype=torch.float64), labels)
-    with pytest.raises(ValueError, match=r"Moments.fold: pooled must be one of float64, got float32"):
-        Moments(3).fold("a", torch.ones(2, 5), labels)
-    with pytest.raises(ValueError, match=r"labels must hold one class index per sample: x has 2 samples"):
-        Moments(3).fold("a", torch.ones(2, 5, dtype=torch.float64), labels[:1])
 
 
 def unsealed(data):

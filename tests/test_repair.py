@@ -529,7 +529,7 @@ def test_parts_give_what_one_batch_gives(how, images, monkeypatch):
     for parts in (1, 5):
         monkeypatch.setattr(calibration, "PARTS", parts)
         monkeypatch.setattr(calibration, "MAP", 1)
-        assert len(calibration.calibration("prune", residual(how), batches)) == parts
+        assert len(calibration.calibrated("prune", residual(how), batches)[0]) == parts
         found[parts] = without(residual(how), INNER, batches).model
     for name, tensor in found[1].state_dict().items():
         torch.testing.assert_close(found[5].state_dict()[name], tensor, rtol=1e-3, atol=1e-4)

@@ -10,7 +10,7 @@ from helpers import Net
 from torch import nn
 from torch.nn import functional as F
 
-from discedit.model.trace import ModelTrace, Tracing
+from discedit.model.trace import ModelTrace
 
 X = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -230,25 +230,14 @@ def test_names_are_those_without_the_wrapper():
     assert list(trace.runs) == ["", "conv", "fc"]
 
 
-def test_around_a_pass_that_happens_anyway():
-    """What looks on is told of each module when the tracing knows of it; other modules are followed where asked for."""
+def test_other_modules_are_followed_where_asked_for():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
-    seen = []
-
-    def begins(name, module, x):
-        seen.append((name, tracing.layers_of(x, last=False)))
-
-    def ends(name, module, output):
-        seen.append((name, dict(tracing.seen.norms)))
-
-    tracing = Tracing(model, 5, ["2"], begins, ends)
-    with torch.no_grad(), tracing:
-        output = model(X)
-    trace = tracing.trace(output)
-    assert ("3", ("0", "2")) in seen
-    assert ("1", {"0": "1"}) in seen
+    trace = ModelTrace.of(model, X, None, layers=["2"])
+    assert trace.norms == {"0": "1"}
     assert (trace.samples, trace.largest, trace.head) == (5, 4 * 6 * 6 * 4, "3")
     assert trace.consumers == {"0": ["3"], "2": ["3"]}
+    assert list(trace.given) == ["0", "1", "2", "3", ""]  # as they end
+    assert trace.given["2"] == (5, 4, 6, 6)
 
 
 def test_what_runs_in_train_mode():

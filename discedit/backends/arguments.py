@@ -1,6 +1,6 @@
 """What the ops take: the names of statistics, witnesses and bounds, and the checks of every argument.
 
-What depends on values (`label_range`, `position_range`, `radius_range`, `second_moments`, `settled`) is checked when a
+What depends on values (`label_range`, `index_range`, `radius_range`, `second_moments`, `settled`) is checked when a
 program runs, everything else when it is recorded.
 """
 
@@ -64,11 +64,6 @@ def statistics(op: str, value: Any) -> tuple[str, ...]:
     return tuple(choice(op, "statistic", name, STATISTICS) for name in value)
 
 
-def has_tokens(x: Tensor, layout: str) -> bool:
-    """Whether "cls", the token at position 0, is defined."""
-    return layout == "tokens" and x.ndim == 3
-
-
 def feature_map(op: str, x: Any, layout: str, statistics: Collection[str]) -> tuple[Tensor, int]:
     """The checked feature map, detached, and the axis of its channels."""
     x = tensor(op, "x", x, validation.FLOATS)
@@ -76,7 +71,7 @@ def feature_map(op: str, x: Any, layout: str, statistics: Collection[str]) -> tu
     axis, broken = x.ndim - 1 if layout == "tokens" else 1, ""
     if x.ndim < 2:
         broken = "x must have at least a sample and a channel axis"
-    elif "cls" in statistics and not has_tokens(x, layout):
+    elif "cls" in statistics and not (layout == "tokens" and x.ndim == 3):
         broken = "statistic 'cls', the token at position 0, needs layout='tokens' and x (samples, tokens, channels)"
     elif layout == "auto" and x.ndim == 3:
         broken = "layout must be named for a map with 3 axes, 'nchw' or, where channels are the last one, 'tokens'"
@@ -115,10 +110,10 @@ def _beside(op: str, argument: str, value: Tensor, x: Tensor) -> Tensor:
 
 
 def label_range(op: str, labels: Tensor, num_classes: int) -> None:
-    _range(op, "labels", labels, num_classes, f"num_classes={num_classes}")
+    index_range(op, "labels", labels, num_classes, f"num_classes={num_classes}")
 
 
-def _range(op: str, argument: str, values: Tensor, size: int, meaning: str) -> None:
+def index_range(op: str, argument: str, values: Tensor, size: int, meaning: str) -> None:
     wrong = (values < 0) | (values >= size)
     if bool(wrong.any()):
         place = int(wrong.nonzero()[0, 0])
@@ -162,10 +157,6 @@ def positions(op: str, value: Any, x: Tensor) -> Tensor:
     return _beside(op, "positions", places, x)
 
 
-def position_range(op: str, places: Tensor, outputs: tuple[int, int]) -> None:
-    _range(op, "positions", places, outputs[0] * outputs[1], f"{outputs[0]} x {outputs[1]} outputs")
-
-
 # ---- states ---------------------------------------------------------------------------------------------------------
 
 _RULES = {
@@ -192,10 +183,6 @@ def state(op: str, argument: str, moments: Any) -> State:
         found = ", ".join(f"{shape_of(part)} {validation.type_of(part.dtype)}" for part in tensors)
         raise ValueError(f"{op}: {argument} must hold {_RULES[type(moments)]} on one device, it holds {found}.")
     return moments
-
-
-def described(moments: State) -> str:
-    return description(type(moments), moments.mean.shape, moments.device)
 
 
 def description(kind: type[State], mean: Sequence[int], device: torch.device) -> str:

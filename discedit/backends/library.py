@@ -148,7 +148,8 @@ def _patch_moments(x: Tensor, *others: Any) -> Any:
     *sizes, positions, backend = others
     window = Window(*sizes)
     if positions is not None:
-        arguments.position_range("patch_moments", positions, window.outputs(x))
+        rows, columns = window.outputs(x)
+        arguments.index_range("patch_moments", "positions", positions, rows * columns, f"{rows} x {columns} outputs")
     return select("patch_moments", backend, x.device)(x, window, positions)
 
 

@@ -244,10 +244,6 @@ def _minimax(delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor) -> Tensor
     return torch.maximum(_finish(best, verdict), _fisher(delta, noise, cov1, cov2))
 
 
-def _minimax_published(delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor) -> Tensor:
-    return published(_minimax(delta, noise, cov1, cov2))
-
-
 def _hellinger(delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor) -> Tensor:
     """1 - BC of Gaussians, on the eigenvectors of cov1 + cov2 along which there is any variance."""
     delta, noise, s1, s2, verdict = _scale(delta, noise, cov1, cov2)
@@ -553,10 +549,10 @@ def _vector_witness(one: VectorMoments, two: VectorMoments) -> Features:
     return delta, noise, one.covariance(), two.covariance(), torch.zeros_like(delta[..., 0], dtype=torch.bool)
 
 
-BOUNDS = {
+BOUNDS: dict[str, Callable[..., Tensor]] = {
     "fisher": _fisher,
     "minimax": _minimax,
-    "minimax_published": _minimax_published,
+    "minimax_published": lambda *law: published(_minimax(*law)),
     "hellinger": _hellinger,
 }
 SCALAR_WITNESSES = {"linear": _linear_witness, "quadratic": _quadratic_witness}

@@ -52,6 +52,9 @@ class _State(ABC):
     def shapes(*mean: int) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor, by name and in the order of `tensors`, from the axes of the mean."""
 
+    def named(self) -> dict[str, Tensor]:
+        return dict(zip(self.shapes(*self.mean.shape), self.tensors(), strict=True))
+
     @classmethod
     def with_mean(cls, mean: Iterable[int], device: torch.device | str | None) -> Self:
         """The empty state whose mean has this shape."""

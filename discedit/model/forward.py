@@ -158,7 +158,7 @@ def checked_labels(op: str, given: Any, num_classes: int, index: int) -> Tensor:
         raise ValueError(f"{op}: batch {index}: {str(error).removeprefix(f'{op}: ')}") from error
 
 
-def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
     """The same nest of tuples and dicts (lists become tuples), with the function applied to every tensor in it."""
     if isinstance(inputs, Tensor):
         return function(inputs)

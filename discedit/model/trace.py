@@ -136,6 +136,7 @@ class ModelTrace:
         runs: module -> how often it was called, in the order in which they first began.
         training: what it does in train mode; None: it was not asked, or does not run there.
         rows: module -> rows of the tensor that is its first argument; 0: there is none, or it has one axis.
+        given: module -> shape of the first tensor that it gave, in the order in which they first ended.
         windows: layer -> rows of that tensor for each sample, 0: they are not in their order. Found out if asked for.
         head: the layer that gives the logits, be it as a copy or a view; of several, the last.
         classifier: the layer whose components are the classes: the head, or else the last layer that has as many.
@@ -154,6 +155,7 @@ class ModelTrace:
     runs: dict[str, int] = field(default_factory=dict)
     training: TrainMode | None = None
     rows: dict[str, int] = field(default_factory=dict)
+    given: dict[str, torch.Size] = field(default_factory=dict)
     windows: dict[str, int] = field(default_factory=dict)
     head: str | None = None
     classifier: str | None = None
@@ -170,17 +172,25 @@ class ModelTrace:
 
     @classmethod
     def of(
-        cls, model: nn.Module, inputs: Any, few: int | None = FEW, *, training: bool = False, windows: bool = False
+        cls,
+        model: nn.Module,
+        inputs: Any,
+        few: int | None = FEW,
+        *,
+        layers: Iterable[str] = (),
+        training: bool = False,
+        windows: bool = False,
     ) -> ModelTrace:
         """By a pass over the first few samples of a batch (None: over all), which leaves the model as it was.
 
         Args:
+            layers: modules whose output is followed to its consumers, beside convolutions and linear layers.
             training: whether to look at train mode as well, in a pass of its own.
             windows: whether to find out, in two more passes, where rows are samples.
         """
         whole = to_device(inputs, device_of(model))
         size = samples_in(whole)
-        tracing = Tracing(model, size if few is None else min(size, few))
+        tracing = Tracing(model, size if few is None else min(size, few), layers)
         inputs = narrowed(whole, size, tracing.seen.samples) if size else whole
         with frozen_eval(model):
             with tracing:
@@ -364,7 +374,7 @@ class _Known:
 
 
 class Tracing(TorchFunctionMode):
-    """Entered around a forward pass that happens anyway, sees what `ModelTrace` tells of it.
+    """Entered around a forward pass, sees what `ModelTrace` tells of it.
 
     It knows of each tensor whether its channels are the components of a layer, one by one. Not where components meet
     others: in sums of a residual stream, attention, concatenation. Nor behind a batch norm that normalises by the
@@ -373,22 +383,13 @@ class Tracing(TorchFunctionMode):
     Args:
         model: as it is called, perhaps wrapped.
         samples: of the batch.
-        layers: modules whose output is followed, beside convolutions and linear layers.
-        begins, ends: are told of the first run of each module, with its first argument or its output, when the tracing
-            has noted what it can.
+        layers: as for `ModelTrace.of`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        samples: int,
-        layers: Iterable[str] = (),
-        begins: Callable[[str, nn.Module, Tensor | None], None] = lambda *_: None,
-        ends: Callable[[str, nn.Module, Any], None] = lambda *_: None,
-    ) -> None:
+    def __init__(self, model: nn.Module, samples: int, layers: Iterable[str] = ()) -> None:
         super().__init__()
         self.seen = ModelTrace(unwrapped(model), samples)  # as far as the pass has come
-        self._layers, self._begins, self._ends = set(layers), begins, ends
+        self._layers = set(layers)
         self._widths: dict[str, int] = {}  # of layers, in the order in which they gave something
         self._vectors: list[tuple[str, Tensor, int | None]] = []  # outputs that may be the logits
         self._known: dict[int, _Known] = {}  # by identity
@@ -423,7 +424,7 @@ class Tracing(TorchFunctionMode):
         seen.largest = -(-seen.largest // max(1, seen.samples))
         return seen
 
-    def layers_of(self, tensor: Tensor, *, last: bool) -> tuple[str, ...]:
+    def _layers_of(self, tensor: Tensor, *, last: bool) -> tuple[str, ...]:
         """The layers whose components the tensor holds on the last axis, or on axis 1."""
         known = self._of(tensor)
         return known.layers if known is not None and (known.last == last or tensor.ndim == 2) else ()
@@ -442,11 +443,9 @@ class Tracing(TorchFunctionMode):
         if is_layer(module) and module._parameters.get("bias") is not self._biases.get(name):
             seen.borrowed.add(name)
         if x is not None and is_layer(module):
-            for layer in self.layers_of(x, last=has_channels_last(module)):
+            for layer in self._layers_of(x, last=has_channels_last(module)):
                 readers = seen.consumers.setdefault(layer, [])
                 readers += [name] if name not in readers else []
-        if seen.runs[name] == 1:
-            self._begins(name, module, x)
 
     def _end(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
         x, seen = first_tensor(output), self.seen
@@ -454,14 +453,13 @@ class Tracing(TorchFunctionMode):
         if not isinstance(given, (Tensor, nn.utils.rnn.PackedSequence)):
             seen.nested.add(name)
         if x is not None:
+            seen.given.setdefault(name, x.shape)
             seen.largest = max(seen.largest, x.numel() * x.element_size())
             sources = tuple(layer for layer, norm in seen.norms.items() if norm == name) if is_norm(module) else ()
             if sources and (known := self._of(x)) is not None:
                 self._keep(known.layers, x, known.last, behind=sources)
             if is_layer(module) or name in self._layers:
                 self._note(name, module, x)
-        if seen.runs[name] == 1:
-            self._ends(name, module, output)
 
     def _note(self, name: str, module: nn.Module, x: Tensor) -> None:
         """The tensor holds the components of the layer."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from discedit.model.forward import device_of, first_tensor, narrowed, unpack_batch
+from discedit.model.forward import device_of, first_tensor, map_tensors, narrowed, unpack_batch
 from discedit.model.trace import ModelTrace
 
 SAMPLES = 1024  # at most this many are looked at
@@ -19,11 +19,6 @@ PARTS = 8  # in which they run, at most: each has threads of its own, and changi
 MAP = 3 * 2**23  # bytes of the largest map of a part: of more, the memory would be given back and asked for each time
 MEMORY = 4 * 2**30  # bytes that the feature maps of all samples may take at once
 MAPS = 6  # as large as the largest that a network holds at one moment
-
-
-def calibration(op: str, model: nn.Module, data: Iterable[Any], trace: ModelTrace | None = None) -> list[Any]:
-    """As `calibrated`, the samples alone."""
-    return calibrated(op, model, data, trace)[0]
 
 
 def calibrated(
@@ -35,9 +30,6 @@ def calibrated(
 
     With `further`, also a batch of the samples behind those, from the same pass over `data`, which may be shuffled anew
     in each; otherwise, and where there are none, None.
-
-    Raises:
-        ValueError: no sample, or inputs without a sample axis.
     """
     taken: list[Any] = []
     total, limit, most = 0, SAMPLES, 0
@@ -109,17 +101,11 @@ def batch_size_of(op: str, inputs: Any) -> int:
 
 def fits(first: Any, other: Any) -> bool:
     """Whether two batches can be joined."""
-    if isinstance(first, Tensor):
-        return isinstance(other, Tensor) and first.shape[1:] == other.shape[1:] and first.dtype == other.dtype
-    if isinstance(first, Mapping):
-        return (
-            isinstance(other, Mapping)
-            and first.keys() == other.keys()
-            and all(fits(first[name], other[name]) for name in first)
-        )
-    if isinstance(first, (tuple, list)):
-        return isinstance(other, (tuple, list)) and len(first) == len(other) and all(map(fits, first, other))
-    return bool(first == other)
+
+    def form(tensor: Tensor) -> Any:
+        return tuple(tensor.shape[1:]), tensor.dtype
+
+    return bool(map_tensors(first, form) == map_tensors(other, form))
 
 
 def concat_batches(batches: Sequence[Any], samples: int) -> Any:

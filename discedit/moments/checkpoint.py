@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,37 +28,20 @@ COUNTS = {"batches": int, "samples": int, "digest": str}
 
 @dataclass
 class Progress:
-    """How far a pass has come.
-
-    Attributes:
-        batches: taken from the loader.
-        samples: of them, those that counted.
-        digest: of the batches, by `Stream`; empty: they cannot be told from others.
-        loader: where it stands, bytes, if it can say so.
-    """
+    """How far a pass has come: batches taken, samples of them that counted, and where the loader stands."""
 
     batches: int = 0
     samples: int = 0
-    digest: str = ""
-    loader: Tensor | None = field(default=None, compare=False)
+    digest: str = ""  # of the batches, by `Stream`; empty: they cannot be told from others
+    loader: Tensor | None = field(default=None, compare=False)  # its own state, bytes, if it has one
 
 
 class Checkpoint(Generic[Saved]):
-    """A file of each process, replaced atomically.
+    """A file of each process, replaced atomically; with the state and progress of an earlier run, where there was one.
 
     Args:
-        op: what asks, for errors.
-        folder: made if it is not there.
-        every: seconds between two states.
-        group: the processes of the pass.
         run: what must be the same in the run that goes on: JSON.
         load: makes the state from header, tensors and path of a file.
-
-    Attributes:
-        state, progress: of the file; where there is none, None and the beginning.
-
-    Raises:
-        ValueError: folder or every are none, the file is damaged, or files are another run's.
     """
 
     def __init__(
@@ -71,29 +55,38 @@ class Checkpoint(Generic[Saved]):
     ) -> None:
         if not isinstance(folder, (str, os.PathLike)):
             raise ValueError(f"{op}: checkpoint must be a folder's path, got {folder!r}.")
-        if not validation.is_number(every) or not every >= 0:
-            raise ValueError(f"{op}: checkpoint_every must be a number of seconds of at least 0, got {every!r}.")
+        self.op, self.every, self._last = op, validation.at_least_zero(op, "checkpoint_every", every), time.monotonic()
         place = Path(folder)
         if place.exists() and not place.is_dir():
             raise ValueError(f"{op}: checkpoint must be a folder, {str(folder)!r} is a file.")
         place.mkdir(parents=True, exist_ok=True)
-        sizes = {path.stem.partition("-of-")[2] for path in place.glob("process-*-of-*.safetensors")} - {
-            str(group.size)
-        }
-        if sizes:  # a share of another number of processes is another share
+        sizes = {path.stem.partition("-of-")[2] for path in place.glob("process-*-of-*.safetensors")}
+        if sizes - {str(group.size)}:  # a share of another number of processes is another share
             raise ValueError(
                 f"{op}: checkpoint {str(folder)!r} must be of as many processes as go on, it is of "
                 f"{', '.join(sorted(sizes))}, not of {group.size}."
             )
-        self.op, self.every, self._last = op, float(every), time.monotonic()
         self.run = json.loads(json.dumps(run))  # as it comes back from a file
         self.path = place / f"process-{group.rank}-of-{group.size}.safetensors"
         for left in place.glob(f".{self.path.name}.*.tmp"):  # of a run that was killed while it wrote
             left.unlink(missing_ok=True)
         self.state: Saved | None = None
         self.progress = Progress()
-        if self.path.exists():
-            self._read(load)
+        if not self.path.exists():
+            return
+        header, tensors = files.load_tensors(self.path, KIND)
+        loader, earlier = tensors.pop(LOADER, None), files.field(header, "run", dict, self.path)
+        for name, value in self.run.items():
+            if earlier.get(name) != value:
+                was, now = (reprlib.repr(found) for found in (earlier.get(name), value))
+                raise ValueError(
+                    f"{op}: checkpoint {str(folder)!r} is another run's: {name} was {was}, not {now}. Give another "
+                    "folder, or delete it to begin anew."
+                )
+        self.state = load(files.field(header, "moments", dict, self.path), tensors, self.path)
+        progress = files.field(header, "progress", dict, self.path)
+        counts = {name: files.field(progress, name, kind, self.path) for name, kind in COUNTS.items()}
+        self.progress = Progress(**counts, loader=loader)
 
     def due(self) -> bool:
         return time.monotonic() - self._last >= self.every
@@ -114,26 +107,6 @@ class Checkpoint(Generic[Saved]):
                 f"{self.progress.batches} stays."
             )
         self._last = time.monotonic()
-
-    def _read(self, load: Callable[[dict[str, Any], dict[str, Tensor], Path], Saved]) -> None:
-        path = self.path
-        header, tensors = files.load_tensors(path, KIND)
-        loader, run = tensors.pop(LOADER, None), files.field(header, "run", dict, path)
-        for name, value in self.run.items():
-            if run.get(name) != value:
-                raise ValueError(
-                    f"{self.op}: checkpoint {str(path.parent)!r} is another run's: {name} was {_short(run.get(name))}, "
-                    f"not {_short(value)}. Give another folder, or delete it to begin anew."
-                )
-        self.state = load(files.field(header, "moments", dict, path), tensors, path)
-        progress = files.field(header, "progress", dict, path)
-        counts = {name: files.field(progress, name, kind, path) for name, kind in COUNTS.items()}
-        self.progress = Progress(**counts, loader=loader)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def digest_of(model: nn.Module) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +15,21 @@ from torch.utils.hooks import RemovableHandle
 from discedit.backends import arguments, select
 from discedit.common import validation
 from discedit.common.warning import warn
-from discedit.model.forward import call, first_tensor, outside_inference_mode, samples_in, to_device
+from discedit.model.forward import call, first_tensor, hooked, outside_inference_mode, samples_in, to_device
 from discedit.model.sharded import Channels, has_shards, unwrapped
-from discedit.model.trace import ModelTrace, SampleOrder, Tracing, components_in, has_channels_last, is_layer
+from discedit.model.trace import ModelTrace, SampleOrder, components_in, has_channels_last
 from discedit.moments.data_pass import Pass, RunOptions
-from discedit.moments.moments import GREATEST_EXPONENT, READS, Moments, Statistic
+from discedit.moments.moments import GREATEST_EXPONENT, Moments, Statistic
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 OP = "collect_moments"
 INPUT = "input of "  # a place that is not the output of the module named
+REPEATED = "they run more than once per forward pass"
+FOREIGN = "their rows are not the samples in the order of the batch, nor windows of them that lie together"
+TOKENLESS = "statistic 'cls' needs an output of shape (samples, tokens, channels)"
+SETTINGS = ("read", "statistic", "witness", "scale")  # of `Moments`
 NEVER = torch.iinfo(torch.int64).max  # of a batch that is not sound
 
 
@@ -75,9 +77,8 @@ def collect_moments(
     >>> discedit.collect_moments(model, loader, num_classes=2)
     Moments(1 layers, 4 channels, 2 classes, 8 samples)
     """
-    settings: dict[str, Any] = {"read": read, "statistic": statistic, "witness": witness, "scale": scale}
-    assigner = BlockAssigner.of(model, num_classes, 1)
-    return _MomentPass(model, loader, assigner, labels=labels, layers=layers, **settings, **run).collect()
+    settings = {"read": read, "statistic": statistic, "witness": witness, "scale": scale}
+    return _MomentPass(model, loader, num_classes, 1, {"labels": labels, "layers": layers, **settings, **run}).collect()
 
 
 @outside_inference_mode()
@@ -109,7 +110,7 @@ def collect_blocks(
     number = validation.index(blocks)
     if number is None or number < 2:
         raise ValueError(f"collect_blocks: blocks must be an integer of at least 2, got {blocks!r}.")
-    together = _MomentPass(model, loader, BlockAssigner.of(model, num_classes, number), **options).collect()
+    together = _MomentPass(model, loader, num_classes, number, options).collect()
     # A class's share of a block is a class of its own.
     return [together.rows(slice(block, None, number)) for block in range(number)]
 
@@ -120,12 +121,6 @@ class BlockAssigner:
     def __init__(self, classes: int, blocks: int) -> None:
         self.classes, self.blocks = classes, blocks
         self._seen = torch.zeros(classes, dtype=torch.int64)
-
-    @classmethod
-    def of(cls, model: nn.Module, num_classes: int, blocks: int) -> BlockAssigner:
-        """With what every collection checks first."""
-        validation.module(OP, model)
-        return cls(validation.positive_integer(OP, "num_classes", num_classes), blocks)
 
     def go_on(self, moments: Moments) -> None:
         """From the samples that were dealt already."""
@@ -148,34 +143,22 @@ class _MomentPass(Pass[Moments]):
     """Pools every layer and folds what it gives into the moments; each class times each block is a class of theirs."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        loader: Iterable[Any],
-        assigner: BlockAssigner,
-        *,
-        labels: str = "given",
-        layers: Iterable[str] | None = None,
-        read: str = "consumer",
-        statistic: Statistic | list[str] = "mean",
-        witness: str = "quadratic",
-        scale: float | Mapping[str, float] | None = None,
-        **run: Unpack[RunOptions],
+        self, model: nn.Module, loader: Iterable[Any], num_classes: int, blocks: int, options: Mapping[str, Any]
     ) -> None:
-        self.assigner, self.num_classes = assigner, assigner.classes
-        validation.choice(OP, "labels", labels, ("given", "predicted"))
-        validation.choice(OP, "read", read, READS)
-        self._statistics = arguments.statistics(OP, statistic)
-        arguments.witness(OP, witness, statistic, scale)
-        settings: dict[str, Any] = {"statistic": statistic, "witness": witness, "scale": scale, "read": read}
-        moments = Moments(assigner.classes * assigner.blocks, **settings, backend=run.get("backend", "auto"))
-        super().__init__(OP, model, loader, moments, self.num_classes if labels == "given" else None, run)
-        self._named = labels, layers
+        run = dict(options)
+        self.num_classes = validation.positive_integer(OP, "num_classes", num_classes)
+        self._labels_from = validation.choice(OP, "labels", run.pop("labels", "given"), ("given", "predicted"))
+        self._names = run.pop("layers", None)
+        settings = {name: run.pop(name) for name in SETTINGS if name in run}
+        moments = Moments(self.num_classes * blocks, **settings, backend=run.get("backend", "auto"))
+        given = self.num_classes if self._labels_from == "given" else None
+        super().__init__(OP, model, loader, moments, given, cast(RunOptions, run))
+        self.assigner = BlockAssigner(self.num_classes, blocks)
         self.monitor = NonFiniteMonitor(self.device)
 
     def prepare(self) -> dict[str, Any]:
-        labels, layers = self._named
-        self.pooling = PoolingHooks(self.model, self._statistics, self.moments.backend, layers, self.moments.read)
-        return {"labels": labels, "layers": list(self.pooling.layers), "blocks": self.assigner.blocks}
+        self.pooling = PoolingHooks(self.model, self._names, self.moments)
+        return {"labels": self._labels_from, "layers": list(self.pooling.layers), "blocks": self.assigner.blocks}
 
     def collect(self) -> Moments:
         moments = super().collect()
@@ -248,39 +231,32 @@ class NonFiniteMonitor:
 
 
 class _Pool:
-    """Pools the output of one module. What holds for the first batch is not asked again of outputs like it."""
+    """Pools what is seen at one place. What holds for one batch is not asked again of those like it.
 
-    planes: Tensor | None = None  # (statistics, samples, channels) of the last batch: the next one's buffer
-    rows, windows = 0, 1  # of the first batch; parts of a sample, where each comes as a sample of its own
-    foreign = False  # rows are not the samples in their order, nor windows of them
-    samples_second = can_be_turned = False  # (positions, samples, channels): known; or at least possible
+    Args:
+        layer: that is read there, for errors.
+        layout: as for `ops.pool`.
+        windows: parts of a sample (windows, views, frames, heads), each of which comes as a sample of its own.
+        turned: samples are the second axis of (positions, samples, channels).
+    """
 
-    def __init__(self, name: str, module: nn.Module, statistics: tuple[str, ...], backend: str) -> None:
-        self.name, self.statistics, self.backend = name, statistics, backend
-        self.layout = _layout(module)
-        self.readable = True
+    planes: Tensor | None = None  # (statistics, samples, channels) of the last batch
+
+    def __init__(self, layer: str, layout: str, windows: int, turned: bool, moments: Moments) -> None:
+        self.layer, self.layout, self.windows, self.turned = layer, layout, windows, turned
+        self._statistics, self._backend = moments.statistics, moments.backend
         self._known: tuple[Any, ...] = ()
         self._axis = 1
         self._channels = Channels()
-        self._own: Tensor | None = None  # planes of the channels that this process has
+        self._own: Tensor | None = None  # planes of the channels that this process has: the next batch's buffer
         self._run: Callable[..., Tensor]
-
-    def cut(self, x: Tensor, samples: int) -> None:
-        """In the first batch: whether a sample comes in parts (windows, views, frames, heads), each as one."""
-        self.rows = len(x) if x.ndim else 0
-        self.can_be_turned = self.layout == "tokens" and x.ndim == 3 and x.shape[1] == samples
-        self.foreign = bool(samples and self.rows % samples)
-        if self.layout != "auto" and x.ndim > 1 and samples and not self.foreign:
-            self.windows = self.rows // samples or 1
-        tokens = arguments.has_tokens(x, self.layout) and self.windows == 1
-        self.readable = "cls" not in self.statistics or tokens
 
     def read(self, x: Tensor, samples: int) -> None:
         """Pools a batch of so many samples (0: as many as there are rows)."""
-        x = x.transpose(0, 1) if self.samples_second else x
+        x = x.transpose(0, 1) if self.turned else x
         if samples and len(x) != samples and (self.windows == 1 or len(x) % samples):
             raise ValueError(
-                f"{OP}: layer {self.name!r} must give as many rows for each sample as in the first batch "
+                f"{OP}: layer {self.layer!r} must give as many rows for each sample as in the first batch "
                 f"({self.windows}; where there were several, any whole number); it gave {len(x)} rows for {samples} "
                 "samples. Leave it out: name the others in layers."
             )
@@ -292,199 +268,177 @@ class _Pool:
         kind = (x.shape, x.dtype, x.device)
         if kind != self._known:
             try:
-                x, self._axis = arguments.feature_map("pool", x, self.layout, self.statistics)
+                x, self._axis = arguments.feature_map("pool", x, self.layout, self._statistics)
             except ValueError as error:
-                raise ValueError(f"{OP}: layer {self.name!r}: {error}") from error
-            self._run = select("pool", self.backend, x.device)
+                raise ValueError(f"{OP}: layer {self.layer!r}: {error}") from error
+            self._run = select("pool", self._backend, x.device)
             self._known, self._own = kind, None
-        self._own = self._run(x.detach(), self._axis, self.statistics, self._own)
+        self._own = self._run(x.detach(), self._axis, self._statistics, self._own)
         self.planes = self._channels.together(self._own)
 
 
-class PoolingHooks(ExitStack):
-    """Hooks that pool each layer's output while the model runs.
+class PoolingHooks:
+    """Hooks that pool the components of each layer while the model runs, set where they are read.
 
-    The first batch is traced: it also tells which norm is behind each layer, which layers read its components and which
-    is the head. From then on only the modules that matter are hooked.
+    A trace of the first batch shows where that is, and two more passes of a few samples how rows are samples there.
+
+    Args:
+        names: of layers; None: all that have components, but the head.
+        moments: what the components are pooled for.
     """
 
-    def __init__(
-        self, model: nn.Module, statistics: tuple[str, ...], backend: str, layers: Iterable[str] | None, read: str
-    ) -> None:
-        super().__init__()
-        self.callback(self._keep, set())
-        self.model, self.read, self.explicit = model, read, layers is not None
+    def __init__(self, model: nn.Module, names: Iterable[str] | None, moments: Moments) -> None:
+        self.model, self.moments, self.explicit = model, moments, names is not None
         self._modules = dict(unwrapped(model).named_modules())
-        self.layers = _layers_of(model, self._modules, layers)
+        self.layers = _layers_of(model, self._modules, names)
         self.norms: dict[str, str] = {}  # layer -> the norm that it goes straight into
-        self.places: dict[str, str] = {}  # layer -> where it is read, if not at its own output
-        self._statistics, self._backend = statistics, backend
+        self._places: dict[str, str] = {}  # layer -> where it is read
         self._pools: dict[str, _Pool] = {}  # by place
-        self._tracing: Tracing | None = None
-        self._settled = False
+        self._handles: dict[str, RemovableHandle] = {}
         self._samples = 0
-        self._probe: dict[str, Tensor] | None = None
         self._ran: set[str] = set()
         self._repeated: set[str] = set()
-        self._order: list[str] = []
-        self._handles: dict[str, RemovableHandle] = {}
 
-    def _keep(self, places: set[str]) -> None:
-        """Hooks at these places and nowhere else; of the others nothing is held."""
-        for name in self._pools.keys() - places:
-            del self._pools[name]
-            if name in self._handles:
-                self._handles.pop(name).remove()
-        for name in places - self._handles.keys():
-            hook, module = partial(self._at, name), self._modules[name.removeprefix(INPUT)]
-            if name.startswith(INPUT):
-                self._handles[name] = module.register_forward_pre_hook(lambda _, args, hook=hook: hook(args[:1]))
-            else:  # before tensor parallelism makes a local tensor of it
-                self._handles[name] = module.register_forward_hook(
-                    lambda _, __, output, hook=hook: hook(output), prepend=has_shards(module)
-                )
+    def __enter__(self) -> PoolingHooks:
+        return self
 
-    def _begins(self, name: str, module: nn.Module, x: Tensor | None) -> None:
-        """In the first batch: a module is about to read x, perhaps the components of layers."""
-        if x is None or not is_layer(module):
-            return
-        assert self._tracing is not None
-        for source in self._tracing.layers_of(x, last=has_channels_last(module)):
-            # What heads give is seen here alone, wherever layers are read.
-            wanted = self.read == "consumer" or isinstance(self._modules[source], nn.MultiheadAttention)
-            if wanted and source in self.layers and not self.places.get(source, "").startswith(INPUT):
-                self.places[source] = INPUT + name
-        self._at(INPUT + name, x)
-
-    def _ends(self, name: str, module: nn.Module, output: Any) -> None:
-        """In the first batch: a module has given its output, perhaps as the norm behind layers."""
-        assert self._tracing is not None
-        if self.read != "output" and isinstance(module, _BatchNorm) and module.running_mean is not None:
-            for source, norm in self._tracing.seen.norms.items():
-                if norm == name and source in self.layers:
-                    self.places.setdefault(source, name)
-        if name in self.layers or name in self.places.values():
-            self._at(name, output)
-
-    def _at(self, name: str, output: Any) -> None:
-        """At a place, which is pooled if it is read."""
-        x = first_tensor(output)
-        if x is None and name.startswith(INPUT):
-            return
-        if x is None:
-            raise ValueError(f"{OP}: layer {name!r} must give a tensor, it gave {type(output).__name__}.")
-        if self._probe is not None:
-            self._probe[name] = x
-        elif name in self._ran:
-            self._repeated.add(name)
-        else:
-            self._ran.add(name)
-            if self._tracing is None or self._discover(name, x):
-                self._pools[name].read(x, self._samples)
-
-    def _discover(self, name: str, x: Tensor) -> bool:
-        """In the first batch: whether the place is to be read."""
-        if name in self.layers:
-            self._order.append(name)
-        elif name not in self.places.values():
-            return False
-        module = self._modules[name.removeprefix(INPUT)]
-        pool = self._pools[name] = _Pool(name, module, self._statistics, self._backend)
-        pool.cut(x, self._samples)
-        return not pool.foreign and (self.explicit or pool.readable)
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles.values():
+            handle.remove()
 
     def run(self, inputs: Any) -> Any:
-        self._ran.clear()
-        self._samples = samples_in(inputs)
-        first = first_tensor(inputs)
+        """The model's output for a batch."""
+        first, self._samples = first_tensor(inputs), samples_in(inputs)
         nothing = first is not None and first.ndim > 0 and not self._samples  # shows nothing of a model
-        if self._settled or nothing:
-            return call(self.model, inputs)
-        self._tracing = Tracing(self.model, self._samples, self.layers, self._begins, self._ends)
-        with self._tracing:
-            output = call(self.model, inputs)
-        trace, self._tracing = self._tracing.trace(output), None
-        self._repeated = {place for place in self._pools if trace.runs[place.removeprefix(INPUT)] > 1}
-        self._check_order(inputs)
-        self._settle(trace)
-        if any(pool.samples_second for pool in self._pools.values()):
-            self._ran.clear()
-            call(self.model, inputs)  # once more, now that it is known how
-        return output
-
-    def _check_order(self, inputs: Any) -> None:
-        """Rows must be the samples in their order, or windows of them that lie together; else they get wrong labels."""
-        if not self._samples:
-            return
-        self._keep(set(self._pools))
-
-        def run(batch: Any) -> dict[str, Tensor]:
-            self._probe = {}
-            call(self.model, batch)
-            return self._probe
-
-        order = SampleOrder(inputs, self._samples, run)
-        self._probe = None
-        for name, pool in self._pools.items():
-            if not pool.foreign and order.windows(name) == pool.windows:
-                continue
-            pool.samples_second = pool.can_be_turned and order.windows(name, axis=1) == 1
-            pool.foreign = not pool.samples_second
-            pool.windows = 1 if pool.samples_second else pool.windows
-            if pool.foreign and self.explicit:
-                raise ValueError(
-                    f"{OP}: layers must give one output per sample, or windows that lie together by samples, layer "
-                    f"{name!r} gives {pool.rows} rows for {self._samples} samples in another order."
-                )
-
-    def _settle(self, trace: ModelTrace) -> None:
-        head = None if self.explicit else trace.classifier
-        # What runs twice serves several layers: no single one may be read or edited there.
-        self.places = {layer: place for layer, place in self.places.items() if place not in self._repeated}
-        order = [layer for layer in self._order if layer != head]
-        order = [n for n in order if n in self.places or not isinstance(self._modules[n], nn.MultiheadAttention)]
-        pools = {layer: self._pools[self._place(layer)] for layer in order}
-        foreign = [layer for layer, pool in pools.items() if pool.foreign]
-        tokenless = [layer for layer, pool in pools.items() if not pool.foreign and not pool.readable]
-        tokenless = [] if self.explicit else tokenless
-        self._order = [layer for layer in order if layer not in (*foreign, *tokenless)]
-        why = "their rows are not the samples in the order of the batch, nor windows of them that lie together"
-        needs = "statistic 'cls' needs an output of shape (samples, tokens, channels)"
-        if foreign:
-            warn(f"{OP}: left out, because {why}: {foreign}.")
-        if self.explicit and len(self._order) < len(self.layers):
-            missing = sorted(set(self.layers) - set(self._order))
-            raise ValueError(f"{OP}: layers must name modules that run in the forward pass, these did not: {missing}.")
-        if not self._order and not tokenless:
-            none = "it has none that runs" if not foreign else f"of {foreign}, {why}"
-            raise ValueError(f"{OP}: model must have a convolution or linear layer besides its head {head!r}, {none}.")
-        if not self._order:
-            raise ValueError(f"{OP}: {needs}, no layer has one: {tokenless}.")
-        if tokenless:
-            warn(f"{OP}: left out, because {needs}: {tokenless}.")
-        self.norms = {layer: norm for layer, norm in trace.norms.items() if layer in self._order}
-        self._keep({self._place(layer) for layer in self._order})
-        self._settled = True
+        if not self._places and not nothing:
+            self._discover(inputs)
+        self._ran.clear()
+        return call(self.model, inputs)
 
     def take(self) -> Iterator[tuple[str, Tensor]]:
         """The pooled planes of the batch that just ran, by layer; the next batch overwrites them."""
-        self._repeated &= {*self.layers, *self.places.values()}
         if self._repeated:
-            warn(f"{OP}: left out, because they run more than once per forward pass: {sorted(self._repeated)}.")
-            self._order = [layer for layer in self._order if self._place(layer) not in self._repeated]
+            self._leave_out([layer for layer, place in self._places.items() if place in self._repeated], REPEATED)
             self._repeated.clear()
-            if not self._order:
-                raise ValueError(f"{OP}: no layer is left to read.")
-            self._keep({self._place(layer) for layer in self._order})
-        for layer in self._order:
-            place = self._place(layer)
+        for layer, place in self._places.items():
             planes = self._pools[place].planes
             if place not in self._ran or planes is None:
-                raise ValueError(f"{OP}: layer {layer!r} ran in the first batch but not in a later one.")
+                raise ValueError(f"{OP}: layer {layer!r} ran in the first batch but gave no tensor in a later one.")
             yield layer, planes
 
-    def _place(self, layer: str) -> str:
-        return self.places.get(layer, layer)
+    def _at(self, place: str, x: Tensor) -> None:
+        if place in self._ran:
+            self._repeated.add(place)
+        else:
+            self._ran.add(place)
+            self._pools[place].read(x, self._samples)
+
+    def _discover(self, inputs: Any) -> None:
+        try:
+            trace = ModelTrace.of(self.model, inputs, layers=self.layers)
+        except Exception:  # some models insist on the size of their batches
+            trace = ModelTrace.of(self.model, inputs, None, layers=self.layers)
+        head = None if self.explicit else trace.classifier
+        found = {layer: self._place_of(layer, trace) for layer in trace.given if layer in self.layers and layer != head}
+        self._places = {layer: place for layer, place in found.items() if place is not None}
+        missing = sorted(set(self.layers) - set(self._places)) if self.explicit else []
+        if missing:
+            raise ValueError(
+                f"{OP}: layers must name modules that run in the forward pass and give a tensor, not so {missing}."
+            )
+        if not self._places:
+            raise ValueError(
+                f"{OP}: model must have a convolution or linear layer besides its head {head!r}, it has none that runs."
+            )
+        self._leave_out([layer for layer in self._places if trace.runs[layer] > 1], REPEATED)
+        self._set_pools(trace, inputs)
+        self._leave_out([layer for layer, place in self._places.items() if place not in self._pools], FOREIGN)
+        if "cls" in self.moments.statistics and not self.explicit:
+            tokens = {place for place, pool in self._pools.items() if pool.layout == "tokens" and pool.windows == 1}
+            tokens = {place for place in tokens if len(trace.given[_module_at(place)]) == 3}
+            self._leave_out([layer for layer, place in self._places.items() if place not in tokens], TOKENLESS)
+        self.norms = {layer: norm for layer, norm in trace.norms.items() if layer in self._places}
+        for place in self._pools:
+            self._handles[place] = self._hook(place, self._at)
+
+    def _place_of(self, layer: str, trace: ModelTrace) -> str | None:
+        """Where a layer is read. What runs twice serves several layers: no single one may be read there."""
+        module, read, norm = self._modules[layer], self.moments.read, trace.norms.get(layer)
+        heads = isinstance(module, nn.MultiheadAttention)  # what they give is seen by their consumer alone
+        consumers = trace.consumers.get(layer) if heads or read == "consumer" else None
+        if consumers:
+            return INPUT + consumers[0] if trace.runs[consumers[0]] == 1 else None if heads else layer
+        if heads:
+            return None
+        behind = None if norm is None or read == "output" else self._modules[norm]
+        return norm if isinstance(behind, _BatchNorm) and behind.running_mean is not None else layer
+
+    def _set_pools(self, trace: ModelTrace, inputs: Any) -> None:
+        """For all places whose rows are the samples in their order, or windows of them that lie together; labels would
+        not fit others."""
+        places = dict.fromkeys(self._places.values())
+
+        def seen(batch: Any) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            with hooked([self._hook(place, found.__setitem__) for place in places]):
+                call(self.model, batch)
+            return found
+
+        order = SampleOrder(inputs, self._samples, seen) if self._samples else None
+        for layer, place in self._places.items():
+            shape, layout = trace.given[_module_at(place)], _layout(self._modules[_module_at(place)])
+            windows, turned = (1, False) if order is None else _rows_of(place, layout, shape, trace.samples, order)
+            if windows:
+                self._pools[place] = _Pool(layer, layout, windows, turned, self.moments)
+            elif self.explicit:
+                raise ValueError(
+                    f"{OP}: layers must give one output per sample, or windows that lie together by samples, layer "
+                    f"{layer!r} gives shape {tuple(shape)} for {trace.samples} samples, in another order."
+                )
+
+    def _leave_out(self, layers: list[str], why: str) -> None:
+        if not layers:
+            return
+        if len(layers) == len(self._places):
+            raise ValueError(f"{OP}: model must have layers that can be read, none can, because {why}: {layers}.")
+        warn(f"{OP}: left out, because {why}: {layers}.")
+        self._places = {layer: place for layer, place in self._places.items() if layer not in layers}
+        for place in self._pools.keys() - self._places.values():
+            del self._pools[place]
+            if place in self._handles:
+                self._handles.pop(place).remove()
+
+    def _hook(self, place: str, note: Callable[[str, Tensor], None]) -> RemovableHandle:
+        """Has the first tensor that a module reads or gives noted."""
+        module = self._modules[_module_at(place)]
+
+        def see(_: nn.Module, *given: Any) -> None:
+            if (x := first_tensor(given[-1])) is not None:
+                note(place, x)
+
+        handle: RemovableHandle
+        if place.startswith(INPUT):
+            handle = module.register_forward_pre_hook(see)
+        else:  # before tensor parallelism makes a local tensor of it
+            handle = module.register_forward_hook(see, prepend=has_shards(module))
+        return handle
+
+
+def _module_at(place: str) -> str:
+    return place.removeprefix(INPUT)
+
+
+def _rows_of(place: str, layout: str, shape: torch.Size, samples: int, order: SampleOrder) -> tuple[int, bool]:
+    """How many rows at a place are one sample's, 0: they are in no order; and whether rows are the second axis.
+
+    Args:
+        shape: of what the module there gives for so many samples: as many rows as it reads.
+    """
+    windows = order.windows(place)
+    if windows and windows * samples == shape[0] and (windows == 1 or layout != "auto"):
+        return windows, False
+    turned = layout == "tokens" and len(shape) == 3 and shape[1] == samples and order.windows(place, axis=1) == 1
+    return int(turned), turned
 
 
 def _layers_of(model: nn.Module, modules: Mapping[str, nn.Module], names: Iterable[str] | None) -> dict[str, nn.Module]:

@@ -107,11 +107,7 @@ class Growing:
 
 
 def solved(matrices: Tensor, right: Tensor, ridge: float = 0.0) -> Tensor:
-    """matrices^-1 right, in the metric of correlations; what has no variance gets 0: (n, s, s) and (n, s) -> (n, s).
-
-    Raises:
-        ValueError: NaN or Inf among the matrices.
-    """
+    """matrices^-1 right, in the metric of correlations; what has no variance gets 0: (n, s, s) and (n, s) -> (n, s)."""
     if not bool(matrices.isfinite().all()):
         raise ValueError("second moments must be finite, found NaN or Inf.")
     own = matrices.diagonal(dim1=1, dim2=2)

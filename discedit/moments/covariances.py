@@ -40,10 +40,7 @@ class LayerMoments:
 
 
 class Sums:
-    """Sums of what a layer reads (x) and of what it is to give (y), over several parts.
-
-    Taken around the mean of the first rows: products in the input's type, chunk by chunk, and their sum in float64.
-    """
+    """Sums of what a layer reads (x) and is to give (y), around the mean of the first rows, chunk by chunk."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -77,11 +74,7 @@ class Sums:
 def fits_of(
     model: nn.Module, names: Iterable[str], inputs: Any, trace: ModelTrace
 ) -> dict[str, tuple[LayerMoments, int]]:
-    """Moments of what layers read and give, and how many channels they read; of those that run just once.
-
-    Args:
-        inputs: calibration images in parts.
-    """
+    """Moments of what layers read and give, and how many channels they read; of those that run just once."""
     once = [name for name in trace.in_order(names) if trace.runs[name] == 1]
     sums = {name: Sums() for name in once}
     channels: dict[str, int] = {}
@@ -100,11 +93,7 @@ def fits_of(
 
 
 class GroupSums:
-    """Means and covariances of what a layer reads at one position, (channels,), of each group of samples.
-
-    Args:
-        groups: numbered from 0; those in none, `OTHERS`, come last.
-    """
+    """Means and covariances of what a layer reads at one position, of each group of samples; of `OTHERS` last."""
 
     def __init__(self, groups: int) -> None:
         self.groups = [*range(groups), OTHERS]

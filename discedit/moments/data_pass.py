@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from discedit.common import validation
 from discedit.common.warning import warn
 from discedit.model.forward import checked_labels, device_of, frozen_eval, samples_in, to_device, unpack_batch
 from discedit.model.sharded import runs_together
@@ -49,12 +50,7 @@ class Pass(ABC, Generic[M]):
 
     Args:
         op: what asks, for errors; its last word names the progress bar.
-        loader: batches, as `collect_moments` takes them.
-        moments: what the samples are added to.
         labels: how many classes there are, where the batches must hold labels; else None.
-
-    Raises:
-        TypeError: an option that is none of `RunOptions`.
     """
 
     home: torch.device | None = None  # where the moments go at last; None: the model's device
@@ -62,6 +58,7 @@ class Pass(ABC, Generic[M]):
     def __init__(
         self, op: str, model: nn.Module, loader: Iterable[Any], moments: M, labels: int | None, run: RunOptions
     ) -> None:
+        validation.module(op, model)
         for name in run.keys() - RunOptions.__annotations__.keys():
             raise TypeError(f"{op}() got an unexpected keyword argument {name!r}")
         self.op, self.model, self.loader, self.moments, self.options = op, model, loader, moments, run

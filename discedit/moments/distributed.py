@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from discedit.common import validation
@@ -18,10 +18,10 @@ WORLD = "world"
 NOTHING, MORE, FAILED = 0, 1, 2  # what a process says of its next batch
 
 
-# The last work, kept until the next has ended. Whoever lets go of a work last frees its tensors, which takes Python's
+# The last works, kept until others have ended. Whoever lets go of a work last frees its tensors, which takes Python's
 # lock. Were that gloo's thread when the main one ends the group, it would wait for the main one, which holds the lock
 # and waits for gloo's (seen with torch 2.13, where a script ends with a model in DistributedDataParallel).
-_last: list[dist.Work] = []
+_last: deque[dist.Work] = deque(maxlen=3)
 
 
 class OtherFailed(RuntimeError):
@@ -29,16 +29,7 @@ class OtherFailed(RuntimeError):
 
 
 class Group:
-    """The processes that share a pass; without one, this process alone.
-
-    Args:
-        op: what asks, for errors.
-        group: "world", a process group, or None.
-
-    Raises:
-        RuntimeError: torch.distributed is not initialised. ValueError: something else, or a group that this process is
-        not in.
-    """
+    """The processes that share a pass ("world" or a process group); without one (None), this process alone."""
 
     def __init__(self, op: str, group: Any) -> None:
         self.op = op
@@ -62,7 +53,7 @@ class Group:
         """Tells the others, wherever they meet next, that this process has failed."""
         if isinstance(error, Exception) and not isinstance(error, OtherFailed) and not self.alone:
             self.agree(FAILED)
-            self.gather(f"{type(error).__name__}: {error}".encode())
+            list(self.gather(f"{type(error).__name__}: {error}".encode()))
 
     @property
     def alone(self) -> bool:
@@ -73,48 +64,33 @@ class Group:
         """One number of every process, in rank order."""
         if self.alone:
             return [word]
-        return [int(number) for number in self._gathered(torch.tensor([word], device=self._device))]
+        words = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.size)]
+        self._answer(dist.all_gather, words, torch.tensor([word], device=self._device))
+        return [int(number) for number in words]
 
-    def gather(self, data: bytes) -> list[bytes]:
-        """Every process's bytes, in rank order."""
-        if self.alone:
-            return [data]
-        sizes = self.agree(len(data))
-        padded = torch.zeros(max(1, *sizes), dtype=torch.uint8, device=self._device)
-        if data:
-            padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
-        parts = self._gathered(padded)
-        return [part[:size].cpu().numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
-
-    def exchange(self, data: bytes) -> Iterator[bytes]:
-        """Every process's bytes, in rank order, one at a time, when all have said that they are done.
-
-        To be taken to the end: each is sent when the one before has been.
-
-        Raises:
-            RuntimeError: another process has failed.
-        """
+    def gather(self, data: bytes) -> Iterator[bytes]:
+        """Every process's bytes, in rank order; to be taken to the end: each is sent when the one before has been."""
         if self.alone:
             yield data
             return
-        self.check(self.agree(NOTHING))
         for rank, size in enumerate(self.agree(len(data))):
-            mine = rank == self.rank
             sent = torch.empty(size, dtype=torch.uint8, device=self._device)
-            if mine:
+            if rank == self.rank and size:
                 sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            self._answer(dist.broadcast, sent, group_src=rank)
-            yield data if mine else sent.cpu().numpy().tobytes()
+            if size:
+                self._answer(dist.broadcast, sent, group_src=rank)
+            yield sent.cpu().numpy().tobytes()
+
+    def exchange(self, data: bytes) -> Iterator[bytes]:
+        """`gather` when all have said that they are done."""
+        self.check(self.agree(NOTHING))
+        yield from self.gather(data)
 
     def check(self, words: list[int]) -> None:
-        """After `agree`.
-
-        Raises:
-            RuntimeError: another process has failed; the message holds its error.
-        """
+        """After `agree`: raises where another process has failed, with its error."""
         if FAILED not in words:
             return
-        errors = self.gather(b"")
+        errors = list(self.gather(b""))
         rank = words.index(FAILED)
         raise OtherFailed(f"{self.op}: process {rank} of {self.size} failed: {errors[rank].decode(errors='replace')}")
 
@@ -123,13 +99,8 @@ class Group:
         giver, file = words.index(MORE), io.BytesIO()
         if giver == self.rank:
             torch.save(map_tensors(inputs, lambda x: x.cpu().clone()), file)  # not all that a view is of
-        packed = self.gather(file.getvalue())[giver]
+        packed = list(self.gather(file.getvalue()))[giver]
         return torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
-
-    def _gathered(self, mine: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(mine) for _ in range(self.size)]
-        self._answer(dist.all_gather, parts, mine)
-        return parts
 
     def _answer(self, operation: Callable[..., dist.Work], *tensors: Any, **options: int) -> None:
         """Runs it to its end."""
@@ -138,7 +109,7 @@ class Group:
             try:
                 work.wait()
             finally:
-                _last[:] = [work]
+                _last.append(work)
         except RuntimeError as error:  # a process died, or the group's timeout is over
             raise OtherFailed(
                 f"{self.op}: another process of {self.size} is gone or does not answer: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
 from typing import Any
@@ -25,7 +26,7 @@ from discedit.moments.calibration import (
     SAMPLES,
     HeldOut,
     batch_size_of,
-    calibration,
+    calibrated,
     concat_batches,
     fits,
     held_out_of,
@@ -39,13 +40,7 @@ KEPT = {"forget": 1024, "retain": 4096}  # samples that are held in memory, as m
 class ForgetRetainSplit:
     """Batches of two kinds: "forget" and "retain", of each kind the first `KEPT` samples, spread evenly over classes.
 
-    Args:
-        op: what asks, for errors.
-        data: (inputs, labels); read once, and no further than needed.
-        forget: classes.
-
-    Raises:
-        ValueError: no batch, labels that do not fit, or no sample of a kind.
+    `data`, pairs of inputs and labels, is read once, and no further than needed.
     """
 
     def __init__(self, op: str, model: nn.Module, data: Iterable[Any], forget: list[int], num_classes: int) -> None:
@@ -57,7 +52,7 @@ class ForgetRetainSplit:
         self._labelled: dict[tuple[str, int], list[tuple[Any, Tensor]]] = {}
         self._few: dict[tuple[str, int, int], list[tuple[Any, Tensor]]] = {}
         self._apart: dict[str, tuple[list[Any], HeldOut]] = {}
-        self._means: dict[tuple[tuple[str, str], ...], dict[str, Tensor]] = {}
+        self._means: dict[Any, dict[str, Tensor]] = {}
         found: dict[str, list[tuple[Any, Tensor]]] = {"forget": [], "retain": []}
         device = device_of(model)
         for index, batch in enumerate(data):
@@ -118,7 +113,7 @@ class ForgetRetainSplit:
         key = (kind, most)
         if key not in self._labelled:
             few = _interleaved(self._first(kind, most))
-            inputs = calibration(self.op, self.model, few, self.trace)  # perhaps not of all
+            inputs, *_ = calibrated(self.op, self.model, few, self.trace)  # perhaps not of all
             sizes = [batch_size_of(self.op, part) for part in inputs]
             labels = torch.split(torch.cat([labels for _, labels in few])[: sum(sizes)], sizes)
             self._labelled[key] = list(zip(inputs, labels, strict=True))
@@ -128,17 +123,16 @@ class ForgetRetainSplit:
         """The first samples of each class, as many of each as make up so many together; behind the first so many."""
         key = (kind, most, behind)
         if key not in self._few:
-            classes = {label for _, labels in self.batches[kind] for label in labels.tolist()}
-            before, quota = (Quota(dict.fromkeys(classes, -(-number // len(classes)))) for number in (behind, most))
-            few = []
-            for inputs, labels in self.batches[kind]:
-                left = torch.ones(len(labels), dtype=torch.bool)
-                left[before.take(labels)] = False
-                places = left.nonzero()[:, 0]
-                places = places[quota.take(labels[places])]
-                if len(places):
-                    few.append((index_samples(inputs, places, len(labels)), labels[places]))
-            self._few[key] = few
+            sizes = [len(labels) for _, labels in self.batches[kind]]
+            together = torch.cat([labels for _, labels in self.batches[kind]])
+            start, each = (-(-number // len(set(together.tolist()))) for number in (behind, most))
+            turns = _turns(together)
+            wanted = torch.split((turns >= start) & (turns < start + each), sizes)
+            self._few[key] = [
+                (index_samples(inputs, places.nonzero()[:, 0], len(labels)), labels[places])
+                for (inputs, labels), places in zip(self.batches[kind], wanted, strict=True)
+                if bool(places.any())
+            ]
         return self._few[key]
 
     @cached_property
@@ -147,16 +141,10 @@ class ForgetRetainSplit:
         return ModelTrace.of(self.model, _interleaved(self._first("retain", FEW))[0][0], windows=True)
 
     def means(self, places: Mapping[str, str]) -> dict[str, Tensor]:
-        """Layer -> mean over retained samples and positions of what the module in that place gives: (channels,).
-
-        Computed once for the same places.
-        """
+        """Layer -> mean over retained samples and positions of what the module in that place gives: (channels,)."""
         key = tuple(places.items())
-        if key not in self._means:
-            self._means[key] = self._measured(places)
-        return self._means[key]
-
-    def _measured(self, places: Mapping[str, str]) -> dict[str, Tensor]:
+        if key in self._means:
+            return self._means[key]
         sums: dict[str, Tensor] = {}
         number = dict.fromkeys(places, 0)
 
@@ -172,23 +160,26 @@ class ForgetRetainSplit:
         with hooked(handles), frozen_eval(self.model):
             for inputs, _ in self._first("retain", MEANS):
                 call(self.model, inputs)
-        return {layer: (total / number[layer]).cpu() for layer, total in sums.items()}
+        self._means[key] = {layer: (total / number[layer]).cpu() for layer, total in sums.items()}
+        return self._means[key]
 
 
 def _interleaved(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
-    """One batch, its classes in turn: however few of its first samples are used, they are as many of each.
-
-    Batches that cannot be joined stay as they are.
-    """
+    """One batch, its classes in turn, so that the first are as many of each; what cannot be joined stays as it is."""
     first, labels = batches[0]
     if not all(fits(first, inputs) for inputs, _ in batches):
         return batches
     whole = concat_batches([inputs for inputs, _ in batches], len(labels))
     labels = torch.cat([labels for _, labels in batches])
-    seen: dict[int, int] = {}
+    order = _turns(labels).argsort(stable=True)
+    return [(index_samples(whole, order, len(labels)), labels[order])]
+
+
+def _turns(labels: Tensor) -> Tensor:
+    """Of each sample, how many of its class come before it."""
+    seen: Counter[int] = Counter()
     turns = []
     for label in labels.tolist():
-        turns.append(seen.get(label, 0))
-        seen[label] = turns[-1] + 1
-    order = torch.tensor(turns).argsort(stable=True)
-    return [(index_samples(whole, order, len(labels)), labels[order])]
+        turns.append(seen[label])
+        seen[label] += 1
+    return torch.tensor(turns)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +40,7 @@ class Moments(LayerStates[State]):
 
     Attributes:
         num_classes, statistic, witness, scale, read: as given; several statistics are a tuple.
+        statistics: a tuple also of one.
         norms: for a layer whose output goes straight into a normalisation, the name of that normalisation. Edits reach
             both.
 
@@ -64,9 +64,9 @@ class Moments(LayerStates[State]):
         super().__init__()
         op = "Moments"
         self.num_classes = validation.positive_integer(op, "num_classes", num_classes)
-        self._statistics = arguments.statistics(op, statistic)
+        self.statistics = arguments.statistics(op, statistic)
         arguments.witness(op, witness, statistic, scale)
-        self.statistic: Statistic = statistic if isinstance(statistic, str) else self._statistics
+        self.statistic: Statistic = statistic if isinstance(statistic, str) else self.statistics
         self.witness = witness
         self.scale: Scale = None
         if isinstance(scale, Mapping):
@@ -84,13 +84,7 @@ class Moments(LayerStates[State]):
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments that the numbers depend on."""
-        return {
-            "num_classes": self.num_classes,
-            "statistic": self.statistic,
-            "witness": self.witness,
-            "scale": self.scale,
-            "read": self.read,
-        }
+        return {name: getattr(self, name) for name in ("num_classes", "statistic", "witness", "scale", "read")}
 
     @property
     def samples(self) -> int:
@@ -112,34 +106,12 @@ class Moments(LayerStates[State]):
         """
         try:
             pooled = ops.pool(x, statistic=self.statistic, layout=layout, backend=self.backend)
-            self.fold(layer, pooled, labels)
+            self.fold_planes(layer, pooled[None] if pooled.ndim == 2 else pooled.permute(2, 0, 1), labels)
         except ValueError as error:
             raise ValueError(f"layer {layer!r}: {error}") from error
 
-    def fold(self, layer: str, pooled: Tensor, labels: Tensor) -> None:
-        """Merge one batch of a layer's pooled features: `update` after pooling.
-
-        Args:
-            layer: name of the layer; a new name starts a new state.
-            pooled: as `discedit.ops.pool` gives it for this object's statistic: shape (samples, channels), or (samples,
-                channels, statistics) for several; float64.
-            labels: class index of each sample, shape (samples,), on the device of pooled.
-
-        Raises:
-            ValueError: as `update`.
-        """
-        validation.tensor("Moments.fold", "pooled", pooled, (torch.float64,))
-        several = not isinstance(self.statistic, str)
-        if pooled.ndim != (3 if several else 2) or (several and pooled.shape[2] != len(self._statistics)):
-            form = f"(samples, channels, {len(self._statistics)})" if several else "(samples, channels)"
-            raise ValueError(
-                f"pooled must have shape {form} for statistic={self.statistic!r}, got {validation.shape_of(pooled)}."
-            )
-        pooled = pooled.detach()
-        self.fold_planes(layer, pooled.permute(2, 0, 1) if several else pooled[None], labels)
-
     def fold_planes(self, layer: str, planes: Tensor, labels: Tensor, *, checked: bool = False) -> None:
-        """`fold` from the layout of the kernels: one plane per statistic, shape (statistics, samples, channels).
+        """`update` after pooling, from the layout of the kernels: (statistics, samples, channels).
 
         ``checked`` leaves the values to the caller, to whom `sentinel` tells whether they are sound.
         """
@@ -147,7 +119,7 @@ class Moments(LayerStates[State]):
         scale = self._scale_of(layer)
         if not checked:
             _check_range(planes, scale)
-        state = self._layers.get(layer)
+        state = self.layers.get(layer)
         if state is None:
             state = self._kind.with_mean(self._mean_shape(planes.shape[2]), planes.device)
         elif state.channels != planes.shape[2] or state.device != planes.device:
@@ -156,10 +128,10 @@ class Moments(LayerStates[State]):
                 f"{planes.shape[2]} on {planes.device}."
             )
         select("fold_moments", self.backend, planes.device)(planes.contiguous(), scale, labels, state)
-        self._layers[layer] = state
+        self.layers[layer] = state
 
     def sentinel(self, layer: str, planes: Tensor) -> Tensor:
-        """One number, on the device of the planes, that is not finite where `fold` would refuse them."""
+        """One number, on the device of the planes, that is not finite where `update` would refuse them."""
         if planes.numel() == 0:
             return planes.new_zeros(())
         greatest, scale = planes.abs().amax(), self._scale_of(layer)
@@ -177,7 +149,7 @@ class Moments(LayerStates[State]):
 
     def _mean_shape(self, channels: int) -> tuple[int, ...]:
         plane = (self.num_classes, channels)
-        return (len(self._statistics), *plane) if self.witness == "vector" else plane
+        return (len(self.statistics), *plane) if self.witness == "vector" else plane
 
     @property
     def _kind(self) -> type[State]:
@@ -191,33 +163,23 @@ class Moments(LayerStates[State]):
 
     def rows(self, which: slice) -> Moments:
         """A copy with some of the classes alone, in their order."""
-        part = Moments(
-            len(range(self.num_classes)[which]),
-            **{name: value for name, value in self.settings.items() if name != "num_classes"},
-            backend=self.backend,
-        )
+        settings = self.settings | {"num_classes": len(range(self.num_classes)[which])}
+        part = Moments(**settings, backend=self.backend)
         part.norms = dict(self.norms)
         for layer, state in self.items():
             sums = (tensor[..., which, :].clone() for tensor in state.tensors()[1:])
-            part._layers[layer] = self._kind(state.count[which].clone(), *sums)
+            part.layers[layer] = self._kind(state.count[which].clone(), *sums)
         return part
 
-    def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Header and tensors of the file format."""
-        tensors = {
-            f"{index}.{field}": tensor
-            for index, state in enumerate(self.values())
-            for field, tensor in zip(state.shapes(*state.mean.shape), state.tensors(), strict=True)
-        }
-        header = {
+    def header(self) -> dict[str, Any]:
+        return {
             **self.settings,
             "layers": {layer: state.channels for layer, state in self.items()},
             "norms": self.norms,
         }
-        return header, tensors
 
     @classmethod
-    def from_contents(cls, header: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> Moments:
+    def of_header(cls, header: dict[str, Any], path: files.Source) -> Moments:
         moments = cls(
             files.field(header, "num_classes", int, path),
             statistic=files.field(header, "statistic", (str, list), path),
@@ -226,16 +188,15 @@ class Moments(LayerStates[State]):
             read=READ_ONCE if "read" not in header else files.field(header, "read", str, path),
         )
         moments.norms = files.field(header, "norms", dict, path)
-        layers = files.field(header, "layers", dict, path)
-        for index, layer in enumerate(layers):
-            shapes = moments._kind.shapes(*moments._mean_shape(files.field(layers, layer, int, path)))
-            count, *sums = (
-                files.take(tensors, f"{index}.{field}", shape, torch.int64 if field == "count" else torch.float64, path)
-                for field, shape in shapes.items()
-            )
-            moments._layers[layer] = moments._kind(count, *sums)
-        files.nothing_else(header, tensors, moments.contents(), path)
         return moments
+
+    def _shapes(self, size: Any) -> dict[str, tuple[int, ...]]:
+        if not isinstance(size, int):
+            raise ValueError(f"it must have a number of channels, got {size!r}.")
+        return self._kind.shapes(*self._mean_shape(size))
+
+    def _state(self, tensors: dict[str, Tensor]) -> State:
+        return self._kind(*tensors.values())
 
 
 def _check_range(planes: Tensor, scale: float) -> None:

@@ -13,7 +13,6 @@ CHUNK = 2**22  # entries of rows that are gathered at once: small enough for mem
 ROWS_PER_UNKNOWN = 64  # inputs of a layer that are looked at, for each of its weights per output
 LEAST_PER_UNKNOWN = 8  # where the following allows no more
 WORK = 2e11  # rows x unknowns^2 of one layer
-RULES = ("grid", "shared", "per sample")
 
 
 def sample_positions(rule: str, size: Sequence[int], number: int, seed: int, samples: int = 0) -> Tensor:

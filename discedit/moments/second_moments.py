@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +32,7 @@ KINDS = ("full", "singleton")
 POSITIONS = {"full": 49, "singleton": 16}  # of a map, looked at by default
 
 
-@dataclass(frozen=True)
-class OutputMoments:
+class OutputMoments(NamedTuple):
     """What singleton scores need beside the moments of what is read: y is the layer's output without its bias.
 
     Attributes:
@@ -76,12 +74,10 @@ class InputMoments:
     def shapes(kind: str, outputs: int, channels: int, taps: int) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor by name, as files have them."""
         wide = channels * taps
-        shapes: dict[str, tuple[int, ...]] = {
-            "count": (),
-            "mean": (channels, taps),
-            "scatter": (wide, wide) if kind == "full" else (channels, taps, taps),
-            "weight": (outputs, channels, taps),
-        }
+        shapes: dict[str, tuple[int, ...]] = {"count": (), "mean": (channels, taps), "scatter": (wide, wide)}
+        if kind == "singleton":
+            shapes |= {"scatter": (channels, taps, taps)}
+        shapes |= {"weight": (outputs, channels, taps)}
         if kind == "singleton":
             shapes |= {
                 "output.mean": (outputs,),
@@ -90,17 +86,10 @@ class InputMoments:
             }
         return shapes
 
-    def tensors(self) -> dict[str, Tensor]:
+    def named(self) -> dict[str, Tensor]:
         found = {"count": self.count, "mean": self.mean, "scatter": self.scatter, "weight": self.weight}
-        if self.output is not None:
-            found |= {f"output.{name}": getattr(self.output, name) for name in ("mean", "cross", "square")}
-        return found
-
-    @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> InputMoments:
-        output = {name.removeprefix("output."): t for name, t in tensors.items() if name.startswith("output.")}
-        count, mean, scatter, weight = (tensors[name] for name in ("count", "mean", "scatter", "weight"))
-        return cls(count, mean, scatter, weight, OutputMoments(**output) if output else None)
+        output = {} if self.output is None else self.output._asdict()
+        return found | {f"output.{name}": tensor for name, tensor in output.items()}
 
     def clone(self) -> InputMoments:
         """A copy, all of it float64."""
@@ -108,15 +97,10 @@ class InputMoments:
 
     def to(self, device: torch.device | str) -> InputMoments:
         """A copy on a device, all of it float64. Count and weight, which are not summed up, stay where they are."""
-
-        def copied(tensor: Tensor) -> Tensor:
-            return tensor.to(device, torch.float64, copy=True)
-
-        known = self.output
-        output = None
-        if known is not None:
-            output = OutputMoments(copied(known.mean), copied(known.cross), copied(known.square))
-        return InputMoments(self.count.clone(), copied(self.mean), copied(self.scatter), self.weight, output)
+        mean, scatter, *output = (
+            tensor.to(device, torch.float64, copy=True) for tensor in (self.mean, self.scatter, *(self.output or ()))
+        )
+        return InputMoments(self.count.clone(), mean, scatter, self.weight, OutputMoments(*output) if output else None)
 
     def add_(self, other: InputMoments) -> InputMoments:
         """Take in the samples of `other`, in place.
@@ -193,28 +177,20 @@ class SecondMoments(LayerStates[InputMoments]):
     def update(self, layer: str, moments: InputMoments) -> None:
         """Merge more of a layer; a new name starts a new state."""
         try:
-            self._layers[layer] = self._layers[layer].add_(moments) if layer in self else moments.clone()
+            self.layers[layer] = self.layers[layer].add_(moments) if layer in self else moments.clone()
         except ValueError as error:
             raise ValueError(f"SecondMoments.update: layer {layer!r}: {error}") from error
 
     def _merged(self, own: InputMoments, other: InputMoments) -> InputMoments:
         return own.clone().add_(other)
 
-    def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Header and tensors of the file format."""
-        tensors = {
-            f"{index}.{name}": tensor
-            for index, state in enumerate(self.values())
-            for name, tensor in state.tensors().items()
-        }
+    def header(self) -> dict[str, Any]:
         layers = {layer: list(state.weight.shape) for layer, state in self.items()}
         header = {"pairs": self.kind, "positions": self.positions, "classes": self.classes}
-        return {**header, "samples": self.samples, "skipped": self.skipped, "layers": layers}, tensors
+        return {**header, "samples": self.samples, "skipped": self.skipped, "layers": layers}
 
     @classmethod
-    def from_contents(
-        cls, header: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike[str]
-    ) -> SecondMoments:
+    def of_header(cls, header: dict[str, Any], path: files.Source) -> SecondMoments:
         moments = cls(
             files.field(header, "pairs", str, path),
             positions=files.field(header, "positions", (int, type(None)), path),
@@ -228,19 +204,16 @@ class SecondMoments(LayerStates[InputMoments]):
                 )
         moments.samples = files.field(header, "samples", int, path)
         moments.skipped = files.field(header, "skipped", dict, path)
-        layers = files.field(header, "layers", dict, path)
-        for index, layer in enumerate(layers):
-            sizes = files.field(layers, layer, list, path)
-            if len(sizes) != 3 or not all(validation.index(size) for size in sizes):
-                raise ValueError(f"{str(path)!r}: layer {layer!r} must have outputs, channels and taps, got {sizes!r}.")
-            moments._layers[layer] = InputMoments.of_tensors({
-                name: files.take(
-                    tensors, f"{index}.{name}", shape, torch.int64 if name == "count" else torch.float64, path
-                )
-                for name, shape in InputMoments.shapes(moments.kind, *sizes).items()
-            })  # fmt: skip
-        files.nothing_else(header, tensors, moments.contents(), path)
         return moments
+
+    def _shapes(self, size: Any) -> dict[str, tuple[int, ...]]:
+        if not isinstance(size, list) or len(size) != 3 or not all(map(validation.index, size)):
+            raise ValueError(f"it must have outputs, channels and taps, got {size!r}.")
+        return InputMoments.shapes(self.kind, *size)
+
+    def _state(self, tensors: dict[str, Tensor]) -> InputMoments:
+        count, mean, scatter, weight, *output = tensors.values()
+        return InputMoments(count, mean, scatter, weight, OutputMoments(*output) if output else None)
 
 
 @outside_inference_mode()
@@ -279,21 +252,16 @@ def collect_second_moments(
 
     Memory: of the kind "full" 8 (channels x taps)^2 bytes per layer, of "singleton" 16 outputs x channels x taps.
     """
-    validation.choice(OP, "kind", kind, KINDS)
-    if isinstance(positions, str):
-        validation.choice(OP, "positions", positions, ("auto",))
-        positions = POSITIONS[kind]
-    elif positions is not None:
-        positions = validation.positive_integer(OP, "positions", positions)
-    if classes is not None:
-        if num_classes is None:
-            raise ValueError(f"{OP}: classes needs num_classes, got num_classes=None.")
+    if classes is None:
+        num_classes = None  # the loader needs no labels
+    elif num_classes is None:
+        raise ValueError(f"{OP}: classes needs num_classes, got num_classes=None.")
+    else:
         num_classes = validation.positive_integer(OP, "num_classes", num_classes)
         classes = validation.classes(OP, classes, num_classes)
-    validation.module(OP, model)
-    moments = SecondMoments(kind, positions=positions, classes=classes)
-    labels = None if classes is None else num_classes
-    passing = _SecondMomentPass(model, loader, moments, labels, run, layers)
+    most: Any = POSITIONS.get(kind) if positions == "auto" else positions
+    moments = SecondMoments(kind, positions=most, classes=classes)
+    passing = _SecondMomentPass(model, loader, moments, num_classes, run, layers)
     moments = passing.collect()
     if not moments.samples:
         what = "loader must give at least one sample" if classes is None else f"loader must give samples of {classes}"
@@ -320,19 +288,17 @@ class _SecondMomentPass(Pass[SecondMoments]):
     ) -> None:
         super().__init__(OP, model, loader, moments, labels, run)
         self.layers: dict[str, nn.Module] = {}
-        self._names = names
+        self._names = None if names is None else list(names)
         self._positions: dict[Any, Positions] = {}  # by layer, size of its output and device
 
     def prepare(self) -> dict[str, Any]:
         trace = ModelTrace(unwrapped(self.model))
         modules = dict(trace.model.named_modules())
-        names = [name for name, module in modules.items() if is_layer(module)]
-        if self._names is not None:
-            names = list(self._names)
-            for name in names:
-                why = trace.why_not_read(name) if name in modules else f"it is none of the {len(modules)} modules"
-                if why:
-                    raise ValueError(f"{OP}: layers must name layers that can be read, {name!r} cannot: {why}.")
+        names = [name for name, module in modules.items() if is_layer(module)] if self._names is None else self._names
+        for name in self._names or ():
+            why = trace.why_not_read(name) if name in modules else f"it is none of the {len(modules)} modules"
+            if why:
+                raise ValueError(f"{OP}: layers must name layers that can be read, {name!r} cannot: {why}.")
         skipped = self.moments.skipped = {name: why for name in names if (why := trace.why_not_read(name))}
         self.layers = {name: modules[name] for name in names if name not in skipped}
         if not self.layers:
@@ -353,18 +319,18 @@ class _SecondMomentPass(Pass[SecondMoments]):
         call(self.model, inputs)
 
     def fold(self, inputs: Any, labels: Tensor | None, counted: int) -> None:
-        samples = samples_in(inputs)
+        self.samples = samples_in(inputs)
         if self.moments.classes is not None and labels is not None:
             index = torch.isin(labels[:counted].cpu(), torch.tensor(self.moments.classes)).nonzero().flatten()
             if not self.group.alone and not len(index):  # the others may wait for this process in the model
-                return self.idle(inputs)
-            inputs = index_samples(inputs, index, samples)
-            samples = counted = len(index)
-        if samples:
-            self.samples, self.counted = samples, counted
+                self.idle(inputs)
+                return
+            inputs = index_samples(inputs, index, self.samples)
+            self.samples = counted = len(index)
+        if self.samples:
+            self.counted = counted
             call(self.model, inputs)
             self.moments.samples += counted
-        return None
 
     def _read(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         x = args[0]
@@ -403,8 +369,9 @@ class _SecondMomentPass(Pass[SecondMoments]):
         size = _size(layer, output)
         key = (name, size, output.device)
         if key not in self._positions:
-            few = most is not None and math.prod(size) > most
-            chosen = sample_positions("grid", size, most, 0).to(output.device) if few and most is not None else None
+            chosen = None
+            if most is not None and math.prod(size) > most:
+                chosen = sample_positions("grid", size, most, 0).to(output.device)
             self._positions[key] = Positions(layer, chosen)
         return self._positions[key]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -12,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from discedit.common import files
+from discedit.common.by_layer import ByLayer
 from discedit.moments.distributed import WORLD, Group
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ class LayerState(Protocol):
 
     @property
     def mean(self) -> Tensor: ...
+    def named(self) -> dict[str, Tensor]: ...
     def clone(self) -> Any: ...
     def to(self, device: torch.device | str, /) -> Any: ...
 
@@ -30,27 +30,14 @@ class LayerState(Protocol):
 S = TypeVar("S", bound=LayerState)
 
 
-class LayerStates(Mapping[str, S]):
+class LayerStates(ByLayer[S]):
     """A mapping from layer name to the layer's state."""
 
     KIND: ClassVar[str]  # of the files
     EXTRAS: ClassVar[tuple[str, ...]]  # attributes beside the layers: dictionaries are joined, numbers add up
 
     def __init__(self) -> None:
-        self._layers: dict[str, S] = {}
-
-    # A mapping of tensors has no equality of its own: identity, as for other owners of tensors.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    def __getitem__(self, layer: str) -> S:
-        return self._layers[layer]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
+        self.layers: dict[str, S] = {}
 
     @property
     @abstractmethod
@@ -58,13 +45,21 @@ class LayerStates(Mapping[str, S]):
         """The arguments that the numbers depend on."""
 
     @abstractmethod
-    def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Header and tensors of the file format."""
+    def header(self) -> dict[str, Any]:
+        """Of the files: JSON, whose "layers" has the size of each layer."""
 
     @classmethod
     @abstractmethod
-    def from_contents(cls, header: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> Self:
-        """What has these contents."""
+    def of_header(cls, header: dict[str, Any], path: files.Source) -> Self:
+        """What has this header and no layers."""
+
+    @abstractmethod
+    def _shapes(self, size: Any) -> dict[str, tuple[int, ...]]:
+        """Of a layer's tensors, from its size in the header; ValueError: it is none."""
+
+    @abstractmethod
+    def _state(self, tensors: dict[str, Tensor]) -> S:
+        """Of a layer that has these tensors."""
 
     @abstractmethod
     def _merged(self, own: S, other: S) -> S:
@@ -79,6 +74,26 @@ class LayerStates(Mapping[str, S]):
         """One with the same settings and no layers."""
         return type(self)(**self.settings)
 
+    def contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Header and tensors of the file format."""
+        layers = enumerate(self.values())
+        return self.header(), {f"{i}.{name}": tensor for i, state in layers for name, tensor in state.named().items()}
+
+    @classmethod
+    def from_contents(cls, header: dict[str, Any], tensors: dict[str, Tensor], path: files.Source) -> Self:
+        found = cls.of_header(header, path)
+        for index, (layer, size) in enumerate(files.field(header, "layers", dict, path).items()):
+            try:
+                shapes = found._shapes(size)
+            except ValueError as error:
+                raise ValueError(f"{str(path)!r} is damaged: layer {layer!r}: {error}") from error
+            kinds = {name: torch.int64 if name == "count" else torch.float64 for name in shapes}
+            found.layers[layer] = found._state({
+                name: files.take(tensors, f"{index}.{name}", shape, kinds[name], path) for name, shape in shapes.items()
+            })  # fmt: skip
+        files.nothing_else(header, tensors, found.contents(), path)
+        return found
+
     def merge(self, other: Self) -> Self:
         """Add the samples of `other` to this object, which is returned. Layers that only one side has are kept.
 
@@ -86,17 +101,17 @@ class LayerStates(Mapping[str, S]):
             ValueError: the two differ in settings, or in a layer's shape or weights. Nothing is then merged.
         """
         op, mine, theirs = f"{type(self).__name__}.merge", self.settings, other.settings
-        different = [name for name in mine if mine[name] != theirs[name]]
-        if different:
+        if mine != theirs:
+            different = [name for name in mine if mine[name] != theirs[name]]
             wanted, found = (", ".join(f"{name}={of[name]!r}" for name in different) for of in (mine, theirs))
             raise ValueError(f"{op}: other must have {wanted} like this object, it has {found}.")
         merged: dict[str, S] = {}
         for layer, state in other.items():
             try:
-                merged[layer] = self._merged(self._layers[layer], state) if layer in self else state.clone()
+                merged[layer] = self._merged(self.layers[layer], state) if layer in self else state.clone()
             except ValueError as error:
                 raise ValueError(f"{op}: layer {layer!r}: {error}") from error
-        self._layers.update(merged)
+        self.layers.update(merged)
         self._add_extras(other)
         return self
 
@@ -126,7 +141,7 @@ class LayerStates(Mapping[str, S]):
         if refused is not None:
             raise refused
         devices = {layer: state.mean.device for layer, state in self.items()}
-        self._layers = {layer: state.to(devices.get(layer, device or "cpu")) for layer, state in total.items()}
+        self.layers = {layer: state.to(devices.get(layer, device or "cpu")) for layer, state in total.items()}
         for name in self.EXTRAS:
             setattr(self, name, getattr(total, name))
         return self
@@ -135,15 +150,15 @@ class LayerStates(Mapping[str, S]):
         """A copy on another device."""
         copy = self._like()
         copy._add_extras(self)
-        copy._layers = {layer: state.to(device) for layer, state in self.items()}
+        copy.layers = {layer: state.to(device) for layer, state in self.items()}
         return copy
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: files.Source) -> None:
         """Write one safetensors file, atomically."""
         files.save_tensors(path, self.KIND, *self.contents())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: files.Source) -> Self:
         """Read what `save` wrote, bit for bit.
 
         Raises:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from io import BytesIO
 from itertools import islice
@@ -23,33 +22,21 @@ class Stream:
     """A loader's batches in their order, from those on that an earlier run has not taken.
 
     A loader with `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader`) is put where it was. Of a
-    `DataLoader` over a dataset with indices, batches that are passed over are not loaded; nor of a loader that has a
-    `batch_sampler`, and `with_batches(sampler)` to make another one. All but the first are told by a digest of what
-    was taken whether they give the same batches again.
-
-    Args:
-        op: what asks, for errors.
-        loader: as for `collect_moments`.
-        progress: of the earlier run.
-
-    Raises:
-        ValueError: other batches, or fewer.
+    `DataLoader` over a dataset with indices, batches that are passed over are not loaded. A digest of what was taken
+    tells of all but the first whether they give the same batches again: others, or fewer, are a ValueError.
     """
 
     def __init__(self, op: str, loader: Iterable[Any], progress: Progress) -> None:
         self.op, self.skip, self.expected = op, progress.batches, progress.digest
-        self.taken = 0
+        self.taken = progress.batches
         self._digests: list[str] = []  # of the first, of the first two, ...: workers draw ahead of what is taken
         self._hash = sha256()
-        self._loader, self._drawn, self._put = loader, False, False
+        self._loader = loader
         self._state: Any = loader if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") else None
+        self._put = False
         if self._state is not None and progress.loader is not None:
-            self._state.load_state_dict(torch.load(BytesIO(progress.loader.numpy().tobytes()), weights_only=True))
             self._put = True
-        remake = partial(remade, loader) if has_indices(loader) else getattr(loader, "with_batches", None)
-        sampler = getattr(loader, "batch_sampler", None)
-        if remake is not None and sampler is not None:
-            self._loader, self._drawn = remake(_Drawn(self, sampler)), True
+            self._state.load_state_dict(torch.load(BytesIO(progress.loader.numpy().tobytes()), weights_only=True))
 
     def describe(self, progress: Progress) -> None:
         """Notes where the loader stands."""
@@ -60,31 +47,33 @@ class Stream:
             progress.loader = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
 
     def __iter__(self) -> Iterator[Any]:
-        source = iter(self._loader)
-        if not self._drawn and not self._put:
-            for batch in islice(source, self.skip):
-                self._note(_trace(batch))
-            self._compare()
-        self.taken = self.skip
-        for batch in source:
-            if not self._drawn and not self._put:
-                self._note(_trace(batch))
+        if has_indices(self._loader):
+            batches: Iterable[Any] = remade(self._loader, _Drawn(self, self._loader.batch_sampler))
+        else:
+            batches = self._loader if self._put else self.rest(self._loader, _trace)
+        for batch in batches:
             self.taken += 1
             yield batch
 
-    def _note(self, trace: bytes) -> None:
-        self._hash.update(trace)
-        self._digests.append(self._hash.hexdigest())
-
-    def _compare(self) -> None:
-        """When as many batches were passed over as there are, or all that were to be."""
+    def rest(self, source: Iterable[Any], mark: Callable[[Any], bytes]) -> Iterator[Any]:
+        """What comes behind that which the earlier run has taken, each known by its mark."""
+        items = iter(source)
+        for item in islice(items, self.skip):
+            self._note(mark(item))
         rule = f"{self.op}: loader must give the batches that it gave before the checkpoint,"
         if len(self._digests) < self.skip:
             raise ValueError(f"{rule} at least {self.skip}, it ends after {len(self._digests)}.")
-        if self.skip and self.expected and self._digests[self.skip - 1] != self.expected:
+        if self.skip and self.expected and self._digests[-1] != self.expected:
             raise ValueError(
                 f"{rule} the first {self.skip} are others: a sampler that shuffles needs a generator with a seed."
             )
+        for item in items:
+            self._note(mark(item))
+            yield item
+
+    def _note(self, mark: bytes) -> None:
+        self._hash.update(mark)
+        self._digests.append(self._hash.hexdigest())
 
 
 def has_indices(loader: Any) -> TypeGuard[DataLoader[Any]]:
@@ -103,21 +92,13 @@ def remade(loader: DataLoader[Any], batches: Any) -> DataLoader[Any]:
 
 
 class _Drawn:
-    """A batch sampler that notes what it draws, and gives what comes after the batches to pass over."""
+    """A batch sampler without the batches that a stream passes over."""
 
     def __init__(self, stream: Stream, sampler: Any) -> None:
         self.stream, self.sampler = stream, sampler
 
     def __iter__(self) -> Iterator[Any]:
-        stream = self.stream
-        for indices in self.sampler:
-            stream._note(repr(list(indices)).encode())
-            if len(stream._digests) > stream.skip:
-                yield indices
-            elif len(stream._digests) == stream.skip:
-                stream._compare()
-        if len(stream._digests) < stream.skip:
-            stream._compare()
+        return self.stream.rest(self.sampler, lambda indices: repr(list(indices)).encode())
 
     def __len__(self) -> int:
         return max(0, len(self.sampler) - self.stream.skip)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from discedit import ops
 from discedit.backends import arguments
 from discedit.common import files, validation
+from discedit.common.by_layer import ByLayer
 from discedit.common.state import ClassMoments, State, VectorMoments
 from discedit.common.warning import warn
 from discedit.moments.moments import READ_ONCE, Moments, Scale, Statistic
@@ -32,7 +33,7 @@ NEVER_NEGATIVE = ("l2", "rms", "absmax", "positive_fraction")
 
 
 @dataclass(eq=False, repr=False)
-class Scores(Mapping[str, Tensor]):
+class Scores(ByLayer[Tensor]):
     """Scores of every component: a mapping from layer name to a tensor (channels, classes), float64, in [0, 1].
 
     ``dict(scores)`` is the same as a plain dictionary of tensors.
@@ -70,19 +71,6 @@ class Scores(Mapping[str, Tensor]):
     def __post_init__(self) -> None:
         if not len(self.degrees):
             self.degrees = torch.full_like(self.counts, torch.nan, dtype=torch.float64)
-
-    # A mapping of tensors has no equality of its own: identity, as for tensors' owners elsewhere.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    def __getitem__(self, layer: str) -> Tensor:
-        return self.layers[layer]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
 
     def __repr__(self) -> str:
         channels = sum(len(values) for values in self.values())
