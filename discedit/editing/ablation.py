@@ -7,17 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from discedit.common import validation
 from discedit.common.warning import warn
 from discedit.editing.concept_erasure import check_scale
-from discedit.editing.row_operations import AROUND, bias_of, scaled_rows, why_not_scaled, wrong_rows
+from discedit.editing.row_operations import AROUND, RowEdit, bias_of, why_not_scaled
 from discedit.editing.target_search import FORGET, Problem, search
 from discedit.graph.pruning_graph import Graph, unseen_message
-from discedit.model.forward import call, device_of, first_tensor, frozen_eval, to_device
-from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits, record
+from discedit.model.forward import device_of, to_device
+from discedit.moments.calibration import HeldOut
+from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits
 from discedit.repair.least_squares import Outputs, Protected, repaired, take_back
 from discedit.selection.candidates import check_layers, why_not_editable
 from discedit.selection.ranking import (
@@ -38,6 +38,7 @@ KINDS = {"rows": ("filters", "neurons"), "heads": ("heads",)}
 FRACTION = {"none": 0.06, "mean": 0.06, "least_squares": 0.08}  # by repair
 MOST = 0.5  # of the components, in a search
 CHECKED = 8  # samples of each kind on which what is ablated is looked at
+SAME = 1e-6  # relative squared error of outputs that are the same but for rounding
 
 
 @dataclass(frozen=True)
@@ -134,19 +135,22 @@ class AblateComponents:
             ValueError: data or inputs that are missing, a limit beside targets, or no component to choose from.
         """
         self._check_given(problem)
-        limit, targets = self._asked(problem)
+        limit, targets = self.limit, problem.targets
+        if limit is None and not targets and problem.data is not None and self.repair_name == "none":
+            targets = {"forget_accuracy": FORGET}
+        limit = limit or TopFraction(FRACTION[self.repair_name])
         plan = self._plan(problem)
+        missed = ""
         if targets:
             assert problem.data is not None
             edit, missed = search(plan, problem.model, problem.data, targets)
-            if missed and self.around == "auto" and plan.around == "mean" and "forget_accuracy" in targets:
+            if missed and self.around == "auto" and plan.method.around == "mean" and "forget_accuracy" in targets:
                 # Zeros disturb more: what the means of small networks leave, they may not.
-                other, of_other = search(replace(plan, around="zero"), problem.model, problem.data, targets)
+                zeros = replace(plan, method=replace(plan.method, around="zero"))
+                other, of_other = search(zeros, problem.model, problem.data, targets)
                 if not of_other:
                     edit, missed = other, ""
         else:
-            assert limit is not None
-            missed = ""
             damage = retain_damage(problem.scores, plan.units, problem.others) if isinstance(limit, MaxDamage) else {}
             chosen = [limit.select(ranking, damage) for ranking in plan.rankings]
             _report_nothing(problem.forget, chosen, limit)
@@ -154,14 +158,6 @@ class AblateComponents:
             value = int(limit.value) if isinstance(limit, TopK) else float(limit.value)
             edit.recipe.settings = {limit.name: value, **edit.recipe.settings}
         return (_without(problem.model, edit, problem.example_inputs) if self.remove else edit), missed
-
-    def _asked(self, problem: Problem) -> tuple[Limit | None, Mapping[str, float]]:
-        """A limit or targets."""
-        if self.limit is not None or problem.targets:
-            return self.limit, problem.targets
-        if problem.data is not None and self.repair_name == "none":
-            return None, {"forget_accuracy": FORGET}
-        return TopFraction(FRACTION[self.repair_name]), {}
 
     def _check_given(self, problem: Problem) -> None:
         if self.limit is not None and problem.targets:
@@ -179,22 +175,20 @@ class AblateComponents:
         for name, needed in (("remove=True", self.remove), ("components='heads'", heads)):
             if needed and problem.example_inputs is None:
                 raise ValueError(f"unlearn: {name} needs example_inputs, got None.")
-        others_needed = self.by == "specific" or isinstance(self.limit, MaxDamage)
-        if not problem.others and others_needed:
+        if not problem.others and (self.by == "specific" or isinstance(self.limit, MaxDamage)):
             raise ValueError(f"unlearn: classes must leave at least one class with samples, got {problem.forget}.")
 
     def _plan(self, problem: Problem) -> _Plan:
-        model, scores, data = problem.model, problem.scores, problem.data
-        scale = self.scale_for(model)
+        model, data, norms = problem.model, problem.data, problem.scores.norms
+        scale, around = self.scale_for(model), self.around
         inputs, graph = problem.example_inputs, None
         if self.components == "heads" or self.by in OF_DATA:
             if inputs is None:
                 assert data is not None
                 inputs = data.labelled("forget", 2)[0][0]
             graph = Graph("unlearn", model, inputs)
-        units = editable_units(
-            problem, graph, KINDS[self.components], scale, "zero" if self.around == "auto" else self.around
-        )
+        known = "zero" if around == "auto" else around
+        units = editable_units(problem, graph, KINDS[self.components], scale, known)
         if self.by in OF_DATA:
             assert graph is not None
             assert data is not None
@@ -205,25 +199,15 @@ class AblateComponents:
             units = {layer: parts for layer, parts in units.items() if layer not in unread}
         else:
             rankings = _rankings(problem, units, self.by, self.sign)
-        around = self.around
         if around == "auto":
-            can = data is not None and not self.remove
-            can = can and all(bias_of(model, layer, scores.norms.get(layer)) for layer in units)
-            can = can and not any(
-                why_not_scaled(model, layer, scores.norms.get(layer), scale, "mean") for layer in units
-            )
-            around = "mean" if can else "zero"
-        settings = {"method": self.name, "by": self.by, "sign": self.sign, "components": self.components}
-        return _Plan(
-            replace(problem, example_inputs=inputs),
-            units,
-            rankings,
-            scale,
-            around,
-            self.repair_name,
-            self.protection,
-            settings,
-        )
+            carried = data is not None and not self.remove
+            for layer in units if carried else ():
+                norm = norms.get(layer)
+                carried = carried and bool(bias_of(model, layer, norm))
+                carried = carried and not why_not_scaled(model, layer, norm, scale, "mean")
+            around = "mean" if carried else "zero"
+        settled = replace(self, scale=scale, around=around)
+        return _Plan(replace(problem, example_inputs=inputs), units, rankings, settled)
 
 
 @dataclass(frozen=True)
@@ -259,11 +243,7 @@ class _Plan:
     problem: Problem
     units: dict[str, list[tuple[int, ...]]]  # layer -> the rows of each component that may be chosen
     rankings: list[Ranking]  # of each class to forget
-    scale: float
-    around: str
-    repair: str
-    protection: float
-    settings: dict[str, Any]
+    method: AblateComponents  # with what "auto" and None stand for
 
     what = "components per class"
 
@@ -280,27 +260,38 @@ class _Plan:
         return self.edited([ranking.places[:count] for ranking in self.rankings])
 
     def edited(self, chosen: Iterable[list[tuple[str, int]]]) -> Edit:
-        """The edit of these components, those of each class together."""
+        """The edit of these components, those of each class together; layers where it does not hold are left alone."""
+        problem, data = self.problem, self.problem.data
         picked: dict[str, set[int]] = {layer: set() for layer in self.units}
         for places in chosen:
             for layer, part in places:
                 picked[layer].update(self.units[layer][part])
         rows = {layer: sorted(found) for layer, found in picked.items() if found}
+        batches = (
+            [] if problem.example_inputs is None else [to_device(problem.example_inputs, device_of(problem.model))]
+        )
+        if data is not None:
+            batches = data.last(CHECKED)
         skipped: dict[str, str] = {}
-        while True:
-            edit = self._made(rows)
-            wrong = self._wrong(edit.model, rows)
+        while rows:
+            rows_edit = RowEdit(
+                problem.model, problem.scores.norms, rows, self.method.scale_for(problem.model), self._means()
+            )
+            edit = rows_edit.recipe(self._settings()).apply(problem.model)
+            if self.method.repair_name != "none":
+                self._repair(edit, rows)
+            edit.widths = {layer: len(problem.scores[layer]) for layer in rows}
+            wrong = rows_edit.wrong(edit.model, batches)
             if not wrong:
                 edit.skipped = skipped
                 return edit
             skipped |= wrong
             rows = {layer: found for layer, found in rows.items() if layer not in wrong}
-            if not rows:
-                layer, why = next(iter(skipped.items()))
-                raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
+        layer, why = next(iter(skipped.items()))
+        raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
 
     def _means(self) -> Mapping[str, Tensor] | None:
-        if self.around != "mean":
+        if self.method.around != "mean":
             return None
         assert self.problem.data is not None
         means = self.problem.data.means({layer: self.problem.scores.norms.get(layer, layer) for layer in self.units})
@@ -309,36 +300,18 @@ class _Plan:
                 raise ValueError(f"unlearn: data must give finite feature maps, the mean of {layer!r} is NaN or Inf.")
         return means
 
-    def _wrong(self, edited: nn.Module, rows: Mapping[str, list[int]]) -> dict[str, str]:
-        """Layers of the edited model that do not give what the recipe says, with reasons."""
-        inputs, data = self.problem.example_inputs, self.problem.data
-        batches = [] if inputs is None else [to_device(inputs, device_of(edited))]
-        if data is not None:
-            batches = data.last(CHECKED)
-        norms = {layer: norm for layer, norm in self.problem.scores.norms.items() if layer in rows}
-        return wrong_rows(self.problem.model, edited, norms, rows, self.scale, self._means(), batches)
-
-    def _made(self, rows: dict[str, list[int]]) -> Edit:
-        model, scores = self.problem.model, self.problem.scores
-        operations, tensors = scaled_rows(model, scores.norms, rows, self.scale, self._means())
-        settings = {
-            "classes": self.problem.forget,
-            **self.settings,
-            "layers": list(self.units),
-            "scale": self.scale,
-            "around": self.around,
-            "repair": self.repair,
-            **({"protection": self.protection} if self.repair == "least_squares" else {}),
-            **scores.settings,
-        }
-        edit = Recipe("unlearn", settings, rows, architecture_of(model), operations, tensors).apply(model)
-        if self.repair != "none":
-            self._repair(edit, rows)
-        edit.widths = {layer: len(scores[layer]) for layer in rows}
-        return edit
+    def _settings(self) -> dict[str, Any]:
+        method = self.method
+        settings: dict[str, Any] = {"classes": self.problem.forget, "method": method.name}
+        settings |= {name: getattr(method, name) for name in ("by", "sign", "components")}
+        settings |= {"layers": list(self.units), "scale": float(method.scale or 0.0), "around": method.around}
+        settings["repair"] = method.repair_name
+        if method.repair_name == "least_squares":
+            settings["protection"] = method.protection
+        return settings | self.problem.scores.settings
 
     def _repair(self, edit: Edit, rows: Mapping[str, list[int]]) -> None:
-        model, data = self.problem.model, self.problem.data
+        op, model, data = "unlearn", self.problem.model, self.problem.data
         assert data is not None
         retain, held_out = data.kept_back("retain")
         forget = data.parts("forget")
@@ -349,29 +322,26 @@ class _Plan:
             for name in order[first + 1 :]
             if name != head and isinstance(edit.model.get_submodule(name), (nn.Conv2d, nn.Linear))
         ]
+        repair = self.method.repair_name
         if not behind:
-            warn(f"unlearn: repair={self.repair!r} finds nothing to repair: only the head is behind {order[first]!r}.")
+            warn(f"{op}: repair={repair!r} finds nothing to repair: only the head is behind {order[first]!r}.")
             return
         outputs = Outputs(model, held_out)
         unrepaired = outputs.error(edit.model)
-        weights = self.repair == "least_squares"
         result = repaired(
-            "unlearn",
+            op,
             edit.model,
             behind,
             {},
             data.trace,
             retain,
-            weights=weights,
+            weights=repair == "least_squares",
             ablated=rows,
-            protected=Protected(forget, self.protection) if weights else Protected(),
+            protected=Protected(forget, self.method.protection) if repair == "least_squares" else Protected(),
             ignore=() if head is None else (head,),
         )
-        take_back("unlearn", model, edit.model, result, {}, data.trace, held_out, ablated=rows)
-        if result.skipped:
-            edit.recipe.settings["unrepaired"] = result.skipped
-        record(edit, result.before, result.values)
-        outputs.warn_if_worse("unlearn", unrepaired, outputs.error(edit.model))
+        take_back(op, model, edit, result, {}, data.trace, held_out, ablated=rows)
+        outputs.warn_if_worse(op, unrepaired, outputs.error(edit.model))
 
 
 def editable_units(
@@ -449,7 +419,12 @@ def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> Edit:
     rows = {layer: sorted(r for i in parts for r in found[layer].rows[i]) for layer, parts in chosen.items()}
     smaller = Recipe("prune", {}, rows, architecture_of(edit.model), operations).apply(edit.model)
     smaller.widths = {layer: edit.widths[layer] for layer in rows}
-    _same_function(edit.model, smaller.model, example_inputs)
+    inputs = to_device(example_inputs, device_of(edit.model))
+    if not Outputs(edit.model, HeldOut(inputs, 0)).error(smaller.model) <= SAME:
+        raise ValueError(
+            "unlearn: remove must not change what the zeroed model gives; here zeroed components still give "
+            "something behind their activation, which is not 0 at 0."
+        )
     if unseen := graph.unseen(chosen):
         warn(unseen_message("unlearn", unseen))
     both = compose_edits(model, [edit, smaller], inplace=False)
@@ -457,21 +432,3 @@ def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> Edit:
     kept = {layer: f"zeroed, not removed: {why}" for layer, why in skipped.items() if layer in gone}
     both.skipped = edit.skipped | kept
     return both
-
-
-def _same_function(zeroed: nn.Module, smaller: nn.Module, example_inputs: Any) -> None:
-    device = device_of(zeroed)
-    with torch.no_grad():
-        before, after = (_logits(part, example_inputs, device) for part in (zeroed, smaller))
-    if not float((before - after).abs().max()) <= 1e-3 * float(before.abs().max()) + 1e-6:
-        raise ValueError(
-            "unlearn: remove must not change what the zeroed model gives; here zeroed components still give "
-            "something behind their activation, which is not 0 at 0."
-        )
-
-
-def _logits(model: nn.Module, inputs: Any, device: torch.device) -> Tensor:
-    with frozen_eval(model):
-        output = first_tensor(call(model, to_device(inputs, device)))
-    assert output is not None
-    return output

@@ -64,6 +64,9 @@ BEST_WITH = {
 }
 
 
+DEFAULTS = {"criterion": "auto", "repair": "auto", "components": COMPONENTS, "ignore": ()}  # of others, None
+
+
 class Shorthand(TypedDict, total=False):
     """Budgets by their names: ``macs=0.5`` is ``budget=MaxMacs(0.5)``."""
 
@@ -119,9 +122,18 @@ def prune(
 
     Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (criterion="min", repair="none"); others: docs/pruning.md.
     """
-    options = {"data": data, "budget": budget, "criterion": criterion, "repair": repair, "components": components}
-    options |= {"layers": layers, "ignore": ignore, **shorthand}
-    return _in_steps(model, scores, _Options.of(example_inputs=example_inputs, **options), 1, None)
+    options = _Options.of(
+        example_inputs=example_inputs,
+        data=data,
+        budget=budget,
+        criterion=criterion,
+        repair=repair,
+        components=components,
+        layers=layers,
+        ignore=ignore,
+        **shorthand,
+    )
+    return _in_steps(model, scores, options, 1, None)
 
 
 @outside_modes
@@ -176,9 +188,7 @@ class _Options:
         Raises:
             ValueError: an option that is unknown.
         """
-        known = {"data": None, "budget": None, "criterion": "auto", "repair": "auto", "components": COMPONENTS}
-        known |= {"layers": None, "ignore": ()}
-        known |= {field.name: given.pop(field.name) for field in fields(cls) if field.name in given}
+        known: dict[str, Any] = {field.name: given.pop(field.name, DEFAULTS.get(field.name)) for field in fields(cls)}
         if not isinstance(known["criterion"], Random):
             validation.choice("prune", "criterion", known["criterion"], ("auto", *CRITERIA))
         validation.choice("prune", "repair", known["repair"], REPAIRS)
@@ -360,10 +370,7 @@ def _repair(
         else:
             weights = options.repair == "least_squares"
             result = repaired(op, edit.model, readers, producers, trace, parts, weights=weights)
-        take_back(op, model, edit.model, result, producers, trace, held_out, sums=not compensates)
-        if result.skipped:
-            edit.recipe.settings["unrepaired"] = result.skipped
-        record(edit, result.before, result.values)
+        take_back(op, model, edit, result, producers, trace, held_out, sums=not compensates)
     if options.repair == "batchnorm" and options.data is not None:
         record(edit, *batchnorm.reestimated(edit.model, options.data))
     elif compensates and options.data is not None and batch_norms(edit.model):

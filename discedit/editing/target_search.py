@@ -53,41 +53,30 @@ class Plan(Protocol):
     def first(self, count: int) -> Edit: ...
 
 
-@dataclass(frozen=True)
-class _Tried:
-    """An edit, and what is known of it."""
-
-    edit: Edit
-    forget_accuracy: float
-    retain_drop: float | None = None
-
-
 class _Search:
-    """Edits that were tried, by size; whether one is large enough."""
+    """Edits that were tried, by size, and what each reached."""
 
     def __init__(self, plan: Plan, model: nn.Module, data: ForgetRetainSplit, targets: Mapping[str, float]) -> None:
         self.plan, self.data, self.targets = plan, data, targets
         self.least = "forget_accuracy" in targets  # the smallest edit is looked for, else the largest
         self.before = data.accuracy(model, "retain") if "retain_drop" in targets else math.nan
-        self.tried: dict[int, _Tried] = {}
+        self.tried: dict[int, Edit] = {}
+        self.forget_accuracy: dict[int, float] = {}
+        self.retain_drop: dict[int, float] = {}
 
-    def look(self, count: int) -> _Tried:
-        if count not in self.tried:
-            edit = self.plan.first(count)
-            forgot = self.data.accuracy(edit.model, "forget", LOOKED)
-            self.tried[count] = _Tried(edit, forgot, None if self.least else self.drop(edit))
-        return self.tried[count]
-
-    def drop(self, edit: Edit) -> float:
-        return self.before - self.data.accuracy(edit.model, "retain")
+    def drop(self, count: int) -> float:
+        if count not in self.retain_drop:
+            self.retain_drop[count] = self.before - self.data.accuracy(self.tried[count].model, "retain")
+        return self.retain_drop[count]
 
     def beyond(self, count: int) -> bool:
         """Whether what is looked for is no larger than this; of the largest, whether it is smaller."""
-        found = self.look(count)
+        if count not in self.tried:
+            self.tried[count] = self.plan.first(count)
+            self.forget_accuracy[count] = self.data.accuracy(self.tried[count].model, "forget", LOOKED)
         if self.least:
-            return found.forget_accuracy <= self.targets["forget_accuracy"]
-        assert found.retain_drop is not None
-        return found.retain_drop > self.targets["retain_drop"]
+            return self.forget_accuracy[count] <= self.targets["forget_accuracy"]
+        return self.drop(count) > self.targets["retain_drop"]
 
     def count(self) -> int:
         """The size that is looked for: doubled until it is passed, then bisected."""
@@ -100,9 +89,10 @@ class _Search:
             middle = (low + high) // 2
             low, high = (low, middle) if self.beyond(middle) else (middle, high)
         if found and not self.least:
-            return max(low, 1)
+            high = max(low, 1)
+            self.beyond(high)
         if self.least and not found:  # nothing forgets enough: what forgets most
-            return min(self.tried, key=lambda count: (self.tried[count].forget_accuracy, count))
+            return min(self.tried, key=lambda count: (self.forget_accuracy[count], count))
         return high
 
 
@@ -110,18 +100,18 @@ def search(plan: Plan, model: nn.Module, data: ForgetRetainSplit, targets: Mappi
     """The edit that meets the targets, or comes nearest, and what is to be said of those that it misses."""
     looking = _Search(plan, model, data, targets)
     count = looking.count()
-    chosen, tried = looking.look(count), looking.tried
-    reached: dict[str, float] = {"forget_accuracy": chosen.forget_accuracy}
+    edit, tried = looking.tried[count], looking.tried
+    reached = {"forget_accuracy": looking.forget_accuracy[count]}
     if "retain_drop" in targets:
-        reached["retain_drop"] = looking.drop(chosen.edit) if chosen.retain_drop is None else chosen.retain_drop
-    chosen.edit.recipe.settings = {
+        reached["retain_drop"] = looking.drop(count)
+    edit.recipe.settings = {
         "targets": {
             name: {"asked": value, "reached": reached[name], "met": reached[name] <= value}
             for name, value in targets.items()
         },
         "count": count,
-        "tried": {str(number): round(tried[number].forget_accuracy, 4) for number in sorted(tried)},
-        **chosen.edit.recipe.settings,
+        "tried": {str(number): round(looking.forget_accuracy[number], 4) for number in sorted(tried)},
+        **edit.recipe.settings,
     }
     missed = [
         f"{name} is {reached[name]:.4f}, which misses the target {value:g} by {reached[name] - value:.4f}"
@@ -129,7 +119,7 @@ def search(plan: Plan, model: nn.Module, data: ForgetRetainSplit, targets: Mappi
         if reached[name] > value
     ]
     if not missed:
-        return chosen.edit, ""
-    return chosen.edit, (
+        return edit, ""
+    return edit, (
         f"unlearn: of {len(tried)} edits of up to {max(tried)} {plan.what} none meets the targets: {'; '.join(missed)}."
     )

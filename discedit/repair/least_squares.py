@@ -29,6 +29,7 @@ from discedit.model.trace import ModelTrace, is_layer
 from discedit.moments.calibration import PARTS, HeldOut, scale_of
 from discedit.moments.covariances import LayerMoments, Sums
 from discedit.moments.positions import Positions, matrix_of
+from discedit.recipes.recipe import Edit, record
 from discedit.repair.lockstep import Pause, in_lockstep
 
 RIDGE = 1e-3
@@ -426,7 +427,7 @@ class _LayerFitter:
 def take_back(
     op: str,
     model: nn.Module,
-    edited: nn.Module,
+    edit: Edit,
     repairs: Repairs,
     removed: Mapping[str, list[int]],
     trace: ModelTrace,
@@ -435,7 +436,7 @@ def take_back(
     sums: bool = True,
     ablated: Mapping[str, list[int]] | None = None,
 ) -> None:
-    """Undoes, in `edited` and in `repairs`, the repair of each layer that gives more error than none.
+    """Undoes the repair of each layer that gives more error than none, and notes the others in the edit's recipe.
 
     In the order in which the layers run, each on what those before it give with what was decided of them. An error is
     the squared difference of what a layer gives from what it gave in `model`, behind the norm that it goes into if
@@ -449,9 +450,10 @@ def take_back(
     Raises:
         ValueError: feature maps of `model` that are not finite.
     """
-    after = trace.of_copy(edited)
+    edited = edit.model
+    after, stale = trace.of_copy(edited), True
     with frozen_eval(model), frozen_eval(edited):
-        while repairs.layers:
+        while repairs.layers and stale:
             targets = {name: _Target(removed.get(name, ()), seed, PARTS) for seed, name in enumerate(repairs.layers)}
             with _Before(trace, targets, sums=sums):
                 call(model, held_out.inputs)
@@ -460,8 +462,10 @@ def take_back(
             for name in [name for name in repairs.layers if name not in check.judged]:
                 check.put(name, repairs.before)
                 repairs.drop(name, f"its repair could not be checked: it does not run on {_named(held_out)}")
-            if not check.stale:
-                return
+            stale = check.stale
+    if repairs.skipped:
+        edit.recipe.settings["unrepaired"] = repairs.skipped
+    record(edit, repairs.before, repairs.values)
 
 
 class _HeldOutCheck(ActivationTracker):

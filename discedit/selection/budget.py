@@ -222,15 +222,16 @@ def budget_of(op: str, budget: Budget | None, given: Mapping[str, Any]) -> Budge
     for name in given:
         if name not in BUDGETS:
             raise TypeError(f"{op}() got an unexpected keyword argument {name!r}; budgets are {', '.join(BUDGETS)}.")
-    if budget is not None and not isinstance(budget, Budget):
-        classes = ", ".join(kind.__name__ for kind in BUDGETS.values())
-        raise TypeError(f"{op}: budget must be one of {classes}, got {type(budget).__name__}.")
-    asked = {name: value for name, value in {"budget": budget, **given}.items() if value is not None}
+    asked: dict[str, Any] = {name: value for name, value in {"budget": budget, **given}.items() if value is not None}
     if len(asked) != 1:
         found = ", ".join(f"{name}={value!r}" for name, value in asked.items()) or "none of them"
         raise ValueError(f"{op}: exactly one of {', '.join(BUDGETS)} or budget must be given, got {found}.")
     [(name, value)] = asked.items()
-    return budget if budget is not None else BUDGETS[name](value)
+    chosen = value if name == "budget" else BUDGETS[name](value)
+    if not isinstance(chosen, Budget):
+        classes = ", ".join(kind.__name__ for kind in BUDGETS.values())
+        raise TypeError(f"{op}: budget must be one of {classes}, got {type(chosen).__name__}.")
+    return chosen
 
 
 @dataclass(frozen=True)
