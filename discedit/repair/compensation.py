@@ -38,7 +38,7 @@ def compensated(
         inputs: calibration images in parts.
     """
     after = trace.of_copy(edited)
-    result = Repairs(skipped={name: why for name in read if (why := after.why_not_fitted(name))})
+    result = Repairs(edited, skipped={name: why for name in read if (why := after.why_not_fitted(name))})
     names = [name for name in read if name not in result.skipped]
     fits = fits_of(model, names, inputs, trace)
     result.skipped |= dict.fromkeys(set(names) - set(fits), "it does not run just once per forward pass")
@@ -52,9 +52,8 @@ def compensated(
         factors = Contributions(xx, (matrix @ xx).view(whole.shape), whole, None).compensation(kept, RIDGE)
         weight = (whole[:, kept] * factors[:, :, None])[rows]
         missing = (whole[rows] * mean).sum((1, 2)) - (weight * mean[kept]).sum((1, 2))
-        layer: Any = edited.get_submodule(name)
-        result.set(name, f"{name}.weight", layer.weight, weight.view(layer.weight.shape))
-        result.shift(name, after, after.bias_norm(name), missing)
+        result.set(name, f"{name}.weight", weight.view(result.tensor(f"{name}.weight").shape))
+        result.shift(name, after, missing)
     return result
 
 
