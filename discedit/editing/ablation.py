@@ -34,6 +34,7 @@ from discedit.selection.ranking import (
     retain_damage,
 )
 
+Units = dict[str, list[tuple[int, ...]]]  # layer -> the rows of each component that may be chosen
 KINDS = {"rows": ("filters", "neurons"), "heads": ("heads",)}
 FRACTION = {"none": 0.06, "mean": 0.06, "least_squares": 0.08}  # by repair
 MOST = 0.5  # of the components, in a search
@@ -102,10 +103,9 @@ class AblateComponents:
                 "unlearn: limit must be a Limit such as TopFraction, TopK, AboveDeviations or MaxDamage, got "
                 f"{self.limit!r}."
             )
-        validation.choice("unlearn", "by", self.by, self.measures)
-        validation.choice("unlearn", "sign", self.sign, SIGNS)
-        validation.choice("unlearn", "components", self.components, KINDS)
-        validation.choice("unlearn", "around", self.around, ("auto", *AROUND))
+        fields = {"by": self.measures, "sign": SIGNS, "components": KINDS, "around": ("auto", *AROUND)}
+        for name, allowed in fields.items():
+            validation.choice("unlearn", name, getattr(self, name), allowed)
         if not isinstance(self.repair, LeastSquares):
             validation.choice("unlearn", "repair", self.repair, FRACTION)
         if self.scale is not None:
@@ -135,22 +135,25 @@ class AblateComponents:
             ValueError: data or inputs that are missing, a limit beside targets, or no component to choose from.
         """
         self._check_given(problem)
-        limit, targets = self.limit, problem.targets
-        if limit is None and not targets and problem.data is not None and self.repair_name == "none":
-            targets = {"forget_accuracy": FORGET}
-        limit = limit or TopFraction(FRACTION[self.repair_name])
+        limit = self.limit
+        if limit is None and not problem.targets and problem.data is not None and self.repair_name == "none":
+            problem = replace(problem, targets={"forget_accuracy": FORGET})
         plan = self._plan(problem)
         missed = ""
-        if targets:
-            assert problem.data is not None
-            edit, missed = search(plan, problem.model, problem.data, targets)
-            if missed and self.around == "auto" and plan.method.around == "mean" and "forget_accuracy" in targets:
+        if problem.targets:
+            edit, missed = plan.search()
+            if (
+                missed
+                and self.around == "auto"
+                and plan.method.around == "mean"
+                and "forget_accuracy" in problem.targets
+            ):
                 # Zeros disturb more: what the means of small networks leave, they may not.
-                zeros = replace(plan, method=replace(plan.method, around="zero"))
-                other, of_other = search(zeros, problem.model, problem.data, targets)
+                other, of_other = replace(plan, method=replace(plan.method, around="zero")).search()
                 if not of_other:
                     edit, missed = other, ""
         else:
+            limit = limit or TopFraction(FRACTION[self.repair_name])
             damage = retain_damage(problem.scores, plan.units, problem.others) if isinstance(limit, MaxDamage) else {}
             chosen = [limit.select(ranking, damage) for ranking in plan.rankings]
             _report_nothing(problem.forget, chosen, limit)
@@ -241,23 +244,19 @@ class _Plan:
     """Everything about an edit but how many components go."""
 
     problem: Problem
-    units: dict[str, list[tuple[int, ...]]]  # layer -> the rows of each component that may be chosen
+    units: Units
     rankings: list[Ranking]  # of each class to forget
     method: AblateComponents  # with what "auto" and None stand for
 
-    what = "components per class"
+    def search(self) -> tuple[Edit, str]:
+        """The edit of as many components for each class as the targets take."""
+        sizes = self.rankings[0].sizes
+        most = min(max(len(ranking.places) for ranking in self.rankings), max(1, math.floor(MOST * sizes)))
 
-    @property
-    def sizes(self) -> int:
-        return self.rankings[0].sizes
+        def first(count: int) -> Edit:
+            return self.edited([ranking.places[:count] for ranking in self.rankings])
 
-    @property
-    def most(self) -> int:
-        return min(max(len(ranking.places) for ranking in self.rankings), max(1, math.floor(MOST * self.sizes)))
-
-    def first(self, count: int) -> Edit:
-        """The edit of so many components for each class."""
-        return self.edited([ranking.places[:count] for ranking in self.rankings])
+        return search(self.problem, first, sizes, most, "components per class")
 
     def edited(self, chosen: Iterable[list[tuple[str, int]]]) -> Edit:
         """The edit of these components, those of each class together; layers where it does not hold are left alone."""
@@ -344,9 +343,7 @@ class _Plan:
         outputs.warn_if_worse(op, unrepaired, outputs.error(edit.model))
 
 
-def editable_units(
-    problem: Problem, graph: Graph | None, kinds: Iterable[str], scale: float, around: str
-) -> dict[str, list[tuple[int, ...]]]:
+def editable_units(problem: Problem, graph: Graph | None, kinds: Iterable[str], scale: float, around: str) -> Units:
     """Layer -> the rows of each component that may be chosen: all rows, or with a graph what it finds of some kinds."""
     model, scores = problem.model, problem.scores
     widths = {layer: len(scores[layer]) for layer in scores}
@@ -356,18 +353,15 @@ def editable_units(
         why = why_not_editable(model, layer) or why_not_scaled(model, layer, scores.norms.get(layer), scale, around)
         if why:
             reasons[layer] = why
-    units: dict[str, list[tuple[int, ...]]] = {
-        layer: [(row,) for row in range(widths[layer])] for layer in chosen if layer not in reasons
-    }
+    units: Units = {layer: [(row,) for row in range(widths[layer])] for layer in chosen if layer not in reasons}
     if graph is not None:
         found, unfit = graph.find(units, kinds)
         reasons |= unfit
         units = {layer: [tuple(rows) for rows in parts.rows] for layer, parts in found.items()}
     if problem.layers is None:
-        order = list(units)
-        units = {layer: units[layer] for layer in order[len(order) - math.ceil(len(order) / 3) :]}
-    elif len(units) < len(chosen):
-        layer, why = next(((layer, reasons[layer]) for layer in chosen if layer in reasons), ("", ""))
+        units = dict(list(units.items())[-math.ceil(len(units) / 3) :])
+    elif reasons:
+        layer, why = next((layer, reasons[layer]) for layer in chosen if layer in reasons)
         raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
     if not units:
         why = f" ({'; '.join(f'{layer}: {why}' for layer, why in reasons.items())})" if reasons else ", it is empty"
@@ -375,7 +369,7 @@ def editable_units(
     return units
 
 
-def _rankings(problem: Problem, units: dict[str, list[tuple[int, ...]]], by: str, sign: str) -> list[Ranking]:
+def _rankings(problem: Problem, units: Units, by: str, sign: str) -> list[Ranking]:
     found = []
     for cls in problem.forget:
         ranking = rank(problem.scores, units, cls, problem.others, by=by, sign=sign)

@@ -232,10 +232,10 @@ class EraseDirections:
         if not layers:
             why = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "there is none"
             raise ValueError(f"unlearn: layers must name at least one layer that can be edited ({why}).")
-        plan = _Erasure(problem, layers, float(self.scale))
         if problem.targets:
-            return search(plan, problem.model, problem.data, problem.targets)
-        edit, left = plan.edited(layers)
+            number = len(layers)
+            return search(problem, lambda n: self._edited(problem, layers, n)[0], number, number, "layers")
+        edit, left = self._edited(problem, layers, len(layers))
         edit.recipe.settings = {"forget_accuracy": left, **edit.recipe.settings}
         if left <= FORGET:
             return edit, ""
@@ -243,6 +243,31 @@ class EraseDirections:
             f"unlearn: {100 * left:.1f} % of the samples to forget are still named rightly, more than {100 * FORGET:g} "
             f"%; more layers, or method=AblateComponents() with a target, may do better."
         )
+
+    def _edited(self, problem: Problem, able: list[str], number: int) -> tuple[Edit, float]:
+        """From the last so many of the layers; and the share of the samples to forget that are still named rightly."""
+        model, forget, data = problem.model, problem.forget, problem.data
+        assert data is not None
+        widest = max(model.get_parameter(f"{layer}.weight").shape[1] for layer in able)
+        samples = {"retain": max(REST, PER_FEATURE * widest), "forget": EACH * len(forget)}
+        parts = [part for kind, most in samples.items() for part in data.labelled(kind, min(most, SAMPLES))]
+        layers = able[len(able) - number :]
+        made = erased(copied(model), layers, data.trace, parts, forget, float(self.scale))
+        if not made.operations:
+            layer, why = next(iter(made.skipped.items()))
+            raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
+        settings = {
+            "classes": forget,
+            "method": self.name,
+            "layers": [layer for layer in layers if layer not in made.skipped],
+            "scale": float(self.scale),
+            "around": "mean",
+            "directions": made.bounds,
+        }
+        recipe = Recipe("unlearn", settings, {}, architecture_of(model), made.operations, made.tensors)
+        edit = recipe.apply(model)
+        edit.skipped = made.skipped
+        return edit, made.forgotten
 
 
 def check_scale(scale: Any) -> None:
@@ -275,48 +300,3 @@ def erasable_layers(problem: Problem) -> tuple[list[str], dict[str, str]]:
                 raise ValueError(f"unlearn: layer {name!r} cannot be edited: {why}.")
         able = [name for name in able if name in problem.layers]
     return able, {name: why for name, why in reasons.items() if why}
-
-
-@dataclass(frozen=True)
-class _Erasure:
-    """Directions to be erased from what layers read; what edits of each size share."""
-
-    problem: Problem
-    layers: list[str]
-    scale: float
-
-    what = "layers"
-
-    @property
-    def sizes(self) -> int:
-        return len(self.layers)
-
-    most = sizes
-
-    def first(self, count: int) -> Edit:
-        """From so many layers, the last of them."""
-        return self.edited(self.layers[len(self.layers) - count :])[0]
-
-    def edited(self, layers: list[str]) -> tuple[Edit, float]:
-        """From these layers; and the share of the samples to forget that are still named rightly."""
-        model, forget, data = self.problem.model, self.problem.forget, self.problem.data
-        assert data is not None
-        widest = max(model.get_parameter(f"{layer}.weight").shape[1] for layer in self.layers)
-        number = {"retain": max(REST, PER_FEATURE * widest), "forget": EACH * len(forget)}
-        parts = [part for kind, most in number.items() for part in data.labelled(kind, min(most, SAMPLES))]
-        made = erased(copied(model), layers, data.trace, parts, forget, self.scale)
-        if not made.operations:
-            layer, why = next(iter(made.skipped.items()))
-            raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
-        settings = {
-            "classes": forget,
-            "method": EraseDirections.name,
-            "layers": [layer for layer in layers if layer not in made.skipped],
-            "scale": self.scale,
-            "around": "mean",
-            "directions": made.bounds,
-        }
-        recipe = Recipe("unlearn", settings, {}, architecture_of(model), made.operations, made.tensors)
-        edit = recipe.apply(model)
-        edit.skipped = made.skipped
-        return edit, made.forgotten

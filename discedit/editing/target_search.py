@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -39,27 +39,15 @@ class Problem:
     targets: Mapping[str, float]
 
 
-class Plan(Protocol):
-    """Edits of every size: the first so many of `sizes` parts, at most `most`; `what` names the parts."""
-
-    what: str
-
-    @property
-    def sizes(self) -> int: ...
-
-    @property
-    def most(self) -> int: ...
-
-    def first(self, count: int) -> Edit: ...
-
-
 class _Search:
-    """Edits that were tried, by size, and what each reached."""
+    """Edits that were tried, by size, and what each reached; arguments as for `search`."""
 
-    def __init__(self, plan: Plan, model: nn.Module, data: ForgetRetainSplit, targets: Mapping[str, float]) -> None:
-        self.plan, self.data, self.targets = plan, data, targets
-        self.least = "forget_accuracy" in targets  # the smallest edit is looked for, else the largest
-        self.before = data.accuracy(model, "retain") if "retain_drop" in targets else math.nan
+    def __init__(self, problem: Problem, first: Callable[[int], Edit], sizes: int, most: int) -> None:
+        assert problem.data is not None
+        self.data, self.targets = problem.data, problem.targets
+        self.first, self.sizes, self.most = first, sizes, most
+        self.least = "forget_accuracy" in self.targets  # the smallest edit is looked for, else the largest
+        self.before = self.data.accuracy(problem.model, "retain") if "retain_drop" in self.targets else math.nan
         self.tried: dict[int, Edit] = {}
         self.forget_accuracy: dict[int, float] = {}
         self.retain_drop: dict[int, float] = {}
@@ -72,7 +60,7 @@ class _Search:
     def beyond(self, count: int) -> bool:
         """Whether what is looked for is no larger than this; of the largest, whether it is smaller."""
         if count not in self.tried:
-            self.tried[count] = self.plan.first(count)
+            self.tried[count] = self.first(count)
             self.forget_accuracy[count] = self.data.accuracy(self.tried[count].model, "forget", LOOKED)
         if self.least:
             return self.forget_accuracy[count] <= self.targets["forget_accuracy"]
@@ -80,10 +68,9 @@ class _Search:
 
     def count(self) -> int:
         """The size that is looked for: doubled until it is passed, then bisected."""
-        most = self.plan.most
-        low, high = 0, min(max(1, round(FIRST * self.plan.sizes)), most)
-        while not self.beyond(high) and high < most:
-            low, high = high, min(2 * high, most)
+        low, high = 0, min(max(1, round(FIRST * self.sizes)), self.most)
+        while not self.beyond(high) and high < self.most:
+            low, high = high, min(2 * high, self.most)
         found = self.beyond(high)
         while found and high - low > max(1, PRECISION * high):
             middle = (low + high) // 2
@@ -96,12 +83,16 @@ class _Search:
         return high
 
 
-def search(plan: Plan, model: nn.Module, data: ForgetRetainSplit, targets: Mapping[str, float]) -> tuple[Edit, str]:
-    """The edit that meets the targets, or comes nearest, and what is to be said of those that it misses."""
-    looking = _Search(plan, model, data, targets)
+def search(problem: Problem, first: Callable[[int], Edit], sizes: int, most: int, what: str) -> tuple[Edit, str]:
+    """The edit that meets the targets, or comes nearest, and what is to be said of those that it misses.
+
+    Args:
+        first: makes the edit of so many of `sizes` parts, at most `most`; `what` names the parts.
+    """
+    looking, targets = _Search(problem, first, sizes, most), problem.targets
     count = looking.count()
-    edit, tried = looking.tried[count], looking.tried
-    reached = {"forget_accuracy": looking.forget_accuracy[count]}
+    edit, tried = looking.tried[count], looking.forget_accuracy
+    reached = {"forget_accuracy": tried[count]}
     if "retain_drop" in targets:
         reached["retain_drop"] = looking.drop(count)
     edit.recipe.settings = {
@@ -110,7 +101,7 @@ def search(plan: Plan, model: nn.Module, data: ForgetRetainSplit, targets: Mappi
             for name, value in targets.items()
         },
         "count": count,
-        "tried": {str(number): round(looking.forget_accuracy[number], 4) for number in sorted(tried)},
+        "tried": {str(number): round(tried[number], 4) for number in sorted(tried)},
         **edit.recipe.settings,
     }
     missed = [
@@ -120,6 +111,7 @@ def search(plan: Plan, model: nn.Module, data: ForgetRetainSplit, targets: Mappi
     ]
     if not missed:
         return edit, ""
-    return edit, (
-        f"unlearn: of {len(tried)} edits of up to {max(tried)} {plan.what} none meets the targets: {'; '.join(missed)}."
+    return (
+        edit,
+        f"unlearn: of {len(tried)} edits of up to {max(tried)} {what} none meets the targets: {'; '.join(missed)}.",
     )

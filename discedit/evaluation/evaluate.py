@@ -242,19 +242,8 @@ def evaluate(
     for name, one in given.items():
         validation.module(OP, one, "model" if name == "edited" else name)
     models = {name: unwrapped(one) for name, one in given.items()}
-    not_measured: dict[str, str] = {}
-
-    def leave_out(missing: Callable[[Metric], str]) -> set[str]:
-        """Metrics that cannot be measured; gives what the others require."""
-        for name in list(chosen):
-            if what := missing(chosen[name]):
-                if by_name:
-                    raise ValueError(f"{OP}: metrics={name!r} needs {what}.")
-                not_measured[name] = f"needs {what}"
-                del chosen[name]
-        return {what for metric in chosen.values() for what in metric.requires}
-
-    required = leave_out(lambda metric: _missing_argument(metric, train, models))
+    not_measured = _leave_out(chosen, by_name, lambda metric: _missing_argument(metric, train, models))
+    required = {what for metric in chosen.values() for what in metric.requires}
     if "scikit-learn" in required and find_spec("sklearn") is None:
         needy = [name for name, metric in METRICS.items() if "scikit-learn" in metric.requires]
         raise ModuleNotFoundError(
@@ -271,22 +260,29 @@ def evaluate(
             outputs[part], kept[part] = gather(part, loader, models, count, features=read, keep=keep, seed=number)
             counts[part] = torch.bincount(outputs[part]["edited"].labels, minlength=count)
     _check_test(counts["test"], forget, others)
-    leave_out(lambda metric: _missing_samples(metric, counts, forget, others))
+    not_measured |= _leave_out(chosen, by_name, lambda metric: _missing_samples(metric, counts, forget, others))
     data = EvaluationData(models, forget, others, outputs, kept, number)
     found = {name: metric.measure(data) for name, metric in chosen.items()}
     relearning = chosen["relearning"].measure if "relearning" in chosen else None
+    tuned = asdict(relearning) if isinstance(relearning, Relearning) else None
     return Evaluation(
         classes=tuple(forget),
         num_classes=count,
         samples={part: {"forget": int(n[forget].sum()), "retain": int(n[others].sum())} for part, n in counts.items()},
         not_measured=not_measured | {name: UNFIT for name, figures in found.items() if not figures},
-        settings={
-            "features": features,
-            "seed": number,
-            "relearning": asdict(relearning) if isinstance(relearning, Relearning) else None,
-        },
+        settings={"features": features, "seed": number, "relearning": tuned},
         **{name: figures for name, figures in found.items() if figures},
     )
+
+
+def _leave_out(metrics: dict[str, Metric], by_name: bool, missing: Callable[[Metric], str]) -> dict[str, str]:
+    """Takes out metrics that lack something, and says what; an error where they were asked for by name."""
+    lacking = {name: what for name, metric in metrics.items() if (what := missing(metric))}
+    for name, what in lacking.items():
+        if by_name:
+            raise ValueError(f"{OP}: metrics={name!r} needs {what}.")
+        del metrics[name]
+    return {name: f"needs {what}" for name, what in lacking.items()}
 
 
 def _missing_argument(metric: Metric, train: Any, models: Mapping[str, nn.Module]) -> str:

@@ -31,7 +31,6 @@ def compensated(
     to its bias, or to the running mean of the batch norm behind it. All readers on what the model before pruning gives.
 
     Args:
-        model: before pruning. edited: after it; the same module names.
         read: reader -> the input channels that it has lost.
         removed: layer -> the output rows that it has lost.
         trace: of the model before pruning.

@@ -122,8 +122,6 @@ def repaired(
     """Repairs `edited` in place, in one forward pass of each model, and returns what it set.
 
     Args:
-        op: what asks, for errors.
-        edited: the model after pruning; the same module names.
         consumers: the layers that read removed components.
         removed: layer -> the output rows that it has lost.
         trace: of the model before pruning.
@@ -137,7 +135,26 @@ def repaired(
     names = _to_fit(trace, after, set(consumers), ignore, result)
     for name in names:
         after.bias_norm(name)  # found out before there are hooks
-    fitter = _LayerFitter(op, after, weights, ablated or {}, protected.weight, result)
+    sums: dict[str, Sums] = {}
+    guards: dict[str, Sums] = {}
+
+    def fit(name: str) -> None:
+        """Gives a layer new weights when all passes have come to it."""
+        layer: Any = edited.get_submodule(name)
+        moments, guard = sums.pop(name).fit(), guards.pop(name, None)
+        matrix, keep = matrix_of(layer).double(), (ablated or {}).get(name, [])
+        if weights:
+            seen = None if guard is None or not protected.weight else protected.weight * _around(guard, moments.mean_x)
+            fitted = ridge_regression(op, moments, matrix, RIDGE, seen)
+            fitted[keep] = matrix[keep]
+            result.set(name, f"{name}.weight", fitted.view_as(layer.weight))
+            matrix = matrix_of(layer).double()  # as the layer now has it
+        missing = (
+            moments.mean_y - matrix @ moments.mean_x
+        )  # beyond the layer's own bias, which is no part of the target
+        missing[keep] = 0
+        result.shift(name, after, missing)
+
     works = []
     with frozen_eval(trace.model), frozen_eval(edited):
         for part, batch in enumerate([*inputs, *protected.inputs]):
@@ -147,9 +164,16 @@ def repaired(
             targets = {name: _Target(removed.get(name, ()), PARTS * i + seed, parts) for i, name in enumerate(names)}
             with _Before(trace, targets):
                 call(trace.model, batch)
-            works.append(partial(_pass_after, batch, targets, after, fitter.guards if protects else fitter.sums))
-        in_lockstep(op, works, fitter.fit)
+            works.append(partial(_pass_after, batch, targets, after, guards if protects else sums))
+        in_lockstep(op, works, fit)
     return result
+
+
+def _around(sums: Sums, mean: Tensor) -> Tensor:
+    """Second moments of what a layer reads around a mean: (inputs, inputs)."""
+    seen = sums.fit()
+    shift = seen.mean_x - mean
+    return seen.xx + torch.outer(shift, shift)
 
 
 def _to_fit(
@@ -175,7 +199,6 @@ def ridge_regression(op: str, fit: LayerMoments, weights: Tensor, ridge: float, 
     """The weights (outputs, inputs) that give y from x, drawn towards the given ones.
 
     Args:
-        op: what asks, for errors.
         ridge: share of the mean variance of an input that is added to each; ten times as much as often as the system
             is not positive definite in float64.
         guard: second moments (inputs, inputs) of inputs for which the given weights are to stay right.
@@ -253,7 +276,6 @@ class ActivationTracker(TorchFunctionMode):
         self.norms = {name: trace.bias_norm(name) for name in targets}
         self.outputs: dict[int, _Output] = {}  # by identity
         self.repeating = False  # a layer runs once more, which nobody is told
-        self._affine = {name for name in targets if (norm := trace.norm_behind(name)) is not None and norm.is_affine}
         self._handles: list[RemovableHandle] = []
         self._thread = threading.get_ident()
 
@@ -262,7 +284,8 @@ class ActivationTracker(TorchFunctionMode):
             layer = self.model.get_submodule(name)
             self._handles.append(layer.register_forward_pre_hook(self._hook(partial(self.before, name))))
             self._handles.append(layer.register_forward_hook(self._hook(partial(self._ran, name))))
-            if norm is not None and name in self._affine:  # behind an activation, a sum asks nothing of the layer
+            known = self.trace.norm_behind(name)
+            if norm is not None and known is not None and known.is_affine:  # behind an activation, a sum asks nothing
                 self._handles.append(norm.register_forward_hook(self._hook(partial(self._record, name, False))))
         return super().__enter__()  # type: ignore[no-untyped-call]
 
@@ -349,11 +372,14 @@ class ActivationTracker(TorchFunctionMode):
 
 
 class _Before(ActivationTracker):
-    """Over the model before pruning: notes what each layer gives; with `sums`, also what that is added to."""
+    """Over the model before pruning: notes what each layer gives, behind its norm for a `check`, and with `sums` what
+    that is added to."""
 
-    def __init__(self, trace: ModelTrace, targets: Mapping[str, _Target], *, sums: bool = True) -> None:
+    def __init__(
+        self, trace: ModelTrace, targets: Mapping[str, _Target], *, check: bool = False, sums: bool = True
+    ) -> None:
         super().__init__(trace, targets)
-        self.sums = sums
+        self.check, self.sums = check, sums
 
     def after(self, name: str, x: Tensor, output: Tensor) -> None:
         target = self.targets[name]
@@ -361,7 +387,8 @@ class _Before(ActivationTracker):
         target.positions = Positions.drawn(layer, output, target.seed, target.parts)
         rows = target.positions.outputs(output)
         target.rows = target.kept(rows if layer.bias is None else rows - layer.bias)
-        target.behind = target.kept(target.positions.outputs(self.behind(name, output)))
+        if self.check:
+            target.behind = target.kept(target.positions.outputs(self.behind(name, output)))
 
     def on_use(self, name: str) -> None:
         self.targets[name].shared = True
@@ -405,49 +432,6 @@ class _After(ActivationTracker):
         self.pause(name)
 
 
-@dataclass
-class _LayerFitter:
-    """Gives a layer new weights when all passes have come to it.
-
-    Attributes:
-        trace: of the model that is repaired.
-        op, weights, ablated: as for `repaired`; protection: the weight of what is protected.
-        sums, guards: of samples to fit, and of protected ones.
-    """
-
-    op: str
-    trace: ModelTrace
-    weights: bool
-    ablated: Mapping[str, list[int]]
-    protection: float
-    result: Repairs
-    sums: dict[str, Sums] = field(default_factory=dict)
-    guards: dict[str, Sums] = field(default_factory=dict)
-
-    def fit(self, name: str) -> None:
-        layer: Any = self.trace.model.get_submodule(name)
-        fit = self.sums.pop(name).fit()
-        matrix = matrix_of(layer).double()
-        ablated = self.ablated.get(name, [])
-        if self.weights:
-            fitted = ridge_regression(self.op, fit, matrix, RIDGE, self._guard(name, fit.mean_x))
-            fitted[ablated] = matrix[ablated]
-            self.result.set(name, f"{name}.weight", fitted.view_as(layer.weight))
-            matrix = matrix_of(layer).double()  # as the layer now has it
-        missing = fit.mean_y - matrix @ fit.mean_x  # beyond the layer's own bias, which is no part of the target
-        missing[ablated] = 0
-        self.result.shift(name, self.trace, missing)
-
-    def _guard(self, name: str, mean: Tensor) -> Tensor | None:
-        """What a layer reads of protected samples, around what it reads of the others: (inputs, inputs)."""
-        sums = self.guards.pop(name, None)
-        if sums is None or not self.protection:
-            return None
-        seen = sums.fit()
-        shift = seen.mean_x - mean
-        return self.protection * (seen.xx + torch.outer(shift, shift))
-
-
 def take_back(
     op: str,
     model: nn.Module,
@@ -479,7 +463,7 @@ def take_back(
     with frozen_eval(model), frozen_eval(edited):
         while repairs.layers and stale:
             targets = {name: _Target(removed.get(name, ()), seed, PARTS) for seed, name in enumerate(repairs.layers)}
-            with _Before(trace, targets, sums=sums):
+            with _Before(trace, targets, check=True, sums=sums):
                 call(model, held_out.inputs)
             check = _HeldOutCheck(op, after, targets, repairs, ablated or {}, held_out)
             with check:

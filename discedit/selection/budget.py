@@ -203,8 +203,7 @@ class MaxParameters(SizeBudget):
 
 @dataclass(frozen=True)
 class MaxMacs(SizeBudget):
-    """So many multiply-accumulates of a forward pass on `example_inputs` may be left: an integer, or a share in
-    (0, 1)."""
+    """So many multiply-accumulates of a forward pass on `example_inputs` may be left: an integer or a share."""
 
     name, unit = "macs", "multiply-accumulates"
 
@@ -213,12 +212,7 @@ BUDGETS: dict[str, type[Budget]] = {kind.name: kind for kind in (Ratio, GlobalRa
 
 
 def budget_of(op: str, budget: Budget | None, given: Mapping[str, Any]) -> Budget:
-    """The budget itself, or the one that an argument of its name stands for.
-
-    Raises:
-        TypeError: an argument that is no budget's name.
-        ValueError: none or several.
-    """
+    """The budget itself, or the one that an argument of its name stands for."""
     for name in given:
         if name not in BUDGETS:
             raise TypeError(f"{op}() got an unexpected keyword argument {name!r}; budgets are {', '.join(BUDGETS)}.")
@@ -301,26 +295,22 @@ def choose(
     few: Collection[str] = (),
     progress: Progress = Progress(),
 ) -> Choice:
-    """The least important components, as many as a budget asks for and its limits let go.
+    """The least important components, as many as a budget asks for and its limits let go: first those of lower
+    importance, then of earlier layers, then of lower index.
 
-    Components of one importance go in the order of layers, then of indices.
+    A layer never gets below its floor, and the number that stays is rounded up to a multiple: no budget removes more
+    than it asked for. What a limit keeps, `GlobalRatio` makes up for by the next ones in order; `MaxParameters` and
+    `MaxMacs` go on in the order until what is rounded meets them. A target that cannot be met gives the smallest model.
 
     Args:
         importances: layer -> (components,), floating point, compared in float64; higher = keep. May be infinite.
-        budget: a layer never gets below its floor, and the number that stays is rounded up to a multiple: no budget
-            removes more than it asked for. What a limit keeps, `GlobalRatio` makes up for by the next ones in order;
-            `MaxParameters` and `MaxMacs` go on in the order until what is rounded meets them.
-        cost: what is left of the model, for these two.
+        cost: what is left of the model, for `MaxParameters` and `MaxMacs`.
         few: layers whose components are few and large, such as heads: of these, `Ratio` removes the nearest number.
-
-    Returns:
-        `Choice`. A target that cannot be met gives the smallest model that the limits allow, with `met=False`.
 
     Raises:
         ValueError: importances that are NaN, or that cannot be compared `across` layers as the budget says.
 
-    Source: one order over all layers, Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient
-    Inference, ICLR 2017; numbers rounded to a multiple, torch-pruning (Fang et al., DepGraph, CVPR 2023).
+    Source: one order over all layers, Molchanov et al., ICLR 2017; numbers rounded to a multiple, torch-pruning.
     """
     across = budget.across if isinstance(budget, AcrossLayers) else "none"
     values = {}
@@ -335,10 +325,7 @@ def choose(
 
 
 def normalised(layer: str, values: Tensor, how: str) -> Tensor:
-    """Importances of a layer, (components,), as they compare across layers: see `AcrossLayers`.
-
-    A layer of zeros stays zero. Ranks are 1 for the lowest to n for the highest, the first index first among equals,
-    over n.
+    """Importances of a layer, (components,), as they compare across layers, see `AcrossLayers`; zeros stay zero.
 
     Raises:
         ValueError: for "mean" and "max", importances that are negative or infinite: division could turn their order

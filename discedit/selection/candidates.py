@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,10 +48,11 @@ class Candidates:
         if isinstance(scores, Scores):
             return cls({layer: len(scores[layer]) for layer in scores}, scores=scores)
         for layer, values in scores.items():
-            if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 1:
-                what = f"a {type(values).__name__}"
-                if isinstance(values, Tensor):
-                    what = f"shape {validation.shape_of(values)} of {values.dtype}"
+            known = isinstance(values, Tensor)
+            if not known or not values.is_floating_point() or values.ndim != 1:
+                what = (
+                    f"shape {validation.shape_of(values)} of {values.dtype}" if known else f"a {type(values).__name__}"
+                )
                 raise ValueError(
                     f"{op}: scores must be Scores, or one floating-point number for each row of a layer, layer "
                     f"{layer!r} has {what}."
@@ -64,30 +65,23 @@ class Candidates:
         for operation in edit.recipe.operations:
             layer, _, tensor = operation.target.rpartition(".")
             heads, _, projection = layer.rpartition(".")
-            if operation.kind == "keep" and projection == "out_proj" and heads in self.widths and operation.dim == 1:
+            if operation.kind != "keep":
+                continue
+            if projection == "out_proj" and heads in self.widths and operation.dim == 1:
                 kept[heads] = torch.tensor(operation.index)
-            if operation.kind == "keep" and layer in self.widths and tensor == "weight":
-                transposed = getattr(edit.model.get_submodule(layer), "transposed", False)
-                if operation.dim == int(transposed):
-                    kept[layer] = torch.tensor(operation.index)
+            rows = int(getattr(edit.model.get_submodule(layer), "transposed", False))
+            if layer in self.widths and tensor == "weight" and operation.dim == rows:
+                kept[layer] = torch.tensor(operation.index)
         importances = self.importances and {
             layer: values[kept[layer].to(values.device)] if layer in kept else values
             for layer, values in self.importances.items()
         }
-        return replace(
-            self,
-            widths=self.widths | {layer: len(index) for layer, index in kept.items()},
-            scores=self.scores and self.scores.select(kept),
-            importances=importances,
-        )
+        widths = self.widths | {layer: len(index) for layer, index in kept.items()}
+        return Candidates(widths, self.scores and self.scores.select(kept), importances)
 
 
 def check_layers(op: str, model: nn.Module, widths: Mapping[str, int], layers: Iterable[str] | None) -> list[str]:
-    """The layers asked for, or all, each known to both the scores and the model.
-
-    Args:
-        widths: layer -> rows that have scores.
-    """
+    """The layers asked for, or all, each known to both the model and the scores, which have so many rows."""
     modules = dict(model.named_modules())
     chosen = list(widths) if layers is None else list(layers)
     for layer in chosen:

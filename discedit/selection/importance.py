@@ -112,15 +112,11 @@ def component_importances(
     inputs: Any,
     trace: ModelTrace,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """One number per component of each layer, higher = keep; and the layers that had to be judged by "l2" instead.
+    """Layer -> (components,) float64, higher = keep; and layers that had to be judged by "l2", each with the reason.
 
     Args:
         criterion: None for the importances that the candidates have.
-        inputs: calibration images in parts, for the criteria `OF_CONSUMERS`.
-        trace: of the model, for these.
-
-    Returns:
-        layer -> (components,) float64; layer -> why the criterion does not apply.
+        inputs, trace: calibration images in parts and the trace of the model, for the criteria `OF_CONSUMERS`.
     """
     if criterion is None:
         given = candidates.importances or {}
@@ -168,16 +164,10 @@ def _of_consumers(
     inputs: Any,
     trace: ModelTrace,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """By how much the outputs of the layers that read a component would change without it.
-
-    "energy": by its own part in them, while all else stays. "reconstruction": by what is left of that once the other
-    components have made up for it as well as they can, the cheapest component first and so on (optimal brain surgery,
-    Hassibi and Stork 1993, for blocks of weights). "combined": the same, and a change counts by how well the output
-    tells the class that it tells best (its score). "fidelity": how much of the outputs it gives alone, with the best
-    factor, in the mean over outputs (ModHiFi).
+    """By how much the outputs of the layers that read a component would change without it, as the reduction has it.
 
     Args:
-        scores: layer -> (outputs, classes), for layers whose outputs do not all count alike.
+        scores: layer -> (outputs, classes): a change of an output counts by its highest, of other layers by 1.
         counts: layer -> number of its components.
     """
     consumers: dict[str, dict[str, list[list[int]]]] = {}
@@ -199,7 +189,7 @@ def _of_consumers(
             why[layer] = f"it is read by {name}: {reason}"
     fits = fits_of(model, {name for blocks in consumers.values() for name in blocks}, inputs, trace)
     statistics: dict[str, ConsumerStatistics] = {}
-    values: dict[str, Tensor] = {}
+    values = {}
     for layer, blocks in consumers.items():
         for name in blocks.keys() - statistics.keys():
             matrix = matrix_of(model.get_submodule(name)).double()
@@ -212,10 +202,6 @@ def fidelities(
     model: nn.Module, graph: Graph, counts: Mapping[str, int], inputs: Any, trace: ModelTrace
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Of each component the fidelity around zero, as in ModHiFi: where nothing takes the mean of what goes.
-
-    Args:
-        counts: layer -> number of the components that the graph has found in it.
-        inputs: images in parts.
 
     Returns:
         layer -> (components,) float64 in [0, 1], NaN where what is read is not finite; layer -> why there is none.
@@ -307,7 +293,7 @@ def _fidelities(parts: Parts) -> Tensor:
 
 def _eliminated(parts: Parts) -> Tensor:
     """Share of the consumers' variance that is lost when a component goes after all that are cheaper, the others having
-    made up for it in the best way."""
+    made up for it in the best way: optimal brain surgery for blocks of weights (Hassibi and Stork, 1993)."""
     states = [_BlockOBS(consumer, blocks) for consumer, blocks in parts]
     count = len(parts[0][1])
     gone = torch.zeros(count, dtype=torch.bool)
