@@ -129,11 +129,7 @@ class AblateComponents:
         return float(self.scale or 0.0)
 
     def apply(self, problem: Problem) -> tuple[Edit, str]:
-        """The edit, and what is to be said of targets that it misses.
-
-        Raises:
-            ValueError: data or inputs that are missing, a limit beside targets, or no component to choose from.
-        """
+        """The edit, and what is to be said of targets that it misses."""
         self._check_given(problem)
         limit = self.limit
         if limit is None and not problem.targets and problem.data is not None and self.repair_name == "none":

@@ -44,21 +44,15 @@ EACH, REST, PER_FEATURE = 128, 256, 2
 
 @dataclass
 class Erased:
-    """What an erasure did.
-
-    Attributes:
-        operations, tensors: for a recipe, with its "set.I".
-        bounds: layer -> Fisher bound on the total variation distance between each class and the others, along the
-            direction that is erased from what the layer reads, before it is.
-        skipped: layer -> why its weights, as their type holds them, would not do what was asked; it is as it was.
-        forgotten: share of the samples to forget that are still named rightly, a mean over classes.
-    """
+    """What an erasure did."""
 
     operations: list[Operation] = field(default_factory=list)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # "set.I", for a recipe
+    # Layer -> Fisher bound on the total variation distance between each class and the others, along the direction that
+    # is erased from what the layer reads, before it is.
     bounds: dict[str, list[float]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    forgotten: float = 1.0
+    skipped: dict[str, str] = field(default_factory=dict)  # layers left as they were: their type has too few digits
+    forgotten: float = 1.0  # share of the samples to forget that are still named rightly, a mean over classes
 
     @torch.no_grad()
     def add(self, name: str, tensor: Tensor, values: Tensor) -> None:
@@ -82,9 +76,6 @@ def erased(
     Args:
         trace: of the model before the edit.
         parts: inputs with labels. Samples of other classes are those that stay.
-
-    Raises:
-        ValueError: no sample of a class, feature maps that are not finite, or a model without logits.
     """
     result = Erased()
     trace = trace.of_copy(edited)
@@ -218,11 +209,7 @@ class EraseDirections:
         check_scale(self.scale)
 
     def apply(self, problem: Problem) -> tuple[Edit, str]:
-        """The edit, and what is to be said if it does not forget enough.
-
-        Raises:
-            ValueError: no data, or no layer that can be edited.
-        """
+        """The edit, and what is to be said if it does not forget enough."""
         if problem.data is None:
             raise ValueError(
                 "unlearn: EraseDirections needs data, labelled batches of all classes, got data=None; AblateComponents "

@@ -183,11 +183,7 @@ class _Options:
 
     @classmethod
     def of(cls, **given: Any) -> _Options:
-        """Each checked by itself; budgets also by their names.
-
-        Raises:
-            ValueError: an option that is unknown.
-        """
+        """Each checked by itself; budgets also by their names."""
         known: dict[str, Any] = {field.name: given.pop(field.name, DEFAULTS.get(field.name)) for field in fields(cls)}
         if not isinstance(known["criterion"], Random):
             validation.choice("prune", "criterion", known["criterion"], ("auto", *CRITERIA))
@@ -200,11 +196,7 @@ class _Options:
         return cls(**known)
 
     def settled(self, candidates: Candidates) -> _Options:
-        """With what "auto" stands for.
-
-        Raises:
-            ValueError: a criterion or a repair without the data or scores that it needs, names that are not known.
-        """
+        """With what "auto" stands for, checked with what there is."""
         op = "prune"
         repair, criterion = self.repair, self.criterion
         if repair == "auto":

@@ -23,25 +23,15 @@ ROUNDING, ROUNDING_OF_HALVES = 100, 16
 
 @dataclass(frozen=True)
 class RowEdit:
-    """Makes y, the output of some rows behind the layer's norm, m + scale * (y - m).
-
-    Attributes:
-        norms: layer -> the norm that its output goes straight into.
-        rows: layer -> rows.
-        means: layer -> m, one for each row of the layer; 0 where None.
-    """
+    """Makes y, the output of some rows behind the layer's norm, m + scale * (y - m)."""
 
     model: nn.Module
-    norms: Mapping[str, str]
+    norms: Mapping[str, str]  # layer -> the norm that its output goes straight into
     rows: Mapping[str, list[int]]
     scale: float
-    means: Mapping[str, Tensor] | None
+    means: Mapping[str, Tensor] | None  # layer -> m, one for each row of the layer; None: 0
 
     def recipe(self, settings: dict[str, Any]) -> Recipe:
-        """
-        Raises:
-            ValueError: a layer whose output cannot be edited so.
-        """
         operations: list[Operation] = []
         tensors: dict[str, Tensor] = {}
         for layer, channels in self.rows.items():
@@ -65,10 +55,8 @@ class RowEdit:
     def wrong(self, edited: nn.Module, batches: Iterable[Any]) -> dict[str, str]:
         """Layers of the edited model whose rows do not give what they are to give, each with the reason.
 
-        Found out by running it; layers that do not run there as modules run by themselves, on random input.
-
-        Args:
-            batches: inputs of the model.
+        Found out by running it on some batches; layers that do not run there as modules run by themselves, on random
+        input.
         """
         reasons: dict[str, str] = {}
         seen = set()

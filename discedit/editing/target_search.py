@@ -20,23 +20,16 @@ FIRST, PRECISION = 0.02, 0.04  # where a search begins, and the share at which i
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be forgotten, of which model, and what there is to do it with.
-
-    Attributes:
-        forget, others: classes.
-        layers: that were asked for; None: the method's own choice.
-        data: samples of both kinds of classes.
-        targets: "forget_accuracy" or "retain_drop" -> asked, in [0, 1].
-    """
+    """What is to be forgotten, of which model, and what there is to do it with."""
 
     model: nn.Module
     scores: Scores
-    forget: list[int]
+    forget: list[int]  # classes
     others: list[int]
-    layers: list[str] | None
+    layers: list[str] | None  # that were asked for; None: the method's own choice
     data: ForgetRetainSplit | None
     example_inputs: Any
-    targets: Mapping[str, float]
+    targets: Mapping[str, float]  # "forget_accuracy" or "retain_drop" -> asked, in [0, 1]
 
 
 class _Search:

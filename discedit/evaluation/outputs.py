@@ -98,20 +98,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What is measured on.
+    """What is measured on."""
 
-    Attributes:
-        models: "edited", and where given "original" and "retrained".
-        classes, others: those to forget, and the others.
-        outputs: "test", and where given "train" -> model -> what it gives.
-        kept: the same -> samples to run again; none unless a metric requires them.
-    """
-
-    models: Mapping[str, nn.Module]
-    classes: list[int]
+    models: Mapping[str, nn.Module]  # "edited", and where given "original" and "retrained"
+    classes: list[int]  # to forget
     others: list[int]
-    outputs: Mapping[str, Mapping[str, Outputs]]
-    kept: Mapping[str, Sequence[Kept]]
+    outputs: Mapping[str, Mapping[str, Outputs]]  # "test", and where given "train" -> model -> what it gives
+    kept: Mapping[str, Sequence[Kept]]  # the same -> samples to run again; none unless a metric requires them
     seed: int
 
     def sets(self, name: str) -> tuple[Outputs, Outputs]:
@@ -138,7 +131,7 @@ def gather(
 
     Args:
         argument: what errors call the loader. Models they call by their names.
-        features: whether to gather the input of the head as well; or the name of a layer, whose output is gathered.
+        features: as for `FeatureReader`.
         keep: how many samples of each class to keep.
         seed: of torch's CPU generator during the pass, so that a loader that shuffles gives the same batches.
     """

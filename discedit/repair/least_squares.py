@@ -44,16 +44,12 @@ _ADDITIONS = (torch.add, Tensor.add, Tensor.add_)
 
 @dataclass
 class Repairs:
-    """What repairs have set in a model, and the readers that are not repaired.
-
-    Attributes:
-        layers: layer -> the tensors that its repair has set -> their values before and after.
-        skipped: layer -> why it is not repaired.
-    """
+    """What repairs have set in a model, and the readers that are not repaired."""
 
     model: nn.Module
+    # Layer -> the tensors that its repair has set -> their values before and after.
     layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)  # layer -> why it is not repaired
 
     def tensor(self, place: str) -> Tensor:
         owner, _, attribute = place.rpartition(".")
@@ -93,17 +89,11 @@ class Repairs:
 
 @dataclass(frozen=True)
 class Protected:
-    """Images for which no layer is to give anything else than it gives before its own repair.
+    """Images for which no layer is to give anything else than it gives before its own repair: new weights are drawn
+    towards those that make no difference there."""
 
-    New weights are drawn towards those that make no difference there.
-
-    Attributes:
-        inputs: in parts.
-        weight: how much they count, all together, beside all of those that a repair is fitted to.
-    """
-
-    inputs: Sequence[Any] = ()
-    weight: float = 0.0
+    inputs: Sequence[Any] = ()  # in parts
+    weight: float = 0.0  # how much they count, all together, beside all of those that a repair is fitted to
 
 
 def repaired(
@@ -202,9 +192,6 @@ def ridge_regression(op: str, fit: LayerMoments, weights: Tensor, ridge: float, 
         ridge: share of the mean variance of an input that is added to each; ten times as much as often as the system
             is not positive definite in float64.
         guard: second moments (inputs, inputs) of inputs for which the given weights are to stay right.
-
-    Raises:
-        ValueError: NaN or Inf in the moments.
     """
     if not bool(fit.xx.isfinite().all() and fit.yx.isfinite().all()):
         raise ValueError(f"{op}: data must give finite feature maps, found NaN or Inf.")
@@ -232,23 +219,16 @@ def _pass_after(
 
 @dataclass
 class _Target:
-    """What a layer is to give at some positions, and what then is added to it.
+    """What a layer is to give at some positions, and what then is added to it."""
 
-    Attributes:
-        gone: the outputs that the layer has lost.
-        seed, parts: of the draw of positions.
-        rows, behind: without its bias, and behind its norm if there is one.
-        shared: it is read by something before it is added.
-    """
-
-    gone: Collection[int]
-    seed: int
+    gone: Collection[int]  # the outputs that the layer has lost
+    seed: int  # of the draw of positions, and parts that samples come in
     parts: int
     positions: Positions = field(init=False)
-    rows: Tensor = field(init=False)
-    behind: Tensor = field(init=False)
+    rows: Tensor = field(init=False)  # without its bias
+    behind: Tensor = field(init=False)  # behind its norm, if there is one
     added: Tensor | None = None
-    shared: bool = False
+    shared: bool = False  # it is read by something before it is added
 
     def kept(self, rows: Tensor) -> Tensor:
         """Without the outputs that the layer has lost."""
@@ -447,16 +427,8 @@ def take_back(
     """Undoes the repair of each layer that gives more error than none, and notes the others in the edit's recipe.
 
     In the order in which the layers run, each on what those before it give with what was decided of them. An error is
-    the squared difference of what a layer gives from what it gave in `model`, behind the norm that it goes into if
-    there is one; or of the sum to which that is added, which a fit aims at.
-
-    Args:
-        held_out: samples that nothing was fitted to.
-        sums: whether the repairs aim at sums.
-        The others as for `repaired`.
-
-    Raises:
-        ValueError: feature maps of `model` that are not finite.
+    the squared difference of what a layer gives, behind the norm that it goes into if there is one, from what it gave
+    in `model`; with `sums` of the sum to which that is added, which a fit aims at. Other arguments as for `repaired`.
     """
     edited = edit.model
     after, stale = trace.of_copy(edited), True

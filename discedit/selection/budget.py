@@ -61,17 +61,11 @@ class Budget(ABC):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far pruning in several steps has come.
+    """How far pruning in several steps has come."""
 
-    Attributes:
-        share: of the whole way, at the end of the step, in (0, 1].
-        whole: parameters or multiply-accumulates of the model before the first step; None: of that at hand.
-        lost: layer -> components that earlier steps have removed.
-    """
-
-    share: float = 1.0
-    whole: float | None = None
-    lost: Mapping[str, int] = field(default_factory=dict)
+    share: float = 1.0  # of the whole way, at the end of the step, in (0, 1]
+    whole: float | None = None  # parameters or multiply-accumulates before the first step; None: of what is at hand
+    lost: Mapping[str, int] = field(default_factory=dict)  # layer -> components that earlier steps have removed
 
 
 @dataclass(frozen=True)
@@ -230,21 +224,13 @@ def budget_of(op: str, budget: Budget | None, given: Mapping[str, Any]) -> Budge
 
 @dataclass(frozen=True)
 class Choice:
-    """The components to remove.
+    """The components to remove."""
 
-    Attributes:
-        removed: layer -> indices in ascending order; every layer is named, with an empty list where it stays whole.
-        met: False where all that the limits let go was not enough. What `Budget.round_to` rounds away is no failure.
-        asked, reached: of `MaxParameters` and `MaxMacs`, how many may be left and how many are; of the others,
-            how many components were to go and how many do.
-        message: the same in words, and why where it was not met.
-    """
-
-    removed: dict[str, list[int]]
-    met: bool
-    asked: float
-    reached: float
-    message: str
+    removed: dict[str, list[int]]  # layer -> indices in ascending order; of a layer that stays whole, none
+    met: bool  # False where all that the limits let go was not enough. What `Budget.round_to` rounds away is no failure
+    asked: float  # how many may be left of `MaxParameters` and `MaxMacs`; of the others, how many components were to go
+    reached: float  # the same, as it is
+    message: str  # the same in words, and why where it was not met
 
 
 class Cost:

@@ -17,27 +17,17 @@ from discedit.scoring.scores import Scores
 
 @dataclass(frozen=True)
 class Candidates:
-    """Layers, each with its number of rows; and their scores, or importances of the caller's own, or neither.
-
-    Attributes:
-        widths: layer -> rows.
-        scores: of these layers.
-        importances: layer -> (rows,) floating point, higher = keep.
-    """
+    """Layers, each with its number of rows; and their scores, or importances of the caller's own, or neither."""
 
     widths: dict[str, int]
     scores: Scores | None = None
-    importances: Mapping[str, Tensor] | None = None
+    importances: Mapping[str, Tensor] | None = None  # layer -> (rows,) floating point, higher = keep
 
     @classmethod
     def of(
         cls, op: str, model: nn.Module, scores: Scores | Mapping[str, Tensor] | None, example_inputs: Any
     ) -> Candidates:
-        """Without scores, all layers but the head.
-
-        Raises:
-            ValueError: importances that are not one number for each row.
-        """
+        """Without scores, all layers but the head."""
         if scores is None:
             try:
                 head = ModelTrace.of(model, example_inputs, few=None).head

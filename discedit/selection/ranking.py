@@ -28,17 +28,11 @@ Units = Mapping[str, Sequence[Sequence[int]]]  # layer -> the rows of each of it
 
 @dataclass(frozen=True)
 class Ranking:
-    """Components of all layers in the order in which they go for one class.
+    """Components of all layers in the order in which they go for one class."""
 
-    Attributes:
-        places: (layer, component), the first to go first.
-        values: layer -> (components,) float64: what they are ranked by; not above 0 where a component is never to go.
-        measures: layer -> (components,): the same of all components, also of those that are never to go.
-    """
-
-    places: list[tuple[str, int]]
-    values: dict[str, Tensor]
-    measures: dict[str, Tensor]
+    places: list[tuple[str, int]]  # (layer, component), the first to go first
+    values: dict[str, Tensor]  # layer -> (components,) float64: not above 0 where a component is never to go
+    measures: dict[str, Tensor]  # the same of all components, also of those that are never to go
 
     @property
     def sizes(self) -> int:
@@ -47,14 +41,10 @@ class Ranking:
 
 
 def rank(scores: Scores, units: Units, cls: int, others: Sequence[int], *, by: str, sign: str) -> Ranking:
-    """Ranks the components of these layers for a class.
+    """Ranks the components of these layers for a class; those of several rows count by the mean over them.
 
-    Args:
-        units: components of several rows count by the mean over them.
-        others: classes that are not forgotten.
-        by: "score", or "specific": minus the highest that the component has for one of the others (of those that it is
-            more active for, with sign="up").
-        sign: "up": only components that are more active for the class.
+    By the score; by "specific" minus the highest that the component has for one of the others, of those that it is more
+    active for with sign="up". That sign leaves only components that are more active for the class.
     """
     values, measures = {}, {}
     for layer, parts in units.items():
@@ -197,12 +187,7 @@ def rank_by_fidelity(
 ) -> tuple[list[Ranking], dict[str, str]]:
     """A ranking for each class to forget, in their order; and layer -> why it is in none.
 
-    Args:
-        units: components that the graph has found.
-        by: "fidelity": on samples of the class; "contrast": that minus the same on samples of the classes that stay.
-
-    Raises:
-        ValueError: no sample of a class, feature maps that are not finite, or no layer or component that can be ranked.
+    By the fidelity on samples of the class; by "contrast" minus that on samples of the classes that stay.
     """
     counts = {layer: len(parts) for layer, parts in units.items()}
     rest, unread = fidelities(model, graph, counts, data.parts("retain"), data.trace) if by == "contrast" else ({}, {})
