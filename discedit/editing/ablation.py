@@ -16,9 +16,8 @@ from discedit.editing.row_operations import AROUND, RowEdit, bias_of, why_not_sc
 from discedit.editing.target_search import FORGET, Problem, search
 from discedit.graph.pruning_graph import Graph, unseen_message
 from discedit.model.forward import device_of, to_device
-from discedit.moments.calibration import HeldOut
 from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits
-from discedit.repair.least_squares import Outputs, Protected, repaired, take_back
+from discedit.repair.least_squares import Protected, output_error, repaired, take_back, warning_if_worse
 from discedit.selection.candidates import check_layers, why_not_editable
 from discedit.selection.ranking import (
     MEASURES,
@@ -321,22 +320,20 @@ class _Plan:
         if not behind:
             warn(f"{op}: repair={repair!r} finds nothing to repair: only the head is behind {order[first]!r}.")
             return
-        outputs = Outputs(model, held_out)
-        unrepaired = outputs.error(edit.model)
-        result = repaired(
-            op,
-            edit.model,
-            behind,
-            {},
-            data.trace,
-            retain,
-            weights=repair == "least_squares",
-            ablated=rows,
-            protected=Protected(forget, self.method.protection) if repair == "least_squares" else Protected(),
-            ignore=() if head is None else (head,),
-        )
-        take_back(op, model, edit, result, {}, data.trace, held_out, ablated=rows)
-        outputs.warn_if_worse(op, unrepaired, outputs.error(edit.model))
+        with warning_if_worse(op, model, edit.model, held_out):
+            result = repaired(
+                op,
+                edit.model,
+                behind,
+                {},
+                data.trace,
+                retain,
+                weights=repair == "least_squares",
+                ablated=rows,
+                protected=Protected(forget, self.method.protection) if repair == "least_squares" else Protected(),
+                ignore=() if head is None else (head,),
+            )
+            take_back(op, edit, result, {}, data.trace, held_out, ablated=rows)
 
 
 def editable_units(problem: Problem, graph: Graph | None, kinds: Iterable[str], scale: float, around: str) -> Units:
@@ -410,7 +407,7 @@ def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> Edit:
     smaller = Recipe("prune", {}, rows, architecture_of(edit.model), operations).apply(edit.model)
     smaller.widths = {layer: edit.widths[layer] for layer in rows}
     inputs = to_device(example_inputs, device_of(edit.model))
-    if not Outputs(edit.model, HeldOut(inputs, 0)).error(smaller.model) <= SAME:
+    if not output_error(edit.model, smaller.model, inputs) <= SAME:
         raise ValueError(
             "unlearn: remove must not change what the zeroed model gives; here zeroed components still give "
             "something behind their activation, which is not 0 at 0."

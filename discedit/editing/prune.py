@@ -20,7 +20,7 @@ from discedit.moments.calibration import batch_norms, calibrated, kept_back
 from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits, record
 from discedit.repair import batchnorm
 from discedit.repair.compensation import compensated
-from discedit.repair.least_squares import Outputs, repaired, take_back
+from discedit.repair.least_squares import repaired, take_back, warning_if_worse
 from discedit.scoring.scores import REDUCTIONS, Scores
 from discedit.selection.budget import (
     AcrossLayers,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = "outputs"  # the kind of component that only `prune` has
 REPAIRS = ("auto", "none", "mean", "batchnorm", "least_squares", "compensation")
-IN_ORDER = ("mean", "least_squares")  # repairs that take one layer after the other
+SAMPLED = ("mean", "least_squares", "compensation")  # repairs of layers, on samples
 OF_SCORES = (*REDUCTIONS, "combined")  # criteria that need scores
 SHARES = ("reconstruction", "combined")  # criteria that mean the same in every layer
 # Criteria where each layer loses a share of its own, by repair (benchmarks/prune.md).
@@ -286,7 +286,7 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     inputs: Any = None
     further: Any = None
     trace = ModelTrace(model)
-    samples = options.repair in (*IN_ORDER, "compensation")  # that a repair looks at
+    samples = options.repair in SAMPLED
     if options.data is not None and (samples or options.criterion in OF_CONSUMERS):
         inputs, trace, further = calibrated(op, model, options.data, further=samples)
     values, unjudged = component_importances(candidates, options.criterion, graph, found, inputs, trace)
@@ -348,28 +348,24 @@ def _repair(
     calibration: tuple[Any, Any, ModelTrace],
 ) -> None:
     """Makes up for what went, in the edit's model and recipe."""
-    op = "prune"
+    if options.repair == "batchnorm" and options.data is not None:
+        record(edit, *batchnorm.reestimated(edit.model, options.data))
+    if options.repair not in SAMPLED or not any(choice.removed.values()):
+        return
+    op, compensates = "prune", options.repair == "compensation"
     inputs, further, trace = calibration
-    compensates = options.repair == "compensation"
-    outputs: Outputs | None = None
-    if (options.repair in IN_ORDER or compensates) and any(choice.removed.values()):
-        readers, producers = dict(graph.consumers(choice.removed)), graph.producers(choice.removed)
-        parts, held_out = kept_back(op, inputs, further)
-        outputs = Outputs(model, held_out)
-        unrepaired = outputs.error(edit.model)
+    readers, producers = dict(graph.consumers(choice.removed)), graph.producers(choice.removed)
+    parts, held_out = kept_back(op, inputs, further)
+    with warning_if_worse(op, model, edit.model, held_out):
         if compensates:
-            result = compensated(model, edit.model, readers, producers, trace, parts)
+            result = compensated(edit.model, readers, producers, trace, parts)
         else:
             weights = options.repair == "least_squares"
             result = repaired(op, edit.model, readers, producers, trace, parts, weights=weights)
-        take_back(op, model, edit, result, producers, trace, held_out, sums=not compensates)
-    if options.repair == "batchnorm" and options.data is not None:
-        record(edit, *batchnorm.reestimated(edit.model, options.data))
-    elif compensates and options.data is not None and batch_norms(edit.model):
-        kept = {operation.target: operation.index for operation in edit.recipe.operations if operation.kind == "keep"}
-        record(edit, *batchnorm.adapted(edit.model, model, kept, options.data))
-    if outputs is not None:
-        outputs.warn_if_worse(op, unrepaired, outputs.error(edit.model))
+        take_back(op, edit, result, producers, trace, held_out, sums=not compensates)
+        if compensates and options.data is not None and batch_norms(edit.model):
+            kept = {change.target: change.index for change in edit.recipe.operations if change.kind == "keep"}
+            record(edit, *batchnorm.adapted(edit.model, model, kept, options.data))
 
 
 def _lost(done: list[_Step]) -> dict[str, int]:

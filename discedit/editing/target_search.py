@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -32,70 +33,49 @@ class Problem:
     targets: Mapping[str, float]  # "forget_accuracy" or "retain_drop" -> asked, in [0, 1]
 
 
-class _Search:
-    """Edits that were tried, by size, and what each reached; arguments as for `search`."""
-
-    def __init__(self, problem: Problem, first: Callable[[int], Edit], sizes: int, most: int) -> None:
-        assert problem.data is not None
-        self.data, self.targets = problem.data, problem.targets
-        self.first, self.sizes, self.most = first, sizes, most
-        self.least = "forget_accuracy" in self.targets  # the smallest edit is looked for, else the largest
-        self.before = self.data.accuracy(problem.model, "retain") if "retain_drop" in self.targets else math.nan
-        self.tried: dict[int, Edit] = {}
-        self.forget_accuracy: dict[int, float] = {}
-        self.retain_drop: dict[int, float] = {}
-
-    def drop(self, count: int) -> float:
-        if count not in self.retain_drop:
-            self.retain_drop[count] = self.before - self.data.accuracy(self.tried[count].model, "retain")
-        return self.retain_drop[count]
-
-    def beyond(self, count: int) -> bool:
-        """Whether what is looked for is no larger than this; of the largest, whether it is smaller."""
-        if count not in self.tried:
-            self.tried[count] = self.first(count)
-            self.forget_accuracy[count] = self.data.accuracy(self.tried[count].model, "forget", LOOKED)
-        if self.least:
-            return self.forget_accuracy[count] <= self.targets["forget_accuracy"]
-        return self.drop(count) > self.targets["retain_drop"]
-
-    def count(self) -> int:
-        """The size that is looked for: doubled until it is passed, then bisected."""
-        low, high = 0, min(max(1, round(FIRST * self.sizes)), self.most)
-        while not self.beyond(high) and high < self.most:
-            low, high = high, min(2 * high, self.most)
-        found = self.beyond(high)
-        while found and high - low > max(1, PRECISION * high):
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.beyond(middle) else (middle, high)
-        if found and not self.least:
-            high = max(low, 1)
-            self.beyond(high)
-        if self.least and not found:  # nothing forgets enough: what forgets most
-            return min(self.tried, key=lambda count: (self.forget_accuracy[count], count))
-        return high
-
-
 def search(problem: Problem, first: Callable[[int], Edit], sizes: int, most: int, what: str) -> tuple[Edit, str]:
     """The edit that meets the targets, or comes nearest, and what is to be said of those that it misses.
+
+    Of a target for what is forgotten the smallest edit, else the largest.
 
     Args:
         first: makes the edit of so many of `sizes` parts, at most `most`; `what` names the parts.
     """
-    looking, targets = _Search(problem, first, sizes, most), problem.targets
-    count = looking.count()
-    edit, tried = looking.tried[count], looking.forget_accuracy
-    reached = {"forget_accuracy": tried[count]}
-    if "retain_drop" in targets:
-        reached["retain_drop"] = looking.drop(count)
-    edit.recipe.settings = {
+    assert problem.data is not None
+    data, targets = problem.data, problem.targets
+    before = data.accuracy(problem.model, "retain") if "retain_drop" in targets else math.nan
+    edit = cache(first)
+    forgot = cache(lambda count: data.accuracy(edit(count).model, "forget", LOOKED))
+    drop = cache(lambda count: before - data.accuracy(edit(count).model, "retain"))
+    least = "forget_accuracy" in targets
+    tried: set[int] = set()
+
+    def beyond(count: int) -> bool:
+        """Whether what is looked for is no larger than this; of the largest, whether it is smaller."""
+        tried.add(count)
+        return forgot(count) <= targets["forget_accuracy"] if least else drop(count) > targets["retain_drop"]
+
+    # Doubled until it is passed, then bisected.
+    low, high = 0, min(max(1, round(FIRST * sizes)), most)
+    while not (found := beyond(high)) and high < most:
+        low, high = high, min(2 * high, most)
+    while found and high - low > max(1, PRECISION * high):
+        middle = (low + high) // 2
+        low, high = (low, middle) if beyond(middle) else (middle, high)
+    if least and not found:  # nothing forgets enough: what forgets most
+        count = min(tried, key=lambda count: (forgot(count), count))
+    else:
+        count = high if least or not found else max(low, 1)
+    tried.add(count)
+    chosen, reached = edit(count), {name: (forgot if name == "forget_accuracy" else drop)(count) for name in targets}
+    chosen.recipe.settings = {
         "targets": {
             name: {"asked": value, "reached": reached[name], "met": reached[name] <= value}
             for name, value in targets.items()
         },
         "count": count,
-        "tried": {str(number): round(tried[number], 4) for number in sorted(tried)},
-        **edit.recipe.settings,
+        "tried": {str(number): round(forgot(number), 4) for number in sorted(tried)},
+        **chosen.recipe.settings,
     }
     missed = [
         f"{name} is {reached[name]:.4f}, which misses the target {value:g} by {reached[name] - value:.4f}"
@@ -103,8 +83,7 @@ def search(problem: Problem, first: Callable[[int], Edit], sizes: int, most: int
         if reached[name] > value
     ]
     if not missed:
-        return edit, ""
-    return (
-        edit,
-        f"unlearn: of {len(tried)} edits of up to {max(tried)} {what} none meets the targets: {'; '.join(missed)}.",
+        return chosen, ""
+    return chosen, (
+        f"unlearn: of {len(tried)} edits of up to {max(tried)} {what} none meets the targets: {'; '.join(missed)}."
     )

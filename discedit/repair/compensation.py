@@ -18,7 +18,6 @@ RIDGE = 1e-4
 
 
 def compensated(
-    model: nn.Module,
     edited: nn.Module,
     read: Mapping[str, list[int]],
     removed: Mapping[str, list[int]],
@@ -36,7 +35,7 @@ def compensated(
         trace: of the model before pruning.
         inputs: calibration images in parts.
     """
-    after = trace.of_copy(edited)
+    model, after = trace.model, trace.of_copy(edited)
     result = Repairs(edited, skipped={name: why for name in read if (why := after.why_not_fitted(name))})
     names = [name for name in read if name not in result.skipped]
     fits = fits_of(model, names, inputs, trace)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -414,7 +415,6 @@ class _After(ActivationTracker):
 
 def take_back(
     op: str,
-    model: nn.Module,
     edit: Edit,
     repairs: Repairs,
     removed: Mapping[str, list[int]],
@@ -428,9 +428,9 @@ def take_back(
 
     In the order in which the layers run, each on what those before it give with what was decided of them. An error is
     the squared difference of what a layer gives, behind the norm that it goes into if there is one, from what it gave
-    in `model`; with `sums` of the sum to which that is added, which a fit aims at. Other arguments as for `repaired`.
+    before the edit; with `sums` of what comes of adding that, which a fit aims at. Other arguments as for `repaired`.
     """
-    edited = edit.model
+    model, edited = trace.model, edit.model
     after, stale = trace.of_copy(edited), True
     with frozen_eval(model), frozen_eval(edited):
         while repairs.layers and stale:
@@ -545,31 +545,25 @@ def _named(held_out: HeldOut) -> str:
     return f"{held_out.samples} {were} not used to make it"
 
 
-class Outputs:
-    """What a model gives for some samples, to tell how far edited ones are from it."""
+@contextmanager
+def warning_if_worse(op: str, model: nn.Module, edited: nn.Module, held_out: HeldOut) -> Iterator[None]:
+    """No silent harm: layers that are each made to give less error may together give more."""
+    before = output_error(model, edited, held_out.inputs)
+    yield
+    after = output_error(model, edited, held_out.inputs)
+    if not after <= WORSE * before + ROUNDING * torch.finfo(torch.float32).eps:
+        warn(
+            f"{op}: the repair brings the network's outputs no closer to those before: their relative squared error on "
+            f"{_named(held_out)} is {after:.3g} with it and {before:.3g} without; more data, or repair='none', may do "
+            "better."
+        )
 
-    def __init__(self, model: nn.Module, held_out: HeldOut) -> None:
-        self.held_out = held_out
-        self.expected = self._of(model)
 
-    def _of(self, model: nn.Module) -> Tensor | None:
-        with frozen_eval(model):
-            found = first_tensor(call(model, self.held_out.inputs))
-        return found.double() if found is not None and found.is_floating_point() else None
-
-    def error(self, model: nn.Module) -> float:
-        """Squared error over the squares of what is expected; 0 where a model gives no numbers."""
-        found = self._of(model)
-        if self.expected is None or found is None or found.shape != self.expected.shape:
-            return 0.0
-        size = float(self.expected.square().sum())
-        return float((found - self.expected).square().sum()) / (size or 1.0)
-
-    def warn_if_worse(self, op: str, before: float, after: float) -> None:
-        """No silent harm: layers that each give less error may together give more."""
-        if not after <= WORSE * before + ROUNDING * torch.finfo(torch.float32).eps:
-            warn(
-                f"{op}: the repair brings the network's outputs no closer to those before: their relative squared "
-                f"error on {_named(self.held_out)} is {after:.3g} with it and {before:.3g} without; more data, or "
-                "repair='none', may do better."
-            )
+def output_error(model: nn.Module, edited: nn.Module, inputs: Any) -> float:
+    """Squared error of what an edited model gives over the squares of what the model does; 0 where they give none."""
+    with frozen_eval(model), frozen_eval(edited):
+        expected, found = (first_tensor(call(one, inputs)) for one in (model, edited))
+    if expected is None or found is None or not found.is_floating_point() or found.shape != expected.shape:
+        return 0.0
+    expected = expected.double()
+    return float((found.double() - expected).square().sum()) / (float(expected.square().sum()) or 1.0)
