@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import dropwhile
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -130,25 +131,20 @@ class AblateComponents:
     def apply(self, problem: Problem) -> tuple[Edit, str]:
         """The edit, and what is to be said of targets that it misses."""
         self._check_given(problem)
-        limit = self.limit
-        if limit is None and not problem.targets and problem.data is not None and self.repair_name == "none":
+        if self.limit is None and not problem.targets and problem.data is not None and self.repair_name == "none":
             problem = replace(problem, targets={"forget_accuracy": FORGET})
         plan = self._plan(problem)
         missed = ""
         if problem.targets:
             edit, missed = plan.search()
-            if (
-                missed
-                and self.around == "auto"
-                and plan.method.around == "mean"
-                and "forget_accuracy" in problem.targets
-            ):
+            around = (self.around, plan.method.around)
+            if missed and around == ("auto", "mean") and "forget_accuracy" in problem.targets:
                 # Zeros disturb more: what the means of small networks leave, they may not.
                 other, of_other = replace(plan, method=replace(plan.method, around="zero")).search()
                 if not of_other:
                     edit, missed = other, ""
         else:
-            limit = limit or TopFraction(FRACTION[self.repair_name])
+            limit = self.limit or TopFraction(FRACTION[self.repair_name])
             damage = retain_damage(problem.scores, plan.units, problem.others) if isinstance(limit, MaxDamage) else {}
             chosen = [limit.select(ranking, damage) for ranking in plan.rankings]
             _report_nothing(problem.forget, chosen, limit)
@@ -261,21 +257,18 @@ class _Plan:
             for layer, part in places:
                 picked[layer].update(self.units[layer][part])
         rows = {layer: sorted(found) for layer, found in picked.items() if found}
-        batches = (
-            [] if problem.example_inputs is None else [to_device(problem.example_inputs, device_of(problem.model))]
-        )
+        model, scores, scale, means = problem.model, problem.scores, float(self.method.scale or 0.0), self._means()
+        batches = [] if problem.example_inputs is None else [to_device(problem.example_inputs, device_of(model))]
         if data is not None:
             batches = data.last(CHECKED)
         skipped: dict[str, str] = {}
         while rows:
-            rows_edit = RowEdit(
-                problem.model, problem.scores.norms, rows, self.method.scale_for(problem.model), self._means()
-            )
-            edit = rows_edit.recipe(self._settings()).apply(problem.model)
+            made = RowEdit(model, scores.norms, rows, scale, means)
+            edit = made.recipe(self._settings()).apply(model)
             if self.method.repair_name != "none":
                 self._repair(edit, rows)
-            edit.widths = {layer: len(problem.scores[layer]) for layer in rows}
-            wrong = rows_edit.wrong(edit.model, batches)
+            edit.widths = {layer: len(scores[layer]) for layer in rows}
+            wrong = made.wrong(edit.model, batches)
             if not wrong:
                 edit.skipped = skipped
                 return edit
@@ -309,17 +302,14 @@ class _Plan:
         assert data is not None
         retain, held_out = data.kept_back("retain")
         forget = data.parts("forget")
-        order, head = list(data.trace.runs), data.trace.head
-        first = next(i for i, name in enumerate(order) if name in rows)
-        behind = [
-            name
-            for name in order[first + 1 :]
-            if name != head and isinstance(edit.model.get_submodule(name), (nn.Conv2d, nn.Linear))
-        ]
-        repair = self.method.repair_name
+        head, repair = data.trace.head, self.method.repair_name
+        first, *later = dropwhile(lambda name: name not in rows, data.trace.runs)
+        fitted = (nn.Conv2d, nn.Linear)
+        behind = [name for name in later if name != head and isinstance(edit.model.get_submodule(name), fitted)]
         if not behind:
-            warn(f"{op}: repair={repair!r} finds nothing to repair: only the head is behind {order[first]!r}.")
+            warn(f"{op}: repair={repair!r} finds nothing to repair: only the head is behind {first!r}.")
             return
+        weights = repair == "least_squares"
         with warning_if_worse(op, model, edit.model, held_out):
             result = repaired(
                 op,
@@ -328,9 +318,9 @@ class _Plan:
                 {},
                 data.trace,
                 retain,
-                weights=repair == "least_squares",
+                weights=weights,
                 ablated=rows,
-                protected=Protected(forget, self.method.protection) if repair == "least_squares" else Protected(),
+                protected=Protected(forget, self.method.protection) if weights else Protected(),
                 ignore=() if head is None else (head,),
             )
             take_back(op, edit, result, {}, data.trace, held_out, ablated=rows)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import dropwhile
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -53,8 +55,7 @@ class Repairs:
     skipped: dict[str, str] = field(default_factory=dict)  # layer -> why it is not repaired
 
     def tensor(self, place: str) -> Tensor:
-        owner, _, attribute = place.rpartition(".")
-        tensor: Tensor = getattr(self.model.get_submodule(owner), attribute)
+        tensor: Tensor = attrgetter(place)(self.model)
         return tensor.detach()
 
     def first(self, layer: str, place: str) -> Tensor:
@@ -172,16 +173,12 @@ def _to_fit(
 ) -> list[str]:
     """Layers from the first consumer on, in order; consumers that cannot be fitted are noted in the result."""
     names: list[str] = []
-    begun = False
     layers = {name for name, module in after.model.named_modules() if is_layer(module)}
-    for name in trace.in_order(layers | set(consumers)):
-        begun = begun or name in consumers
+    for name in dropwhile(lambda name: name not in consumers, trace.in_order(layers | set(consumers))):
         why = "it runs more than once per forward pass" if trace.runs[name] > 1 else after.why_not_fitted(name)
-        if name in ignore:
-            continue
-        if begun and not why:
+        if not why and name not in ignore:
             names.append(name)
-        elif name in consumers:
+        elif name in consumers and name not in ignore:
             result.skipped[name] = why
     return names
 

@@ -64,6 +64,7 @@ def importances(
     if not isinstance(criterion, Random):
         validation.choice(op, "criterion", criterion, CRITERIA)
     check_criterion(op, criterion, data)
+    criterion = Random() if criterion == "random" else criterion
     kinds = kinds_of(op, components)
     validation.module(op, model)
     model = unwrapped(model)
@@ -125,9 +126,8 @@ def component_importances(
         reduced = candidates.scores.reduce(str(criterion))
         return {layer: _over_rows(reduced[layer].cpu(), parts) for layer, parts in found.items()}, {}
     counts = {layer: len(parts.rows) for layer, parts in found.items()}
-    if isinstance(criterion, Random) or criterion == "random":
-        seed = criterion.seed if isinstance(criterion, Random) else Random.seed
-        generator = torch.Generator().manual_seed(seed)
+    if isinstance(criterion, Random):
+        generator = torch.Generator().manual_seed(criterion.seed)
         return {layer: torch.rand(n, generator=generator, dtype=torch.float64) for layer, n in counts.items()}, {}
     if criterion in ("l1", "l2"):
         return {layer: _weight_norms(graph, parts, int(criterion[1])) for layer, parts in found.items()}, {}
