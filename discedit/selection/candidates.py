@@ -38,11 +38,10 @@ class Candidates:
         if isinstance(scores, Scores):
             return cls({layer: len(scores[layer]) for layer in scores}, scores=scores)
         for layer, values in scores.items():
-            known = isinstance(values, Tensor)
-            if not known or not values.is_floating_point() or values.ndim != 1:
-                what = (
-                    f"shape {validation.shape_of(values)} of {values.dtype}" if known else f"a {type(values).__name__}"
-                )
+            if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 1:
+                what = f"a {type(values).__name__}"
+                if isinstance(values, Tensor):
+                    what = f"shape {validation.shape_of(values)} of {values.dtype}"
                 raise ValueError(
                     f"{op}: scores must be Scores, or one floating-point number for each row of a layer, layer "
                     f"{layer!r} has {what}."
@@ -59,9 +58,10 @@ class Candidates:
                 continue
             if projection == "out_proj" and heads in self.widths and operation.dim == 1:
                 kept[heads] = torch.tensor(operation.index)
-            rows = int(getattr(edit.model.get_submodule(layer), "transposed", False))
-            if layer in self.widths and tensor == "weight" and operation.dim == rows:
-                kept[layer] = torch.tensor(operation.index)
+            if layer in self.widths and tensor == "weight":
+                transposed = getattr(edit.model.get_submodule(layer), "transposed", False)
+                if operation.dim == int(transposed):
+                    kept[layer] = torch.tensor(operation.index)
         importances = self.importances and {
             layer: values[kept[layer].to(values.device)] if layer in kept else values
             for layer, values in self.importances.items()
