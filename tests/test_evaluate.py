@@ -130,7 +130,7 @@ def test_thresholds_by_class_see_what_one_threshold_does_not():
     own = torch.where(labels == 0, 8.0, 0.0) + 0.3 * torch.randn(400, generator=random)
     sets = [
         Outputs(torch.stack([own + by, torch.zeros(400)], 1).where(labels[:, None] == 0, torch.stack(
-            [torch.zeros(400), own + by], 1)), None, labels) for by in (1.0, 0.0)
+            [torch.zeros(400), own + by], 1)), torch.empty(400, 0), labels) for by in (1.0, 0.0)
     ]  # fmt: skip
     assert entropy_attack(*sets, [0, 1]).auc > 0.95 > 0.85 > loss_attack(*sets).auc
 

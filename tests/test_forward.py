@@ -264,8 +264,16 @@ def test_zeroed_rows_give_zero_behind_a_norm_with_an_activation_inside(act):
 @pytest.mark.filterwarnings("ignore:unlearn")
 @pytest.mark.parametrize("options", [{"factor": 0.5}, {"around": "mean", "data": [(X, LABELS)]}])
 def test_what_such_a_norm_cannot_give_is_refused_with_what_to_do(options):
-    with pytest.raises(ValueError, match=r"layer '2' cannot be edited: the norm '3' behind it .* EraseDirections"):
+    with pytest.raises(
+        ValueError, match=r"layer '2' cannot be edited: its components .* the norm '3' .* EraseDirections"
+    ):
         edited_by_rows(nn.Conv2d(8, 6, 3), WithActivation(6, nn.SiLU()), **options)
+    if "factor" in options:  # of the outputs that a ReLU leaves, as of all
+        before, after = edited_by_rows(nn.Conv2d(8, 6, 3), WithActivation(6, nn.ReLU()), **options)
+        torch.testing.assert_close(after, 0.5 * before)
+    else:
+        with pytest.raises(ValueError, match="do not give the mean behind the norm '3'"):
+            edited_by_rows(nn.Conv2d(8, 6, 3), WithActivation(6, nn.ReLU()), **options)
     before, after = edited_by_rows(nn.Conv2d(8, 6, 3), WithActivation(6, nn.Identity()), **options)
     mean = before.mean((0, 2, 3), keepdim=True) if "around" in options else 0.0
     if "factor" in options:

@@ -370,7 +370,7 @@ def test_a_reader_that_runs_twice_is_not_read():
     options = {"ratio": 0.5, "criterion": "energy", "example_inputs": inputs, "data": [inputs]}
     edit = prune(model, scores_of(model, ["one"]), **options)
     assert edit.recipe.settings["ranked_by_l2"] == {
-        "one": "again, which reads it, does not run just once per forward pass"
+        "one": "it is read by again: it does not run just once per forward pass"
     }
     assert edit.recipe.components["one"] == sorted(model.one.weight.detach().norm(dim=1).argsort()[:3].tolist())
 

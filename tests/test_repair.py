@@ -632,16 +632,15 @@ def test_what_aims_at_a_sum_is_judged_by_it(how, images, monkeypatch):
     """A layer whose fit went wrong is put back, also where its output is added in place, and others are not."""
     batches, x = images
     model = residual(how)
-    meet = least_squares._LayerFitter.fit
+    shift = least_squares.Repairs.shift
 
-    def spoiled(self, name):
-        meet(self, name)
+    def spoiled(self, name, *rest):
+        shift(self, name, *rest)
         if name == "blocks.0.conv2":
-            weight = self.trace.model.get_submodule(name).weight
-            self.result.set(name, f"{name}.weight", weight, 3 * weight)
+            self.set(name, f"{name}.weight", 3 * self.tensor(f"{name}.weight"))
 
     plain = without(model, INNER, batches, repair="none").model
-    monkeypatch.setattr(least_squares._LayerFitter, "fit", spoiled)
+    monkeypatch.setattr(least_squares.Repairs, "shift", spoiled)
     edit = without(model, INNER, batches)
     assert next(iter(edit.recipe.settings["unrepaired"])) == "blocks.0.conv2"
     assert torch.equal(edit.model.blocks[0].conv2.weight, plain.blocks[0].conv2.weight)
@@ -656,14 +655,14 @@ def test_a_shared_output_that_is_put_back(first, images, monkeypatch):
     batches, _ = images
     torch.manual_seed(0)
     model = ReadTwice(first).eval()
-    meet = least_squares._LayerFitter.fit
+    shift = least_squares.Repairs.shift
 
-    def spoiled(self, name):
-        meet(self, name)
+    def spoiled(self, name, *rest):
+        shift(self, name, *rest)
         if name == "conv2":
-            self.result.set(name, "conv2.weight", self.trace.model.conv2.weight, 3 * self.trace.model.conv2.weight)
+            self.set(name, "conv2.weight", 3 * self.tensor("conv2.weight"))
 
-    monkeypatch.setattr(least_squares._LayerFitter, "fit", spoiled)
+    monkeypatch.setattr(least_squares.Repairs, "shift", spoiled)
     edit = without(model, {"conv1": [3]}, batches)
     assert "conv2" in edit.recipe.settings["unrepaired"]
     assert torch.equal(edit.model.conv2.bias, model.conv2.bias)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import dropwhile
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from discedit.common import validation
 from discedit.common.warning import warn
 from discedit.editing.concept_erasure import check_scale
-from discedit.editing.row_operations import AROUND, bias_of, scaled_rows, why_not_scaled, wrong_rows
+from discedit.editing.row_operations import AROUND, RowEdit, bias_of, why_not_scaled
 from discedit.editing.target_search import FORGET, Problem, search
 from discedit.graph.pruning_graph import Graph, unseen_message
-from discedit.model.forward import call, device_of, first_tensor, frozen_eval, to_device
-from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits, record
-from discedit.repair.least_squares import Outputs, Protected, repaired, take_back
+from discedit.model.forward import device_of, to_device
+from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits
+from discedit.repair.least_squares import Protected, output_error, repaired, take_back, warning_if_worse
 from discedit.selection.candidates import check_layers, why_not_editable
 from discedit.selection.ranking import (
     MEASURES,
@@ -34,10 +34,12 @@ from discedit.selection.ranking import (
     retain_damage,
 )
 
+Units = dict[str, list[tuple[int, ...]]]  # layer -> the rows of each component that may be chosen
 KINDS = {"rows": ("filters", "neurons"), "heads": ("heads",)}
 FRACTION = {"none": 0.06, "mean": 0.06, "least_squares": 0.08}  # by repair
 MOST = 0.5  # of the components, in a search
 CHECKED = 8  # samples of each kind on which what is ablated is looked at
+SAME = 1e-6  # relative squared error of outputs that are the same but for rounding
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,9 @@ class AblateComponents:
                 "unlearn: limit must be a Limit such as TopFraction, TopK, AboveDeviations or MaxDamage, got "
                 f"{self.limit!r}."
             )
-        validation.choice("unlearn", "by", self.by, self.measures)
-        validation.choice("unlearn", "sign", self.sign, SIGNS)
-        validation.choice("unlearn", "components", self.components, KINDS)
-        validation.choice("unlearn", "around", self.around, ("auto", *AROUND))
+        fields = {"by": self.measures, "sign": SIGNS, "components": KINDS, "around": ("auto", *AROUND)}
+        for name, allowed in fields.items():
+            validation.choice("unlearn", name, getattr(self, name), allowed)
         if not isinstance(self.repair, LeastSquares):
             validation.choice("unlearn", "repair", self.repair, FRACTION)
         if self.scale is not None:
@@ -128,25 +129,22 @@ class AblateComponents:
         return float(self.scale or 0.0)
 
     def apply(self, problem: Problem) -> tuple[Edit, str]:
-        """The edit, and what is to be said of targets that it misses.
-
-        Raises:
-            ValueError: data or inputs that are missing, a limit beside targets, or no component to choose from.
-        """
+        """The edit, and what is to be said of targets that it misses."""
         self._check_given(problem)
-        limit, targets = self._asked(problem)
+        if self.limit is None and not problem.targets and problem.data is not None and self.repair_name == "none":
+            problem = replace(problem, targets={"forget_accuracy": FORGET})
         plan = self._plan(problem)
-        if targets:
-            assert problem.data is not None
-            edit, missed = search(plan, problem.model, problem.data, targets)
-            if missed and self.around == "auto" and plan.around == "mean" and "forget_accuracy" in targets:
+        missed = ""
+        if problem.targets:
+            edit, missed = plan.search()
+            around = (self.around, plan.method.around)
+            if missed and around == ("auto", "mean") and "forget_accuracy" in problem.targets:
                 # Zeros disturb more: what the means of small networks leave, they may not.
-                other, of_other = search(replace(plan, around="zero"), problem.model, problem.data, targets)
+                other, of_other = replace(plan, method=replace(plan.method, around="zero")).search()
                 if not of_other:
                     edit, missed = other, ""
         else:
-            assert limit is not None
-            missed = ""
+            limit = self.limit or TopFraction(FRACTION[self.repair_name])
             damage = retain_damage(problem.scores, plan.units, problem.others) if isinstance(limit, MaxDamage) else {}
             chosen = [limit.select(ranking, damage) for ranking in plan.rankings]
             _report_nothing(problem.forget, chosen, limit)
@@ -154,14 +152,6 @@ class AblateComponents:
             value = int(limit.value) if isinstance(limit, TopK) else float(limit.value)
             edit.recipe.settings = {limit.name: value, **edit.recipe.settings}
         return (_without(problem.model, edit, problem.example_inputs) if self.remove else edit), missed
-
-    def _asked(self, problem: Problem) -> tuple[Limit | None, Mapping[str, float]]:
-        """A limit or targets."""
-        if self.limit is not None or problem.targets:
-            return self.limit, problem.targets
-        if problem.data is not None and self.repair_name == "none":
-            return None, {"forget_accuracy": FORGET}
-        return TopFraction(FRACTION[self.repair_name]), {}
 
     def _check_given(self, problem: Problem) -> None:
         if self.limit is not None and problem.targets:
@@ -179,22 +169,20 @@ class AblateComponents:
         for name, needed in (("remove=True", self.remove), ("components='heads'", heads)):
             if needed and problem.example_inputs is None:
                 raise ValueError(f"unlearn: {name} needs example_inputs, got None.")
-        others_needed = self.by == "specific" or isinstance(self.limit, MaxDamage)
-        if not problem.others and others_needed:
+        if not problem.others and (self.by == "specific" or isinstance(self.limit, MaxDamage)):
             raise ValueError(f"unlearn: classes must leave at least one class with samples, got {problem.forget}.")
 
     def _plan(self, problem: Problem) -> _Plan:
-        model, scores, data = problem.model, problem.scores, problem.data
-        scale = self.scale_for(model)
+        model, data, norms = problem.model, problem.data, problem.scores.norms
+        scale, around = self.scale_for(model), self.around
         inputs, graph = problem.example_inputs, None
         if self.components == "heads" or self.by in OF_DATA:
             if inputs is None:
                 assert data is not None
                 inputs = data.labelled("forget", 2)[0][0]
             graph = Graph("unlearn", model, inputs)
-        units = editable_units(
-            problem, graph, KINDS[self.components], scale, "zero" if self.around == "auto" else self.around
-        )
+        known = "zero" if around == "auto" else around
+        units = editable_units(problem, graph, KINDS[self.components], scale, known)
         if self.by in OF_DATA:
             assert graph is not None
             assert data is not None
@@ -205,25 +193,15 @@ class AblateComponents:
             units = {layer: parts for layer, parts in units.items() if layer not in unread}
         else:
             rankings = _rankings(problem, units, self.by, self.sign)
-        around = self.around
         if around == "auto":
-            can = data is not None and not self.remove
-            can = can and all(bias_of(model, layer, scores.norms.get(layer)) for layer in units)
-            can = can and not any(
-                why_not_scaled(model, layer, scores.norms.get(layer), scale, "mean") for layer in units
-            )
-            around = "mean" if can else "zero"
-        settings = {"method": self.name, "by": self.by, "sign": self.sign, "components": self.components}
-        return _Plan(
-            replace(problem, example_inputs=inputs),
-            units,
-            rankings,
-            scale,
-            around,
-            self.repair_name,
-            self.protection,
-            settings,
-        )
+            carried = data is not None and not self.remove
+            for layer in units if carried else ():
+                norm = norms.get(layer)
+                carried = carried and bool(bias_of(model, layer, norm))
+                carried = carried and not why_not_scaled(model, layer, norm, scale, "mean")
+            around = "mean" if carried else "zero"
+        settled = replace(self, scale=scale, around=around)
+        return _Plan(replace(problem, example_inputs=inputs), units, rankings, settled)
 
 
 @dataclass(frozen=True)
@@ -257,50 +235,50 @@ class _Plan:
     """Everything about an edit but how many components go."""
 
     problem: Problem
-    units: dict[str, list[tuple[int, ...]]]  # layer -> the rows of each component that may be chosen
+    units: Units
     rankings: list[Ranking]  # of each class to forget
-    scale: float
-    around: str
-    repair: str
-    protection: float
-    settings: dict[str, Any]
+    method: AblateComponents  # with what "auto" and None stand for
 
-    what = "components per class"
+    def search(self) -> tuple[Edit, str]:
+        """The edit of as many components for each class as the targets take."""
+        sizes = self.rankings[0].sizes
+        most = min(max(len(ranking.places) for ranking in self.rankings), max(1, math.floor(MOST * sizes)))
 
-    @property
-    def sizes(self) -> int:
-        return self.rankings[0].sizes
+        def first(count: int) -> Edit:
+            return self.edited([ranking.places[:count] for ranking in self.rankings])
 
-    @property
-    def most(self) -> int:
-        return min(max(len(ranking.places) for ranking in self.rankings), max(1, math.floor(MOST * self.sizes)))
-
-    def first(self, count: int) -> Edit:
-        """The edit of so many components for each class."""
-        return self.edited([ranking.places[:count] for ranking in self.rankings])
+        return search(self.problem, first, sizes, most, "components per class")
 
     def edited(self, chosen: Iterable[list[tuple[str, int]]]) -> Edit:
-        """The edit of these components, those of each class together."""
+        """The edit of these components, those of each class together; layers where it does not hold are left alone."""
+        problem, data = self.problem, self.problem.data
         picked: dict[str, set[int]] = {layer: set() for layer in self.units}
         for places in chosen:
             for layer, part in places:
                 picked[layer].update(self.units[layer][part])
         rows = {layer: sorted(found) for layer, found in picked.items() if found}
+        model, scores, scale, means = problem.model, problem.scores, float(self.method.scale or 0.0), self._means()
+        batches = [] if problem.example_inputs is None else [to_device(problem.example_inputs, device_of(model))]
+        if data is not None:
+            batches = data.last(CHECKED)
         skipped: dict[str, str] = {}
-        while True:
-            edit = self._made(rows)
-            wrong = self._wrong(edit.model, rows)
+        while rows:
+            made = RowEdit(model, scores.norms, rows, scale, means)
+            edit = made.recipe(self._settings()).apply(model)
+            if self.method.repair_name != "none":
+                self._repair(edit, rows)
+            edit.widths = {layer: len(scores[layer]) for layer in rows}
+            wrong = made.wrong(edit.model, batches)
             if not wrong:
                 edit.skipped = skipped
                 return edit
             skipped |= wrong
             rows = {layer: found for layer, found in rows.items() if layer not in wrong}
-            if not rows:
-                layer, why = next(iter(skipped.items()))
-                raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
+        layer, why = next(iter(skipped.items()))
+        raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
 
     def _means(self) -> Mapping[str, Tensor] | None:
-        if self.around != "mean":
+        if self.method.around != "mean":
             return None
         assert self.problem.data is not None
         means = self.problem.data.means({layer: self.problem.scores.norms.get(layer, layer) for layer in self.units})
@@ -309,74 +287,46 @@ class _Plan:
                 raise ValueError(f"unlearn: data must give finite feature maps, the mean of {layer!r} is NaN or Inf.")
         return means
 
-    def _wrong(self, edited: nn.Module, rows: Mapping[str, list[int]]) -> dict[str, str]:
-        """Layers of the edited model that do not give what the recipe says, with reasons."""
-        inputs, data = self.problem.example_inputs, self.problem.data
-        batches = [] if inputs is None else [to_device(inputs, device_of(edited))]
-        if data is not None:
-            batches = data.last(CHECKED)
-        norms = {layer: norm for layer, norm in self.problem.scores.norms.items() if layer in rows}
-        return wrong_rows(self.problem.model, edited, norms, rows, self.scale, self._means(), batches)
-
-    def _made(self, rows: dict[str, list[int]]) -> Edit:
-        model, scores = self.problem.model, self.problem.scores
-        operations, tensors = scaled_rows(model, scores.norms, rows, self.scale, self._means())
-        settings = {
-            "classes": self.problem.forget,
-            **self.settings,
-            "layers": list(self.units),
-            "scale": self.scale,
-            "around": self.around,
-            "repair": self.repair,
-            **({"protection": self.protection} if self.repair == "least_squares" else {}),
-            **scores.settings,
-        }
-        edit = Recipe("unlearn", settings, rows, architecture_of(model), operations, tensors).apply(model)
-        if self.repair != "none":
-            self._repair(edit, rows)
-        edit.widths = {layer: len(scores[layer]) for layer in rows}
-        return edit
+    def _settings(self) -> dict[str, Any]:
+        method = self.method
+        settings: dict[str, Any] = {"classes": self.problem.forget, "method": method.name}
+        settings |= {name: getattr(method, name) for name in ("by", "sign", "components")}
+        settings |= {"layers": list(self.units), "scale": float(method.scale or 0.0), "around": method.around}
+        settings["repair"] = method.repair_name
+        if method.repair_name == "least_squares":
+            settings["protection"] = method.protection
+        return settings | self.problem.scores.settings
 
     def _repair(self, edit: Edit, rows: Mapping[str, list[int]]) -> None:
-        model, data = self.problem.model, self.problem.data
+        op, model, data = "unlearn", self.problem.model, self.problem.data
         assert data is not None
         retain, held_out = data.kept_back("retain")
         forget = data.parts("forget")
-        order, head = list(data.trace.runs), data.trace.head
-        first = next(i for i, name in enumerate(order) if name in rows)
-        behind = [
-            name
-            for name in order[first + 1 :]
-            if name != head and isinstance(edit.model.get_submodule(name), (nn.Conv2d, nn.Linear))
-        ]
+        head, repair = data.trace.head, self.method.repair_name
+        first, *later = dropwhile(lambda name: name not in rows, data.trace.runs)
+        fitted = (nn.Conv2d, nn.Linear)
+        behind = [name for name in later if name != head and isinstance(edit.model.get_submodule(name), fitted)]
         if not behind:
-            warn(f"unlearn: repair={self.repair!r} finds nothing to repair: only the head is behind {order[first]!r}.")
+            warn(f"{op}: repair={repair!r} finds nothing to repair: only the head is behind {first!r}.")
             return
-        outputs = Outputs(model, held_out)
-        unrepaired = outputs.error(edit.model)
-        weights = self.repair == "least_squares"
-        result = repaired(
-            "unlearn",
-            edit.model,
-            behind,
-            {},
-            data.trace,
-            retain,
-            weights=weights,
-            ablated=rows,
-            protected=Protected(forget, self.protection) if weights else Protected(),
-            ignore=() if head is None else (head,),
-        )
-        take_back("unlearn", model, edit.model, result, {}, data.trace, held_out, ablated=rows)
-        if result.skipped:
-            edit.recipe.settings["unrepaired"] = result.skipped
-        record(edit, result.before, result.values)
-        outputs.warn_if_worse("unlearn", unrepaired, outputs.error(edit.model))
+        weights = repair == "least_squares"
+        with warning_if_worse(op, model, edit.model, held_out):
+            result = repaired(
+                op,
+                edit.model,
+                behind,
+                {},
+                data.trace,
+                retain,
+                weights=weights,
+                ablated=rows,
+                protected=Protected(forget, self.method.protection) if weights else Protected(),
+                ignore=() if head is None else (head,),
+            )
+            take_back(op, edit, result, {}, data.trace, held_out, ablated=rows)
 
 
-def editable_units(
-    problem: Problem, graph: Graph | None, kinds: Iterable[str], scale: float, around: str
-) -> dict[str, list[tuple[int, ...]]]:
+def editable_units(problem: Problem, graph: Graph | None, kinds: Iterable[str], scale: float, around: str) -> Units:
     """Layer -> the rows of each component that may be chosen: all rows, or with a graph what it finds of some kinds."""
     model, scores = problem.model, problem.scores
     widths = {layer: len(scores[layer]) for layer in scores}
@@ -386,18 +336,15 @@ def editable_units(
         why = why_not_editable(model, layer) or why_not_scaled(model, layer, scores.norms.get(layer), scale, around)
         if why:
             reasons[layer] = why
-    units: dict[str, list[tuple[int, ...]]] = {
-        layer: [(row,) for row in range(widths[layer])] for layer in chosen if layer not in reasons
-    }
+    units: Units = {layer: [(row,) for row in range(widths[layer])] for layer in chosen if layer not in reasons}
     if graph is not None:
         found, unfit = graph.find(units, kinds)
         reasons |= unfit
         units = {layer: [tuple(rows) for rows in parts.rows] for layer, parts in found.items()}
     if problem.layers is None:
-        order = list(units)
-        units = {layer: units[layer] for layer in order[len(order) - math.ceil(len(order) / 3) :]}
-    elif len(units) < len(chosen):
-        layer, why = next(((layer, reasons[layer]) for layer in chosen if layer in reasons), ("", ""))
+        units = dict(list(units.items())[-math.ceil(len(units) / 3) :])
+    elif reasons:
+        layer, why = next((layer, reasons[layer]) for layer in chosen if layer in reasons)
         raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
     if not units:
         why = f" ({'; '.join(f'{layer}: {why}' for layer, why in reasons.items())})" if reasons else ", it is empty"
@@ -405,7 +352,7 @@ def editable_units(
     return units
 
 
-def _rankings(problem: Problem, units: dict[str, list[tuple[int, ...]]], by: str, sign: str) -> list[Ranking]:
+def _rankings(problem: Problem, units: Units, by: str, sign: str) -> list[Ranking]:
     found = []
     for cls in problem.forget:
         ranking = rank(problem.scores, units, cls, problem.others, by=by, sign=sign)
@@ -449,7 +396,12 @@ def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> Edit:
     rows = {layer: sorted(r for i in parts for r in found[layer].rows[i]) for layer, parts in chosen.items()}
     smaller = Recipe("prune", {}, rows, architecture_of(edit.model), operations).apply(edit.model)
     smaller.widths = {layer: edit.widths[layer] for layer in rows}
-    _same_function(edit.model, smaller.model, example_inputs)
+    inputs = to_device(example_inputs, device_of(edit.model))
+    if not output_error(edit.model, smaller.model, inputs) <= SAME:
+        raise ValueError(
+            "unlearn: remove must not change what the zeroed model gives; here zeroed components still give "
+            "something behind their activation, which is not 0 at 0."
+        )
     if unseen := graph.unseen(chosen):
         warn(unseen_message("unlearn", unseen))
     both = compose_edits(model, [edit, smaller], inplace=False)
@@ -457,21 +409,3 @@ def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> Edit:
     kept = {layer: f"zeroed, not removed: {why}" for layer, why in skipped.items() if layer in gone}
     both.skipped = edit.skipped | kept
     return both
-
-
-def _same_function(zeroed: nn.Module, smaller: nn.Module, example_inputs: Any) -> None:
-    device = device_of(zeroed)
-    with torch.no_grad():
-        before, after = (_logits(part, example_inputs, device) for part in (zeroed, smaller))
-    if not float((before - after).abs().max()) <= 1e-3 * float(before.abs().max()) + 1e-6:
-        raise ValueError(
-            "unlearn: remove must not change what the zeroed model gives; here zeroed components still give "
-            "something behind their activation, which is not 0 at 0."
-        )
-
-
-def _logits(model: nn.Module, inputs: Any, device: torch.device) -> Tensor:
-    with frozen_eval(model):
-        output = first_tensor(call(model, to_device(inputs, device)))
-    assert output is not None
-    return output

@@ -26,7 +26,6 @@ from discedit.model.layers import as_its_class, input_of
 from discedit.model.trace import ModelTrace, is_layer
 from discedit.moments.calibration import SAMPLES
 from discedit.moments.covariances import OTHERS, GroupSums
-from discedit.moments.forget_retain import ForgetRetainSplit
 from discedit.ops import fisher_bound
 from discedit.recipes.operations import Operation
 from discedit.recipes.recipe import Edit, Recipe, architecture_of, copied
@@ -45,21 +44,23 @@ EACH, REST, PER_FEATURE = 128, 256, 2
 
 @dataclass
 class Erased:
-    """What an erasure did.
-
-    Attributes:
-        operations, tensors: for a recipe, with its "set.I".
-        bounds: layer -> Fisher bound on the total variation distance between each class and the others, along the
-            direction that is erased from what the layer reads, before it is.
-        skipped: layer -> why its weights, as their type holds them, would not do what was asked; it is as it was.
-        forgotten: share of the samples to forget that are still named rightly, a mean over classes.
-    """
+    """What an erasure did."""
 
     operations: list[Operation] = field(default_factory=list)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # "set.I", for a recipe
+    # Layer -> Fisher bound on the total variation distance between each class and the others, along the direction that
+    # is erased from what the layer reads, before it is.
     bounds: dict[str, list[float]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    forgotten: float = 1.0
+    skipped: dict[str, str] = field(default_factory=dict)  # layers left as they were: their type has too few digits
+    forgotten: float = 1.0  # share of the samples to forget that are still named rightly, a mean over classes
+
+    @torch.no_grad()
+    def add(self, name: str, tensor: Tensor, values: Tensor) -> None:
+        """Adds to a tensor, as the recipe's operation will."""
+        values = values.to(tensor.dtype)
+        self.tensors[f"set.{len(self.operations)}"] = values.cpu()
+        self.operations.append(Operation("add", name, index=tuple(range(len(tensor)))))
+        tensor += values
 
 
 def erased(
@@ -68,64 +69,50 @@ def erased(
     trace: ModelTrace,
     parts: Sequence[tuple[Any, Tensor]],
     classes: Sequence[int],
-    factor: float,
+    scale: float,
 ) -> Erased:
-    """Erases directions from what layers read, in place.
+    """Erases directions from what layers of `edited` read, in place.
 
     Args:
-        edited: the model.
-        layers: Conv2d (not in groups) and Linear, with a bias or a batch norm behind that can take one.
         trace: of the model before the edit.
         parts: inputs with labels. Samples of other classes are those that stay.
-        classes: what to forget.
-        factor: what is left of each direction: 0 erases it.
-
-    Raises:
-        ValueError: no sample of a class, feature maps that are not finite, or a model without logits.
     """
     result = Erased()
     trace = trace.of_copy(edited)
     sums = {layer: GroupSums(len(classes)) for layer in layers}
     place = threading.local()
-
-    def meet(layer: str) -> None:
-        _edit(trace, layer, sums.pop(layer), factor, result)
+    whole = torch.cat([labels for _, labels in parts])
+    number = torch.stack([(whole == cls).sum() for cls in classes])
+    if not bool(number.all()):
+        cls = classes[int(number.argmin())]
+        raise ValueError(f"unlearn: data must hold samples of every class to forget, it holds none of class {cls}.")
+    right = torch.zeros(len(classes), dtype=torch.float64)
 
     def enter(layer: str, module: nn.Module, arguments: Any) -> None:
         sums[layer].add(module, arguments[0], place.groups, len(parts), place.seed)
         place.pause(layer)
 
-    right, seen = torch.zeros(2, len(classes), dtype=torch.float64)
-
-    def run(inputs: Any, groups: Tensor, seed: int, pause: Pause) -> None:
-        place.groups, place.seed, place.pause = groups, seed, pause
+    def run(inputs: Any, labels: Tensor, seed: int, pause: Pause) -> None:
+        place.seed, place.pause, place.groups = seed, pause, torch.full_like(labels, OTHERS)
+        for i, cls in enumerate(classes):
+            place.groups[labels == cls] = i
         with torch.no_grad(), LayersCalled(edited):  # this thread has modes of its own
             logits = first_tensor(call(edited, inputs))
         if logits is None or logits.ndim != 2:
             found = "none" if logits is None else f"shape {validation.shape_of(logits)}"
             raise ValueError(f"unlearn: model must give logits (samples, classes) to erase directions, got {found}.")
-        named = logits.argmax(1).cpu()
-        for i, cls in enumerate(classes):
-            seen[i] += int((groups == i).sum())
-            right[i] += int((named[groups == i] == cls).sum())
+        hit = labels[logits.argmax(1).cpu() == labels]
+        right.add_(torch.stack([(hit == cls).sum() for cls in classes]))
 
-    for cls in classes:
-        if not any(bool((labels == cls).any()) for _, labels in parts):
-            raise ValueError(f"unlearn: data must hold samples of every class to forget, it holds none of class {cls}.")
     handles = [edited.get_submodule(layer).register_forward_pre_hook(partial(enter, layer)) for layer in layers]
-    works = []
-    for seed, (inputs, labels) in enumerate(parts):
-        groups = torch.full_like(labels, OTHERS)
-        for i, cls in enumerate(classes):
-            groups[labels == cls] = i
-        works.append(partial(run, inputs, groups, seed))
+    works = [partial(run, inputs, labels, seed) for seed, (inputs, labels) in enumerate(parts)]
     with hooked(handles), frozen_eval(edited):
-        in_lockstep("unlearn", works, meet)
-    result.forgotten = float((right / seen).mean())
+        in_lockstep("unlearn", works, lambda layer: _edit(trace, layer, sums.pop(layer), scale, result))
+    result.forgotten = float((right / number).mean())
     return result
 
 
-def _edit(trace: ModelTrace, name: str, sums: GroupSums, factor: float, result: Erased) -> None:
+def _edit(trace: ModelTrace, name: str, sums: GroupSums, scale: float, result: Erased) -> None:
     """Takes the directions out of one layer's weights, around the mean of the samples that stay."""
     *forget, (mean, covariance) = sums.moments()
     if not all(bool(m.isfinite().all() and c.isfinite().all()) for m, c in (*forget, (mean, covariance))):
@@ -141,28 +128,26 @@ def _edit(trace: ModelTrace, name: str, sums: GroupSums, factor: float, result: 
     projected = torch.linalg.pinv((between + between.T) / 2, **least) @ directions.T
     layer: Any = trace.model.get_submodule(name)
     weight = layer.weight.detach().double()
-    moved = (1 - factor) * torch.einsum("oi...,ic->oc...", weight, differences)  # what the layer makes of them
+    moved = (1 - scale) * torch.einsum("oi...,ic->oc...", weight, differences)  # what the layer makes of them
     change = -torch.einsum("oc...,ci->oi...", moved, projected)
     lost = torch.einsum("oc...,c->o...", moved, projected @ mean)
     bias = lost.flatten(1).sum(1) if lost.ndim > 1 else lost  # padding counts as what else is read
     new = (weight + change).to(layer.weight.dtype).double()
-    if why := _why_not_erased(layer, weight, new, differences @ (projected @ differences), factor):
+    if why := _why_not_erased(layer, weight, new, differences @ (projected @ differences), scale):
         result.skipped[name] = why
         return
     result.bounds[name] = _bounds(directions.T, forget, (mean, covariance))
-    _add(result, f"{name}.weight", layer.weight, change)
+    result.add(f"{name}.weight", layer.weight, change)
     if layer.bias is not None:
-        _add(result, f"{name}.bias", layer.bias, bias)
+        result.add(f"{name}.bias", layer.bias, bias)
         return
-    norm = trace.bias_norm(name)
-    assert norm is not None
-    assert norm.running_mean is not None
+    norm: Any = trace.bias_norm(name)
     # Not the norm's bias: so the means are, but for padding, those that it would find on the classes that stay.
-    _add(result, f"{trace.norms[name]}.running_mean", norm.running_mean, -bias)
+    result.add(f"{trace.norms[name]}.running_mean", norm.running_mean, -bias)
 
 
-def _why_not_erased(layer: nn.Module, old: Tensor, new: Tensor, differences: Tensor, factor: float) -> str:
-    """Why a layer with new weights does not give factor times as much for differences (channels, classes) of what it
+def _why_not_erased(layer: nn.Module, old: Tensor, new: Tensor, differences: Tensor, scale: float) -> str:
+    """Why a layer with new weights does not give scale times as much for differences (channels, classes) of what it
     reads, in any mixture at any place; empty where it does."""
     x = input_of(layer).double()
     if isinstance(layer, nn.Conv2d):
@@ -171,7 +156,7 @@ def _why_not_erased(layer: nn.Module, old: Tensor, new: Tensor, differences: Ten
         x = x[:, :1] * differences.sum(1)
     spread = {"weight": old.abs(), "bias": None}, x.abs()
     before, after = (as_its_class(layer, {"weight": weight, "bias": None}, x) for weight in (old, new))
-    missed, due = float((after - factor * before).norm()), float((1 - factor) * before.norm())
+    missed, due = float((after - scale * before).norm()), float((1 - scale) * before.norm())
     rounding = torch.finfo(torch.float32).eps * float(as_its_class(layer, *spread).norm())
     if missed <= max(MISSED * abs(due), 4 * rounding):
         return ""
@@ -192,15 +177,6 @@ def _bounds(directions: Tensor, forget: list[tuple[Tensor, Tensor]], others: tup
     means, covariances = (torch.stack(moments) for moments in zip(*forget, strict=True))
     found = fisher_bound(*along(means, covariances), *along(*others))
     return [round(bound, 4) for bound in found.tolist()]
-
-
-@torch.no_grad()
-def _add(result: Erased, name: str, tensor: Tensor, values: Tensor) -> None:
-    """Adds, as the recipe's operation will."""
-    values = values.to(tensor.dtype)
-    result.tensors[f"set.{len(result.operations)}"] = values.cpu()
-    result.operations.append(Operation("add", name, index=tuple(range(len(tensor)))))
-    tensor += values
 
 
 @dataclass(frozen=True)
@@ -233,11 +209,7 @@ class EraseDirections:
         check_scale(self.scale)
 
     def apply(self, problem: Problem) -> tuple[Edit, str]:
-        """The edit, and what is to be said if it does not forget enough.
-
-        Raises:
-            ValueError: no data, or no layer that can be edited.
-        """
+        """The edit, and what is to be said if it does not forget enough."""
         if problem.data is None:
             raise ValueError(
                 "unlearn: EraseDirections needs data, labelled batches of all classes, got data=None; AblateComponents "
@@ -247,10 +219,42 @@ class EraseDirections:
         if not layers:
             why = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "there is none"
             raise ValueError(f"unlearn: layers must name at least one layer that can be edited ({why}).")
-        plan = _Erasure(problem, layers, float(self.scale), problem.data)
         if problem.targets:
-            return search(plan, problem.model, problem.data, problem.targets)
-        return plan.whole()
+            number = len(layers)
+            return search(problem, lambda n: self._edited(problem, layers, n)[0], number, number, "layers")
+        edit, left = self._edited(problem, layers, len(layers))
+        edit.recipe.settings = {"forget_accuracy": left, **edit.recipe.settings}
+        if left <= FORGET:
+            return edit, ""
+        return edit, (
+            f"unlearn: {100 * left:.1f} % of the samples to forget are still named rightly, more than {100 * FORGET:g} "
+            f"%; more layers, or method=AblateComponents() with a target, may do better."
+        )
+
+    def _edited(self, problem: Problem, able: list[str], number: int) -> tuple[Edit, float]:
+        """From the last so many of the layers; and the share of the samples to forget that are still named rightly."""
+        model, forget, data = problem.model, problem.forget, problem.data
+        assert data is not None
+        widest = max(model.get_parameter(f"{layer}.weight").shape[1] for layer in able)
+        samples = {"retain": max(REST, PER_FEATURE * widest), "forget": EACH * len(forget)}
+        parts = [part for kind, most in samples.items() for part in data.labelled(kind, min(most, SAMPLES))]
+        layers = able[len(able) - number :]
+        made = erased(copied(model), layers, data.trace, parts, forget, float(self.scale))
+        if not made.operations:
+            layer, why = next(iter(made.skipped.items()))
+            raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
+        settings = {
+            "classes": forget,
+            "method": self.name,
+            "layers": [layer for layer in layers if layer not in made.skipped],
+            "scale": float(self.scale),
+            "around": "mean",
+            "directions": made.bounds,
+        }
+        recipe = Recipe("unlearn", settings, {}, architecture_of(model), made.operations, made.tensors)
+        edit = recipe.apply(model)
+        edit.skipped = made.skipped
+        return edit, made.forgotten
 
 
 def check_scale(scale: Any) -> None:
@@ -283,59 +287,3 @@ def erasable_layers(problem: Problem) -> tuple[list[str], dict[str, str]]:
                 raise ValueError(f"unlearn: layer {name!r} cannot be edited: {why}.")
         able = [name for name in able if name in problem.layers]
     return able, {name: why for name, why in reasons.items() if why}
-
-
-@dataclass(frozen=True)
-class _Erasure:
-    """Directions to be erased from what layers read."""
-
-    problem: Problem
-    layers: list[str]
-    scale: float
-    data: ForgetRetainSplit
-
-    what = "layers"
-
-    @property
-    def sizes(self) -> int:
-        return len(self.layers)
-
-    most = sizes
-
-    def first(self, count: int) -> Edit:
-        """From so many layers, the last of them."""
-        return self._edited(self.layers[len(self.layers) - count :])[0]
-
-    def whole(self) -> tuple[Edit, str]:
-        """From all layers; and what is to be said if that is not enough."""
-        edit, left = self._edited(self.layers)
-        edit.recipe.settings = {"forget_accuracy": left, **edit.recipe.settings}
-        if left <= FORGET:
-            return edit, ""
-        return edit, (
-            f"unlearn: {100 * left:.1f} % of the samples to forget are still named rightly, more than {100 * FORGET:g} "
-            f"%; more layers, or method=AblateComponents() with a target, may do better."
-        )
-
-    def _edited(self, layers: list[str]) -> tuple[Edit, float]:
-        model, forget = self.problem.model, self.problem.forget
-        trial = copied(model)
-        widest = max(model.get_parameter(f"{layer}.weight").shape[1] for layer in self.layers)
-        number = {"retain": max(REST, PER_FEATURE * widest), "forget": EACH * len(forget)}
-        parts = [part for kind, most in number.items() for part in self.data.labelled(kind, min(most, SAMPLES))]
-        made = erased(trial, layers, self.data.trace, parts, forget, self.scale)
-        if not made.operations:
-            layer, why = next(iter(made.skipped.items()))
-            raise ValueError(f"unlearn: layer {layer!r} cannot be edited: {why}.")
-        settings = {
-            "classes": forget,
-            "method": EraseDirections.name,
-            "layers": [layer for layer in layers if layer not in made.skipped],
-            "scale": self.scale,
-            "around": "mean",
-            "directions": made.bounds,
-        }
-        recipe = Recipe("unlearn", settings, {}, architecture_of(model), made.operations, made.tensors)
-        edit = recipe.apply(model)
-        edit.skipped = made.skipped
-        return edit, made.forgotten

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from discedit.moments.calibration import batch_norms, calibrated, kept_back
 from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits, record
 from discedit.repair import batchnorm
 from discedit.repair.compensation import compensated
-from discedit.repair.least_squares import Outputs, repaired, take_back
+from discedit.repair.least_squares import repaired, take_back, warning_if_worse
 from discedit.scoring.scores import REDUCTIONS, Scores
 from discedit.selection.budget import (
     AcrossLayers,
@@ -33,7 +34,6 @@ from discedit.selection.budget import (
     Threshold,
     budget_of,
     choose,
-    normalised,
 )
 from discedit.selection.candidates import Candidates, check_layers, check_scored, why_not_pruned
 from discedit.selection.importance import (
@@ -41,6 +41,7 @@ from discedit.selection.importance import (
     CRITERIA,
     OF_CONSUMERS,
     Random,
+    check_criterion,
     component_importances,
     kinds_of,
 )
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = "outputs"  # the kind of component that only `prune` has
 REPAIRS = ("auto", "none", "mean", "batchnorm", "least_squares", "compensation")
-IN_ORDER = ("mean", "least_squares")  # repairs that take one layer after the other
+SAMPLED = ("mean", "least_squares", "compensation")  # repairs of layers, on samples
 OF_SCORES = (*REDUCTIONS, "combined")  # criteria that need scores
 SHARES = ("reconstruction", "combined")  # criteria that mean the same in every layer
 # Criteria where each layer loses a share of its own, by repair (benchmarks/prune.md).
@@ -61,6 +62,9 @@ BEST_WITH = {
     "compensation": "reconstruction",
     "least_squares": "l1",
 }
+
+
+DEFAULTS = {"criterion": "auto", "repair": "auto", "components": COMPONENTS, "ignore": ()}  # of others, None
 
 
 class Shorthand(TypedDict, total=False):
@@ -118,7 +122,17 @@ def prune(
 
     Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (criterion="min", repair="none"); others: docs/pruning.md.
     """
-    options = _Options.of(example_inputs, data, budget, criterion, repair, components, layers, ignore, **shorthand)
+    options = _Options.of(
+        example_inputs=example_inputs,
+        data=data,
+        budget=budget,
+        criterion=criterion,
+        repair=repair,
+        components=components,
+        layers=layers,
+        ignore=ignore,
+        **shorthand,
+    )
     return _in_steps(model, scores, options, 1, None)
 
 
@@ -151,7 +165,7 @@ def iterative_prune(
     steps = validation.positive_integer(op, "steps", steps)
     if rescore is not None and steps == 1:
         raise ValueError(f"{op}: rescore needs steps above 1, got steps=1.")
-    return _in_steps(model, scores, _Options.of(example_inputs, **options), steps, rescore)
+    return _in_steps(model, scores, _Options.of(example_inputs=example_inputs, **options), steps, rescore)
 
 
 @dataclass(frozen=True)
@@ -163,48 +177,26 @@ class _Options:
     budget: Budget
     criterion: str | Random | None  # None: the importances that the caller gave
     repair: str
-    kinds: tuple[str, ...]
+    components: tuple[str, ...]
     layers: list[str] | None
     ignore: list[str]
 
     @classmethod
-    def of(
-        cls,
-        example_inputs: Any,
-        data: Iterable[Any] | None = None,
-        budget: Budget | None = None,
-        criterion: str | Random = "auto",
-        repair: str = "auto",
-        components: str | Iterable[str] = COMPONENTS,
-        layers: Iterable[str] | None = None,
-        ignore: Iterable[str] = (),
-        **shorthand: Unpack[Shorthand],
-    ) -> _Options:
-        """Each checked by itself.
-
-        Raises:
-            ValueError: an option that is unknown.
-        """
-        if not isinstance(criterion, Random):
-            validation.choice("prune", "criterion", criterion, ("auto", *CRITERIA))
-        validation.choice("prune", "repair", repair, REPAIRS)
-        return cls(
-            example_inputs,
-            list(data) if isinstance(data, Iterator) else data,
-            budget_of("prune", budget, shorthand),
-            criterion,
-            repair,
-            kinds_of("prune", components, (*KINDS, OUTPUTS)),
-            None if layers is None else list(layers),
-            list(ignore),
-        )
+    def of(cls, **given: Any) -> _Options:
+        """Each checked by itself; budgets also by their names."""
+        known: dict[str, Any] = {field.name: given.pop(field.name, DEFAULTS.get(field.name)) for field in fields(cls)}
+        if not isinstance(known["criterion"], Random):
+            validation.choice("prune", "criterion", known["criterion"], ("auto", *CRITERIA))
+        validation.choice("prune", "repair", known["repair"], REPAIRS)
+        data, layers = known["data"], known["layers"]
+        known["data"] = list(data) if isinstance(data, Iterator) else data
+        known["budget"] = budget_of("prune", known["budget"], given)
+        known["components"] = kinds_of("prune", known["components"], (*KINDS, OUTPUTS))
+        known["layers"] = None if layers is None else list(layers)
+        return cls(**known)
 
     def settled(self, candidates: Candidates) -> _Options:
-        """With what "auto" stands for.
-
-        Raises:
-            ValueError: a criterion or a repair without the data or scores that it needs, names that are not known.
-        """
+        """With what "auto" stands for, checked with what there is."""
         op = "prune"
         repair, criterion = self.repair, self.criterion
         if repair == "auto":
@@ -212,7 +204,7 @@ class _Options:
         if candidates.scores is None and criterion in OF_SCORES:
             raise ValueError(f"{op}: criterion={criterion!r} needs scores, got scores=None.")
         if candidates.importances is not None:
-            if criterion not in ("auto", None):
+            if criterion != "auto":
                 raise ValueError(
                     f"{op}: criterion must be left out where scores are importances themselves, got {criterion!r}."
                 )
@@ -221,27 +213,21 @@ class _Options:
             criterion = "l1"
         elif criterion == "auto":
             criterion = BEST_WITH[repair] if isinstance(self.budget, Ratio) else "reconstruction"
-        needs = {f"repair={repair!r}": repair != "none", f"criterion={criterion!r}": criterion in OF_CONSUMERS}
-        for name, needed in needs.items():
-            if needed and self.data is None:
-                raise ValueError(f"{op}: {name} needs data to estimate statistics on, got data=None.")
+        if repair != "none" and self.data is None:
+            raise ValueError(f"{op}: repair={repair!r} needs data to estimate statistics on, got data=None.")
+        check_criterion(op, criterion, self.data)
         for argument, layer in (*self.budget.named(), *(("ignore", layer) for layer in self.ignore)):
             check_scored(op, argument, layer, candidates.widths)
-        return replace(self, repair=repair, criterion=criterion)
+        return replace(self, repair=repair, criterion=Random() if criterion == "random" else criterion)
 
 
 @dataclass
 class _Step:
-    """An edit, the choice that it made, what each layer had, how much of it it has lost, and what did not run."""
+    """An edit, the choice that it made, and what did not run."""
 
     edit: Edit
     choice: Choice
-    found: dict[str, Components]
     unseen: dict[str, list[str]]  # modules that did not run and may read what was removed, with the layers it is from
-
-    @property
-    def lost(self) -> dict[str, int]:
-        return {layer: len(gone) for layer, gone in self.choice.removed.items()}
 
 
 def _in_steps(
@@ -254,31 +240,25 @@ def _in_steps(
     """In equal parts of what is to go, each of what the one before has left."""
     validation.module("prune", model)
     current = model = unwrapped(model)
-    candidates = Candidates.of("prune", model, scores, options.example_inputs)
-    settled = options.settled(candidates)
+    budget, inputs = options.budget, options.example_inputs
+    candidates = Candidates.of("prune", model, scores, inputs)
+    options.settled(candidates)
     check_layers("prune", model, candidates.widths, options.layers)
-    macs_before = _macs(model, options.example_inputs)
-    size = float(count_parameters(model) if isinstance(options.budget, MaxParameters) else macs_before)
+    macs = _macs(model, inputs)
+    size = count_parameters(model) if isinstance(budget, MaxParameters) else macs
     done: list[_Step] = []
     for step in range(1, steps + 1):
-        progress = Progress(share=step / steps, size=size)
-        if done:
-            had = {layer: len(parts.rows) for layer, parts in done[0].found.items()}
-            progress = replace(progress, had=had, lost=_lost(done), few=_heads(done[0].found))
-        done.append(_once(current, candidates, replace(settled, budget=settled.budget.step(progress))))
+        done.append(_once(current, candidates, options, Progress(step / steps, size, _lost(done))))
         current = done[-1].edit.model
-        if step < steps:
-            if rescore is None:
-                candidates = candidates.left(done[-1].edit)
-            else:
-                candidates = Candidates.of("prune", current, rescore(current), options.example_inputs)
-            # A criterion of one's own holds for scores; of importances these are it.
-            own = candidates.importances is not None
-            settled = replace(options, criterion="auto" if own else options.criterion).settled(candidates)
-    _warn_of_what_is_left(done, options.budget)
-    edit = done[0].edit if steps == 1 else _joined(model, done, options.budget, rescore is not None)
-    edit.recipe.settings[options.budget.name] = _plain(options.budget.value)
-    edit.macs_before, edit.macs_after = macs_before, count_macs(edit.model, options.example_inputs)
+        if step < steps and rescore is None:
+            candidates = candidates.left(done[-1].edit)
+        elif step < steps and rescore is not None:
+            candidates = Candidates.of("prune", current, rescore(current), inputs)
+            if candidates.importances is not None:  # a criterion of one's own holds for scores: these are it
+                options = replace(options, criterion="auto")
+    _warn_of_what_is_left(done, budget)
+    edit = done[0].edit if steps == 1 else _joined(model, done, budget, rescore is not None)
+    edit.macs_before, edit.macs_after = macs, count_macs(edit.model, inputs)
     return edit
 
 
@@ -292,13 +272,13 @@ def _macs(model: nn.Module, example_inputs: Any) -> int:
         ) from error
 
 
-def _once(model: nn.Module, candidates: Candidates, options: _Options) -> _Step:
-    op = "prune"
+def _once(model: nn.Module, candidates: Candidates, options: _Options, progress: Progress) -> _Step:
+    op, options = "prune", options.settled(candidates)
     known = check_layers(op, model, candidates.widths, options.layers)
     chosen = [layer for layer in known if layer not in options.ignore]
-    graph = Graph(op, model, options.example_inputs, keep_outputs=OUTPUTS not in options.kinds)
+    graph = Graph(op, model, options.example_inputs, keep_outputs=OUTPUTS not in options.components)
     skipped = {layer: why for layer in chosen if (why := why_not_pruned(model, layer))}
-    found, unfit = graph.find([layer for layer in chosen if layer not in skipped], options.kinds)
+    found, unfit = graph.find([layer for layer in chosen if layer not in skipped], options.components)
     skipped |= unfit
     if isinstance(options.budget, SizeBudget):
         skipped |= (uncut := graph.uncuttable(found))
@@ -306,7 +286,7 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options) -> _Step:
     inputs: Any = None
     further: Any = None
     trace = ModelTrace(model)
-    samples = options.repair in (*IN_ORDER, "compensation")  # that a repair looks at
+    samples = options.repair in SAMPLED
     if options.data is not None and (samples or options.criterion in OF_CONSUMERS):
         inputs, trace, further = calibrated(op, model, options.data, further=samples)
     values, unjudged = component_importances(candidates, options.criterion, graph, found, inputs, trace)
@@ -320,7 +300,7 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options) -> _Step:
         unjudged = {}
     while True:
         _check_some(graph, found, skipped, options)
-        choice = _chosen(graph, {layer: values[layer] for layer in found}, _heads(found), options)
+        choice = _chosen(graph, {layer: values[layer] for layer in found}, found, options, progress)
         operations, failed = graph.plan(choice.removed)
         skipped |= {layer: why for layer, why in failed.items() if layer in chosen}
         if not failed.keys() & found.keys():
@@ -332,7 +312,7 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options) -> _Step:
     _repair(edit, model, graph, choice, options, (inputs, further, trace))
     edit.skipped = {layer: skipped[layer] for layer in chosen if layer in skipped}
     edit.widths = {layer: candidates.widths[layer] for layer in rows}
-    return _Step(edit, choice, found, graph.unseen(choice.removed))
+    return _Step(edit, choice, graph.unseen(choice.removed))
 
 
 def _check_some(graph: Graph, found: Mapping[str, Components], skipped: Mapping[str, str], options: _Options) -> None:
@@ -341,23 +321,22 @@ def _check_some(graph: Graph, found: Mapping[str, Components], skipped: Mapping[
         raise ValueError(f"prune: layer {layer!r} cannot be pruned: {why}.")
     if not found:
         reasons = "; ".join(f"{layer}: {why}" for layer, why in skipped.items())
-        helps = "stream" not in options.kinds and graph.find(skipped, KINDS)[0]
+        helps = "stream" not in options.components and graph.find(skipped, KINDS)[0]
         more = " With components='all', channels to which several layers add go as well." if helps else ""
         raise ValueError(f"prune: no layer can be pruned ({reasons}).{more}")
 
 
-def _chosen(graph: Graph, values: dict[str, Tensor], few: set[str], options: _Options) -> Choice:
+def _chosen(
+    graph: Graph, values: dict[str, Tensor], found: Mapping[str, Components], options: _Options, progress: Progress
+) -> Choice:
     """What goes."""
-    budget = options.budget.within(values)
     cost = None
-    if isinstance(budget, SizeBudget):
+    if isinstance(options.budget, SizeBudget):
         shapes = {tensor: tuple(parameter.shape) for tensor, parameter in graph.model.named_parameters()}
-        of_weights, fixed = macs_of_weights(graph.model, options.example_inputs)
         footprints = {layer: [place for place in graph.footprint(layer) if place[0] in shapes] for layer in values}
-        cost = Cost(footprints, shapes, of_weights, fixed)
-    if isinstance(budget, AcrossLayers):
-        values = normalised(values, budget.across)
-    return choose(values, budget, cost=cost, few=few)
+        cost = Cost(footprints, shapes, *macs_of_weights(graph.model, options.example_inputs))
+    heads = {layer for layer, components in found.items() if components.kind == "heads"}
+    return choose(values, options.budget, cost=cost, few=heads, progress=progress)
 
 
 def _repair(
@@ -369,47 +348,38 @@ def _repair(
     calibration: tuple[Any, Any, ModelTrace],
 ) -> None:
     """Makes up for what went, in the edit's model and recipe."""
-    op = "prune"
+    if options.repair == "batchnorm" and options.data is not None:
+        record(edit, *batchnorm.reestimated(edit.model, options.data))
+    if options.repair not in SAMPLED or not any(choice.removed.values()):
+        return
+    op, compensates = "prune", options.repair == "compensation"
     inputs, further, trace = calibration
-    compensates = options.repair == "compensation"
-    outputs: Outputs | None = None
-    if (options.repair in IN_ORDER or compensates) and any(choice.removed.values()):
-        readers, producers = dict(graph.consumers(choice.removed)), graph.producers(choice.removed)
-        parts, held_out = kept_back(op, inputs, further)
-        outputs = Outputs(model, held_out)
-        unrepaired = outputs.error(edit.model)
+    readers, producers = dict(graph.consumers(choice.removed)), graph.producers(choice.removed)
+    parts, held_out = kept_back(op, inputs, further)
+    with warning_if_worse(op, model, edit.model, held_out):
         if compensates:
-            result = compensated(model, edit.model, readers, producers, trace, parts)
+            result = compensated(edit.model, readers, producers, trace, parts)
         else:
             weights = options.repair == "least_squares"
             result = repaired(op, edit.model, readers, producers, trace, parts, weights=weights)
-        take_back(op, model, edit.model, result, producers, trace, held_out, sums=not compensates)
-        if result.skipped:
-            edit.recipe.settings["unrepaired"] = result.skipped
-        record(edit, result.before, result.values)
-    if options.repair == "batchnorm" and options.data is not None:
-        record(edit, *batchnorm.reestimated(edit.model, options.data))
-    elif compensates and options.data is not None and batch_norms(edit.model):
-        kept = {operation.target: operation.index for operation in edit.recipe.operations if operation.kind == "keep"}
-        record(edit, *batchnorm.adapted(edit.model, model, kept, options.data))
-    if outputs is not None:
-        outputs.warn_if_worse(op, unrepaired, outputs.error(edit.model))
-
-
-def _heads(found: Mapping[str, Components]) -> set[str]:
-    return {layer for layer, components in found.items() if components.kind == "heads"}
+        take_back(op, edit, result, producers, trace, held_out, sums=not compensates)
+        if compensates and options.data is not None and batch_norms(edit.model):
+            kept = {change.target: change.index for change in edit.recipe.operations if change.kind == "keep"}
+            record(edit, *batchnorm.adapted(edit.model, model, kept, options.data))
 
 
 def _lost(done: list[_Step]) -> dict[str, int]:
     """How many components each layer has lost in these steps."""
-    return {layer: sum(step.lost.get(layer, 0) for step in done) for layer in done[0].found}
+    lost: Counter[str] = Counter()
+    for step in done:
+        lost.update({layer: len(gone) for layer, gone in step.choice.removed.items()})
+    return lost
 
 
 def _warn_of_what_is_left(steps: list[_Step], budget: Budget) -> None:
     """No silent no-op: a warning where nothing goes, or less than was asked for."""
     last = steps[-1].choice
-    gone = any(any(step.lost.values()) for step in steps)
-    if (not last.met and not isinstance(budget, Ratio)) or (budget.asks() and not gone):
+    if (not last.met and not isinstance(budget, Ratio)) or (budget.asks() and not any(_lost(steps).values())):
         warn(f"prune: {last.message}")
     unseen: dict[str, set[str]] = {}
     for step in steps:
@@ -421,40 +391,39 @@ def _warn_of_what_is_left(steps: list[_Step], budget: Budget) -> None:
 
 def _described(candidates: Candidates, options: _Options, choice: Choice, unjudged: dict[str, str]) -> dict[str, Any]:
     """The settings of a recipe, as JSON has them."""
-    criterion = options.criterion
+    budget, criterion = options.budget, options.criterion
     described: dict[str, Any] = {
-        options.budget.name: _plain(options.budget.value),
+        **_named(budget),
         "criterion": "random" if isinstance(criterion, Random) else "given" if criterion is None else criterion,
         "repair": options.repair,
-        "components": list(options.kinds),
+        "components": list(options.components),
         "budget": {"asked": choice.asked, "reached": choice.reached, "met": choice.met},
     }
-    if isinstance(options.budget, AcrossLayers):
-        described["across"] = options.budget.across
-    if described["criterion"] == "random":
-        described["seed"] = criterion.seed if isinstance(criterion, Random) else Random.seed
+    if isinstance(budget, AcrossLayers):
+        described["across"] = budget.across
+    if isinstance(criterion, Random):
+        described["seed"] = criterion.seed
     if unjudged:
         described["ranked_by_l2"] = unjudged
     return described if candidates.scores is None else {**described, **candidates.scores.settings}
 
 
-def _plain(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else value
+def _named(budget: Budget) -> dict[str, Any]:
+    return {budget.name: dict(budget.value) if isinstance(budget.value, Mapping) else budget.value}
 
 
 def _joined(model: nn.Module, done: list[_Step], budget: Budget, rescored: bool) -> Edit:
     """One edit for all steps."""
     edit = compose_edits(model, [step.edit for step in done], inplace=False)
     last = done[-1].choice
-    edit.recipe.settings |= {"steps": len(done), "rescored": rescored}
-    if isinstance(budget, SizeBudget):
-        edit.recipe.settings["budget"] = done[-1].edit.recipe.settings["budget"]
-    else:
+    settings = edit.recipe.settings
+    settings |= {"steps": len(done), "rescored": rescored, "budget": done[-1].edit.recipe.settings["budget"]}
+    settings |= _named(budget)
+    if not isinstance(budget, SizeBudget):
         reached = sum(_lost(done).values())
-        asked = reached - last.reached + last.asked
-        edit.recipe.settings["budget"] = {"asked": asked, "reached": reached, "met": last.met}
+        settings["budget"] = {"asked": reached - last.reached + last.asked, "reached": reached, "met": last.met}
     for notes in ("unrepaired", "ranked_by_l2"):
         found = {k: v for step in done for k, v in step.edit.recipe.settings.get(notes, {}).items()}
         if found:
-            edit.recipe.settings[notes] = found
+            settings[notes] = found
     return edit

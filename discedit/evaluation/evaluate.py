@@ -20,7 +20,6 @@ from discedit.evaluation.relearning import Recall, Relearning, RelearnTime, reca
 from discedit.model.forward import outside_inference_mode
 from discedit.model.sharded import unwrapped
 from discedit.model.size import accuracy_per_class as accuracy_per_class
-from discedit.moments.calibration import batch_norms
 
 KEPT_FORGET, KEPT_RETAIN = 512, 1024  # inputs kept of each loader, as many of each class, to run again
 MOST_ROWS = 20  # classes that have rows in a table
@@ -164,39 +163,24 @@ METRICS = {
     "batchnorm_recall": Metric(recall_by_batch_norms, ("train", "samples")),
     "aus": Metric(aus, ("original",)),
 }
+ALL = ("all", *METRICS)
 
 
-class _Plan:
-    """The metrics to measure, and why others are left out; an error for one that was asked for by name."""
-
-    def __init__(self, metrics: Any) -> None:
-        given = [metrics] if isinstance(metrics, (str, Relearning)) else metrics
-        if not isinstance(given, Iterable):
-            raise ValueError(f"{OP}: metrics must be 'all', a name or several names, got {metrics!r}.")
-        tuned, names = [], []
-        for one in given:
-            tuned += [one] if isinstance(one, Relearning) else []
-            names.append("relearning" if isinstance(one, Relearning) else one)
-            validation.choice(OP, "metrics", names[-1], ("all", *METRICS))
-        if not names:
-            raise ValueError(f"{OP}: metrics must name at least one metric, it is empty.")
-        self._by_name = "all" not in names
-        self.metrics = {name: metric for name, metric in METRICS.items() if name in names or not self._by_name}
-        if tuned:
-            self.metrics["relearning"] = METRICS["relearning"]._replace(measure=tuned[-1])
-        self.left_out: dict[str, str] = {}
-
-    def leave_out(self, missing: Callable[[Metric], str]) -> None:
-        for name, metric in list(self.metrics.items()):
-            what = missing(metric)
-            if what and self._by_name:
-                raise ValueError(f"{OP}: metrics={name!r} needs {what}.")
-            if what:
-                self.left_out[name] = f"needs {what}"
-                del self.metrics[name]
-
-    def requires(self, what: str) -> bool:
-        return any(what in metric.requires for metric in self.metrics.values())
+def _chosen(metrics: Any) -> tuple[dict[str, Metric], bool]:
+    """The metrics asked for, and whether by name: then each must be measured."""
+    given = [metrics] if isinstance(metrics, (str, Relearning)) else metrics
+    if not isinstance(given, Iterable):
+        raise ValueError(f"{OP}: metrics must be 'all', a name or several names, got {metrics!r}.")
+    tuned, names = METRICS["relearning"], set()
+    for one in given:
+        if isinstance(one, Relearning):
+            tuned = tuned._replace(measure=one)
+        names.add("relearning" if isinstance(one, Relearning) else validation.choice(OP, "metrics", one, ALL))
+    if not names:
+        raise ValueError(f"{OP}: metrics must name at least one metric, it is empty.")
+    every = "all" in names
+    found = {name: metric for name, metric in METRICS.items() if every or name in names}
+    return found | ({"relearning": tuned} if "relearning" in found else {}), not every
 
 
 @outside_inference_mode()
@@ -253,42 +237,52 @@ def evaluate(
         raise ValueError(f"{OP}: features must be the name of a layer, got {features!r}.")
     if (number := validation.index(seed)) is None or not 0 <= number < 2**32:
         raise ValueError(f"{OP}: seed must be an integer in 0..2**32 - 1, got {seed!r}.")
-    plan = _Plan(metrics)
+    chosen, by_name = _chosen(metrics)
     given = {"edited": model} | {k: v for k, v in (("original", original), ("retrained", retrained)) if v is not None}
     for name, one in given.items():
         validation.module(OP, one, "model" if name == "edited" else name)
     models = {name: unwrapped(one) for name, one in given.items()}
-    plan.leave_out(lambda metric: _missing_argument(metric, train, models))
-    if plan.requires("scikit-learn") and find_spec("sklearn") is None:
+    not_measured = _leave_out(chosen, by_name, lambda metric: _missing_argument(metric, train, models))
+    required = {what for metric in chosen.values() for what in metric.requires}
+    if "scikit-learn" in required and find_spec("sklearn") is None:
         needy = [name for name, metric in METRICS.items() if "scikit-learn" in metric.requires]
         raise ModuleNotFoundError(
             f"{OP}: metrics {validation.quoted(needy)} need scikit-learn. Install it: pip install 'discedit[evaluate]'"
         )
-    read = plan.requires("features") and (features or True)
     keep = {}
-    if plan.requires("samples"):
+    if "samples" in required:
         keep = dict.fromkeys(forget, -(-KEPT_FORGET // len(forget)))
         keep |= dict.fromkeys(others, -(-KEPT_RETAIN // len(others)))
+    read = "features" in required and (features or True)
     outputs, kept, counts = {}, {}, {}
     for part, loader in (("test", test), ("train", train)):
         if loader is not None:
             outputs[part], kept[part] = gather(part, loader, models, count, features=read, keep=keep, seed=number)
             counts[part] = torch.bincount(outputs[part]["edited"].labels, minlength=count)
     _check_test(counts["test"], forget, others)
-    plan.leave_out(lambda metric: _missing_samples(metric, counts, forget, others))
-    if "batchnorm_recall" in plan.metrics and not batch_norms(models["edited"]):
-        plan.left_out["batchnorm_recall"] = UNFIT
-        del plan.metrics["batchnorm_recall"]
+    not_measured |= _leave_out(chosen, by_name, lambda metric: _missing_samples(metric, counts, forget, others))
     data = EvaluationData(models, forget, others, outputs, kept, number)
-    tuned = [metric.measure for metric in plan.metrics.values() if isinstance(metric.measure, Relearning)]
+    found = {name: metric.measure(data) for name, metric in chosen.items()}
+    relearning = chosen["relearning"].measure if "relearning" in chosen else None
+    tuned = asdict(relearning) if isinstance(relearning, Relearning) else None
     return Evaluation(
         classes=tuple(forget),
         num_classes=count,
         samples={part: {"forget": int(n[forget].sum()), "retain": int(n[others].sum())} for part, n in counts.items()},
-        not_measured=plan.left_out,
-        settings={"features": features, "seed": number, "relearning": asdict(tuned[0]) if tuned else None},
-        **{name: metric.measure(data) for name, metric in plan.metrics.items()},
+        not_measured=not_measured | {name: UNFIT for name, figures in found.items() if not figures},
+        settings={"features": features, "seed": number, "relearning": tuned},
+        **{name: figures for name, figures in found.items() if figures},
     )
+
+
+def _leave_out(metrics: dict[str, Metric], by_name: bool, missing: Callable[[Metric], str]) -> dict[str, str]:
+    """Takes out metrics that lack something, and says what; an error where they were asked for by name."""
+    lacking = {name: what for name, metric in metrics.items() if (what := missing(metric))}
+    for name, what in lacking.items():
+        if by_name:
+            raise ValueError(f"{OP}: metrics={name!r} needs {what}.")
+        del metrics[name]
+    return {name: f"needs {what}" for name, what in lacking.items()}
 
 
 def _missing_argument(metric: Metric, train: Any, models: Mapping[str, nn.Module]) -> str:

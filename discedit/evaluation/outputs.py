@@ -32,20 +32,17 @@ OP = "evaluate"
 
 @dataclass(frozen=True)
 class Outputs:
-    """One model's answers to all samples, on the CPU: logits (samples, classes), features (samples, width)."""
+    """One model's answers to all samples, on the CPU: logits (samples, classes), features (samples, width), labels."""
 
     logits: Tensor
-    features: Tensor | None
+    features: Tensor  # width 0: not asked for
     labels: Tensor
 
     def of(self, chosen: Tensor) -> Outputs:
         """Those of the samples that a mask or indices name."""
-        features = None if self.features is None else self.features[chosen]
-        return Outputs(self.logits[chosen], features, self.labels[chosen])
+        return Outputs(self.logits[chosen], self.features[chosen], self.labels[chosen])
 
     def penultimate(self) -> Tensor:
-        if self.features is None:
-            raise RuntimeError("features were not gathered.")
         return self.features.double()
 
     def recall(self) -> Tensor:
@@ -101,20 +98,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What is measured on.
+    """What is measured on."""
 
-    Attributes:
-        models: "edited", and where given "original" and "retrained".
-        classes, others: those to forget, and the others.
-        outputs: "test", and where given "train" -> model -> what it gives.
-        kept: the same -> samples to run again; none unless a metric requires them.
-    """
-
-    models: Mapping[str, nn.Module]
-    classes: list[int]
+    models: Mapping[str, nn.Module]  # "edited", and where given "original" and "retrained"
+    classes: list[int]  # to forget
     others: list[int]
-    outputs: Mapping[str, Mapping[str, Outputs]]
-    kept: Mapping[str, Sequence[Kept]]
+    outputs: Mapping[str, Mapping[str, Outputs]]  # "test", and where given "train" -> model -> what it gives
+    kept: Mapping[str, Sequence[Kept]]  # the same -> samples to run again; none unless a metric requires them
     seed: int
 
     def sets(self, name: str) -> tuple[Outputs, Outputs]:
@@ -141,19 +131,19 @@ def gather(
 
     Args:
         argument: what errors call the loader. Models they call by their names.
-        features: whether to gather the input of the head as well; or the name of a layer, whose output is gathered.
+        features: as for `FeatureReader`.
         keep: how many samples of each class to keep.
         seed: of torch's CPU generator during the pass, so that a loader that shuffles gives the same batches.
     """
     where, quota = f"{OP}: {argument}", Quota(keep or {})
     device = device_of(next(iter(models.values())))
-    logits: dict[str, list[Tensor]] = {name: [] for name in models}
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in models}
     labels, kept = [], []
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(frozen_eval(model))
         torch.default_generator.manual_seed(seed)
-        readers = {name: FeatureReader(name, model, features) for name, model in models.items() if features}
+        readers = {name: FeatureReader(name, model, features) for name, model in models.items()}
         for index, batch in enumerate(loader):
             inputs, given = unpack_batch(where, batch, index, device, labels_needed=True)
             classes = checked_labels(where, given, num_classes, index).cpu()
@@ -161,16 +151,15 @@ def gather(
             if len(places := quota.take(classes)):
                 kept.append(Kept(index_samples(inputs, places, len(classes)), classes[places]))
             for name, model in models.items():
-                own, reader = to_device(inputs, device_of(model)), readers.get(name) if len(classes) else None
-                output, read = (call(model, own), None) if reader is None else reader.run(own)
+                output, read = readers[name].run(to_device(inputs, device_of(model)), len(classes))
                 at = f"in batch {index} of {argument}"
-                logits[name].append(_checked_logits(name, first_tensor(output), (len(classes), num_classes), at))
-                if reader is not None:
-                    reader.add(read, len(classes))
+                logits = _checked_logits(name, first_tensor(output), (len(classes), num_classes), at)
+                found[name].append((logits, read))
     if not sum(map(len, labels)):
         raise ValueError(f"{where} must give at least one sample, it gave none.")
-    found = {name: torch.cat(reader.features) for name, reader in readers.items()}
-    return {name: Outputs(torch.cat(logits[name]), found.get(name), torch.cat(labels)) for name in models}, kept
+    whole = torch.cat(labels)
+    answers = {name: [torch.cat(parts) for parts in zip(*batches, strict=True)] for name, batches in found.items()}
+    return {name: Outputs(logits, read, whole) for name, (logits, read) in answers.items()}, kept
 
 
 def _checked_logits(name: str, logits: Tensor | None, shape: tuple[int, int], at: str) -> Tensor:
@@ -184,25 +173,39 @@ def _checked_logits(name: str, logits: Tensor | None, shape: tuple[int, int], at
 
 
 class FeatureReader:
-    """Penultimate features of a model: the input of its head, or what a named layer gives."""
+    """Penultimate features of a model: the input of its head (True), what a named layer gives, or none (False)."""
 
-    def __init__(self, name: str, model: nn.Module, layer: bool | str) -> None:
-        self.features: list[Tensor] = []
-        self._name, self._model, self._of_output = name, model, isinstance(layer, str)
-        self._layer = layer if isinstance(layer, str) else None
-        if self._layer is not None and self._layer not in dict(model.named_modules()):
-            raise ValueError(f"{OP}: features must name a layer of the models, {name} has none called {layer!r}.")
+    def __init__(self, name: str, model: nn.Module, features: bool | str) -> None:
+        self._name, self._model, self._wanted = name, model, bool(features)
+        self._named = isinstance(features, str)
+        self._layer = features if isinstance(features, str) else ""
+        self._found = False
+        if self._layer not in dict(model.named_modules()):
+            raise ValueError(f"{OP}: features must name a layer of the models, {name} has none called {features!r}.")
 
-    def run(self, inputs: Any) -> tuple[Any, Tensor | None]:
-        """What the model gives for a batch, and the tensor that was read on the way."""
-        if not self.features:  # the first batch shows where to look
-            self._layer = self._layer or ModelTrace.of(self._model, inputs).head
-            if self._layer is not None:
-                self._check_order(inputs)
-        return self._read(inputs)
+    def run(self, inputs: Any, samples: int) -> tuple[Any, Tensor]:
+        """What the model gives for a batch, and (samples, width), on the CPU: means over tokens, or places of a map."""
+        if not self._wanted or not samples:
+            return call(self._model, inputs), torch.empty(samples, 0)
+        if not self._found:
+            self._find(inputs)
+        output, read = self._read(inputs)
+        if read is None or read.ndim < 2 or len(read) != samples:
+            self._refuse("it gave no tensor" if read is None else f"its shape is {validation.shape_of(read)}")
+        if read.ndim > 2:
+            read = read.float().mean(1) if read.ndim == 3 else read.float().flatten(2).mean(2)
+        return output, read.detach().float().cpu()
 
-    def _check_order(self, inputs: Any) -> None:
-        """Features of samples in another order would get wrong labels."""
+    def _find(self, inputs: Any) -> None:
+        """The layer, whose features must come in the order of the samples: in another they would get wrong labels."""
+        head = self._layer if self._named else ModelTrace.of(self._model, inputs).head
+        if head is None:
+            raise ValueError(
+                f"{OP}: {self._name}: the features are the input of the last linear layer, whose output must be the "
+                "model's output; there is none such. Name the layer whose output are the features: features='layer "
+                "name'."
+            )
+        self._layer, self._found = head, True
 
         def run(batch: Any) -> dict[str, Tensor]:
             read = self._read(batch)[1]
@@ -216,25 +219,10 @@ class FeatureReader:
         seen: list[Tensor | None] = [None]
 
         def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            seen.append(first_tensor(output if self._of_output else args or kwargs))
+            seen.append(first_tensor(output if self._named else args or kwargs))
 
-        layer = [] if self._layer is None else [self._model.get_submodule(self._layer)]
-        with hooked([module.register_forward_hook(read, with_kwargs=True) for module in layer]):
+        with hooked([self._model.get_submodule(self._layer).register_forward_hook(read, with_kwargs=True)]):
             return call(self._model, inputs), seen[-1]
-
-    def add(self, read: Tensor | None, samples: int) -> None:
-        """Keeps what was read. Tokens are averaged over, and so are the places of a map."""
-        if self._layer is None:
-            raise ValueError(
-                f"{OP}: {self._name}: the features are the input of the last linear layer, whose output must be the "
-                "model's output; there is none such. Name the layer whose output are the features: features='layer "
-                "name'."
-            )
-        if read is None or read.ndim < 2 or len(read) != samples:
-            self._refuse("it gave no tensor" if read is None else f"its shape is {validation.shape_of(read)}")
-        if read.ndim > 2:
-            read = read.float().mean(1) if read.ndim == 3 else read.float().flatten(2).mean(2)
-        self.features.append(read.detach().float().cpu())
 
     def _refuse(self, found: str) -> NoReturn:
         raise ValueError(

@@ -70,10 +70,9 @@ class Relearning:
     max_steps: int = 50
 
     def __post_init__(self) -> None:
-        rate = validation.at_least_zero("Relearning", "learning_rate", self.learning_rate)
-        object.__setattr__(self, "learning_rate", rate)
+        validation.at_least_zero("Relearning", "learning_rate", self.learning_rate)
         for name in ("batch_size", "max_steps"):
-            object.__setattr__(self, name, validation.positive_integer("Relearning", name, getattr(self, name)))
+            validation.positive_integer("Relearning", name, getattr(self, name))
 
     def __call__(self, data: EvaluationData) -> dict[str, RelearnTime]:
         found, target = {}, math.nan
@@ -113,14 +112,15 @@ def accuracies(model: nn.Module, test: Kept, classes: Sequence[int]) -> ForgetRe
     with frozen_eval(model):
         batches = [torch.arange(start, min(start + EVALUATED, len(test))) for start in range(0, len(test), EVALUATED)]
         logits = torch.cat([_logits(model, test.take(batch).inputs).cpu() for batch in batches])
-    return means(Outputs(logits, None, test.labels.cpu()).recall(), classes)
+    return means(Outputs(logits, torch.empty(len(test), 0), test.labels.cpu()).recall(), classes)
 
 
 def recall_by_batch_norms(data: EvaluationData) -> dict[str, Recall]:
     """`batchnorm_recall` of the models that have batch norms."""
-    having = {name: model for name, model in data.models.items() if batch_norms(model)}
     return {
-        name: batchnorm_recall(model, *data.samples(name), data.classes, data.seed) for name, model in having.items()
+        name: batchnorm_recall(model, *data.samples(name), data.classes, data.seed)
+        for name, model in data.models.items()
+        if batch_norms(model)
     }
 
 

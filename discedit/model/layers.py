@@ -74,17 +74,6 @@ def takes_constants(norm: _BatchNorm) -> bool:
     return is_own(norm) or _agree(norm, both)
 
 
-def gives_zero(norm: nn.Module) -> bool:
-    """Whether a norm whose weights and biases are zero gives zero, whatever it reads."""
-
-    def both(x: Tensor) -> tuple[Any, Tensor]:
-        zero, state = torch.zeros_like(x), {n: torch.zeros_like(p) for n, p in norm.named_parameters(recurse=False)}
-        state = state or {"running_mean": x.new_zeros(x.shape[1])}  # then the layer's zeros are what it reads
-        return functional_call(norm, state, (x if "weight" in state else zero,)), zero
-
-    return is_own(norm) or _agree(norm, both)
-
-
 def _agree(module: nn.Module, both: Callable[[Tensor], tuple[Any, Any]]) -> bool:
     """Whether two ways to run a module on numbers of its kind give the same; not where one of them fails."""
     x = input_of(module)

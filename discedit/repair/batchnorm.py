@@ -10,16 +10,13 @@ from torch import Tensor, nn
 
 from discedit.model.forward import call, device_of, frozen_eval, unpack_batch
 from discedit.moments.calibration import batch_norms, batch_size_of
+from discedit.recipes.recipe import copied
 
 Replaced = tuple[dict[str, Tensor], dict[str, Tensor]]  # buffers by name, before and after
 
 
 def reestimated(model: nn.Module, data: Iterable[Any]) -> Replaced:
-    """Sets the statistics of batch norms to those on `data`.
-
-    Raises:
-        ValueError: no batch of two samples, or feature maps that are not finite.
-    """
+    """Sets the statistics of batch norms to those on `data`."""
     return _set(model, _estimated(model, data))
 
 
@@ -27,10 +24,7 @@ def adapted(model: nn.Module, whole: nn.Module, kept: Mapping[str, tuple[int, ..
     """Changes the statistics of batch norms by as much as those on `data` differ from those of the whole model.
 
     Means by the difference, variances by the ratio, so that what sets `data` apart from what the network was trained on
-    (as augmentation does) changes nothing.
-
-    Args:
-        kept: buffer -> its entries in `whole` that `model` has, where they are not all.
+    (as augmentation does) changes nothing. `kept`: buffer -> its entries in `whole` that `model` has, where not all.
     """
     then, now = _estimated(whole, data), _estimated(model, data)
     before = whole.state_dict()
@@ -56,46 +50,35 @@ def _set(model: nn.Module, after: dict[str, Tensor]) -> Replaced:
 
 
 def _estimated(model: nn.Module, data: Iterable[Any]) -> dict[str, Tensor]:
-    """Statistics of batch norms by name, averaged over `data` in one pass; the model is afterwards what it was.
+    """Statistics of batch norms by name, averaged over `data` in one pass of a copy.
 
     Batch averages, weighted by samples. A batch of a single sample, which may have no variance, is left out.
     """
-    norms = batch_norms(model)
-    buffers = {
-        f"{name}.{buffer}": getattr(module, buffer)
-        for name, module in norms.items()
-        for buffer in ("running_mean", "running_var", "num_batches_tracked")
-    }
-    before = {name: tensor.clone() for name, tensor in buffers.items()}
-    momenta = {name: module.momentum for name, module in norms.items()}
-    device = device_of(model)
+    student = copied(model)
+    norms, device = batch_norms(student), device_of(student)
     index, seen = -1, 0
-    with frozen_eval(model):
-        try:
+    with frozen_eval(student):
+        for module in norms.values():
+            module.reset_running_stats()
+            module.train()
+        for index, batch in enumerate(data):
+            inputs, _ = unpack_batch("prune", batch, index, device, labels_needed=False)
+            samples = batch_size_of("prune", inputs)
+            if samples < 2:
+                continue
+            seen += samples
             for module in norms.values():
-                module.reset_running_stats()
-                module.train()
-            for index, batch in enumerate(data):
-                inputs, _ = unpack_batch("prune", batch, index, device, labels_needed=False)
-                samples = batch_size_of("prune", inputs)
-                if samples < 2:
-                    continue
-                seen += samples
-                for module in norms.values():
-                    module.momentum = samples / seen
-                call(model, inputs)
-            found = {name: tensor.clone() for name, tensor in buffers.items()}
-            wrong = next((name for name, tensor in found.items() if not bool(tensor.isfinite().all())), None)
-            if wrong is not None and seen:
-                raise ValueError(f"prune: data must give finite feature maps, {wrong!r} would hold NaN or Inf.")
-        finally:
-            for name, module in norms.items():
-                module.momentum = momenta[name]
-            for name, tensor in buffers.items():
-                tensor.copy_(before[name])
+                module.momentum = samples / seen
+            call(student, inputs)
     if not seen:
         raise ValueError(
             "prune: data must give at least one batch of two samples to re-estimate batch norms on, it gave "
             f"{index + 1} batches, none of them so large."
         )
+    found = {}
+    for name, module in norms.items():
+        for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+            found[f"{name}.{buffer}"] = getattr(module, buffer)
+            if not bool(found[f"{name}.{buffer}"].isfinite().all()):
+                raise ValueError(f"prune: data must give finite feature maps, '{name}.{buffer}' would hold NaN or Inf.")
     return found

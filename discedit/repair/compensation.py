@@ -18,7 +18,6 @@ RIDGE = 1e-4
 
 
 def compensated(
-    model: nn.Module,
     edited: nn.Module,
     read: Mapping[str, list[int]],
     removed: Mapping[str, list[int]],
@@ -31,14 +30,13 @@ def compensated(
     to its bias, or to the running mean of the batch norm behind it. All readers on what the model before pruning gives.
 
     Args:
-        model: before pruning. edited: after it; the same module names.
         read: reader -> the input channels that it has lost.
         removed: layer -> the output rows that it has lost.
         trace: of the model before pruning.
         inputs: calibration images in parts.
     """
-    after = trace.of_copy(edited)
-    result = Repairs(skipped={name: why for name in read if (why := after.why_not_fitted(name))})
+    model, after = trace.model, trace.of_copy(edited)
+    result = Repairs(edited, skipped={name: why for name in read if (why := after.why_not_fitted(name))})
     names = [name for name in read if name not in result.skipped]
     fits = fits_of(model, names, inputs, trace)
     result.skipped |= dict.fromkeys(set(names) - set(fits), "it does not run just once per forward pass")
@@ -52,9 +50,8 @@ def compensated(
         factors = Contributions(xx, (matrix @ xx).view(whole.shape), whole, None).compensation(kept, RIDGE)
         weight = (whole[:, kept] * factors[:, :, None])[rows]
         missing = (whole[rows] * mean).sum((1, 2)) - (weight * mean[kept]).sum((1, 2))
-        layer: Any = edited.get_submodule(name)
-        result.set(name, f"{name}.weight", layer.weight, weight.view(layer.weight.shape))
-        result.shift(name, after, after.bias_norm(name), missing)
+        result.set(name, f"{name}.weight", weight.view(result.tensor(f"{name}.weight").shape))
+        result.shift(name, after, missing)
     return result
 
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import dropwhile
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ from discedit.model.trace import ModelTrace, is_layer
 from discedit.moments.calibration import PARTS, HeldOut, scale_of
 from discedit.moments.covariances import LayerMoments, Sums
 from discedit.moments.positions import Positions, matrix_of
+from discedit.recipes.recipe import Edit, record
 from discedit.repair.lockstep import Pause, in_lockstep
 
 RIDGE = 1e-3
@@ -43,53 +47,55 @@ _ADDITIONS = (torch.add, Tensor.add, Tensor.add_)
 
 @dataclass
 class Repairs:
-    """Old and new values by tensor name, the names by layer, and readers that are not repaired, with reasons."""
+    """What repairs have set in a model, and the readers that are not repaired."""
 
-    before: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, Tensor] = field(default_factory=dict)
-    layers: dict[str, list[str]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    model: nn.Module
+    # Layer -> the tensors that its repair has set -> their values before and after.
+    layers: dict[str, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)  # layer -> why it is not repaired
 
-    def set(self, layer: str, name: str, tensor: Tensor, value: Tensor) -> None:
+    def tensor(self, place: str) -> Tensor:
+        tensor: Tensor = attrgetter(place)(self.model)
+        return tensor.detach()
+
+    def first(self, layer: str, place: str) -> Tensor:
+        """A tensor as it was before the repair of the layer."""
+        values = self.layers.get(layer, {}).get(place)
+        return self.tensor(place) if values is None else values[0]
+
+    def set(self, layer: str, place: str, value: Tensor) -> None:
         """Writes a value for the repair of a layer."""
-        self.before.setdefault(name, tensor.detach().clone())
-        with torch.no_grad():
-            tensor.copy_(value)
-        self.values[name] = tensor.detach().clone()
-        names = self.layers.setdefault(layer, [])
-        if name not in names:
-            names.append(name)
+        before, tensor = self.first(layer, place).clone(), self.tensor(place)
+        tensor.copy_(value)
+        self.layers.setdefault(layer, {})[place] = before, tensor.clone()
 
-    def shift(self, name: str, trace: ModelTrace, norm: nn.Module | None, missing: Tensor) -> None:
-        """Adds to the outputs of a layer, by its bias or else by the running mean of the batch norm behind it."""
-        layer: Any = trace.model.get_submodule(name)
-        place, tensor, sign = f"{name}.bias", layer.bias, 1
-        if tensor is None:
-            behind: Any = norm
-            place, tensor, sign = f"{trace.norms[name]}.running_mean", behind.running_mean, -1
-        first = self.before.get(place, tensor.detach())  # before anything was set
-        self.set(name, place, tensor, first + sign * missing.to(first.device))
+    def shift(self, layer: str, trace: ModelTrace, missing: Tensor) -> None:
+        """Adds to the outputs of a layer what they lacked before anything was set, by its bias or else by the running
+        mean of the batch norm behind it."""
+        module: Any = self.model.get_submodule(layer)
+        place, sign = (f"{layer}.bias", 1) if module.bias is not None else (f"{trace.norms[layer]}.running_mean", -1)
+        first = self.first(layer, place)
+        self.set(layer, place, first + sign * missing.to(first.device))
+
+    def put(self, layer: str, *, repaired: bool) -> None:
+        """Writes the values before or after the repair of a layer."""
+        for place, values in self.layers[layer].items():
+            self.tensor(place).copy_(values[repaired])
 
     def drop(self, layer: str, why: str) -> None:
-        """Forgets the repair of a layer."""
-        for name in self.layers.pop(layer):
-            del self.before[name], self.values[name]
+        """Takes back the repair of a layer."""
+        self.put(layer, repaired=False)
+        del self.layers[layer]
         self.skipped[layer] = why
 
 
 @dataclass(frozen=True)
 class Protected:
-    """Images for which no layer is to give anything else than it gives before its own repair.
+    """Images for which no layer is to give anything else than it gives before its own repair: new weights are drawn
+    towards those that make no difference there."""
 
-    New weights are drawn towards those that make no difference there.
-
-    Attributes:
-        inputs: in parts.
-        weight: how much they count, all together, beside all of those that a repair is fitted to.
-    """
-
-    inputs: Sequence[Any] = ()
-    weight: float = 0.0
+    inputs: Sequence[Any] = ()  # in parts
+    weight: float = 0.0  # how much they count, all together, beside all of those that a repair is fitted to
 
 
 def repaired(
@@ -108,8 +114,6 @@ def repaired(
     """Repairs `edited` in place, in one forward pass of each model, and returns what it set.
 
     Args:
-        op: what asks, for errors.
-        edited: the model after pruning; the same module names.
         consumers: the layers that read removed components.
         removed: layer -> the output rows that it has lost.
         trace: of the model before pruning.
@@ -119,10 +123,30 @@ def repaired(
         protected: beside `inputs`.
         ignore: layers to leave as they are.
     """
-    result, after = Repairs(), trace.of_copy(edited)
+    result, after = Repairs(edited), trace.of_copy(edited)
     names = _to_fit(trace, after, set(consumers), ignore, result)
-    norms = {name: after.bias_norm(name) for name in names}
-    fitter = _LayerFitter(op, after, norms, weights, ablated or {}, protected.weight, result)
+    for name in names:
+        after.bias_norm(name)  # found out before there are hooks
+    sums: dict[str, Sums] = {}
+    guards: dict[str, Sums] = {}
+
+    def fit(name: str) -> None:
+        """Gives a layer new weights when all passes have come to it."""
+        layer: Any = edited.get_submodule(name)
+        moments, guard = sums.pop(name).fit(), guards.pop(name, None)
+        matrix, keep = matrix_of(layer).double(), (ablated or {}).get(name, [])
+        if weights:
+            seen = None if guard is None or not protected.weight else protected.weight * _around(guard, moments.mean_x)
+            fitted = ridge_regression(op, moments, matrix, RIDGE, seen)
+            fitted[keep] = matrix[keep]
+            result.set(name, f"{name}.weight", fitted.view_as(layer.weight))
+            matrix = matrix_of(layer).double()  # as the layer now has it
+        missing = (
+            moments.mean_y - matrix @ moments.mean_x
+        )  # beyond the layer's own bias, which is no part of the target
+        missing[keep] = 0
+        result.shift(name, after, missing)
+
     works = []
     with frozen_eval(trace.model), frozen_eval(edited):
         for part, batch in enumerate([*inputs, *protected.inputs]):
@@ -132,9 +156,16 @@ def repaired(
             targets = {name: _Target(removed.get(name, ()), PARTS * i + seed, parts) for i, name in enumerate(names)}
             with _Before(trace, targets):
                 call(trace.model, batch)
-            works.append(partial(_pass_after, batch, targets, fitter, protects, after))
-        in_lockstep(op, works, fitter.fit)
+            works.append(partial(_pass_after, batch, targets, after, guards if protects else sums))
+        in_lockstep(op, works, fit)
     return result
+
+
+def _around(sums: Sums, mean: Tensor) -> Tensor:
+    """Second moments of what a layer reads around a mean: (inputs, inputs)."""
+    seen = sums.fit()
+    shift = seen.mean_x - mean
+    return seen.xx + torch.outer(shift, shift)
 
 
 def _to_fit(
@@ -142,16 +173,12 @@ def _to_fit(
 ) -> list[str]:
     """Layers from the first consumer on, in order; consumers that cannot be fitted are noted in the result."""
     names: list[str] = []
-    begun = False
     layers = {name for name, module in after.model.named_modules() if is_layer(module)}
-    for name in trace.in_order(layers | set(consumers)):
-        begun = begun or name in consumers
+    for name in dropwhile(lambda name: name not in consumers, trace.in_order(layers | set(consumers))):
         why = "it runs more than once per forward pass" if trace.runs[name] > 1 else after.why_not_fitted(name)
-        if name in ignore:
-            continue
-        if begun and not why:
+        if not why and name not in ignore:
             names.append(name)
-        elif name in consumers:
+        elif name in consumers and name not in ignore:
             result.skipped[name] = why
     return names
 
@@ -160,13 +187,9 @@ def ridge_regression(op: str, fit: LayerMoments, weights: Tensor, ridge: float, 
     """The weights (outputs, inputs) that give y from x, drawn towards the given ones.
 
     Args:
-        op: what asks, for errors.
         ridge: share of the mean variance of an input that is added to each; ten times as much as often as the system
             is not positive definite in float64.
         guard: second moments (inputs, inputs) of inputs for which the given weights are to stay right.
-
-    Raises:
-        ValueError: NaN or Inf in the moments.
     """
     if not bool(fit.xx.isfinite().all() and fit.yx.isfinite().all()):
         raise ValueError(f"{op}: data must give finite feature maps, found NaN or Inf.")
@@ -184,31 +207,32 @@ def ridge_regression(op: str, fit: LayerMoments, weights: Tensor, ridge: float, 
 
 
 def _pass_after(
-    batch: Any, targets: Mapping[str, _Target], fitter: _LayerFitter, protects: bool, trace: ModelTrace, pause: Pause
+    batch: Any, targets: Mapping[str, _Target], trace: ModelTrace, sums: dict[str, Sums], pause: Pause
 ) -> None:
-    after = _After(trace, targets, fitter.guards if protects else fitter.sums, pause)
+    after = _After(trace, targets, sums, pause)
     with torch.no_grad(), LayersCalled(after.model), after:  # this thread has modes of its own
         call(after.model, batch)
     assert not after.waiting, f"their outputs were never added: {list(after.waiting)}"
 
 
+@dataclass
 class _Target:
-    """What a layer is to give at some positions, without its bias, and what then is added to it."""
+    """What a layer is to give at some positions, and what then is added to it."""
 
-    positions: Positions
-    rows: Tensor
-
-    def __init__(self, gone: Collection[int], seed: int, parts: int) -> None:
-        self.gone, self.seed, self.parts = set(gone), seed, parts
-        self.added: Tensor | None = None
-        self.shared = False  # read by something before it is added
-        self.total: Tensor | None = None  # the sum of what it gives, behind its norm, and what is added
+    gone: Collection[int]  # the outputs that the layer has lost
+    seed: int  # of the draw of positions, and parts that samples come in
+    parts: int
+    positions: Positions = field(init=False)
+    rows: Tensor = field(init=False)  # without its bias
+    behind: Tensor = field(init=False)  # behind its norm, if there is one
+    added: Tensor | None = None
+    shared: bool = False  # it is read by something before it is added
 
     def kept(self, rows: Tensor) -> Tensor:
         """Without the outputs that the layer has lost."""
         if not self.gone:
             return rows
-        return rows[:, torch.tensor(sorted(set(range(rows.shape[1])) - self.gone), device=rows.device)]
+        return rows[:, torch.tensor(sorted({*range(rows.shape[1])}.difference(self.gone)), device=rows.device)]
 
 
 @dataclass(frozen=True)
@@ -230,7 +254,6 @@ class ActivationTracker(TorchFunctionMode):
         self.norms = {name: trace.bias_norm(name) for name in targets}
         self.outputs: dict[int, _Output] = {}  # by identity
         self.repeating = False  # a layer runs once more, which nobody is told
-        self._affine = {name for name in targets if (norm := trace.norm_behind(name)) is not None and norm.is_affine}
         self._handles: list[RemovableHandle] = []
         self._thread = threading.get_ident()
 
@@ -239,7 +262,8 @@ class ActivationTracker(TorchFunctionMode):
             layer = self.model.get_submodule(name)
             self._handles.append(layer.register_forward_pre_hook(self._hook(partial(self.before, name))))
             self._handles.append(layer.register_forward_hook(self._hook(partial(self._ran, name))))
-            if norm is not None and name in self._affine:  # behind an activation, a sum asks nothing of the layer
+            known = self.trace.norm_behind(name)
+            if norm is not None and known is not None and known.is_affine:  # behind an activation, a sum asks nothing
                 self._handles.append(norm.register_forward_hook(self._hook(partial(self._record, name, False))))
         return super().__enter__()  # type: ignore[no-untyped-call]
 
@@ -269,14 +293,20 @@ class ActivationTracker(TorchFunctionMode):
     def on_add(self, name: str, output: Tensor, other: Tensor) -> None:
         """A layer's output is about to be added to something."""
 
-    def repeat(self, name: str, x: Tensor, norm: nn.Module | None) -> Tensor:
-        """What a layer, and the norm behind it, now makes of x."""
+    def repeat(self, name: str, x: Tensor) -> Tensor:
+        """What a layer now makes of x."""
         self.repeating = True
-        try:
-            out: Tensor = self.model.get_submodule(name)(x)
-            return out if norm is None else norm(out)
-        finally:
-            self.repeating = False
+        out: Tensor = self.model.get_submodule(name)(x)
+        self.repeating = False
+        return out
+
+    def behind(self, name: str, output: Tensor) -> Tensor:
+        """What the norm behind a layer, if there is one, makes of the layer's output."""
+        norm = self.norms[name]
+        self.repeating = True
+        out: Tensor = output if norm is None else norm(output.clone())
+        self.repeating = False
+        return out
 
     def _ran(self, name: str, x: Tensor, output: Tensor) -> None:
         self.after(name, x, output)
@@ -320,11 +350,14 @@ class ActivationTracker(TorchFunctionMode):
 
 
 class _Before(ActivationTracker):
-    """Over the model before pruning: notes what each layer gives; with `sums`, also the sums that it is added to."""
+    """Over the model before pruning: notes what each layer gives, behind its norm for a `check`, and with `sums` what
+    that is added to."""
 
-    def __init__(self, trace: ModelTrace, targets: Mapping[str, _Target], *, sums: bool = False) -> None:
+    def __init__(
+        self, trace: ModelTrace, targets: Mapping[str, _Target], *, check: bool = False, sums: bool = True
+    ) -> None:
         super().__init__(trace, targets)
-        self.sums = sums
+        self.check, self.sums = check, sums
 
     def after(self, name: str, x: Tensor, output: Tensor) -> None:
         target = self.targets[name]
@@ -332,15 +365,15 @@ class _Before(ActivationTracker):
         target.positions = Positions.drawn(layer, output, target.seed, target.parts)
         rows = target.positions.outputs(output)
         target.rows = target.kept(rows if layer.bias is None else rows - layer.bias)
+        if self.check:
+            target.behind = target.kept(target.positions.outputs(self.behind(name, output)))
 
     def on_use(self, name: str) -> None:
         self.targets[name].shared = True
 
     def on_add(self, name: str, output: Tensor, other: Tensor) -> None:
-        target = self.targets[name]
-        target.added = target.kept(target.positions.outputs(other))
         if self.sums:
-            target.total = target.added + target.kept(target.positions.outputs(output))
+            self.targets[name].added = self.targets[name].kept(self.targets[name].positions.outputs(other))
 
 
 class _After(ActivationTracker):
@@ -369,7 +402,7 @@ class _After(ActivationTracker):
             useful = scale.abs() > LEAST_SCALE * scale.abs().max()
             missing = torch.where(useful, missing / scale, 0.0)
         self._fit(name, x, target.rows + missing)
-        output.copy_(self.repeat(name, x, norm))  # in place, as whatever holds it must see
+        output.copy_(self.behind(name, self.repeat(name, x)))  # in place, as whatever holds it must see
         self.forget(name)
 
     def _fit(self, name: str, x: Tensor, target: Tensor) -> None:
@@ -377,56 +410,9 @@ class _After(ActivationTracker):
         self.pause(name)
 
 
-@dataclass
-class _LayerFitter:
-    """Gives a layer new weights when all passes have come to it.
-
-    Attributes:
-        op: what asks, for errors.
-        trace: of the model that is repaired.
-        norms: layer -> the batch norm behind it that can take a bias; asked for before there are hooks.
-        weights, ablated: as for `repaired`; protection: the weight of what is protected.
-        sums, guards: of samples to fit, and of protected ones.
-    """
-
-    op: str
-    trace: ModelTrace
-    norms: Mapping[str, nn.Module | None]
-    weights: bool
-    ablated: Mapping[str, list[int]]
-    protection: float
-    result: Repairs = field(default_factory=Repairs)
-    sums: dict[str, Sums] = field(default_factory=dict)
-    guards: dict[str, Sums] = field(default_factory=dict)
-
-    def fit(self, name: str) -> None:
-        layer: Any = self.trace.model.get_submodule(name)
-        fit = self.sums.pop(name).fit()
-        matrix = matrix_of(layer).double()
-        ablated = self.ablated.get(name, [])
-        if self.weights:
-            fitted = ridge_regression(self.op, fit, matrix, RIDGE, self._guard(name, fit.mean_x))
-            fitted[ablated] = matrix[ablated]
-            self.result.set(name, f"{name}.weight", layer.weight, fitted.view_as(layer.weight))
-            matrix = matrix_of(layer).double()  # as the layer now has it
-        missing = fit.mean_y - matrix @ fit.mean_x  # beyond the layer's own bias, which is no part of the target
-        missing[ablated] = 0
-        self.result.shift(name, self.trace, self.norms[name], missing)
-
-    def _guard(self, name: str, mean: Tensor) -> Tensor | None:
-        """What a layer reads of protected samples, around what it reads of the others: (inputs, inputs)."""
-        sums = self.guards.pop(name, None)
-        if sums is None or not self.protection:
-            return None
-        seen = sums.fit()
-        shift = seen.mean_x - mean
-        return self.protection * (seen.xx + torch.outer(shift, shift))
-
-
 def take_back(
     op: str,
-    model: nn.Module,
-    edited: nn.Module,
+    edit: Edit,
     repairs: Repairs,
     removed: Mapping[str, list[int]],
     trace: ModelTrace,
@@ -435,33 +421,30 @@ def take_back(
     sums: bool = True,
     ablated: Mapping[str, list[int]] | None = None,
 ) -> None:
-    """Undoes, in `edited` and in `repairs`, the repair of each layer that gives more error than none.
+    """Undoes the repair of each layer that gives more error than none, and notes the others in the edit's recipe.
 
     In the order in which the layers run, each on what those before it give with what was decided of them. An error is
-    the squared difference of what a layer gives from what it gave in `model`, behind the norm that it goes into if
-    there is one; or of the sum to which that is added, which a fit aims at.
-
-    Args:
-        held_out: samples that nothing was fitted to.
-        sums: whether the repairs aim at sums.
-        The others as for `repaired`.
-
-    Raises:
-        ValueError: feature maps of `model` that are not finite.
+    the squared difference of what a layer gives, behind the norm that it goes into if there is one, from what it gave
+    before the edit; with `sums` of what comes of adding that, which a fit aims at. Other arguments as for `repaired`.
     """
-    after = trace.of_copy(edited)
+    model, edited = trace.model, edit.model
+    after, stale = trace.of_copy(edited), True
     with frozen_eval(model), frozen_eval(edited):
-        while repairs.layers:
+        while repairs.layers and stale:
             targets = {name: _Target(removed.get(name, ()), seed, PARTS) for seed, name in enumerate(repairs.layers)}
-            with _Before(trace, targets, sums=sums):
+            with _Before(trace, targets, check=True, sums=sums):
                 call(model, held_out.inputs)
-            with _HeldOutCheck(op, after, targets, repairs, ablated or {}, held_out) as check:
+            check = _HeldOutCheck(op, after, targets, repairs, ablated or {}, held_out)
+            with check:
                 call(edited, held_out.inputs)
             for name in [name for name in repairs.layers if name not in check.judged]:
-                check.put(name, repairs.before)
                 repairs.drop(name, f"its repair could not be checked: it does not run on {_named(held_out)}")
-            if not check.stale:
-                return
+            stale = check.stale
+    if repairs.skipped:
+        edit.recipe.settings["unrepaired"] = repairs.skipped
+    values = {place: both for places in repairs.layers.values() for place, both in places.items()}
+    before, now = ({place: both[i] for place, both in values.items()} for i in range(2))
+    record(edit, before, now)
 
 
 class _HeldOutCheck(ActivationTracker):
@@ -482,69 +465,26 @@ class _HeldOutCheck(ActivationTracker):
         self.judged: set[str] = set()
         self.stale = False  # layers behind have read what has changed since
 
-    def __enter__(self) -> _HeldOutCheck:
-        super().__enter__()
-        return self
-
     def after(self, name: str, x: Tensor, output: Tensor) -> None:
-        if name not in self.repairs.layers:
-            return
-        target, norm = self.targets[name], self.norms[name]
-        if target.total is not None:
+        if name in self.repairs.layers and self.targets[name].added is not None:
             self.waiting[name] = x
-            return
-        layer: Any = self.model.get_submodule(name)
-        bias = self.repairs.before.get(f"{name}.bias", layer.bias)
-        mean = None if norm is None else norm.running_mean
-        first = None if norm is None else self.repairs.before.get(f"{self.trace.norms[name]}.running_mean", mean)
-        scale = (torch.ones(()) if norm is None else scale_of(norm).float()).to(target.rows)
-
-        def error(given: Tensor) -> Tensor:
-            """Of an output, with the tensors as they are; those of a norm behind count as constants."""
-            missing = target.positions.outputs(given) - target.rows
-            if bias is not None:
-                missing = missing - bias
-            elif mean is not None and first is not None:
-                missing = missing - (mean - first)
-            return missing * scale.to(missing)
-
-        self._judge(name, x, output, error, target.rows * scale)
+        elif name in self.repairs.layers:
+            self._judge(name, x, output, None)
 
     def on_add(self, name: str, output: Tensor, other: Tensor) -> None:
-        if name not in self.waiting:
-            return
+        if name in self.waiting:
+            worse = self._judge(name, self.waiting.pop(name), output, self.targets[name].positions.outputs(other))
+            self.stale |= worse and self.targets[name].shared
+            self.forget(name)
+
+    def _judge(self, name: str, x: Tensor, output: Tensor, added: Tensor | None) -> bool:
+        """Whether a repair was taken back; then `output`, which others read, is what is given without it.
+
+        Args:
+            output: what the layer gives, or where something is `added` to it, what the norm behind it does.
+        """
         target = self.targets[name]
-        total, added = target.total, target.positions.outputs(other)
-        assert total is not None
-
-        def error(given: Tensor) -> Tensor:
-            return target.positions.outputs(given) + added - total
-
-        worse = self._judge(name, self.waiting.pop(name), output, error, total, behind=self.norms[name])
-        self.stale |= worse and target.shared
-        self.forget(name)
-
-    def put(self, name: str, values: Mapping[str, Tensor]) -> None:
-        """Writes the tensors that a layer's repair has set."""
-        for place in self.repairs.layers[name]:
-            owner, _, attribute = place.rpartition(".")
-            getattr(self.model.get_submodule(owner), attribute).copy_(values[place])
-
-    def _judge(
-        self,
-        name: str,
-        x: Tensor,
-        output: Tensor,
-        error: Callable[[Tensor], Tensor],
-        expected: Tensor,
-        behind: nn.Module | None = None,
-    ) -> bool:
-        """Whether a repair was taken back; then `output`, which others read, is what the layer gives without it."""
-        if not bool(expected.isfinite().all()):
-            raise ValueError(
-                f"{self.op}: data must give finite feature maps, what {name!r} gives of {_named(self.held_out)} holds "
-                "NaN or Inf."
-            )
+        expected = target.behind if added is None or target.added is None else target.added + target.behind
 
         def squares_of(rows: Tensor) -> Tensor:
             """Of each sample."""
@@ -552,15 +492,26 @@ class _HeldOutCheck(ActivationTracker):
             rows[:, self.ablated.get(name, [])] = 0  # no repair touches them
             return rows.square().view(len(x), -1).sum(1)
 
-        repaired = squares_of(error(output))
-        self.put(name, self.repairs.before)
-        plain = self.repeat(name, x, behind)
-        none = squares_of(error(plain))
+        def errors(given: Tensor) -> Tensor:
+            if added is None:
+                return squares_of(target.positions.outputs(self.behind(name, given)) - expected)
+            return squares_of(target.positions.outputs(given) + added - expected)
+
+        size = float(squares_of(expected).sum().sqrt())
+        if not math.isfinite(size):
+            raise ValueError(
+                f"{self.op}: data must give finite feature maps, what {name!r} gives of {_named(self.held_out)} holds "
+                "NaN or Inf."
+            )
+        repaired = errors(output)
+        self.repairs.put(name, repaired=False)
+        plain = self.repeat(name, x)
+        plain = plain if added is None else self.behind(name, plain)
+        none = errors(plain)
         self.judged.add(name)
         units = ROUNDING if output.element_size() >= 4 else ROUNDING_OF_HALVES
-        rounding = units * torch.finfo(output.dtype).eps * float(squares_of(expected).sum().sqrt())
-        if not _more(repaired, none, rounding):
-            self.put(name, self.repairs.values)
+        if not _more(repaired, none, units * torch.finfo(output.dtype).eps * size):
+            self.repairs.put(name, repaired=True)
             return False
         output.copy_(plain)  # in place, as whatever holds it must see
         least = float(none.sum())
@@ -591,31 +542,25 @@ def _named(held_out: HeldOut) -> str:
     return f"{held_out.samples} {were} not used to make it"
 
 
-class Outputs:
-    """What a model gives for some samples, to tell how far edited ones are from it."""
+@contextmanager
+def warning_if_worse(op: str, model: nn.Module, edited: nn.Module, held_out: HeldOut) -> Iterator[None]:
+    """No silent harm: layers that are each made to give less error may together give more."""
+    before = output_error(model, edited, held_out.inputs)
+    yield
+    after = output_error(model, edited, held_out.inputs)
+    if not after <= WORSE * before + ROUNDING * torch.finfo(torch.float32).eps:
+        warn(
+            f"{op}: the repair brings the network's outputs no closer to those before: their relative squared error on "
+            f"{_named(held_out)} is {after:.3g} with it and {before:.3g} without; more data, or repair='none', may do "
+            "better."
+        )
 
-    def __init__(self, model: nn.Module, held_out: HeldOut) -> None:
-        self.held_out = held_out
-        self.expected = self._of(model)
 
-    def _of(self, model: nn.Module) -> Tensor | None:
-        with frozen_eval(model):
-            found = first_tensor(call(model, self.held_out.inputs))
-        return found.double() if found is not None and found.is_floating_point() else None
-
-    def error(self, model: nn.Module) -> float:
-        """Squared error over the squares of what is expected; 0 where a model gives no numbers."""
-        found = self._of(model)
-        if self.expected is None or found is None or found.shape != self.expected.shape:
-            return 0.0
-        size = float(self.expected.square().sum())
-        return float((found - self.expected).square().sum()) / (size or 1.0)
-
-    def warn_if_worse(self, op: str, before: float, after: float) -> None:
-        """No silent harm: layers that each give less error may together give more."""
-        if not after <= WORSE * before + ROUNDING * torch.finfo(torch.float32).eps:
-            warn(
-                f"{op}: the repair brings the network's outputs no closer to those before: their relative squared "
-                f"error on {_named(self.held_out)} is {after:.3g} with it and {before:.3g} without; more data, or "
-                "repair='none', may do better."
-            )
+def output_error(model: nn.Module, edited: nn.Module, inputs: Any) -> float:
+    """Squared error of what an edited model gives over the squares of what the model does; 0 where they give none."""
+    with frozen_eval(model), frozen_eval(edited):
+        expected, found = (first_tensor(call(one, inputs)) for one in (model, edited))
+    if expected is None or found is None or not found.is_floating_point() or found.shape != expected.shape:
+        return 0.0
+    expected = expected.double()
+    return float((found.double() - expected).square().sum()) / (float(expected.square().sum()) or 1.0)

@@ -26,23 +26,26 @@ class _Pass(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        self.go.acquire()
         try:
-            if not self.stopped:
-                self.work(self._pause)
+            self._wait()
+            self.work(self._pause)
         except _Stopped:
             pass
         except BaseException as error:
             self.error = error
         self.done = True
+        self.place = "the end"
         self.back.release()
+
+    def _wait(self) -> None:
+        self.go.acquire()
+        if self.stopped:
+            raise _Stopped
 
     def _pause(self, place: Any) -> None:
         self.place = place
         self.back.release()
-        self.go.acquire()
-        if self.stopped:
-            raise _Stopped
+        self._wait()
 
     def resume(self) -> None:
         """Until it waits again, or ends."""
@@ -54,7 +57,6 @@ def in_lockstep(op: str, works: Sequence[Callable[[Pause], None]], meet: Callabl
     """Runs functions one at a time, each in a thread of its own, from one pause to the next.
 
     Args:
-        op: what asks, for errors.
         works: each is given `pause`, which it calls with the name of the place where it waits for the others.
         meet: called with that name when all wait there.
 
@@ -70,7 +72,7 @@ def in_lockstep(op: str, works: Sequence[Callable[[Pause], None]], meet: Callabl
                     raise one.error
             if all(one.done for one in passes):
                 return
-            places = {"the end" if one.done else one.place for one in passes}
+            places = {one.place for one in passes}
             if len(places) > 1:
                 raise RuntimeError(f"{op}: the model must do the same for every sample, it comes to {places}.")
             meet(places.pop())

@@ -6,7 +6,7 @@ import bisect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -45,25 +45,14 @@ class Budget(ABC):
             validation.positive_integer("prune", f"floor[{layer!r}]" if layer else "floor", least)
 
     @abstractmethod
-    def choice(self, order: _Order, cost: Cost | None, few: Collection[str]) -> Choice:
+    def choice(self, order: _Order, cost: Cost | None, progress: Progress) -> Choice:
         """What goes; arguments as for `choose`."""
-
-    def step(self, progress: Progress) -> Budget:
-        """The budget of one of several steps, of what those before it have left."""
-        return self
-
-    def within(self, layers: Collection[str]) -> Budget:
-        """The same without what it says of other layers."""
-        value, floor = (
-            {layer: number for layer, number in part.items() if layer in layers} if isinstance(part, Mapping) else part
-            for part in (self.value, self.floor)
-        )
-        return replace(self, value=value, floor=floor)
 
     def named(self) -> Iterator[tuple[str, str]]:
         """(argument, layer) for each layer that it names."""
-        yield from ((self.name, layer) for layer, _ in _items(self.value))
-        yield from (("floor", layer) for layer, _ in _items(self.floor))
+        for argument, value in ((self.name, self.value), ("floor", self.floor)):
+            if isinstance(value, Mapping):
+                yield from ((argument, layer) for layer in value)
 
     def asks(self) -> bool:
         """Whether anything is to go."""
@@ -72,20 +61,11 @@ class Budget(ABC):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far pruning in several steps has come.
+    """How far pruning in several steps has come."""
 
-    Attributes:
-        share: of the whole way, at the end of the step, in (0, 1].
-        size: parameters or multiply-accumulates of the whole model.
-        had, lost: layer -> components at the beginning and those lost since; empty before the first step.
-        few: layers whose components are few and large, such as heads.
-    """
-
-    share: float = 1.0
-    size: float = 0.0
-    had: Mapping[str, int] = field(default_factory=dict)
-    lost: Mapping[str, int] = field(default_factory=dict)
-    few: Collection[str] = ()
+    share: float = 1.0  # of the whole way, at the end of the step, in (0, 1]
+    whole: float | None = None  # parameters or multiply-accumulates before the first step; None: of what is at hand
+    lost: Mapping[str, int] = field(default_factory=dict)  # layer -> components that earlier steps have removed
 
 
 @dataclass(frozen=True)
@@ -99,27 +79,20 @@ class Ratio(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for layer, share in _items(self.value):
-            _ratio(f"ratio[{layer!r}]", share)
         if not isinstance(self.value, Mapping):
-            _ratio("ratio", self.value)
+            _check_ratio("ratio", self.value)
+            return
+        for layer, share in self.value.items():
+            _check_ratio(f"ratio[{layer!r}]", share)
 
-    def of(self, layer: str) -> float:
-        return float(self.value.get(layer, 0.0) if isinstance(self.value, Mapping) else self.value)
-
-    def choice(self, order: _Order, cost: Cost | None, few: Collection[str]) -> Choice:
-        counts = {layer: share_of(self.of(layer), width, few=layer in few) for layer, width in order.widths.items()}
-        return _removal(order, self.name, sum(counts.values()), counts, order.held(counts))
-
-    def step(self, progress: Progress) -> Budget:
-        if not progress.had:
-            scaled = {layer: ratio * progress.share for layer, ratio in _items(self.value)}
-            return replace(self, value=scaled if isinstance(self.value, Mapping) else self.value * progress.share)
-        shares = {}
-        for layer, whole in progress.had.items():
-            asked = share_of(self.of(layer) * progress.share, whole, few=layer in progress.few)
-            shares[layer] = max(0, asked - progress.lost[layer]) / (whole - progress.lost[layer])
-        return replace(self, value=shares)
+    def choice(self, order: _Order, cost: Cost | None, progress: Progress) -> Choice:
+        counts = {}
+        for layer, width in order.widths.items():
+            share = self.value.get(layer, 0.0) if isinstance(self.value, Mapping) else self.value
+            lost = progress.lost.get(layer, 0)
+            asked = _share_of(share * progress.share, width + lost, few=layer in order.few)
+            counts[layer] = max(0, asked - lost)
+        return order.removal(self.name, sum(counts.values()), counts)
 
 
 @dataclass(frozen=True)
@@ -133,9 +106,9 @@ class Threshold(Budget):
         if not validation.is_number(self.value) or math.isnan(self.value):
             raise ValueError(f"prune: threshold must be a number, got {self.value!r}.")
 
-    def choice(self, order: _Order, cost: Cost | None, few: Collection[str]) -> Choice:
+    def choice(self, order: _Order, cost: Cost | None, progress: Progress) -> Choice:
         counts = {layer: int((values < float(self.value)).sum()) for layer, values in order.values.items()}
-        return _removal(order, self.name, sum(counts.values()), counts, order.held(counts))
+        return order.removal(self.name, sum(counts.values()), counts)
 
 
 @dataclass(frozen=True)
@@ -165,19 +138,14 @@ class GlobalRatio(AcrossLayers):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ratio("global_ratio", self.value)
+        _check_ratio("global_ratio", self.value)
 
-    def choice(self, order: _Order, cost: Cost | None, few: Collection[str]) -> Choice:
-        asked = share_of(self.value, sum(order.widths.values()))
+    def choice(self, order: _Order, cost: Cost | None, progress: Progress) -> Choice:
+        lost = sum(progress.lost.values())
+        whole = sum(order.widths.values()) + lost
+        asked = max(0, _share_of(self.value * progress.share, whole) - lost)
         held = order.widths if asked > len(order) else ()
-        return _removal(order, self.name, asked, order.prefix(asked), held)
-
-    def step(self, progress: Progress) -> Budget:
-        if not progress.had:
-            return replace(self, value=self.value * progress.share)
-        had, lost = sum(progress.had.values()), sum(progress.lost.values())
-        left = max(0, share_of(self.value * progress.share, had) - lost)
-        return replace(self, value=left / (had - lost))
+        return order.removal(self.name, asked, order.prefix(asked), held)
 
 
 @dataclass(frozen=True)
@@ -195,40 +163,29 @@ class SizeBudget(AcrossLayers):
                 f"prune: {self.name} must be an integer number of {self.unit} or a share in (0, 1), got {self.value!r}."
             )
 
-    def step(self, progress: Progress) -> Budget:
-        whole = progress.size
-        asked = math.floor(self.value * whole) if isinstance(self.value, float) else self.value
-        return replace(self, value=round(whole - (whole - asked) * progress.share) if asked < whole else asked)
-
-    def choice(self, order: _Order, cost: Cost | None, few: Collection[str]) -> Choice:
-        if cost is None:
-            raise ValueError(f"prune: cost must be given for a target of {self.name}, got None.")
+    def choice(self, order: _Order, cost: Cost | None, progress: Progress) -> Choice:
         measure: Callable[[Mapping[str, int]], float] = getattr(cost, self.name)
+        present = measure({})
+        whole = present if progress.whole is None else progress.whole
+        number = validation.index(self.value)
+        asked = math.floor(self.value * whole * ROUNDING) if number is None else number
+        if asked < whole:
+            asked = round(whole - (whole - asked) * progress.share)
+        room = min(asked, present) * ROUNDING
 
         def left(length: int) -> float:
             return measure(order.allowed(order.prefix(length)))
 
-        present = left(0)
-        asked = self._asked(present)
-        room = self._room(asked, present)
         # What is left never grows with the prefix. Where none is enough, this is the whole order.
         length = bisect.bisect_left(range(len(order)), True, key=lambda length: left(length) <= room)
         reached = left(length)
         met = reached <= room
+        message = f"{self.name}: {asked:,} asked, {round(reached):,} reached"
         if present <= room:
-            message = f"{self.name}: {round(asked):,} asked, {round(present):,} present: nothing has to go"
-        else:
-            message = f"{self.name}: {round(asked):,} asked, {round(reached):,} reached"
-            if not met:
-                message += f": {order.at_floor(order.widths)}"
+            message = f"{self.name}: {asked:,} asked, {round(present):,} present: nothing has to go"
+        elif not met:
+            message += f": {order.at_floor(order.widths)}"
         return Choice(order.removed(order.prefix(length)), met, asked, reached, f"{message}.")
-
-    def _asked(self, present: float) -> float:
-        number = validation.index(self.value)
-        return float(self.value) * present if number is None else number
-
-    def _room(self, asked: float, present: float) -> float:
-        return asked
 
 
 @dataclass(frozen=True)
@@ -237,70 +194,43 @@ class MaxParameters(SizeBudget):
 
     name, unit = "parameters", "parameters"
 
-    def _asked(self, present: float) -> float:
-        asked = super()._asked(present)
-        return asked if validation.index(self.value) is not None else math.floor(asked * ROUNDING)
-
 
 @dataclass(frozen=True)
 class MaxMacs(SizeBudget):
-    """So many multiply-accumulates of a forward pass on `example_inputs` may be left: an integer, or a share in
-    (0, 1)."""
+    """So many multiply-accumulates of a forward pass on `example_inputs` may be left: an integer or a share."""
 
     name, unit = "macs", "multiply-accumulates"
-
-    def _room(self, asked: float, present: float) -> float:
-        return min(asked, present) * ROUNDING
 
 
 BUDGETS: dict[str, type[Budget]] = {kind.name: kind for kind in (Ratio, GlobalRatio, Threshold, MaxParameters, MaxMacs)}
 
 
 def budget_of(op: str, budget: Budget | None, given: Mapping[str, Any]) -> Budget:
-    """The budget itself, or the one that an argument of its name stands for.
-
-    Raises:
-        TypeError: an argument that is no budget's name.
-        ValueError: none or several.
-    """
+    """The budget itself, or the one that an argument of its name stands for."""
     for name in given:
         if name not in BUDGETS:
             raise TypeError(f"{op}() got an unexpected keyword argument {name!r}; budgets are {', '.join(BUDGETS)}.")
-    if budget is not None and not isinstance(budget, Budget):
-        raise TypeError(f"{op}: budget must be one of {_classes()}, got {type(budget).__name__}.")
-    asked = {name: value for name, value in {"budget": budget, **given}.items() if value is not None}
+    asked: dict[str, Any] = {name: value for name, value in {"budget": budget, **given}.items() if value is not None}
     if len(asked) != 1:
         found = ", ".join(f"{name}={value!r}" for name, value in asked.items()) or "none of them"
         raise ValueError(f"{op}: exactly one of {', '.join(BUDGETS)} or budget must be given, got {found}.")
     [(name, value)] = asked.items()
-    return budget if budget is not None else BUDGETS[name](value)
-
-
-def _classes() -> str:
-    return ", ".join(kind.__name__ for kind in BUDGETS.values())
-
-
-def _items(value: Any) -> Iterable[tuple[str, Any]]:
-    return value.items() if isinstance(value, Mapping) else ()
+    chosen = value if name == "budget" else BUDGETS[name](value)
+    if not isinstance(chosen, Budget):
+        classes = ", ".join(kind.__name__ for kind in BUDGETS.values())
+        raise TypeError(f"{op}: budget must be one of {classes}, got {type(chosen).__name__}.")
+    return chosen
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The components to remove.
+    """The components to remove."""
 
-    Attributes:
-        removed: layer -> indices in ascending order; every layer is named, with an empty list where it stays whole.
-        met: False where all that the limits let go was not enough. What `Budget.round_to` rounds away is no failure.
-        asked, reached: of `MaxParameters` and `MaxMacs`, how many may be left and how many are; of the others,
-            how many components were to go and how many do.
-        message: the same in words, and why where it was not met.
-    """
-
-    removed: dict[str, list[int]]
-    met: bool
-    asked: float
-    reached: float
-    message: str
+    removed: dict[str, list[int]]  # layer -> indices in ascending order; of a layer that stays whole, none
+    met: bool  # False where all that the limits let go was not enough. What `Budget.round_to` rounds away is no failure
+    asked: float  # how many may be left of `MaxParameters` and `MaxMacs`; of the others, how many components were to go
+    reached: float  # the same, as it is
+    message: str  # the same in words, and why where it was not met
 
 
 class Cost:
@@ -321,86 +251,75 @@ class Cost:
         macs: Mapping[str, float],
         fixed_macs: float,
     ) -> None:
-        self._footprints = {layer: tuple(triples) for layer, triples in footprints.items()}
-        self._shapes = dict(shapes)
+        self._footprints, self._shapes, self._fixed_macs = footprints, shapes, float(fixed_macs)
         self._sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-        self._whole = sum(self._sizes.values())
-        self._fixed_macs = float(fixed_macs)
         # Per element, which for a convolution is the whole number of its positions: the products are exact then.
         self._macs_per_element = {name: number / max(self._sizes[name], 1) for name, number in macs.items()}
 
     def parameters(self, removed: Mapping[str, int]) -> int:
         """Elements left in all tensors when so many components are removed from each layer; {} for the whole model."""
-        return self._whole + sum(size - self._sizes[name] for name, size in self._sizes_left(removed).items())
+        return sum(self._sizes_left(removed).values())
 
     def macs(self, removed: Mapping[str, int]) -> float:
         """Multiply-accumulates of a forward pass of what is left."""
-        sizes = {**self._sizes, **self._sizes_left(removed)}
+        sizes = self._sizes_left(removed)
         return self._fixed_macs + sum(each * sizes[name] for name, each in self._macs_per_element.items())
 
     def _sizes_left(self, removed: Mapping[str, int]) -> dict[str, int]:
-        """Elements left in every tensor that loses some."""
         shapes: dict[str, list[int]] = {}
         for layer, count in removed.items():
             for name, dim, entries in self._footprints[layer] if count else ():
                 shapes.setdefault(name, list(self._shapes[name]))[dim] -= count * entries
-        return {name: math.prod(shape) for name, shape in shapes.items()}
+        return self._sizes | {name: math.prod(shape) for name, shape in shapes.items()}
 
 
 def choose(
-    importances: Mapping[str, Tensor], budget: Budget, *, cost: Cost | None = None, few: Collection[str] = ()
+    importances: Mapping[str, Tensor],
+    budget: Budget,
+    *,
+    cost: Cost | None = None,
+    few: Collection[str] = (),
+    progress: Progress = Progress(),
 ) -> Choice:
-    """The least important components, as many as a budget asks for and its limits let go.
+    """The least important components, as many as a budget asks for and its limits let go: first those of lower
+    importance, then of earlier layers, then of lower index.
 
-    Components of one importance go in the order of layers, then of indices. Budgets across layers compare importances
-    of different layers as they are: see `normalised`.
+    A layer never gets below its floor, and the number that stays is rounded up to a multiple: no budget removes more
+    than it asked for. What a limit keeps, `GlobalRatio` makes up for by the next ones in order; `MaxParameters` and
+    `MaxMacs` go on in the order until what is rounded meets them. A target that cannot be met gives the smallest model.
 
     Args:
         importances: layer -> (components,), floating point, compared in float64; higher = keep. May be infinite.
-        budget: a layer never gets below its floor, and the number that stays is rounded up to a multiple: no budget
-            removes more than it asked for. What a limit keeps, `GlobalRatio` makes up for by the next ones in order;
-            `MaxParameters` and `MaxMacs` go on in the order until what is rounded meets them.
-        cost: what is left of the model, for these two.
+        cost: what is left of the model, for `MaxParameters` and `MaxMacs`.
         few: layers whose components are few and large, such as heads: of these, `Ratio` removes the nearest number.
 
-    Returns:
-        `Choice`. A target that cannot be met gives the smallest model that the limits allow, with `met=False`.
-
     Raises:
-        ValueError: importances that are NaN or no vector, or a target without a cost.
-        TypeError: importances that are no tensors.
+        ValueError: importances that are NaN, or that cannot be compared `across` layers as the budget says.
 
-    Source: one order over all layers, Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient
-    Inference, ICLR 2017; numbers rounded to a multiple, torch-pruning (Fang et al., DepGraph, CVPR 2023).
+    Source: one order over all layers, Molchanov et al., ICLR 2017; numbers rounded to a multiple, torch-pruning.
     """
-    return budget.choice(_Order(_vectors(importances), budget), cost, few)
+    across = budget.across if isinstance(budget, AcrossLayers) else "none"
+    values = {}
+    for layer, given in importances.items():
+        if bool((nan := given.isnan()).any()):
+            raise ValueError(
+                f"prune: importances must not be NaN, layer {layer!r} has {int(nan.sum())} of {len(given)}, the first "
+                f"at component {int(nan.nonzero()[0, 0])}."
+            )
+        values[layer] = normalised(layer, given.detach().double(), across).cpu()
+    return budget.choice(_Order(values, budget, few), cost, progress)
 
 
-def normalised(importances: Mapping[str, Tensor], how: str) -> dict[str, Tensor]:
-    """Importances that can be compared across layers.
-
-    Args:
-        importances: layer -> (components,), floating point.
-        how: per layer, "none": as they are; "mean" and "max": divided by the layer's mean or maximum, where a layer of
-            zeros stays zero; "rank": 1 for the lowest to n for the highest, the first index first among equals, over
-            n, so that all layers lose the same share of their components.
-
-    Returns:
-        layer -> (components,), float64, on the device of the argument.
+def normalised(layer: str, values: Tensor, how: str) -> Tensor:
+    """Importances of a layer, (components,), as they compare across layers, see `AcrossLayers`; zeros stay zero.
 
     Raises:
-        ValueError: an unknown `how`, NaN, or for "mean" and "max", importances that are negative or infinite: division
-            could turn their order round or lose it.
-        TypeError: importances that are no tensors.
+        ValueError: for "mean" and "max", importances that are negative or infinite: division could turn their order
+            round or lose it.
 
     Source: by mean and maximum, torch-pruning (Fang et al., DepGraph, CVPR 2023).
     """
-    validation.choice("prune", "how", how, NORMALISATIONS)
-    return {layer: _normalised(layer, values, how) for layer, values in _vectors(importances).items()}
-
-
-def _normalised(layer: str, values: Tensor, how: str) -> Tensor:
-    if how == "none" or not len(values):
+    if how in ("none", "auto") or not len(values):
         return values
     if how == "rank":
         return (values.argsort(stable=True).argsort() + 1).double() / len(values)
@@ -420,15 +339,14 @@ def _normalised(layer: str, values: Tensor, how: str) -> Tensor:
 class _Order:
     """The components that the limits let go, in ascending order of importance, within and across layers."""
 
-    def __init__(self, importances: Mapping[str, Tensor], budget: Budget) -> None:
-        self.values = {layer: values.cpu() for layer, values in importances.items()}
-        self.widths = {layer: len(values) for layer, values in self.values.items()}
-        self.multiple = budget.round_to
+    def __init__(self, values: Mapping[str, Tensor], budget: Budget, few: Collection[str]) -> None:
+        self.values, self.few, self.multiple = values, few, budget.round_to
+        self.widths = {layer: len(of_layer) for layer, of_layer in values.items()}
         floors = budget.floor if isinstance(budget.floor, Mapping) else dict.fromkeys(self.widths, budget.floor)
         self.floor = {layer: floors.get(layer, 1) for layer in self.widths}
         self.most = self.allowed(self.widths)
-        self.indices = {layer: values.argsort(stable=True) for layer, values in self.values.items()}
-        lowest = [self.values[layer][self.indices[layer][:most]] for layer, most in self.most.items()]
+        self.indices = {layer: of_layer.argsort(stable=True) for layer, of_layer in values.items()}
+        lowest = [values[layer][self.indices[layer][:most]] for layer, most in self.most.items()]
         layers = torch.arange(len(lowest)).repeat_interleave(torch.tensor([*self.most.values()]))
         self._layers = layers[torch.cat(lowest).argsort(stable=True)]
 
@@ -453,9 +371,20 @@ class _Order:
         """The indices that go when so many are asked for in each layer."""
         return {layer: sorted(self.indices[layer][:count].tolist()) for layer, count in self.allowed(counts).items()}
 
-    def held(self, counts: Mapping[str, int]) -> list[str]:
-        """Layers of which the limits keep more than asked."""
-        return [layer for layer, count in counts.items() if count > self.most[layer]]
+    def removal(
+        self, budget: str, asked: int, counts: Mapping[str, int], held: Collection[str] | None = None
+    ) -> Choice:
+        """The choice for a budget that says what goes; `held`: layers of which the limits keep more than it does."""
+        if held is None:
+            held = [layer for layer, count in counts.items() if count > self.most[layer]]
+        removed = self.removed(counts)
+        reached = sum(map(len, removed.values()))
+        message = f"{budget}: {asked:,} components asked, {reached:,} removed"
+        if held:
+            message += f": {self.at_floor(held)}"
+        elif reached < asked:
+            message += f": what stays is rounded up to multiples of {self.multiple}"
+        return Choice(removed, not held, asked, reached, f"{message}.")
 
     def at_floor(self, layers: Iterable[str]) -> str:
         """That these layers cannot lose more, in words."""
@@ -470,47 +399,12 @@ class _Order:
         return f"{who} (largest layers left: {', '.join(named)})"
 
 
-def _removal(order: _Order, budget: str, asked: int, counts: Mapping[str, int], held: Collection[str]) -> Choice:
-    """The choice for a budget that says what goes; `held` are the layers of which the limits keep more than it does."""
-    removed = order.removed(counts)
-    reached = sum(map(len, removed.values()))
-    message = f"{budget}: {asked:,} components asked, {reached:,} removed"
-    if held:
-        message += f": {order.at_floor(held)}"
-    elif reached < asked:
-        message += f": what stays is rounded up to multiples of {order.multiple}"
-    return Choice(removed, not held, asked, reached, f"{message}.")
-
-
-def _vectors(importances: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The importances, checked, in float64."""
-    if not importances:
-        raise ValueError("prune: importances must hold at least one layer, got none.")
-    vectors = {}
-    for layer, values in importances.items():
-        validation.tensor("prune", f"importances[{layer!r}]", values, validation.FLOATS)
-        if values.ndim != 1:
-            raise ValueError(
-                f"prune: importances must hold one number per component, layer {layer!r} has shape "
-                f"{validation.shape_of(values)}."
-            )
-        nan = values.isnan()
-        if bool(nan.any()):
-            raise ValueError(
-                f"prune: importances must not be NaN, layer {layer!r} has {int(nan.sum())} of {len(values)}, the first "
-                f"at component {int(nan.nonzero()[0, 0])}."
-            )
-        vectors[layer] = values.detach().double()
-    return vectors
-
-
-def _ratio(argument: str, value: Any) -> float:
+def _check_ratio(argument: str, value: Any) -> None:
     if not validation.is_number(value) or not 0 <= value < 1:
         raise ValueError(f"prune: {argument} must be a number in [0, 1), got {value!r}.")
-    return float(value)
 
 
-def share_of(ratio: float, components: int, *, few: bool = False) -> int:
+def _share_of(ratio: float, components: int, *, few: bool = False) -> int:
     """The least number of components that makes up a share of them, as torch-pruning counts, or the nearest number of
     a few: 0.3 of four heads are one, not two. One always stays."""
     asked = math.floor(ratio * components * ROUNDING + 0.5) if few else math.ceil(ratio * components / ROUNDING)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,27 +17,17 @@ from discedit.scoring.scores import Scores
 
 @dataclass(frozen=True)
 class Candidates:
-    """Layers, each with its number of rows; and their scores, or importances of the caller's own, or neither.
-
-    Attributes:
-        widths: layer -> rows.
-        scores: of these layers.
-        importances: layer -> (rows,) floating point, higher = keep.
-    """
+    """Layers, each with its number of rows; and their scores, or importances of the caller's own, or neither."""
 
     widths: dict[str, int]
     scores: Scores | None = None
-    importances: Mapping[str, Tensor] | None = None
+    importances: Mapping[str, Tensor] | None = None  # layer -> (rows,) floating point, higher = keep
 
     @classmethod
     def of(
         cls, op: str, model: nn.Module, scores: Scores | Mapping[str, Tensor] | None, example_inputs: Any
     ) -> Candidates:
-        """Without scores, all layers but the head.
-
-        Raises:
-            ValueError: importances that are not one number for each row.
-        """
+        """Without scores, all layers but the head."""
         if scores is None:
             try:
                 head = ModelTrace.of(model, example_inputs, few=None).head
@@ -64,9 +54,11 @@ class Candidates:
         for operation in edit.recipe.operations:
             layer, _, tensor = operation.target.rpartition(".")
             heads, _, projection = layer.rpartition(".")
-            if operation.kind == "keep" and projection == "out_proj" and heads in self.widths and operation.dim == 1:
+            if operation.kind != "keep":
+                continue
+            if projection == "out_proj" and heads in self.widths and operation.dim == 1:
                 kept[heads] = torch.tensor(operation.index)
-            if operation.kind == "keep" and layer in self.widths and tensor == "weight":
+            if layer in self.widths and tensor == "weight":
                 transposed = getattr(edit.model.get_submodule(layer), "transposed", False)
                 if operation.dim == int(transposed):
                     kept[layer] = torch.tensor(operation.index)
@@ -74,20 +66,12 @@ class Candidates:
             layer: values[kept[layer].to(values.device)] if layer in kept else values
             for layer, values in self.importances.items()
         }
-        return replace(
-            self,
-            widths=self.widths | {layer: len(index) for layer, index in kept.items()},
-            scores=self.scores and self.scores.select(kept),
-            importances=importances,
-        )
+        widths = self.widths | {layer: len(index) for layer, index in kept.items()}
+        return Candidates(widths, self.scores and self.scores.select(kept), importances)
 
 
 def check_layers(op: str, model: nn.Module, widths: Mapping[str, int], layers: Iterable[str] | None) -> list[str]:
-    """The layers asked for, or all, each known to both the scores and the model.
-
-    Args:
-        widths: layer -> rows that have scores.
-    """
+    """The layers asked for, or all, each known to both the model and the scores, which have so many rows."""
     modules = dict(model.named_modules())
     chosen = list(widths) if layers is None else list(layers)
     for layer in chosen:

@@ -1,19 +1,10 @@
-"""Fidelity: how much of what a layer gives can be had from some of its input channels alone (ModHiFi).
-
-A layer's output c is a sum over its input channels i, Y_c = sum_i A_ci (a channel convolved with its slice of the
-filter; of a linear layer, a feature times its column). With Q_c[i, j] = E<A_ci, A_cj>, the fidelity of channels S is
-
-    max over delta of 1 - E||Y_c - sum_{i in S} delta_i A_ci||^2 / E||Y_c||^2  =  b_S' Q_c[S, S]^-1 b_S / E||Y_c||^2
-
-with b = Q_c 1: in [0, 1], 0 for none, 1 for all, and it never falls when a channel is added. All of it follows from
-second moments of what the layer reads, which one pass collects.
+"""Fidelity: how much of what a layer gives can be had from some of its input channels alone. See docs/fidelity.md.
 
 Source: Kashyap, Murti, Nayak, Narshana and Bhattacharyya, ModHiFi, NeurIPS 2025.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -39,8 +30,8 @@ def singleton_fidelity(
         per_output: of each output instead of the mean over outputs.
 
     Returns:
-        (channels,) float64 in [0, 1]; per output (outputs, channels), those of several layers one after the other. An
-        output that gives 0 everywhere has 0, and does not count in means.
+        (channels,) float64 in [0, 1]; per output (outputs, channels), layer after layer. An output that gives 0
+        everywhere has 0, and does not count in means.
 
     Raises:
         ValueError: no layer, one that is not in the moments, or layers that read different numbers of channels.
@@ -72,13 +63,11 @@ def subset_fidelity(
         ValueError: moments of the kind "singleton", a channel out of range or named twice, and as `singleton_fidelity`.
     """
     op = "subset_fidelity"
-    values, energies = [], []
-    for parts in _of_layers(op, moments, layers, centred, full=True):
-        kept = _subset(op, subset, parts.weight.shape[1])
-        energies.append(parts.energy())
-        values.append((parts.explained(kept) / energies[-1].clamp(min=TINY)).clamp(0.0, 1.0))
-    every, energy = torch.cat(values), torch.cat(energies)
-    return every if per_output else _over_outputs(every[:, None], energy)[0]
+    found = _of_layers(op, moments, layers, centred, full=True)
+    kept = _subset(op, subset, found[0].weight.shape[1])
+    energy = torch.cat([parts.energy() for parts in found])
+    values = (torch.cat([parts.explained(kept) for parts in found]) / energy.clamp(min=TINY)).clamp(0.0, 1.0)
+    return values if per_output else _over_outputs(values[:, None], energy)[0]
 
 
 def compensation(
@@ -101,8 +90,7 @@ def compensation(
         ValueError: as `subset_fidelity`, or a ridge that is no number of at least 0.
     """
     op = "compensation"
-    if not validation.is_number(ridge) or not 0 <= ridge < math.inf:
-        raise ValueError(f"{op}: ridge must be a finite number of at least 0, got {ridge!r}.")
+    validation.at_least_zero(op, "ridge", ridge)
     [parts] = _of_layers(op, moments, layer, centred, full=True)
     return parts.compensation(_subset(op, subset, parts.weight.shape[1]), ridge)
 

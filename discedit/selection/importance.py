@@ -61,7 +61,10 @@ def importances(
             traced.
     """
     op = "importances"
+    if not isinstance(criterion, Random):
+        validation.choice(op, "criterion", criterion, CRITERIA)
     check_criterion(op, criterion, data)
+    criterion = Random() if criterion == "random" else criterion
     kinds = kinds_of(op, components)
     validation.module(op, model)
     model = unwrapped(model)
@@ -83,11 +86,8 @@ def importances(
     return rows
 
 
-def check_criterion(op: str, criterion: str | Random, data: Any) -> None:
-    """Whether it is known, and has the data that it needs."""
-    if isinstance(criterion, Random):
-        return
-    validation.choice(op, "criterion", criterion, CRITERIA)
+def check_criterion(op: str, criterion: str | Random | None, data: Any) -> None:
+    """Whether it has the data that it needs."""
     if criterion in OF_CONSUMERS and data is None:
         raise ValueError(f"{op}: criterion={criterion!r} needs data to estimate statistics on, got data=None.")
 
@@ -113,15 +113,11 @@ def component_importances(
     inputs: Any,
     trace: ModelTrace,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """One number per component of each layer, higher = keep; and the layers that had to be judged by "l2" instead.
+    """Layer -> (components,) float64, higher = keep; and layers that had to be judged by "l2", each with the reason.
 
     Args:
         criterion: None for the importances that the candidates have.
-        inputs: calibration images in parts, for the criteria `OF_CONSUMERS`.
-        trace: of the model, for these.
-
-    Returns:
-        layer -> (components,) float64; layer -> why the criterion does not apply.
+        inputs, trace: calibration images in parts and the trace of the model, for the criteria `OF_CONSUMERS`.
     """
     if criterion is None:
         given = candidates.importances or {}
@@ -129,19 +125,14 @@ def component_importances(
     if candidates.scores is not None and criterion in REDUCTIONS:
         reduced = candidates.scores.reduce(str(criterion))
         return {layer: _over_rows(reduced[layer].cpu(), parts) for layer, parts in found.items()}, {}
-    if isinstance(criterion, Random) or criterion == "random":
-        seed = criterion.seed if isinstance(criterion, Random) else Random.seed
-        generator = torch.Generator().manual_seed(seed)
-        return {
-            layer: torch.rand(len(parts.rows), generator=generator, dtype=torch.float64)
-            for layer, parts in found.items()
-        }, {}
-    if criterion in OF_WEIGHTS:
-        power = 1 if criterion == "l1" else 2
-        return {layer: _weight_norms(graph, parts, power) for layer, parts in found.items()}, {}
     counts = {layer: len(parts.rows) for layer, parts in found.items()}
-    output_scores = candidates.scores if criterion == "combined" else None
-    values, why = _of_consumers(graph.model, REDUCTION_OF[criterion], output_scores or {}, graph, counts, inputs, trace)
+    if isinstance(criterion, Random):
+        generator = torch.Generator().manual_seed(criterion.seed)
+        return {layer: torch.rand(n, generator=generator, dtype=torch.float64) for layer, n in counts.items()}, {}
+    if criterion in ("l1", "l2"):
+        return {layer: _weight_norms(graph, parts, int(criterion[1])) for layer, parts in found.items()}, {}
+    scores = candidates.scores if criterion == "combined" else None
+    values, why = _of_consumers(graph.model, REDUCTION_OF[criterion], scores or {}, graph, counts, inputs, trace)
     for layer in why:
         values[layer] = _weight_norms(graph, found[layer], 2)
     return {layer: values[layer] for layer in found}, why
@@ -173,47 +164,37 @@ def _of_consumers(
     inputs: Any,
     trace: ModelTrace,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """By how much the outputs of the layers that read a component would change without it.
-
-    "energy": by its own part in them, while all else stays. "reconstruction": by what is left of that once the other
-    components have made up for it as well as they can, the cheapest component first and so on (optimal brain surgery,
-    Hassibi and Stork 1993, for blocks of weights). "combined": the same, and a change counts by how well the output
-    tells the class that it tells best (its score). "fidelity": how much of the outputs it gives alone, with the best
-    factor, in the mean over outputs (ModHiFi).
+    """By how much the outputs of the layers that read a component would change without it, as the reduction has it.
 
     Args:
-        scores: layer -> (outputs, classes), for layers whose outputs do not all count alike.
+        scores: layer -> (outputs, classes): a change of an output counts by its highest, of other layers by 1.
         counts: layer -> number of its components.
     """
     consumers: dict[str, dict[str, list[list[int]]]] = {}
     why: dict[str, str] = {}
     for layer, count in counts.items():
-        blocks = _blocks(graph, layer, count)
-        unread = {name: reason for name in blocks if (reason := trace.why_not_read(name))}
+        blocks, unread = _blocks(graph, layer, count), {}
         for name, block in blocks.items():
-            if len({len(channels) for channels in block}) > 1:
-                unread[name] = "it reads some of the components on more channels than others"
-        if len(unread) == len(blocks):
+            reason = trace.why_not_read(name)
+            if not reason and len({len(channels) for channels in block}) > 1:
+                reason = "it reads some of the components on more channels than others"
+            if not reason and trace.runs.get(name) != 1:
+                reason = "it does not run just once per forward pass"
+            if reason:
+                unread[name] = reason
+        if len(unread) < len(blocks):
+            consumers[layer] = {name: block for name, block in blocks.items() if name not in unread}
+        else:
             name, reason = next(iter(unread.items()), ("no layer", "nothing reads it"))
             why[layer] = f"it is read by {name}: {reason}"
-            continue
-        consumers[layer] = {name: block for name, block in blocks.items() if name not in unread}
-    names = dict.fromkeys(name for blocks in consumers.values() for name in blocks)
-    fits = fits_of(model, names, inputs, trace)
-    for layer, blocks in list(consumers.items()):
-        consumers[layer] = {name: block for name, block in blocks.items() if name in fits}
-        if not consumers[layer]:
-            why[layer] = f"{min(blocks)}, which reads it, does not run just once per forward pass"
-            del consumers[layer]
+    fits = fits_of(model, {name for blocks in consumers.values() for name in blocks}, inputs, trace)
     statistics: dict[str, ConsumerStatistics] = {}
-    values: dict[str, Tensor] = {}
+    values = {}
     for layer, blocks in consumers.items():
         for name in blocks.keys() - statistics.keys():
-            output_weight = _output_weight(trace, name, scores)
             matrix = matrix_of(model.get_submodule(name)).double()
-            statistics[name] = ConsumerStatistics(*fits.pop(name), matrix, output_weight)
-        read_by = [(statistics[name], block) for name, block in blocks.items()]
-        values[layer] = reduction(read_by)
+            statistics[name] = ConsumerStatistics(*fits.pop(name), matrix, _output_weight(trace, name, scores))
+        values[layer] = reduction([(statistics[name], block) for name, block in blocks.items()])
     return values, why
 
 
@@ -221,10 +202,6 @@ def fidelities(
     model: nn.Module, graph: Graph, counts: Mapping[str, int], inputs: Any, trace: ModelTrace
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Of each component the fidelity around zero, as in ModHiFi: where nothing takes the mean of what goes.
-
-    Args:
-        counts: layer -> number of the components that the graph has found in it.
-        inputs: images in parts.
 
     Returns:
         layer -> (components,) float64 in [0, 1], NaN where what is read is not finite; layer -> why there is none.
@@ -251,9 +228,9 @@ def _output_weight(trace: ModelTrace, name: str, scores: Mapping[str, Tensor]) -
     """What a change of each output of a layer counts: (outputs,), float64."""
     module: Any = trace.model.get_submodule(name)
     norm = trace.bias_norm(name)
-    scale = None if norm is None else scale_of(norm)
     output_weight = torch.ones(len(module.weight), dtype=torch.float64, device=module.weight.device)
-    output_weight = output_weight if scale is None else scale.double().square()
+    if norm is not None:
+        output_weight = scale_of(norm).double().square()
     if name in scores:
         output_weight = output_weight * scores[name].nan_to_num(0.0).max(1).values.to(output_weight.device)
     return output_weight
@@ -279,23 +256,27 @@ class ConsumerStatistics:
         index = torch.tensor(blocks, dtype=torch.int64, device=self.weights.device)
         return (index[:, :, None] * each + torch.arange(each, device=index.device)).flatten(1)
 
+    def own(self, columns: Tensor) -> Tensor:
+        """Variance of what each block adds to each output: (components, outputs)."""
+        covariance = self.fit.xx[columns[:, :, None], columns[:, None, :]]
+        weights = self.weights[:, columns].transpose(0, 1)  # components, outputs, columns
+        return ((weights @ covariance) * weights).sum(2)
 
-# Layers that read components, with the channels on which they read each -> (components,).
-Reduction = Callable[[list[tuple[ConsumerStatistics, list[list[int]]]]], Tensor]
+
+# Layers that read components, with the channels on which they read each.
+Parts = list[tuple[ConsumerStatistics, list[list[int]]]]
+Reduction = Callable[[Parts], Tensor]  # to (components,)
 
 
-def _energies(parts: list[tuple[ConsumerStatistics, list[list[int]]]]) -> Tensor:
+def _energies(parts: Parts) -> Tensor:
     """Variance of what each component adds to the outputs, as a share of theirs, summed over the consumers."""
     found: Any = 0.0
     for consumer, blocks in parts:
-        columns = consumer.columns(blocks)
-        covariance = consumer.fit.xx[columns[:, :, None], columns[:, None, :]]
-        weights = consumer.weights[:, columns].transpose(0, 1)  # components, outputs, columns
-        found = found + ((weights @ covariance) * weights).sum(2) @ consumer.output_weight / consumer.total
+        found = found + consumer.own(consumer.columns(blocks)) @ consumer.output_weight / consumer.total
     return torch.as_tensor(found).cpu()
 
 
-def _fidelities(parts: list[tuple[ConsumerStatistics, list[list[int]]]]) -> Tensor:
+def _fidelities(parts: Parts) -> Tensor:
     """E<Y, A>^2 / (E||Y||^2 E||A||^2) of what each component adds (A) to an output (Y), in the mean over outputs."""
     found, active = torch.zeros(len(parts[0][1]), dtype=torch.float64), 0
     for consumer, blocks in parts:
@@ -303,18 +284,16 @@ def _fidelities(parts: list[tuple[ConsumerStatistics, list[list[int]]]]) -> Tens
         with_outputs = consumer.weights @ consumer.fit.xx
         energy = (consumer.weights * with_outputs).sum(1)
         weights = consumer.weights[:, columns].transpose(0, 1)  # components, outputs, columns
-        covariance = consumer.fit.xx[columns[:, :, None], columns[:, None, :]]
-        own = ((weights @ covariance) * weights).sum(2)
         both = (weights * with_outputs[:, columns].transpose(0, 1)).sum(2)
-        whole = own * energy
+        whole = consumer.own(columns) * energy
         found += torch.where(whole > TINY, both.square() / whole.clamp(min=TINY), 0.0).clamp(max=1.0).sum(1).cpu()
         active += int((energy > TINY).sum())
     return found / max(active, 1)
 
 
-def _eliminated(parts: list[tuple[ConsumerStatistics, list[list[int]]]]) -> Tensor:
+def _eliminated(parts: Parts) -> Tensor:
     """Share of the consumers' variance that is lost when a component goes after all that are cheaper, the others having
-    made up for it in the best way."""
+    made up for it in the best way: optimal brain surgery for blocks of weights (Hassibi and Stork, 1993)."""
     states = [_BlockOBS(consumer, blocks) for consumer, blocks in parts]
     count = len(parts[0][1])
     gone = torch.zeros(count, dtype=torch.bool)
@@ -332,14 +311,13 @@ def _eliminated(parts: list[tuple[ConsumerStatistics, list[list[int]]]]) -> Tens
     return lost
 
 
-def _fidelities_around_zero(parts: list[tuple[ConsumerStatistics, list[list[int]]]]) -> Tensor:
+def _fidelities_around_zero(parts: Parts) -> Tensor:
     raw = []
     for consumer, blocks in parts:
-        fit = consumer.fit
-        second = fit.xx + torch.outer(fit.mean_x, fit.mean_x)
+        second = consumer.fit.xx + torch.outer(consumer.fit.mean_x, consumer.fit.mean_x)
         if not bool(second.isfinite().all()):
             return torch.full((len(blocks),), torch.nan, dtype=torch.float64)
-        raw.append((replace(consumer, fit=replace(fit, xx=second)), blocks))
+        raw.append((replace(consumer, fit=replace(consumer.fit, xx=second)), blocks))
     return _fidelities(raw)
 
 

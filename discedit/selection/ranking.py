@@ -28,33 +28,25 @@ Units = Mapping[str, Sequence[Sequence[int]]]  # layer -> the rows of each of it
 
 @dataclass(frozen=True)
 class Ranking:
-    """Components of all layers in the order in which they go for one class.
+    """Components of all layers in the order in which they go for one class."""
 
-    Attributes:
-        places: (layer, component), the first to go first.
-        values: layer -> (components,) float64: what they are ranked by; not above 0 where a component is never to go.
-        spread: layer -> mean and standard deviation of what its components are ranked by, all of them.
-        sizes: how many components the layers have together.
-    """
+    places: list[tuple[str, int]]  # (layer, component), the first to go first
+    values: dict[str, Tensor]  # layer -> (components,) float64: not above 0 where a component is never to go
+    measures: dict[str, Tensor]  # the same of all components, also of those that are never to go
 
-    places: list[tuple[str, int]]
-    values: dict[str, Tensor]
-    spread: dict[str, tuple[float, float]]
-    sizes: int
+    @property
+    def sizes(self) -> int:
+        """How many components the layers have together."""
+        return sum(map(len, self.values.values()))
 
 
 def rank(scores: Scores, units: Units, cls: int, others: Sequence[int], *, by: str, sign: str) -> Ranking:
-    """Ranks the components of these layers for a class.
+    """Ranks the components of these layers for a class; those of several rows count by the mean over them.
 
-    Args:
-        units: components that are several rows of a layer count by the mean over them.
-        others: classes that are not forgotten.
-        by: "score", or "specific": the score minus the highest that the component has for one of the others (with
-            sign="up": that it is more active for).
-        sign: "up": only components that are more active for the class.
+    By the score; by "specific" minus the highest that the component has for one of the others, of those that it is more
+    active for with sign="up". That sign leaves only components that are more active for the class.
     """
-    values: dict[str, Tensor] = {}
-    spread: dict[str, tuple[float, float]] = {}
+    values, measures = {}, {}
     for layer, parts in units.items():
         score = scores[layer].cpu().nan_to_num(0.0)
         up = scores.direction[layer].cpu() > 0
@@ -62,28 +54,25 @@ def rank(scores: Scores, units: Units, cls: int, others: Sequence[int], *, by: s
         if by == "specific":
             rivals = (score if sign == "any" else torch.where(up, score, 0.0))[:, list(others)]
             value = value - rivals.amax(dim=1)
-        of_parts = torch.stack([value[list(rows)].mean() for rows in parts])
-        spread[layer] = (float(of_parts.mean()), float(of_parts.std(correction=0)))
+        measures[layer] = of_parts = torch.stack([value[list(rows)].mean() for rows in parts])
         if sign == "up":
             active = torch.stack([up[list(rows), cls].double().mean() for rows in parts]) > 0.5
             of_parts = torch.where(active, of_parts, -1.0)
         values[layer] = of_parts.double()
-    return ranking_of(values, spread)
+    return ranking_of(values, measures)
 
 
-def ranking_of(values: dict[str, Tensor], spread: dict[str, tuple[float, float]]) -> Ranking:
+def ranking_of(values: dict[str, Tensor], measures: dict[str, Tensor]) -> Ranking:
     """All layers together, the highest first; what is not above 0 never goes."""
     places = [(layer, part) for layer, of_parts in values.items() for part in range(len(of_parts))]
     together = torch.cat(list(values.values()))
     order = together.argsort(descending=True, stable=True).tolist()
-    return Ranking([places[i] for i in order if together[i] > 0], values, spread, len(places))
+    return Ranking([places[i] for i in order if together[i] > 0], values, measures)
 
 
 def retain_damage(scores: Scores, units: Units, others: Sequence[int]) -> dict[str, Tensor]:
-    """How much of what tells the other classes apart each component carries: layer -> (components,), 1 in total.
-
-    The mean over these classes of its scores for those that it is more active for, over the sum of all components.
-    """
+    """How much of what tells the other classes apart each component carries, see `MaxDamage`: layer -> (components,), 1
+    in total."""
     found = {}
     for layer, parts in units.items():
         score = torch.where(scores.direction[layer].cpu() > 0, scores[layer].cpu().nan_to_num(0.0), 0.0)
@@ -169,16 +158,17 @@ class AboveDeviations(Limit):
             raise ValueError(f"unlearn: deviations must be a finite number, got {self.value!r}.")
 
     def select(self, ranking: Ranking, damage: Mapping[str, Tensor]) -> list[tuple[str, int]]:
-        least = {layer: mean + self.value * deviation for layer, (mean, deviation) in ranking.spread.items()}
+        least = {
+            layer: float(of_all.mean()) + self.value * float(of_all.std(correction=0))
+            for layer, of_all in ranking.measures.items()
+        }
         return [(layer, part) for layer, part in ranking.places if float(ranking.values[layer][part]) > least[layer]]
 
 
 @dataclass(frozen=True)
 class MaxDamage(Limit):
-    """As many as carry together no more than this share, in (0, 1), of what tells the other classes apart.
-
-    That is the mean over these classes of the scores for those that a component is more active for.
-    """
+    """As many as carry together no more than this share, in (0, 1), of what tells the other classes apart: the mean,
+    over these classes, of the scores for those that a component is more active for."""
 
     name = "damage"
 
@@ -197,13 +187,7 @@ def rank_by_fidelity(
 ) -> tuple[list[Ranking], dict[str, str]]:
     """A ranking for each class to forget, in their order; and layer -> why it is in none.
 
-    Args:
-        units: what is ranked, all layers together: components that the graph has found.
-        by: "fidelity": on samples of the class; "contrast": that minus the same on samples of the classes that stay.
-
-    Raises:
-        ValueError: no sample of a class, feature maps that are not finite, no layer that can be ranked, or nothing
-            above 0.
+    By the fidelity on samples of the class; by "contrast" minus that on samples of the classes that stay.
     """
     counts = {layer: len(parts) for layer, parts in units.items()}
     rest, unread = fidelities(model, graph, counts, data.parts("retain"), data.trace) if by == "contrast" else ({}, {})
@@ -218,15 +202,11 @@ def rank_by_fidelity(
         for layer, own in values.items():
             if not bool(own.isfinite().all()):
                 raise ValueError(f"unlearn: data must give finite feature maps, what reads {layer!r} gets NaN or inf.")
-        ranking = ranking_of(values, {layer: _spread(own) for layer, own in values.items()})
+        ranking = ranking_of(values, values)
         if not ranking.places:
             raise ValueError(f"unlearn: by={by!r} is above 0 for no component of the chosen layers and class {cls}.")
         rankings.append(ranking)
     return rankings, unread
-
-
-def _spread(values: Tensor) -> tuple[float, float]:
-    return float(values.mean()), float(values.std(correction=0))
 
 
 def _samples_of_class(data: ForgetRetainSplit, cls: int) -> list[Any]:
