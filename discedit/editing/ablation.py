@@ -15,7 +15,7 @@ from discedit.common.warning import warn
 from discedit.editing.concept_erasure import check_scale
 from discedit.editing.row_operations import AROUND, RowEdit, bias_of, why_not_scaled
 from discedit.editing.target_search import FORGET, Problem, search
-from discedit.graph.pruning_graph import Graph, unseen_message
+from discedit.graph.pruning_graph import Graph
 from discedit.model.forward import device_of, to_device
 from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits
 from discedit.repair.least_squares import Protected, output_error, repaired, take_back, warning_if_worse
@@ -402,8 +402,7 @@ def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> Edit:
             "unlearn: remove must not change what the zeroed model gives; here zeroed components still give "
             "something behind their activation, which is not 0 at 0."
         )
-    if unseen := graph.unseen(chosen):
-        warn(unseen_message("unlearn", unseen))
+    graph.warn_of_unseen(chosen)
     both = compose_edits(model, [edit, smaller], inplace=False)
     both.recipe.settings["removed"] = {layer: len(parts) for layer, parts in rows.items()}
     kept = {layer: f"zeroed, not removed: {why}" for layer, why in skipped.items() if layer in gone}

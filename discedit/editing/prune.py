@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from torch import Tensor, nn
 
 from discedit.common import validation
 from discedit.common.warning import warn
-from discedit.graph.pruning_graph import KINDS, Components, Graph, unseen_message
+from discedit.graph.pruning_graph import KINDS, Components, Graph
 from discedit.model.forward import outside_modes
 from discedit.model.sharded import unwrapped
 from discedit.model.size import count_macs, count_parameters, macs_of_weights
@@ -221,13 +221,9 @@ class _Options:
         return replace(self, repair=repair, criterion=Random() if criterion == "random" else criterion)
 
 
-@dataclass
-class _Step:
-    """An edit, the choice that it made, and what did not run."""
-
+class _Step(NamedTuple):
     edit: Edit
     choice: Choice
-    unseen: dict[str, list[str]]  # modules that did not run and may read what was removed, with the layers it is from
 
 
 def _in_steps(
@@ -241,7 +237,7 @@ def _in_steps(
     validation.module("prune", model)
     current = model = unwrapped(model)
     budget, inputs = options.budget, options.example_inputs
-    candidates = Candidates.of("prune", model, scores, inputs)
+    candidates = Candidates.of("prune", model, scores)
     options.settled(candidates)
     check_layers("prune", model, candidates.widths, options.layers)
     macs = _macs(model, inputs)
@@ -253,7 +249,7 @@ def _in_steps(
         if step < steps and rescore is None:
             candidates = candidates.left(done[-1].edit)
         elif step < steps and rescore is not None:
-            candidates = Candidates.of("prune", current, rescore(current), inputs)
+            candidates = Candidates.of("prune", current, rescore(current))
             if candidates.importances is not None:  # a criterion of one's own holds for scores: these are it
                 options = replace(options, criterion="auto")
     _warn_of_what_is_left(done, budget)
@@ -275,8 +271,9 @@ def _macs(model: nn.Module, example_inputs: Any) -> int:
 def _once(model: nn.Module, candidates: Candidates, options: _Options, progress: Progress) -> _Step:
     op, options = "prune", options.settled(candidates)
     known = check_layers(op, model, candidates.widths, options.layers)
-    chosen = [layer for layer in known if layer not in options.ignore]
     graph = Graph(op, model, options.example_inputs, keep_outputs=OUTPUTS not in options.components)
+    whole = [*options.ignore, *([graph.trace.head] if candidates.unscored and options.layers is None else [])]
+    chosen = [layer for layer in known if layer not in whole]
     skipped = {layer: why for layer in chosen if (why := why_not_pruned(model, layer))}
     found, unfit = graph.find([layer for layer in chosen if layer not in skipped], options.components)
     skipped |= unfit
@@ -312,7 +309,8 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     _repair(edit, model, graph, choice, options, (inputs, further, trace))
     edit.skipped = {layer: skipped[layer] for layer in chosen if layer in skipped}
     edit.widths = {layer: candidates.widths[layer] for layer in rows}
-    return _Step(edit, choice, graph.unseen(choice.removed))
+    graph.warn_of_unseen(choice.removed)
+    return _Step(edit, choice)
 
 
 def _check_some(graph: Graph, found: Mapping[str, Components], skipped: Mapping[str, str], options: _Options) -> None:
@@ -381,12 +379,6 @@ def _warn_of_what_is_left(steps: list[_Step], budget: Budget) -> None:
     last = steps[-1].choice
     if (not last.met and not isinstance(budget, Ratio)) or (budget.asks() and not any(_lost(steps).values())):
         warn(f"prune: {last.message}")
-    unseen: dict[str, set[str]] = {}
-    for step in steps:
-        for module, layers in step.unseen.items():
-            unseen.setdefault(module, set()).update(layers)
-    if unseen:
-        warn(unseen_message("prune", unseen))
 
 
 def _described(candidates: Candidates, options: _Options, choice: Choice, unjudged: dict[str, str]) -> dict[str, Any]:

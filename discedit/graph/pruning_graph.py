@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from discedit.common.warning import warn
 from discedit.graph.components import ChannelGroups, Components
 from discedit.graph.dependencies import Untraceable
 from discedit.graph.heads import HeadFinder
@@ -24,7 +25,7 @@ from discedit.model.trace import IN_TRAINING, width_of
 from discedit.recipes.operations import Operation
 from discedit.recipes.recipe import architecture_of
 
-__all__ = ["KINDS", "Components", "Graph", "unseen_message"]
+__all__ = ["KINDS", "Components", "Graph"]
 
 KINDS = ("filters", "neurons", "heads", "stream")
 _READ = ("in_channels", "in_features", "num_features", "num_channels", "input_size", "embed_dim")  # how many are read
@@ -47,6 +48,7 @@ class Graph:
     def __init__(self, op: str, model: nn.Module, example_inputs: Any, *, keep_outputs: bool = True) -> None:
         self.model = model
         self.network = Network(op, model, example_inputs, keep_outputs=keep_outputs)
+        self.trace = self.network.trace
         self.groups = ChannelGroups(self.network)
         heads, self.unclear = HeadFinder(self.network, self.groups.problem).find()
         self.heads = {found.layer: found for found in heads}
@@ -204,14 +206,12 @@ class Graph:
         place, _, name = layer.rpartition(".")
         return type(self.network.model.get_submodule(place)).__name__, name
 
-    def unseen(self, chosen: Mapping[str, Iterable[int]]) -> dict[str, list[str]]:
-        """Modules that ran neither in eval nor in train mode and may read components: they have as many channels.
+    def warn_of_unseen(self, chosen: Mapping[str, Iterable[int]]) -> None:
+        """A warning where modules that ran neither in eval nor in train mode have as many channels as layers that lost
+        some: whether they read these cannot be seen.
 
         Args:
             chosen: layer -> indices of its components, as `find` gives them.
-
-        Returns:
-            Module -> the layers among `chosen` that have as many channels there as it reads.
         """
         idle: dict[str, int] = {}
         for name, module in self.network.model.named_modules():
@@ -228,7 +228,14 @@ class Graph:
                 for name, width in idle.items():
                     if width in sizes:
                         found.setdefault(name, []).append(layer)
-        return found
+        if found:
+            them = [f"{name} as many as {_some(sorted(layers), ', ')}" for name, layers in found.items()]
+            warn(
+                f"{self.network.op}: example_inputs must run all that is used, in eval or in train mode: whether what "
+                "does not run reads channels that were removed, and then no longer fits, cannot be seen. These did not "
+                f"run and read as many channels as layers that lost some: {_some(them, '; ')}. If they are used, leave "
+                "these layers whole or give inputs on which they run."
+            )
 
     def _removed(self, chosen: Mapping[str, Iterable[int]]) -> dict[Key, list[int]]:
         """Everything that goes with the components, in the order in which it runs."""
@@ -344,17 +351,6 @@ class Graph:
         if components.kind != "stream":
             return f"its components are {components.kind}, which are not among those to remove"
         return _shares([name for name in components.layers if name != components.layer])
-
-
-def unseen_message(op: str, unseen: Mapping[str, Iterable[str]]) -> str:
-    """What to say of modules that did not run, as `Graph.unseen` gives them."""
-    them = _some([f"{module} as many as {_some(sorted(layers), ', ')}" for module, layers in unseen.items()], "; ")
-    return (
-        f"{op}: example_inputs must run all that is used, in eval or in train mode: whether what does not run reads "
-        "channels that were removed, and then no longer fits, cannot be seen. These did not run and read as many "
-        f"channels as layers that lost some: {them}. If they are used, leave these layers whole or give inputs on "
-        "which they run."
-    )
 
 
 def _some(names: list[str], separator: str) -> str:

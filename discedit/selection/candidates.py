@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from discedit.common import validation
-from discedit.model.trace import ModelTrace, components_in, width_of
+from discedit.model.trace import components_in, width_of
 from discedit.recipes.recipe import Edit
 from discedit.scoring.scores import Scores
 
@@ -24,17 +23,14 @@ class Candidates:
     importances: Mapping[str, Tensor] | None = None  # layer -> (rows,) floating point, higher = keep
 
     @classmethod
-    def of(
-        cls, op: str, model: nn.Module, scores: Scores | Mapping[str, Tensor] | None, example_inputs: Any
-    ) -> Candidates:
-        """Without scores, all layers but the head."""
+    def of(cls, op: str, model: nn.Module, scores: Scores | Mapping[str, Tensor] | None) -> Candidates:
+        """Without scores, all layers.
+
+        Raises:
+            ValueError: importances that are not one number for each row.
+        """
         if scores is None:
-            try:
-                head = ModelTrace.of(model, example_inputs, few=None).head
-            except Exception:  # the graph says what is wrong
-                head = None
-            widths = {name: components_in(module) for name, module in model.named_modules() if name != head}
-            return cls({name: width for name, width in widths.items() if width})
+            return cls({name: width for name, module in model.named_modules() if (width := components_in(module))})
         if isinstance(scores, Scores):
             return cls({layer: len(scores[layer]) for layer in scores}, scores=scores)
         for layer, values in scores.items():
@@ -47,6 +43,10 @@ class Candidates:
                     f"{layer!r} has {what}."
                 )
         return cls({layer: len(values) for layer, values in scores.items()}, importances=scores)
+
+    @property
+    def unscored(self) -> bool:
+        return self.scores is None and self.importances is None
 
     def left(self, edit: Edit) -> Candidates:
         """What is known of the rows that an edit has left."""
