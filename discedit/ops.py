@@ -116,12 +116,12 @@ def class_moments(  # type: ignore[misc]  # above stands what tells the two apar
             returned. By default a new one.
 
     Returns:
-        `ClassMoments`; `VectorMoments` for the witness "vector". NaN or Inf in a map, or exp(-scale t) beyond the range
-        of float64, makes the moments of that class and channel non-finite.
+        `ClassMoments`; `VectorMoments` for the witness "vector". NaN, Inf or an overflow of exp(-scale t) makes the
+        moments of that class and channel non-finite.
 
     Raises:
-        TypeError, ValueError: as above; `out` is then unchanged. On a GPU nothing waits to see the labels: one
-            outside the range is a device-side assertion, as in torch's own indexing.
+        TypeError, ValueError: as above; `out` is then unchanged. On a GPU a label outside the range is a device-side
+            assertion, as in torch's own indexing.
 
     Equivalent to ``t = pool(x)``, then for class k ``own = t[labels == k]``, ``own.mean(0)`` and
     ``((own - own.mean(0)) ** p).sum(0)`` for p = 2, 3, 4. Source: merging after Chan, Golub and LeVeque 1979 and Pebay
@@ -208,7 +208,7 @@ def patch_moments(
             int64, on the device of x; one that is named twice counts twice. By default all.
 
     Returns:
-        The number of patches of a channel, samples x positions; their mean, shape (channels, K), and the scatter matrix
+        The number of patches of a channel; their mean, shape (channels, K), and the scatter matrix
         about it, shape (channels, K, K), both float64, taps in the order of ``weight[output, channel].flatten()``.
         Zeros without patches. The scatter is symmetric to the bit; backend "cpp" rounds differences from the channel's
         middle to float32 unless x is float64. NaN or Inf makes the moments of the taps that see it non-finite.
@@ -385,15 +385,15 @@ def one_vs_rest(
         witness: for `ClassMoments` "linear" (t), "quadratic" (t, t^2; the default), or "exp", which names "linear"
             where the state is of exp(-scale t). For `VectorMoments` "vector", the default. "witness",
             "witness_published" and "certified" compare one number: "linear" (their default) or "exp" alone.
-        options: for "robust", ``radius`` of the ball around each mean, in its standard errors, in coordinates scaled to
-            unit summed variance (2 by default), and ``rho``, added to those variances (0). For "certified", ``alpha``
-            (0.05); ``value_range``, the least and the greatest value that the witness can ever take ((0, 1) for "exp",
-            which holds for t >= 0); ``comparisons``, over how many values alpha is shared (all that are returned).
+        options: for "robust", ``radius`` of the ball around each mean, in its standard errors (2 by default), and
+            ``rho``, added to the variances (0). For "certified", ``alpha`` (0.05); ``value_range``, the least and the
+            greatest value that the witness can ever take ((0, 1) for "exp"); ``comparisons``, over how many values
+            alpha is shared (all that are returned).
 
     Returns:
-        Shape (channels, classes), float64, in [0, 1]. NaN in the column of a class without samples, and everywhere
-        when fewer than two classes have any. A channel that is constant and equal in a class and the rest scores 0,
-        constant and different 1. "The rest" weighs each class by its sample count.
+        Shape (channels, classes), float64, in [0, 1]. NaN for a class without samples, and everywhere when fewer than
+        two classes have any. A channel that is constant and equal in a class and the rest scores 0, constant and
+        different 1. "The rest" weighs each class by its sample count.
 
     Raises:
         TypeError, ValueError: as above; also for a witness that the state or the bound does not serve, and, by

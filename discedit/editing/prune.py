@@ -100,7 +100,7 @@ def prune(
     Args:
         model: the model that `scores` came from.
         scores: from `discedit.score`; or importances, layer -> (rows of the layer,), higher = keep; or None for
-            criteria that need no scores, and so no labels.
+            criteria that need none.
         example_inputs: a tensor, or a tuple or dict of arguments, that the model can run on.
         data: batches (labels are not used) for the criterion and the repair.
         budget: `Ratio`, `GlobalRatio`, `Threshold`, `MaxParameters` or `MaxMacs`; or one of ``ratio=0.3``,
@@ -116,9 +116,8 @@ def prune(
         `Edit`. A target that cannot be met gives the smallest model that the limits allow, and a warning.
 
     Raises:
-        ValueError: no budget, several, or one out of range; scores of another model; a layer in `layers` that cannot be
-            pruned, or nothing that can; a criterion or repair without what it needs; a model that does not run on
-            `example_inputs`.
+        ValueError: no budget or several; a value out of range; scores of another model; a layer in `layers` that cannot
+            be pruned, or nothing that can; a criterion or repair without what it needs; a model that does not run.
 
     Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (criterion="min", repair="none"); others: docs/pruning.md.
     """

@@ -299,20 +299,18 @@ def score(
     Args:
         moments: what `collect_moments` returned; or blocks of samples, as from `collect_blocks`, which are scored
             together and give standard errors by the jackknife.
-        bound: "minimax" (the tightest from two moments), "fisher" (the published DISCEDIT bound), or another of the
-            family, as for `ops.one_vs_rest`.
+        bound: "minimax" (the tightest from two moments), "fisher" (the published one), or another of `ops.one_vs_rest`.
         witness: "quadratic" (t and t^2 of the pooled map t) or "linear" (t alone), of moments collected for either;
             by default the former, for the bounds of one number the latter. Of other moments their own.
         pairs: also score all pairs of classes, for the reductions "pairwise_min" and "pairwise_mean".
         errors: also compute standard errors, from a single `Moments` by the delta method: for the bounds "minimax" and
             "fisher" and the witnesses "linear" and "exp". Blocks always give errors, but for "certified".
         shrinkage: of covariances, for the witness "vector", as in `uncertainty.shrink`; None: none.
-        options: of the bound, as for `ops.one_vs_rest`. For "certified", alpha is shared over all scores that are
-            returned; ``value_range`` must be given unless it is exp(-scale t) of a statistic that is never negative.
+        options: of the bound, as for `ops.one_vs_rest`. For "certified", alpha is shared over all scores.
 
     Returns:
-        `Scores`. A class without samples has NaN scores, is reported in one warning, and is left out of every
-        reduction; so is reported a class with one sample, which has no spread to judge by.
+        `Scores`. A class without samples has NaN scores and is left out of every reduction; a warning names those, and
+        classes with one sample, which have no spread to judge by.
 
     Raises:
         ValueError: `moments` holds no layer, an argument is not one of its choices, or does not fit the moments or the
