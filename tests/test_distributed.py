@@ -6,6 +6,7 @@ import signal  # noqa: F401  (for the scripts)
 import sys
 import textwrap
 import time
+import weakref  # noqa: F401  (for the scripts)
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -375,6 +376,27 @@ def test_a_process_that_does_not_come_is_an_error_after_the_timeout(tmp_path):
     codes, errors = launch(script, 2, tmp_path)
     assert codes == [5, 0], errors
     assert "another process of 2 is gone or does not answer" in errors[0]
+
+
+def test_nothing_holds_what_was_sent(tmp_path):
+    """Else gloo's thread would let go of it when it likes, perhaps while the group ends, and wait for Python's lock."""
+    script = """
+        sent = []
+        def noted(operation):
+            def run(*tensors, **options):
+                sent.extend(map(weakref.ref, tensors))
+                return operation(*tensors, **options)
+            return run
+        dist.all_gather_into_tensor, dist.broadcast = noted(dist.all_gather_into_tensor), noted(dist.broadcast)
+        group = Group("op", "world")
+        for i in range(100):
+            assert group.agree(i + rank) == [i, i + 1]
+            assert list(group.gather(bytes(range(i * rank)))) == [b"", bytes(range(i))]
+            assert not any(tensor() is not None for tensor in sent)
+        assert len(sent) > 300
+    """
+    codes, errors = launch(script, 2, tmp_path)
+    assert codes == [0, 0], errors
 
 
 def test_a_group_must_be_one():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections import deque
-from collections.abc import Callable, Iterator, Sized
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from discedit.common import validation
@@ -16,12 +18,7 @@ from discedit.model.forward import map_tensors
 
 WORLD = "world"
 NOTHING, MORE, FAILED = 0, 1, 2  # what a process says of its next batch
-
-
-# The last works, kept until others have ended. Whoever lets go of a work last frees its tensors, which takes Python's
-# lock. Were that gloo's thread when the main one ends the group, it would wait for the main one, which holds the lock
-# and waits for gloo's (seen with torch 2.13, where a script ends with a model in DistributedDataParallel).
-_last: deque[dist.Work] = deque(maxlen=3)
+MOST_WAITED = 1.0  # seconds for an engine that keeps tensors, as none does that is known
 
 
 class OtherFailed(RuntimeError):
@@ -64,8 +61,8 @@ class Group:
         """One number of every process, in rank order."""
         if self.alone:
             return [word]
-        words = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.size)]
-        self._answer(dist.all_gather, words, torch.tensor([word], device=self._device))
+        words = torch.zeros(self.size, dtype=torch.int64, device=self._device)
+        self._answer(dist.all_gather_into_tensor, words, torch.tensor([word], device=self._device))
         return [int(number) for number in words]
 
     def gather(self, data: bytes) -> Iterator[bytes]:
@@ -102,18 +99,32 @@ class Group:
         packed = list(self.gather(file.getvalue()))[giver]
         return torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
 
-    def _answer(self, operation: Callable[..., dist.Work], *tensors: Any, **options: int) -> None:
-        """Runs it to its end."""
+    def _answer(self, operation: Callable[..., dist.Work], *tensors: Tensor, **options: int) -> None:
+        """Runs it to its end, and until nobody else holds the tensors.
+
+        Gloo's thread lets go of them a moment after that end, for which it takes Python's lock. Were the main thread to
+        end the group in that moment, as the end of a script with a model in DistributedDataParallel does, it would wait
+        for gloo's and hold the lock, both for ever (seen with torch 2.13).
+        """
+        before = _owners(tensors)
         try:
             work = operation(*tensors, **options, group=self._group, async_op=True)
             try:
                 work.wait()
             finally:
-                _last.append(work)
+                del work
+                end = time.monotonic() + MOST_WAITED
+                while self._device.type == "cpu" and _owners(tensors) != before and time.monotonic() < end:
+                    time.sleep(0)  # gives the lock away
         except RuntimeError as error:  # a process died, or the group's timeout is over
             raise OtherFailed(
                 f"{self.op}: another process of {self.size} is gone or does not answer: {error}"
             ) from error
+
+
+def _owners(tensors: Iterable[Tensor]) -> list[int]:
+    """How many hold each tensor: the first number falls just before the lock is taken, the other when it was."""
+    return [number for x in tensors for number in (x._use_count(), sys.getrefcount(x))]  # type: ignore[attr-defined]
 
 
 class ShardSampler(Sampler[int]):
