@@ -141,9 +141,8 @@ def repaired(
             fitted[keep] = matrix[keep]
             result.set(name, f"{name}.weight", fitted.view_as(layer.weight))
             matrix = matrix_of(layer).double()  # as the layer now has it
-        missing = (
-            moments.mean_y - matrix @ moments.mean_x
-        )  # beyond the layer's own bias, which is no part of the target
+        # Beyond the layer's own bias, which is no part of the target.
+        missing = moments.mean_y - matrix @ moments.mean_x
         missing[keep] = 0
         result.shift(name, after, missing)
 
