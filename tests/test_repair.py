@@ -674,3 +674,17 @@ def test_layers_that_do_not_help_together_give_a_warning(monkeypatch):
     data = [two_inputs(1024, 1), two_inputs(100, -1)]
     with pytest.warns(UserWarning, match="prune: the repair brings the network's outputs no closer .* on 100 samples"):
         prune(model, importances_of(model, {"0": [0]}), threshold=0.5, example_inputs=data[0][:2], data=data)
+
+
+def test_what_rounding_alone_explains_is_no_error():
+    """A bias cancels nearly all of what the products add up to."""
+    model = Perceptron().eval()
+    with torch.no_grad():
+        model.one.weight[3], model.one.bias[3] = 0.0, 1.0
+        model.one.bias[[2, 5]], model.one.weight[[2, 5]] = 0.0, 0.0  # whose removal changes nothing
+        model.two.weight[:, 3], model.two.bias[:] = 3e4, -3e4
+    scores = scores_of({"one": 8}, {"one": [2, 5]})
+    batches = data(6)
+    options = {"ratio": 0.25, "example_inputs": batches[0], "layers": ["one"], "criterion": "max"}
+    edit = prune(model, scores, data=batches, repair="least_squares", **options)
+    assert "unrepaired" not in edit.recipe.settings

@@ -482,8 +482,10 @@ class _HeldOutCheck(ActivationTracker):
         Args:
             output: what the layer gives, or where something is `added` to it, what the norm behind it does.
         """
-        target = self.targets[name]
+        target, norm = self.targets[name], self.norms[name]
         expected = target.behind if added is None or target.added is None else target.added + target.behind
+        # What is rounded: sums of products, which a bias, or the mean of a norm, may cancel but for a small rest.
+        rounded = expected if added is not None else target.rows if norm is None else target.rows * scale_of(norm)
 
         def squares_of(rows: Tensor) -> Tensor:
             """Of each sample."""
@@ -496,7 +498,7 @@ class _HeldOutCheck(ActivationTracker):
                 return squares_of(target.positions.outputs(self.behind(name, given)) - expected)
             return squares_of(target.positions.outputs(given) + added - expected)
 
-        size = float(squares_of(expected).sum().sqrt())
+        size = float(squares_of(rounded).sum().sqrt())
         if not math.isfinite(size):
             raise ValueError(
                 f"{self.op}: data must give finite feature maps, what {name!r} gives of {_named(self.held_out)} holds "
