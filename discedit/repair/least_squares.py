@@ -335,15 +335,15 @@ class ActivationTracker(TorchFunctionMode):
         tensors = len(args) == 2 and all(isinstance(arg, Tensor) for arg in args) and not kwargs
         if func in _ADDITIONS and tensors and args[0].shape == args[1].shape:
             order = list(self.outputs)
-            known = [i for i in (0, 1) if self.known(args[i]) is not None]
+            known = [i for i in (0, 1) if (given := self.known(args[i])) is not None and not given.normed]
             if known:  # of two, the one that ran later: only then is the other what it will stay
                 mine = max(known, key=lambda i: order.index(id(args[i])))
                 self.on_add(self.outputs.pop(id(args[mine])).layer, args[mine], args[1 - mine])
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and func not in _ADDITIONS:
+        if isinstance(result, Tensor):
             for arg in args:
                 used = self.known(arg) if isinstance(arg, Tensor) and arg is not result else None
-                if used is not None and not (used.normed and func is functional.batch_norm):
+                if used is not None and func not in ((functional.batch_norm,) if used.normed else _ADDITIONS):
                     self.on_use(used.layer)
         return result
 
