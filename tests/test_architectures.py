@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from discedit import AblateComponents, TopFraction, collect_moments, prune, score, unlearn
+from discedit.model.size import macs_of_weights
 
 X = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(40) % 4
@@ -41,6 +42,15 @@ def tied():
     )  # fmt: skip
     net.c.weight = net.b.weight
     return net
+
+
+def shared():
+    layer = conv(8, 8)
+    first, second = nn.Sequential(layer, nn.ReLU()), nn.Sequential(layer, nn.ReLU())
+    return Net(
+        lambda s, x: head(s, s.d(s.second(s.first(s.a(x)))).relu()),
+        a=conv(3, 8), first=first, second=second, d=conv(8, 8), head=nn.Linear(8, 4),
+    )  # fmt: skip
 
 
 def normed(norm):
@@ -243,6 +253,17 @@ def test_prune_is_undone_bit_for_bit(case):
     restored = edit.recipe.undo(edit.model)
     for name, tensor in net.state_dict().items():
         assert torch.equal(restored.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("make", [tied, shared])
+def test_multiply_accumulates_of_one_weight_in_two_places(make):
+    net, x = make().eval(), X[:1]
+    weight = "b.weight" if make is tied else "first.0.weight"
+    by_weight, rest = macs_of_weights(net, x)
+    assert by_weight == {"a.weight": 64 * 8 * 27, weight: 2 * 64 * 8 * 72, "d.weight": 64 * 8 * 72, "head.weight": 32}
+    assert rest == 0
+    edit = prune(net, macs=0.9, example_inputs=x, layers=["d"])
+    assert edit.recipe.settings["budget"]["reached"] == edit.macs_after <= 0.9 * edit.macs_before
 
 
 def test_unlearn_silences_or_says_why_not(case):

@@ -4,7 +4,9 @@ import copy
 import json
 import math
 import sys
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -394,6 +396,21 @@ def test_options_out_of_range(wrong):
     [(name, value)] = wrong.items()
     with pytest.raises(ValueError, match=f"Relearning: {name} must be .* of at least ., got {value}"):
         Relearning(**wrong)
+
+
+def test_options_are_numbers_as_json_has_them():
+    options = asdict(Relearning(np.float32(0.5), np.int64(8), np.int64(3)))
+    assert json.loads(json.dumps(options)) == {"learning_rate": 0.5, "batch_size": 8, "max_steps": 3}
+
+
+def test_empty_batches_count_for_nothing(trained):
+    model, train, test = trained
+    batches, (x, y) = list(zoo.batches(test, 100)), test.tensors
+    found, expected = (
+        report(model, train, test, test=loader, metrics=["accuracy", "knn"]).to_dict()
+        for loader in ([batches[0], (x[:0], y[:0]), *batches[1:]], batches)
+    )
+    assert found == expected
 
 
 def test_samples_that_are_missing(trained):

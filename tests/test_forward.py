@@ -283,6 +283,13 @@ def test_what_such_a_norm_cannot_give_is_refused_with_what_to_do(options):
         assert (after.mean((0, 2, 3)) - mean.flatten()).abs().max() < 0.5
 
 
+def test_an_activation_with_bounds_is_not_attenuated():
+    """Its bounds are reached neither by small random input nor, without data, by anything else."""
+    error = "do not give 0.5 times their output .* take scale=0, around='zero', or leave the layer out"
+    with pytest.raises(ValueError, match=error):
+        edited_by_rows(nn.Conv2d(8, 6, 3), WithActivation(6, nn.ReLU6()), factor=0.5)
+
+
 @pytest.mark.parametrize("kind", ["standardised", "_conv_forward", "a hook"])
 def test_rows_of_layers_that_are_not_what_they_seem_are_not_edited(kind):
     with pytest.raises(

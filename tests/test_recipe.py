@@ -190,6 +190,14 @@ def test_shared_tensors_change_in_every_place():
     assert torch.equal(restored.a.weight, model.a.weight)
 
 
+def test_a_shared_module_goes_by_each_of_its_names():
+    layer = nn.Linear(3, 3)
+    model = nn.ModuleDict({"a": layer, "b": layer})
+    renamed = Operation("attribute", "b", name="out_features", before=3, value=2)
+    edited = Recipe("prune", {}, {}, architecture_of(model), [renamed]).apply(model).model
+    assert edited["a"].out_features == 2
+
+
 @pytest.mark.parametrize("name", EDITS)
 def test_another_architecture_is_refused_and_left_alone(name, edits):
     recipe = edits[name].recipe

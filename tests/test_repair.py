@@ -314,6 +314,38 @@ def test_an_output_that_is_added_and_read_elsewhere(first, images, no_ridge):
     assert error(edit.model, model, x) < 1e-4
 
 
+class WithActivation(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Preactivated(nn.Module):
+    """What goes into the norm is also added as it is."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.stem, self.conv1 = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1, bias=False)
+        self.norm, self.conv2, self.head = norm(6), nn.Conv2d(6, 6, 1, bias=False), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        x = self.conv1(self.stem(x).relu())
+        return self.head(x + self.conv2(self.norm(x).relu()))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, WithActivation])
+def test_an_output_that_is_normed_and_added(norm, images, no_ridge):
+    batches, x = images
+    torch.manual_seed(0)
+    model = duplicated(Preactivated(norm).eval(), "stem", 0, 3)
+    with torch.no_grad():
+        model.norm.weight.mul_(3)
+        model.norm.bias.sub_(1)
+    edit = without(model, {"stem": [3]}, batches)
+    assert error(without(model, {"stem": [3]}, batches, repair="none").model, model, x) > 1e-2
+    assert error(edit.model, model, x) < 1e-4
+    assert "unrepaired" not in edit.recipe.settings
+
+
 @pytest.mark.parametrize("how", ["x + out", "out += x", "hidden"])
 def test_a_duplicate_in_a_block_is_repaired_exactly(how, images, no_ridge):
     batches, x = images
@@ -674,3 +706,17 @@ def test_layers_that_do_not_help_together_give_a_warning(monkeypatch):
     data = [two_inputs(1024, 1), two_inputs(100, -1)]
     with pytest.warns(UserWarning, match="prune: the repair brings the network's outputs no closer .* on 100 samples"):
         prune(model, importances_of(model, {"0": [0]}), threshold=0.5, example_inputs=data[0][:2], data=data)
+
+
+def test_what_rounding_alone_explains_is_no_error():
+    """A bias cancels nearly all of what the products add up to."""
+    model = Perceptron().eval()
+    with torch.no_grad():
+        model.one.weight[3], model.one.bias[3] = 0.0, 1.0
+        model.one.bias[[2, 5]], model.one.weight[[2, 5]] = 0.0, 0.0  # whose removal changes nothing
+        model.two.weight[:, 3], model.two.bias[:] = 3e4, -3e4
+    scores = scores_of({"one": 8}, {"one": [2, 5]})
+    batches = data(6)
+    options = {"ratio": 0.25, "example_inputs": batches[0], "layers": ["one"], "criterion": "max"}
+    edit = prune(model, scores, data=batches, repair="least_squares", **options)
+    assert "unrepaired" not in edit.recipe.settings

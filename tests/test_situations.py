@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import discedit
+from discedit.model.forward import frozen_eval
 from discedit.moments.second_moments import collect_second_moments
 
 CLASSES = 4
@@ -298,6 +299,14 @@ def test_modules_that_learn_in_eval_mode_are_left_as_they_were(make):
     for name, tensor in model.state_dict().items():
         assert tensor.shape == before[name].shape, name
         assert torch.equal(tensor, before[name]), name
+
+
+def test_a_buffer_that_requires_gradients_is_put_back():
+    module = nn.Module()
+    module.register_buffer("learned", torch.zeros(2, requires_grad=True))
+    with frozen_eval(module):
+        module.learned.add_(1)
+    assert module.learned.tolist() == [0, 0]
 
 
 # ---- inputs and labels ----------------------------------------------------------------------------------------------

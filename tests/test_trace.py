@@ -222,6 +222,16 @@ def test_layers_that_are_not_plain_say_so(monkeypatch):
     assert trace.why_not_plain("0") == ""
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_modules_do_is_seen_in_half_precision_too(dtype):
+    trace = ModelTrace.of(nn.Sequential(nn.Conv2d(3, 4, 1), WithActivation(4)).eval().to(dtype), X.to(dtype))
+    assert not trace.norm_behind("0").is_affine
+    assert trace.norm_behind("0").takes_constants
+    layer = nn.Linear(4, 4).to(dtype)
+    layer.forward = lambda x: F.linear(x, layer.weight, layer.bias).relu()
+    assert "whose output is not what Linear makes" in ModelTrace(layer).why_not_plain("")
+
+
 def test_names_are_those_without_the_wrapper():
     model = classifier()
     trace = ModelTrace.of(nn.DataParallel(model), X)

@@ -19,6 +19,7 @@ from discedit.recipes.recipe import Recipe, architecture_of, copied
 AROUND = ("zero", "mean")
 # In units in the last place of the largest number: what a norm adds up may cancel. Of 16 bits there are not so many.
 ROUNDING, ROUNDING_OF_HALVES = 100, 16
+FAR = 100  # times random input: an activation inside a norm may have bounds
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class RowEdit:
                     continue
                 try:
                     x = input_of(part)
-                    why = self._why_wrong(edited, layer, x, part(x))
+                    found = (self._why_wrong(edited, layer, far * x, part(far * x)) for far in (1, FAR))
+                    why = next(filter(None, found), "")
                 except Exception as error:  # whatever a forward of somebody's own may need
                     own = is_own(part) and is_own(edited.get_submodule(self.norms.get(layer, layer)))
                     why = f"it cannot be run by itself to see what it gives ({type(error).__name__}: {error})"
@@ -111,9 +113,10 @@ class RowEdit:
         where = f"behind the norm {self.norms[layer]!r} " if layer in self.norms else ""
         what = f"{self.scale:g} times their output" if self.scale else "zero" if self.means is None else "the mean"
         around = " around the mean" if self.scale and self.means is not None else ""
+        zero = "take scale=0, around='zero', " if self.scale or self.means is not None else ""
         return (
             f"its components do not give {what}{around} {where}when their weights are made to, they miss it by "
-            f"{missed:.3g}; use EraseDirections instead, or leave the layer out"
+            f"{missed:.3g}; use EraseDirections instead, {zero}or leave the layer out"
         )
 
 

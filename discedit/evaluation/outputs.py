@@ -154,7 +154,8 @@ def gather(
                 output, read = readers[name].run(to_device(inputs, device_of(model)), len(classes))
                 at = f"in batch {index} of {argument}"
                 logits = _checked_logits(name, first_tensor(output), (len(classes), num_classes), at)
-                found[name].append((logits, read))
+                if len(classes):
+                    found[name].append((logits, read))
     if not sum(map(len, labels)):
         raise ValueError(f"{where} must give at least one sample, it gave none.")
     whole = torch.cat(labels)

@@ -70,9 +70,10 @@ class Relearning:
     max_steps: int = 50
 
     def __post_init__(self) -> None:
-        validation.at_least_zero("Relearning", "learning_rate", self.learning_rate)
+        rate = validation.at_least_zero("Relearning", "learning_rate", self.learning_rate)
+        object.__setattr__(self, "learning_rate", rate)  # Python's own numbers, for JSON
         for name in ("batch_size", "max_steps"):
-            validation.positive_integer("Relearning", name, getattr(self, name))
+            object.__setattr__(self, name, validation.positive_integer("Relearning", name, getattr(self, name)))
 
     def __call__(self, data: EvaluationData) -> dict[str, RelearnTime]:
         found, target = {}, math.nan

@@ -78,7 +78,9 @@ def frozen_eval(model: nn.Module) -> Iterator[LayersCalled]:
                 module._buffers[name] = buffer
             if version_of(buffer) != version or buffer.shape != value.shape:
                 with torch.no_grad():
-                    buffer.resize_(value.shape).copy_(value)
+                    if buffer.shape != value.shape:  # not all kinds of tensors can be resized
+                        buffer.resize_(value.shape)
+                    buffer.copy_(value)
         # Through train(), parents first, because some modules do work there; then the flags, whatever that left.
         for module, mode in modes:
             if module.training != mode:

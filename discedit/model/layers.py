@@ -21,7 +21,7 @@ from discedit.model.forward import frozen_eval
 METHODS = ("forward", "_conv_forward")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 SAMPLES = 4  # that a module is tried on
-ROUNDING = 1000  # units in the last place of the largest number
+ROUNDING, ROUNDING_OF_HALVES = 1000, 16  # units in the last place of the largest number
 
 
 def why_not_plain(layer: nn.Module) -> str:
@@ -142,7 +142,8 @@ def is_close(one: Any, other: Any, tolerance: float | None = None) -> bool:
         return False
     if not (one.is_floating_point() or one.is_complex()):
         return bool((one == other).all())
-    share = ROUNDING * torch.finfo(one.dtype).eps if tolerance is None else tolerance
+    units = ROUNDING if one.element_size() >= 4 else ROUNDING_OF_HALVES
+    share = units * torch.finfo(one.dtype).eps if tolerance is None else tolerance
     same = (one == other) | (one.isnan() & other.isnan())
     off, size = (one - other).abs().masked_fill(same, 0), one.abs().masked_fill(~one.isfinite(), 0)
     return not one.numel() or float(off.max()) <= share * float(size.max()) + 1e-12

@@ -36,11 +36,12 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 def macs_of_weights(model: nn.Module, example_inputs: Any) -> tuple[dict[str, float], float]:
     """Multiply-accumulates of one forward pass by the weight that they are proportional to, and all others."""
     counted, root = _counted(model, example_inputs), type(model).__name__
-    found = {
-        f"{name}.weight": counted[f"{root}.{name}"] / 2
-        for name, module in model.named_modules()
-        if isinstance(module, (_ConvNd, nn.Linear)) and "weight" in module._parameters and f"{root}.{name}" in counted
-    }
+    found: dict[str, float] = {}
+    names = {parameter: name for name, parameter in model.named_parameters()}  # one of each, also of a shared one
+    for name, module in model.named_modules(remove_duplicate=False):  # torch counts a module by one of its names
+        weight = module._parameters.get("weight") if isinstance(module, (_ConvNd, nn.Linear)) else None
+        if weight is not None:
+            found[names[weight]] = found.get(names[weight], 0.0) + counted.get(f"{root}.{name}", 0) / 2
     return found, counted["Global"] / 2 - sum(found.values())
 
 

@@ -162,7 +162,7 @@ def check_possible(
 ) -> None:
     """Refuses what a model of the right architecture may still lack: attributes as expected, types that hold the
     numbers and, to undo, the values that were replaced."""
-    modules = dict(slots.model.named_modules())
+    modules = dict(slots.model.named_modules(remove_duplicate=False))
     for i, operation in enumerate(operations):
         target, name, value = operation.target, operation.name, operation.value
         if operation.kind == "attribute":

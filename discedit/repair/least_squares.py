@@ -141,9 +141,8 @@ def repaired(
             fitted[keep] = matrix[keep]
             result.set(name, f"{name}.weight", fitted.view_as(layer.weight))
             matrix = matrix_of(layer).double()  # as the layer now has it
-        missing = (
-            moments.mean_y - matrix @ moments.mean_x
-        )  # beyond the layer's own bias, which is no part of the target
+        # Beyond the layer's own bias, which is no part of the target.
+        missing = moments.mean_y - matrix @ moments.mean_x
         missing[keep] = 0
         result.shift(name, after, missing)
 
@@ -336,15 +335,15 @@ class ActivationTracker(TorchFunctionMode):
         tensors = len(args) == 2 and all(isinstance(arg, Tensor) for arg in args) and not kwargs
         if func in _ADDITIONS and tensors and args[0].shape == args[1].shape:
             order = list(self.outputs)
-            known = [i for i in (0, 1) if self.known(args[i]) is not None]
+            known = [i for i in (0, 1) if (given := self.known(args[i])) is not None and not given.normed]
             if known:  # of two, the one that ran later: only then is the other what it will stay
                 mine = max(known, key=lambda i: order.index(id(args[i])))
                 self.on_add(self.outputs.pop(id(args[mine])).layer, args[mine], args[1 - mine])
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and func not in _ADDITIONS:
+        if isinstance(result, Tensor):
             for arg in args:
                 used = self.known(arg) if isinstance(arg, Tensor) and arg is not result else None
-                if used is not None and not (used.normed and func is functional.batch_norm):
+                if used is not None and func not in ((functional.batch_norm,) if used.normed else _ADDITIONS):
                     self.on_use(used.layer)
         return result
 
@@ -483,8 +482,10 @@ class _HeldOutCheck(ActivationTracker):
         Args:
             output: what the layer gives, or where something is `added` to it, what the norm behind it does.
         """
-        target = self.targets[name]
+        target, norm = self.targets[name], self.norms[name]
         expected = target.behind if added is None or target.added is None else target.added + target.behind
+        # What is rounded: sums of products, which a bias, or the mean of a norm, may cancel but for a small rest.
+        rounded = expected if added is not None else target.rows if norm is None else target.rows * scale_of(norm)
 
         def squares_of(rows: Tensor) -> Tensor:
             """Of each sample."""
@@ -497,7 +498,7 @@ class _HeldOutCheck(ActivationTracker):
                 return squares_of(target.positions.outputs(self.behind(name, given)) - expected)
             return squares_of(target.positions.outputs(given) + added - expected)
 
-        size = float(squares_of(expected).sum().sqrt())
+        size = float(squares_of(rounded).sum().sqrt())
         if not math.isfinite(size):
             raise ValueError(
                 f"{self.op}: data must give finite feature maps, what {name!r} gives of {_named(self.held_out)} holds "
