@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import re
@@ -15,11 +14,12 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from discedit.graph.network import OPAQUE, OUTPUT, Key, Members, Network, channel_axis, groups_of, is_depthwise
-from discedit.graph.removal import cut_own_tensors
+from discedit.graph.removal import operations_of
 from discedit.model.forward import frozen_eval
 from discedit.model.functional import why_not_explicit
 from discedit.model.layers import input_of, is_close, is_own
 from discedit.model.trace import width_of
+from discedit.recipes.recipe import reduced
 
 # Operations of autograd's graph that are no sums of what they read; what is done in place on a view has no name there.
 _NO_SUMS = re.compile("(Mul|Div|Where|Cat)Backward")
@@ -287,8 +287,7 @@ class ChannelGroups:
         if key not in self._differing:
             module = self.network.model.get_submodule(key[0])
             plain = is_own(module) or groups_of(module) or self.network.size(key) < 2
-            pruner = self.network.graph.get_pruner_of_module(module)
-            self._differing[key] = not plain and _differs(module, key[1] == "in", pruner)
+            self._differing[key] = not plain and _differs(self.network, key)
         return self._differing[key]
 
     def on_the_way(self, layer: str) -> str:
@@ -323,16 +322,14 @@ def _merged(parts: Iterable[Members], width_of_group: Callable[[Key], int]) -> l
     return [{key: sorted(gone) for key, gone in part.items()} for part in found.values()]
 
 
-def _differs(module: nn.Module, reads: bool, pruner: Any) -> bool:
+def _differs(network: Network, key: Key) -> bool:
     """Whether a layer without its first channel gives something else than with it hidden, on numbers drawn for it."""
-    smaller = copy.deepcopy(module)
-    axis = channel_axis(module)
+    module = network.model.get_submodule(key[0])
+    axis, x = channel_axis(module), input_of(module)
     try:
-        cut_own_tensors(smaller, "in" if reads else "out", [0])
-        (pruner.prune_in_channels if reads else pruner.prune_out_channels)(smaller, [0])
-        x = input_of(module)
+        smaller = reduced(network.model, operations_of(network, (), {key: [0]})).get_submodule(key[0])
         with frozen_eval(module), frozen_eval(smaller):
-            if reads:
+            if key[1] == "in":
                 without = smaller(x.narrow(axis, 1, x.shape[axis] - 1))
                 hidden = module(x.index_fill(axis, torch.tensor([0], device=x.device), 0))
             else:
