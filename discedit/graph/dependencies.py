@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from discedit.model.forward import call, hooked, tensors_in
 from discedit.model.functional import LayersCalled
-from discedit.model.trace import IN_TRAINING, ModelTrace, training_branches
+from discedit.model.trace import ModelTrace, outputs_in_training
 
 # Operations that may mix channels, or move them, and that torch-pruning takes for others that do not.
 _MIXING = re.compile(
@@ -144,8 +144,7 @@ class DependencyTrace:
         given = dict(tensors_in(call(model, inputs)))
         if self.trace.branches:
             try:
-                with training_branches(model):
-                    given |= {f"{place}{IN_TRAINING}": tensor for place, tensor in tensors_in(call(model, inputs))}
+                given |= outputs_in_training(model, inputs)
             except Exception:  # with gradients it may not run: then the trial of an edit has to show what it breaks
                 self.within.clear()
         for place, tensor in given.items():
