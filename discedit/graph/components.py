@@ -102,7 +102,7 @@ class ChannelGroups:
                 if dependency.is_triggered_by(function):
                     mapped: Any = new
                     for mapping in dependency.index_mapping:
-                        mapped = mapped if mapping is None else mapping(mapped)
+                        mapped = mapping(mapped)
                     stack.append((dependency.target, dependency.handler, mapped))
             for other, channels in self._whole_groups(node, function, new).items():
                 stack.append((node, other, [_HybridIndex(channel, row) for channel, row in channels]))
