@@ -200,14 +200,13 @@ def map_tensors(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
     return inputs
 
 
-def index_samples(inputs: Any, index: Tensor, samples: int) -> Any:
+def index_samples(inputs: Any, index: Tensor | slice, samples: int) -> Any:
     """The same nest for some of the samples; what has no sample axis stays as it is."""
-    return map_tensors(inputs, lambda t: t[index.to(t.device)] if t.ndim and len(t) == samples else t)
 
+    def taken(x: Tensor) -> Tensor:
+        return x[index if isinstance(index, slice) else index.to(x.device)]
 
-def narrowed(inputs: Any, size: int, few: int, start: int = 0) -> Any:
-    """Some samples of a batch; tensors without its sample axis stay whole."""
-    return map_tensors(inputs, lambda x: x[start : start + few] if x.ndim and len(x) == size else x)
+    return map_tensors(inputs, lambda x: taken(x) if x.ndim and len(x) == samples else x)
 
 
 class Quota:

@@ -27,7 +27,6 @@ from discedit.model.forward import (
     frozen_eval,
     hooked,
     index_samples,
-    narrowed,
     samples_in,
     tensors_in,
     to_device,
@@ -148,7 +147,7 @@ class ModelTrace:
         whole = to_device(inputs, device_of(model))
         size = samples_in(whole)
         tracing = Tracing(model, size if few is None else min(size, few), layers)
-        inputs = narrowed(whole, size, tracing.seen.samples) if size else whole
+        inputs = index_samples(whole, slice(tracing.seen.samples), size) if size else whole
         with frozen_eval(model):
             with tracing:
                 output = call(model, inputs)
