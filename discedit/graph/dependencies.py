@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from discedit.model.attention import Untraceable as Untraceable
 from discedit.model.forward import call, hooked, tensors_in
 from discedit.model.functional import LayersCalled
 from discedit.model.trace import ModelTrace, outputs_in_training
@@ -43,7 +44,7 @@ class DependencyTrace:
 
     Attributes:
         graph: its dependency graph, whose index mappings are settled.
-        trained: the modules that were followed in train mode alone.
+        trained: the modules that run in train mode alone.
         used: names of the parameters that the outputs come from.
         outputs: what stands for an output in the graph, by identity -> where it stands.
         opaque: what torch-pruning cannot follow, by identity -> why channels there must stay.
@@ -64,8 +65,6 @@ class DependencyTrace:
         nested = trace.nested | (trace.training.nested if trace.training else set())
         # torch-pruning looks at the outputs of its layers while the model runs, and dies of those that are no tensors.
         self.odd = [module for module, name in self.names.items() if name in nested and isinstance(module, self.kinds)]
-        self.recurrent = any(isinstance(module, nn.RNNBase) for module in self.names)
-        self.ran: set[str] = set()  # modules, in either mode
         self.roots: dict[str, Tensor] = {}  # where an output stands -> what ends the graph there
         self.owners: dict[Any, nn.Module] = {}  # what computes a module's output -> the module
         self.within: list[str] = []  # modules that run now
@@ -101,7 +100,7 @@ class DependencyTrace:
         # A module in several places of the pass, or a layer whose parameters another function reads, is used as well.
         leaves = {id(function.variable) for function in edges if hasattr(function, "variable")}
         self.used = {name for name, parameter in self.model.named_parameters() if id(parameter) in leaves}
-        self.trained = self.ran - self.trace.runs.keys()
+        self.trained = set() if trace.training is None else trace.training.runs.keys() - trace.runs.keys()
         self.doubtful = {
             id(node.module): (self._named(node), self._stands_in(node))
             for node in node_of.values()
@@ -110,13 +109,12 @@ class DependencyTrace:
         }
 
     def _hooks(self, module: nn.Module) -> list[Any]:
-        """Hooks that note in which order modules run, and what is computed in which."""
+        """Hooks that note what is computed in which module."""
         if isinstance(module, torch.jit.ScriptModule):  # takes none
             return []
         name = self.names[module]
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-            self.ran.add(name)
             self._place(_functions((args, kwargs)), self.within[-1] if self.within else "")
             self.within.append(name)
 
@@ -207,7 +205,7 @@ class DependencyTrace:
                 self._cut(node, "it multiplies with a parameter, but not by a call of a layer")
             elif _is_own(node.grad_fn) and any(part for _, part in readers.get(node, ())):
                 self._cut(node, "it gives several tensors")
-            elif self.recurrent and self._is_within(node, nn.RNNBase):
+            elif self._is_within(node, nn.RNNBase):
                 node.type = OPTYPE.ELEMENTWISE  # what it does with gates is none of the channels that are read
             elif node.type == OPTYPE.SPLIT:
                 try:
@@ -391,7 +389,3 @@ def _bounded(mapping: Callable[[Any], Any], limit: int, blame: Callable[[str], s
     if any(not 0 <= index.idx < limit for index in mapped):
         raise Untraceable(blame("its indices grow without end"))
     return mapped
-
-
-class Untraceable(ValueError):
-    """Why channels cannot be followed."""

@@ -27,7 +27,7 @@ _SIZES = {"reshape", "view", "unflatten", "split", "split_with_sizes"}  # method
 
 
 class Untraceable(ValueError):
-    """Why a module's forward cannot be followed."""
+    """Why channels, or a module's forward, cannot be followed."""
 
 
 class NarrowAttention(nn.Module):
