@@ -141,11 +141,7 @@ class HeadFinder:
             found[name] = sorted({*found.get(name, ()), *hit.tolist()})
             return (args[0].masked_fill(nan, 0), *args[1:])
 
-        handles = [
-            module.register_forward_pre_hook(partial(note, name))
-            for name, module in self.model.named_modules()
-            if width_of(module) is not None
-        ]
+        layers = {name: module for name, module in self.model.named_modules() if width_of(module) is not None}
         saved: dict[str, Tensor] = {}
         tensors = self.network.tensors
         try:
@@ -154,6 +150,7 @@ class HeadFinder:
                 saved.setdefault(name, tensors[name].detach().clone())
                 tensors[name].data.select(dim, index).fill_(math.nan)
             # The other kernels of attention need not pass NaN on.
+            handles = [module.register_forward_pre_hook(partial(note, name)) for name, module in layers.items()]
             with hooked(handles), frozen_eval(self.model), sdpa_kernel(SDPBackend.MATH):
                 call(self.model, self.network.inputs)
         finally:
