@@ -2,7 +2,6 @@
 
 import copy
 import sys
-import weakref
 
 import pytest
 import torch
@@ -570,16 +569,17 @@ def test_parts_give_what_one_batch_gives(how, images, monkeypatch):
     )
 
 
-def test_outputs_stay_in_order_where_memory_is_used_again():
-    """A tensor may lie where one lay that is gone; of two that are added, the later one is what a fit is for."""
+def test_of_two_outputs_that_are_added_the_later_one_is_known():
+    """It is what a fit is for, also where a tensor gets an output once more."""
     tracker = least_squares.ActivationTracker(ModelTrace(nn.Identity()), {})
-    gone = weakref.ref(torch.ones(1))
     first, later = torch.ones(1), torch.zeros(1)
-    tracker.outputs[id(later)] = least_squares._Output("gone", gone, 0, False)
+    tracker._record("before", False, later, later)
     tracker._record("first", False, first, first)
     tracker._record("later", False, later, later)
-    assert [output.layer for output in tracker.outputs.values()] == ["first", "later"]
-    assert tracker.known(later).layer == "later"
+    assert [output.layer for _, output in tracker.outputs.items()] == ["first", "later"]
+    assert tracker.outputs.of(later).layer == "later"
+    later.add_(1)
+    assert tracker.outputs.of(later) is None
 
 
 # ---- what does not help is taken back -------------------------------------------------------------------------------

@@ -52,7 +52,6 @@ def test_order_runs_and_norms_of_what_runs_once():
     assert [trace.runs[name] for name in ("first", "repeated", "norm_of_two")] == [1, 2, 2]
     assert trace.order[""] == 0
     assert trace.order["first"] < trace.order["norm"] < trace.order["repeated"]
-    assert trace.unused == ["unused"]
     assert trace.norms == {"first": "norm", "late": "last"}
 
 
@@ -129,7 +128,7 @@ def test_a_norm_behind_an_activation_is_not_behind_the_layer(inplace):
     )
     trace = ModelTrace.of(model, X)
     assert trace.norms == {"3": "5"}  # dropout does nothing
-    assert trace.norm_behind("0") is None
+    assert trace.bias_norm("0") is None
 
 
 class WithActivation(nn.BatchNorm2d):
@@ -149,9 +148,8 @@ class WithActivation(nn.BatchNorm2d):
 )
 def test_what_a_norm_behind_does(norm, affine, constants):
     trace = ModelTrace.of(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), norm).eval(), X)
-    behind = trace.norm_behind("0")
-    assert (behind.name, behind.module) == ("1", norm)
-    assert (behind.is_affine, behind.takes_constants) == (affine, constants)
+    assert trace.norms == {"0": "1"}
+    assert trace.has_affine_norm("0") == affine
     assert trace.bias_norm("0") is (norm if constants else None)
     assert ("neither a bias nor a batch norm" in trace.why_not_fitted("0")) == (not constants)
 
@@ -211,14 +209,14 @@ class LoRA(nn.Linear):
         return super().forward(x) + self.up(self.down(x))
 
 
-def test_layers_that_are_not_plain_say_so(monkeypatch):
+def test_layers_that_are_not_plain_say_so():
     layers = [nn.Linear(4, 4) for _ in range(3)]
     layers[1].forward = lambda x: F.linear(x, layers[1].weight) * 2
     layers[2].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
     trace = ModelTrace(nn.Sequential(*layers, LoRA(4)))  # which needs no pass
     assert [bool(trace.why_not_plain(name)) for name in "0123"] == [False, True, True, True]
     assert "it is a LoRA" in trace.why_not_read("3")
-    monkeypatch.setattr("discedit.model.trace.why_not_plain", None)  # it is asked once
+    trace.model = None  # it is asked once
     assert trace.why_not_plain("0") == ""
 
 
@@ -268,7 +266,6 @@ def test_what_runs_in_train_mode():
     assert trace.branches
     assert trace.training.runs.keys() - trace.runs.keys() == {"branch"}
     assert trace.training.outputs == {"output[0]": (2, 4), "output[1]": (2, 2)}
-    assert trace.unused == ["never"]
     assert not ModelTrace.of(classifier(), X, training=True).branches
     fails = Net(lambda net, x: 1 / 0 if net.training else net.conv(x), conv=nn.Conv2d(3, 4, 3)).eval()
     trace = ModelTrace.of(fails, X, training=True)

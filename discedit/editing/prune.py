@@ -276,9 +276,6 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     skipped = {layer: why for layer in chosen if (why := why_not_pruned(model, layer))}
     found, unfit = graph.find([layer for layer in chosen if layer not in skipped], options.components)
     skipped |= unfit
-    if isinstance(options.budget, SizeBudget):
-        skipped |= (uncut := graph.uncuttable(found))
-        found = {layer: parts for layer, parts in found.items() if layer not in uncut}
     inputs: Any = None
     further: Any = None
     trace = ModelTrace(model)

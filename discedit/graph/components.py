@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +13,12 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from discedit.graph.network import OPAQUE, OUTPUT, Key, Members, Network, channel_axis, groups_of, is_depthwise
-from discedit.graph.removal import cut_own_tensors
+from discedit.graph.removal import operations_of
 from discedit.model.forward import frozen_eval
 from discedit.model.functional import why_not_explicit
 from discedit.model.layers import input_of, is_close, is_own
 from discedit.model.trace import width_of
+from discedit.recipes.recipe import reduced
 
 # Operations of autograd's graph that are no sums of what they read; what is done in place on a view has no name there.
 _NO_SUMS = re.compile("(Mul|Div|Where|Cat)Backward")
@@ -52,113 +51,97 @@ class ChannelGroups:
         self.network = network
         # Layer -> what may not work channel by channel on its way, and the modules in which that stands.
         self.doubtful: dict[str, dict[str, str]] = {}
-        self._members: dict[str, list[Members]] = {}
-        self._known_parts: dict[Key, list[Members]] = {}
-        self._merged_around: dict[frozenset[Key], list[Members]] = {}  # of both sides of convolutions in groups
-        self._widths: dict[Key, int] = {}
-        self._differing: dict[Key, bool] = {}
+        self._members: dict[Key, list[Members]] = {}
         self._nodes: dict[Key, set[Any]] = {}  # of torch-pruning's graph, on the way of a layer's channels
+        self._differing: dict[Key, bool] = {}
 
     def members_of(self, layer: str) -> list[Members]:
         """For each component of a layer what goes with it; a component is the rows that can only go together.
 
         Channels of one group of a convolution, or of a norm, go together, and take what is on its other side with them.
         """
-        if layer in self._members:
-            return self._members[layer]
         own = self.network.own(layer)
-        parts = self._parts(own)
-        sides: set[Key] = {own}
-        beside: list[Members] = []
-        while more := self._sides([*parts, *beside]) - sides:
-            for side in sorted(more):
-                beside += self._parts(side)
-                self._nodes[own] |= self._nodes[side]
-            sides |= more
-        if any(map(self._width_of_group, {key for part in (*parts, *beside) for key in part})):
-            around = frozenset(sides - {own})  # which the other layers of a stream have as well
-            if around not in self._merged_around:
-                self._merged_around[around] = _merged(beside, self._width_of_group)
-            parts = _merged([*self._merged_around[around], *parts], self._width_of_group)
-            parts = [part for part in parts if own in part]
-            parts.sort(key=lambda part: part[own])
-        self._members[layer] = parts
-        return parts
-
-    def _parts(self, key: Key) -> list[Members]:
-        """What goes with each channel on one side of a layer; those that can only go together are one."""
-        if key in self._known_parts:
-            return self._known_parts[key]
-        rows = range(self.network.size(key))
-        found = self._group(key, [0])
-        if (several := found[0][key]) != [0]:
-            found = self._alike(key, several) or found
-            left = set(rows).difference(*(part[key] for part in found))
-            while left:
-                found += self._group(key, [min(left)])
-                left -= {min(left), *found[-1][key]}
-        else:
-            found = self._group(key, list(rows))
+        if own not in self._members:
+            found = self._members[own] = self._walk(own)
             for other in {other for part in found for other in part if other[1] == "out"}:
                 # The same channels in another layer: what was slow to find need not be found again.
                 if [part.get(other) for part in found] == [[row] for row in range(self.network.size(other))]:
-                    self._known_parts[other], self._nodes[other] = found, self._nodes[key]
-        self._known_parts[key] = found
-        return found
+                    self._members[other], self._nodes[other] = found, self._nodes[own]
+        return self._members[own]
 
-    def _alike(self, key: Key, first: list[int]) -> list[Members]:
-        """All components at once, if they lie as far apart as the first one's channels (gates and values of one layer);
-        empty if they do not."""
-        left = dict.fromkeys(range(self.network.size(key)))
-        roots = []
-        while left:
-            root = next(iter(left))
-            if any(root + index not in left for index in first):
-                return []
-            for index in first:
-                del left[root + index]
-            roots.append(root)
-        found = self._group(key, roots)
-        sizes = {place: len(gone) for place, gone in found[0].items()}
-        alike = all(
-            part[key] == [root + index for index in first]
-            and {place: len(gone) for place, gone in part.items()} == sizes
-            for root, part in zip(roots, found, strict=True)
-        )
-        return found if alike else []
-
-    def _group(self, key: Key, rows: list[int]) -> list[Members]:
-        """What goes with each of these channels, as torch-pruning has it; what several reach is with the first."""
+    def _walk(self, key: Key) -> list[Members]:
+        """What goes with each channel on one side of a layer, as torch-pruning has it; those that meet are one."""
         from torch_pruning._helpers import _HybridIndex
 
-        layer, side = key
-        module, graph = self.network.model.get_submodule(layer), self.network.graph
-        pruner = graph.get_pruner_of_module(module)
-        function = pruner.prune_in_channels if side == "in" else pruner.prune_out_channels
-        found: dict[int, Members] = {row: {} for row in rows}
-        reached: dict[tuple[Any, Any], set[int]] = {}  # node and what is done to it -> channels
+        module, graph = self.network.model.get_submodule(key[0]), self.network.graph
+        rows = range(self.network.size(key))
+        leader = list(rows)  # of what goes together, as far as is known; a row leads to itself in the end
+
+        def led_by(row: int) -> int:
+            while leader[row] != row:
+                leader[row] = row = leader[leader[row]]
+            return row
+
+        reached: dict[tuple[Any, Any], dict[int, int]] = {}  # node and what is done to it -> channel -> from which row
         # torch-pruning's own walk merges lists of indices node by node, which takes long for wide layers.
-        stack = [(graph.module2node[module], function, [_HybridIndex(idx=row, root_idx=row) for row in rows])]
+        function = graph.get_pruner_of_module(module).prune_out_channels
+        stack = [(graph.module2node[module], function, [_HybridIndex(row, row) for row in rows])]
         while stack:
             node, function, indices = stack.pop()
-            known = reached.setdefault((node, function), set())
-            new = {entry.idx: entry for entry in reversed(indices) if entry.idx not in known}
+            known = reached.setdefault((node, function), {})
+            new = []
+            for channel, row in indices:
+                if channel in known:
+                    leader[led_by(row)] = led_by(known[channel])
+                else:
+                    known[channel] = row
+                    new.append(_HybridIndex(channel, row))
             if not new:
                 continue
-            known.update(new)
-            for place in self._places(node, function, layer):
-                for index in sorted(new):
-                    found[new[index].root_idx].setdefault(place, []).append(index)
             for dependency in node.dependencies:
                 if dependency.is_triggered_by(function):
-                    mapped: Any = [new[index] for index in sorted(new)]
+                    mapped: Any = new
                     for mapping in dependency.index_mapping:
-                        mapped = mapped if mapping is None else mapping(mapped)
+                        mapped = mapping(mapped)
                     stack.append((dependency.target, dependency.handler, mapped))
-        self._nodes.setdefault(key, set()).update(node for node, _ in reached)
-        return list(found.values())
+            for other, channels in self._whole_groups(node, function, new).items():
+                stack.append((node, other, [_HybridIndex(channel, row) for channel, row in channels]))
+        self._nodes[key] = {node for node, _ in reached}
+        found: dict[int, dict[Key, set[int]]] = {}
+        for (node, function), known in reached.items():
+            for place in self._places(node, function, key[0]) if known else ():
+                for channel, row in known.items():
+                    found.setdefault(led_by(row), {}).setdefault(place, set()).add(channel)
+        parts = [{place: sorted(gone) for place, gone in part.items()} for part in found.values()]
+        return sorted(parts, key=lambda part: part[key])
 
-    def _places(self, node: Any, function: Any, layer: str) -> list[Key]:
+    def _whole_groups(
+        self, node: Any, function: Any, channels: list[tuple[int, int]]
+    ) -> dict[Any, list[tuple[int, int]]]:
+        """All channels of the groups in which some are, on both sides of a convolution in groups, or in a norm.
+
+        Args:
+            function: what is done to a side of the node.
+            channels: there, each with the row that it goes with.
+
+        Returns:
+            What is done to a side of the node -> channels there, as `channels`.
+        """
+        groups = groups_of(node.module)
+        if not groups or any(self.problem(place) for place in self._places(node, function)):
+            return {}
+        pruner = self.network.graph.get_pruner_of_module(node.module)
+        sides = {
+            pruner.prune_in_channels: pruner.get_in_channels(node.module) // groups,
+            pruner.prune_out_channels: pruner.get_out_channels(node.module) // groups,
+        }
+        rows = {channel // sides[function]: row for channel, row in channels}
+        return {
+            side: [(group * width + i, row) for group, row in rows.items() for i in range(width)]
+            for side, width in sides.items()
+        }
+
+    def _places(self, node: Any, function: Any, layer: str = "") -> list[Key]:
         """What a node of torch-pruning's graph stands for; on the way of a layer's channels."""
         from torch_pruning.ops import OPTYPE
 
@@ -182,20 +165,6 @@ class ChannelGroups:
         if not layer_like or is_depthwise(node.module):
             return [(name, "through")]
         return [(name, "out" if network.graph.is_out_channel_pruning_fn(function) else "in")]
-
-    def _sides(self, parts: Iterable[Members]) -> set[tuple[str, str]]:
-        """Both sides of the convolutions in groups among these."""
-        keys = {key for part in parts for key in part if key[1] in ("in", "out")}
-        names = {key[0] for key in keys if self._width_of_group(key) and not self.problem(key)}
-        return {(name, side) for name in names for side in ("in", "out")}
-
-    def _width_of_group(self, key: Key) -> int:
-        """How many channels next to each other make a group there; 0 where there are no groups."""
-        if key not in self._widths:
-            module = self.network.module(key)
-            groups = 0 if module is None else groups_of(module)
-            self._widths[key] = self.network.size(key) // groups if groups else 0
-        return self._widths[key]
 
     def is_even(self, members: list[Members]) -> bool:
         """Whether the components are alike, apart, and all that the layers have."""
@@ -287,8 +256,7 @@ class ChannelGroups:
         if key not in self._differing:
             module = self.network.model.get_submodule(key[0])
             plain = is_own(module) or groups_of(module) or self.network.size(key) < 2
-            pruner = self.network.graph.get_pruner_of_module(module)
-            self._differing[key] = not plain and _differs(module, key[1] == "in", pruner)
+            self._differing[key] = not plain and _differs(self.network, key)
         return self._differing[key]
 
     def on_the_way(self, layer: str) -> str:
@@ -298,41 +266,14 @@ class ChannelGroups:
         return f" (torch-pruning may not follow {', '.join(found[:2])}{more})" if found else ""
 
 
-def _merged(parts: Iterable[Members], width_of_group: Callable[[Key], int]) -> list[Members]:
-    """Components that share channels, or reach the same group of channels, on whichever side, made one."""
-    parts = list(parts)
-    leader = list(range(len(parts)))  # of what goes together, as far as is known; a part leads to itself in the end
-
-    def led_by(number: int) -> int:
-        while leader[number] != number:
-            leader[number] = number = leader[leader[number]]
-        return number
-
-    owners: dict[Any, dict[int, int]] = {}  # where -> channel, or group of channels -> a part that has it
-    for number, part in enumerate(parts):
-        for key, gone in part.items():
-            width = width_of_group(key)
-            known = owners.setdefault((key[0], "group") if width else key, {})
-            for place in {index // width for index in gone} if width else gone:
-                leader[led_by(known.setdefault(place, number))] = led_by(number)
-    found: dict[int, dict[Key, set[int]]] = {}
-    for number, part in enumerate(parts):
-        mine = found.setdefault(led_by(number), {})
-        for key, gone in part.items():
-            mine.setdefault(key, set()).update(gone)
-    return [{key: sorted(gone) for key, gone in part.items()} for part in found.values()]
-
-
-def _differs(module: nn.Module, reads: bool, pruner: Any) -> bool:
+def _differs(network: Network, key: Key) -> bool:
     """Whether a layer without its first channel gives something else than with it hidden, on numbers drawn for it."""
-    smaller = copy.deepcopy(module)
-    axis = channel_axis(module)
+    module = network.model.get_submodule(key[0])
+    axis, x = channel_axis(module), input_of(module)
     try:
-        cut_own_tensors(smaller, "in" if reads else "out", [0])
-        (pruner.prune_in_channels if reads else pruner.prune_out_channels)(smaller, [0])
-        x = input_of(module)
+        smaller = reduced(network.model, operations_of(network, (), {key: [0]})).get_submodule(key[0])
         with frozen_eval(module), frozen_eval(smaller):
-            if reads:
+            if key[1] == "in":
                 without = smaller(x.narrow(axis, 1, x.shape[axis] - 1))
                 hidden = module(x.index_fill(axis, torch.tensor([0], device=x.device), 0))
             else:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from discedit.model.attention import Untraceable as Untraceable
 from discedit.model.forward import call, hooked, tensors_in
 from discedit.model.functional import LayersCalled
-from discedit.model.trace import IN_TRAINING, ModelTrace, training_branches
+from discedit.model.trace import ModelTrace, outputs_in_training
 
 # Operations that may mix channels, or move them, and that torch-pruning takes for others that do not.
 _MIXING = re.compile(
@@ -43,7 +44,7 @@ class DependencyTrace:
 
     Attributes:
         graph: its dependency graph, whose index mappings are settled.
-        trained: the modules that were followed in train mode alone.
+        trained: the modules that run in train mode alone.
         used: names of the parameters that the outputs come from.
         outputs: what stands for an output in the graph, by identity -> where it stands.
         opaque: what torch-pruning cannot follow, by identity -> why channels there must stay.
@@ -59,20 +60,17 @@ class DependencyTrace:
         self.graph = torch_pruning.DependencyGraph()
         for kind in (nn.GRU, nn.RNN):  # read their inputs as nn.LSTM does, which torch-pruning knows
             self.graph.register_customized_layer(kind, torch_pruning.pruner.function.LSTMPruner())
-        self.kinds = _layer_kinds(self.graph)
+        registered = map(torch_pruning.ops.type2class, self.graph.REGISTERED_PRUNERS)
+        self.kinds = (*registered, *self.graph.CUSTOMIZED_PRUNERS)  # modules that torch-pruning takes as a whole
         nested = trace.nested | (trace.training.nested if trace.training else set())
         # torch-pruning looks at the outputs of its layers while the model runs, and dies of those that are no tensors.
         self.odd = [module for module, name in self.names.items() if name in nested and isinstance(module, self.kinds)]
-        self.recurrent = any(isinstance(module, nn.RNNBase) for module in self.names)
-        self.ran: set[str] = set()  # modules, in either mode
-        self.roots: list[Tensor] = []
-        self.labels: list[str] = []
+        self.roots: dict[str, Tensor] = {}  # where an output stands -> what ends the graph there
         self.owners: dict[Any, nn.Module] = {}  # what computes a module's output -> the module
-        self.crossings: list[tuple[str, list[Any]]] = []  # module -> what had been computed in it by now
-        self.within: list[str] = []
+        self.within: list[str] = []  # modules that run now
+        self.places: dict[Any, str] = {}  # what computes something -> the module in which it stands
         self.concats: dict[Any, list[int]] = {}
         self.opaque: dict[int, str] = {}
-        self.places: dict[Any, str] | None = None
         hooks = {module: set(module._forward_hooks) for module in self.model.modules()}
         try:
             with (
@@ -96,38 +94,48 @@ class DependencyTrace:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._settle(edges, nodes)
-        labelled = zip(self.roots, self.labels, strict=True)
-        self.outputs = {id(nodes[root.grad_fn].module): label for root, label in labelled if root.grad_fn in nodes}
+        self.outputs = {
+            id(nodes[root.grad_fn].module): place for place, root in self.roots.items() if root.grad_fn in nodes
+        }
         # A module in several places of the pass, or a layer whose parameters another function reads, is used as well.
         leaves = {id(function.variable) for function in edges if hasattr(function, "variable")}
         self.used = {name for name, parameter in self.model.named_parameters() if id(parameter) in leaves}
-        self.trained = self.ran - self.trace.runs.keys()
+        self.trained = set() if trace.training is None else trace.training.runs.keys() - trace.runs.keys()
         self.doubtful = {
             id(node.module): (self._named(node), self._stands_in(node))
             for node in node_of.values()
-            if self._is_doubtful(node)
+            if node.module not in self.names and not isinstance(node.module, nn.Parameter)
+            if _is_own(node.grad_fn) or _MIXING.match(node.grad_fn.name())
         }
 
     def _hooks(self, module: nn.Module) -> list[Any]:
-        """Hooks that note in which order modules run, and what is computed in which."""
+        """Hooks that note what is computed in which module."""
         if isinstance(module, torch.jit.ScriptModule):  # takes none
             return []
         name = self.names[module]
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-            self.ran.add(name)
-            self.crossings.append((self.within[-1] if self.within else "", _functions((args, kwargs))))
+            self._place(_functions((args, kwargs)), self.within[-1] if self.within else "")
             self.within.append(name)
 
         def leave(_: nn.Module, __: Any, output: Any) -> None:
             while self.within and self.within.pop() != name:
                 pass  # left by an exception
             functions = _functions(output)
-            self.crossings.append((name, functions))
+            self._place(functions, name)
             if functions and isinstance(module, self.kinds):
                 self.owners[functions[0]] = module
 
         return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+
+    def _place(self, functions: Iterable[Any], name: str) -> None:
+        """What had been computed by now, and stands in no other module, stands in this one."""
+        stack = list(functions)
+        while stack:
+            function = stack.pop()
+            if function not in self.places:
+                self.places[function] = name
+                stack += [source for source, _ in function.next_functions if source is not None]
 
     def _build(self) -> None:
         """What torch-pruning's `build_dependency` does before it looks at shapes."""
@@ -144,26 +152,20 @@ class DependencyTrace:
         given = dict(tensors_in(call(model, inputs)))
         if self.trace.branches:
             try:
-                with training_branches(model):
-                    given |= {f"{place}{IN_TRAINING}": tensor for place, tensor in tensors_in(call(model, inputs))}
+                given |= outputs_in_training(model, inputs)
             except Exception:  # with gradients it may not run: then the trial of an edit has to show what it breaks
                 self.within.clear()
-        for place, tensor in given.items():
-            if tensor.grad_fn is not None:
-                # Each of its own: what is an output and is read further on would else be no end of the graph.
-                self.labels.append(place)
-                self.roots.append(tensor * 1)
-        return self.roots
+        # Each of its own: what is an output and is read further on would else be no end of the graph.
+        self.roots = {place: tensor * 1 for place, tensor in given.items() if tensor.grad_fn is not None}
+        return list(self.roots.values())
 
     def _edges(self) -> dict[Any, list[tuple[Any, int]]]:
         """Each function that the outputs come from -> what it reads, in torch-pruning's order."""
         edges: dict[Any, list[tuple[Any, int]]] = {}
-        for root in self.roots:
-            stack = [root.grad_fn]
-            while stack:
-                function = stack.pop()
-                if function in edges:
-                    continue
+        stack = [root.grad_fn for root in reversed(self.roots.values())]
+        while stack:
+            function = stack.pop()
+            if function not in edges:
                 edges[function] = [edge for edge in getattr(function, "next_functions", ()) if edge[0] is not None]
                 stack += [source for source, _ in edges[function]]
         return edges
@@ -186,13 +188,14 @@ class DependencyTrace:
             node.enable_index_mapping = True  # torch-pruning gives it up behind tokens that are parameters
             if node.type == OPTYPE.OUTPUT:
                 node.module.shape = None  # its second axis need not be that of channels
-        readers: dict[int, list[tuple[Any, int]]] = {}  # a node -> what reads it, and which of its parts
+        readers: dict[Any, list[tuple[Any, int]]] = {}  # a node -> what reads it, and which of its parts
         for function, sources in edges.items():
             for source, part in sources:
                 if function in nodes and source in nodes:
-                    readers.setdefault(id(nodes[source]), []).append((nodes[function], part))
+                    readers.setdefault(nodes[source], []).append((nodes[function], part))
+        odd = {self.names[module] for module in self.odd}
         for node in everything:
-            if self.odd and self._stands_in(node) in {self.names[module] for module in self.odd}:
+            if self._stands_in(node) in odd:
                 self._cut(node, "the layer's output is not one tensor")
             elif (
                 node.module not in self.names
@@ -200,13 +203,13 @@ class DependencyTrace:
                 and not self._is_within(node, self.kinds)
             ):
                 self._cut(node, "it multiplies with a parameter, but not by a call of a layer")
-            elif _is_own(node.grad_fn) and any(part for _, part in readers.get(id(node), ())):
+            elif _is_own(node.grad_fn) and any(part for _, part in readers.get(node, ())):
                 self._cut(node, "it gives several tensors")
-            elif self.recurrent and self._is_within(node, nn.RNNBase):
+            elif self._is_within(node, nn.RNNBase):
                 node.type = OPTYPE.ELEMENTWISE  # what it does with gates is none of the channels that are read
             elif node.type == OPTYPE.SPLIT:
                 try:
-                    _split(node, readers.get(id(node), []))
+                    _split(node, readers.get(node, []))
                 except Exception as error:
                     self._cut(node, str(error))
         for _ in range(2):  # what is known of one helps with others
@@ -224,9 +227,8 @@ class DependencyTrace:
         self._bound(everything, (*update, OPTYPE.SPLIT))
 
     def _bound(self, everything: list[Any], settled: tuple[Any, ...]) -> None:
-        """No index grows without end, and no mapping is worked out anew for each group."""
+        """No index grows without end, as it would where torch-pruning takes some views for others."""
         from torch_pruning.dependency import index_mapping
-        from torch_pruning.ops import OPTYPE
 
         tensors = (*self.model.parameters(), *self.model.buffers())
         widest = max((size for tensor in tensors for size in tensor.shape), default=0)
@@ -234,13 +236,10 @@ class DependencyTrace:
             for dependency in node.dependencies:
                 first, second = dependency.index_mapping
                 if isinstance(second, index_mapping._ConcatIndexMapping) and second.reverse:
-                    # On the way back from a concatenation, what became of its parts before it comes after it.
-                    dependency.index_mapping = [second, first]
+                    first, second = second, first  # what became of the parts before it comes after it on the way back
                 blame = partial(self._why, node if node.type in settled else dependency.target)
-                dependency.index_mapping = _Bounded(dependency.index_mapping, widest, blame)
-        for node in everything:
-            if node.type in settled:
-                node.type = OPTYPE.ELEMENTWISE
+                mappings = [mapping for mapping in (first, second) if mapping is not None]
+                dependency.index_mapping = [partial(_bounded, mapping, widest, blame) for mapping in mappings]
 
     def _is_within(self, node: Any, kinds: type | tuple[type, ...]) -> bool:
         """Whether an operation stands in a module of these classes."""
@@ -263,30 +262,13 @@ class DependencyTrace:
 
     def _named(self, node: Any) -> str:
         """An operation, by its name in autograd, and the module in which it stands."""
-        construct = type(node.module).__name__ if node.grad_fn is None else node.grad_fn.name()
         place = self._stands_in(node)
         where = f"{place} ({type(self.model.get_submodule(place)).__name__})" if place else "the model's forward"
-        return f"{construct} in {where}"
-
-    def _is_doubtful(self, node: Any) -> bool:
-        if node.grad_fn is None or node.module in self.names or isinstance(node.module, nn.Parameter):
-            return False
-        return _is_own(node.grad_fn) or bool(_MIXING.match(node.grad_fn.name()))
+        return f"{node.grad_fn.name()} in {where}"
 
     def _stands_in(self, node: Any) -> str:
         """The module in which an operation stands."""
-        if node.module in self.names:
-            return str(self.names[node.module])
-        if self.places is None:
-            self.places = {}
-            for name, functions in self.crossings:
-                stack = list(functions)
-                while stack:
-                    function = stack.pop()
-                    if function not in self.places:
-                        self.places[function] = name
-                        stack += [source for source, _ in function.next_functions if source is not None]
-        return self.places.get(node.grad_fn, "")
+        return str(self.names.get(node.module) or self.places.get(node.grad_fn, ""))
 
 
 def _functions(value: Any) -> list[Any]:
@@ -309,13 +291,6 @@ def _reads_parameter(function: Any) -> bool:
         if source is not None and hasattr(source, "variable") and source.variable.ndim > 1:
             return True
     return False
-
-
-def _layer_kinds(graph: Any) -> tuple[type, ...]:
-    """Modules that torch-pruning takes as a whole."""
-    from torch_pruning.ops import type2class
-
-    return (*(type2class(kind) for kind in graph.REGISTERED_PRUNERS), *graph.CUSTOMIZED_PRUNERS)
 
 
 def _axis(function: Any, ndim: int) -> int:
@@ -341,12 +316,12 @@ def _split(node: Any, readers: list[tuple[Any, int]]) -> None:
         step = int(function._saved_split_size)
         sizes = [min(step, shape[axis] - start) for start in range(0, shape[axis], max(step, 1))]
     ends = list(itertools.accumulate(sizes, initial=0))
-    parts: dict[int, Iterator[int]] = {}
-    for reader in {id(reader): reader for reader, _ in readers}.values():
+    parts: dict[Any, Iterator[int]] = {}
+    for reader in dict.fromkeys(reader for reader, _ in readers):
         own = [part for other, part in readers if other is reader]
-        parts[id(reader)] = iter(own)
+        parts[reader] = iter(own)
         _map_spans(node, reader, _SplitIndexMapping, [ends[part : part + 2] for part in own], 0)
-    node.module.split_sizes = [sizes[next(parts[id(reader)])] for reader in node.outputs]  # as shapes are looked for
+    node.module.split_sizes = [sizes[next(parts[reader])] for reader in node.outputs]  # as shapes are looked for
     node.module.offsets = list(itertools.accumulate(node.module.split_sizes, initial=0))
 
 
@@ -355,11 +330,11 @@ def _concatenate(node: Any, sizes: list[int], nodes: Mapping[Any, Any]) -> None:
     from torch_pruning.dependency.index_mapping import _ConcatIndexMapping
 
     ends = list(itertools.accumulate(sizes, initial=0))
-    spans: dict[int, tuple[Any, list[list[int]]]] = {}
+    spans: dict[Any, list[list[int]]] = {}
     for index, (source, _) in enumerate(node.grad_fn.next_functions):
-        if source is not None and source in nodes:
-            spans.setdefault(id(nodes[source]), (nodes[source], []))[1].append(ends[index : index + 2])
-    for source, own in spans.values():
+        if source in nodes:
+            spans.setdefault(nodes[source], []).append(ends[index : index + 2])
+    for source, own in spans.items():
         _map_spans(source, node, _ConcatIndexMapping, own, 1)
     node.module.offsets = ends
 
@@ -406,25 +381,11 @@ class _Rewritten(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Bounded(list[Any]):
-    """A dependency's index mappings; torch-pruning takes some views for others and would let indices grow for ever."""
-
-    def __init__(self, mappings: Iterable[Any], limit: int, blame: Callable[[str], str]) -> None:
-        super().__init__(mappings)
-        self.limit, self.blame = limit, blame
-
-    def __iter__(self) -> Iterator[Any]:
-        return (mapping and partial(self._checked, mapping) for mapping in super().__iter__())
-
-    def _checked(self, mapping: Callable[[Any], Any], indices: Any) -> Any:
-        try:
-            mapped = mapping(indices)
-        except Exception as error:
-            raise Untraceable(self.blame(str(error))) from error
-        if any(not 0 <= index.idx < self.limit for index in mapped):
-            raise Untraceable(self.blame("its indices grow without end"))
-        return mapped
-
-
-class Untraceable(ValueError):
-    """Why channels cannot be followed."""
+def _bounded(mapping: Callable[[Any], Any], limit: int, blame: Callable[[str], str], indices: Any) -> Any:
+    try:
+        mapped = mapping(indices)
+    except Exception as error:
+        raise Untraceable(blame(str(error))) from error
+    if any(not 0 <= index.idx < limit for index in mapped):
+        raise Untraceable(blame("its indices grow without end"))
+    return mapped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -64,34 +65,28 @@ class HeadFinder:
     def __init__(self, network: Network, problem: Callable[[Key], str]) -> None:
         self.network, self.model, self.problem = network, network.model, problem
 
-    def _places_of_attention(self) -> dict[str, str]:
-        """The layers in modules that count heads, each with the innermost of these."""
-        multihead = nn.MultiheadAttention  # whose own layer reads heads alone
-        modules = {n: module for n, module in self.model.named_modules() if not isinstance(module, multihead)}
-        counts = [name for name, module in modules.items() if _count_of_heads(module)]
-        return {
-            name: max(around, key=len)
-            for name, module in self.model.named_modules()
-            if name in self.network.order
-            and (isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and module.groups == 1))
-            if (around := [place for place in counts if is_inside(name, place)])
-        }
-
     def find(self) -> tuple[list[Heads], dict[str, str]]:
-        """Attention whose heads can go; the linear layers of the rest, each with the module that it belongs to.
+        """Attention whose heads can go; the layers of the rest, each with the module that it belongs to.
 
         Found by probes: one row of a linear layer, or one index of another tensor, in a module that counts heads. A row
         of query or key reaches all channels of its head in the layer that reads attention, a row of value one of them.
         """
-        counts = {name: count for name, module in self.model.named_modules() if (count := _count_of_heads(module))}
-        places = self._places_of_attention()
+        modules = dict(self.model.named_modules())
+        counts = {name: count for name, module in modules.items() if (count := _count_of_heads(module))}
+        places: dict[str, str] = {}  # of layers: the innermost module around that counts heads
+        for name, module in modules.items():
+            mixes = isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and module.groups == 1)
+            if mixes and name in self.network.order:
+                # A MultiheadAttention's own layer reads heads alone.
+                around = [p for p in counts if is_inside(name, p) and not isinstance(modules[p], nn.MultiheadAttention)]
+                places |= {name: max(around, key=len)} if around else {}
         probes = self._probes(counts, places)
         reached: dict[_Probe, dict[str, list[int]]] = {}
         depths = {place: sum(is_inside(place, other) for other in counts) for place in counts}
         for depth in set(depths.values()):  # one in another reaches the same
             here = [probes[place] for place in counts if depths[place] == depth]
-            for turn in range(max(map(len, here))):
-                now = [found[turn] for found in here if turn < len(found)]
+            for turn in itertools.zip_longest(*here):
+                now = [probe for probe in turn if probe is not None]
                 try:
                     reached |= dict.fromkeys(now, self._reached(now))
                 except Exception:  # whatever a model makes of NaN
@@ -146,11 +141,7 @@ class HeadFinder:
             found[name] = sorted({*found.get(name, ()), *hit.tolist()})
             return (args[0].masked_fill(nan, 0), *args[1:])
 
-        handles = [
-            module.register_forward_pre_hook(partial(note, name))
-            for name, module in self.model.named_modules()
-            if width_of(module) is not None
-        ]
+        layers = {name: module for name, module in self.model.named_modules() if width_of(module) is not None}
         saved: dict[str, Tensor] = {}
         tensors = self.network.tensors
         try:
@@ -159,6 +150,7 @@ class HeadFinder:
                 saved.setdefault(name, tensors[name].detach().clone())
                 tensors[name].data.select(dim, index).fill_(math.nan)
             # The other kernels of attention need not pass NaN on.
+            handles = [module.register_forward_pre_hook(partial(note, name)) for name, module in layers.items()]
             with hooked(handles), frozen_eval(self.model), sdpa_kernel(SDPBackend.MATH):
                 call(self.model, self.network.inputs)
         finally:

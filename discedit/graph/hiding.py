@@ -6,7 +6,6 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from discedit.graph.network import OUTPUT, Key, Members, Network, channel_axis, 
 from discedit.graph.removal import operations_of
 from discedit.model.forward import call, frozen_eval, hooked, map_tensors, tensors_in
 from discedit.model.layers import is_close, is_own
-from discedit.model.trace import IN_TRAINING, training_branches
+from discedit.model.trace import IN_TRAINING, outputs_in_training
 from discedit.recipes.operations import Operation
 from discedit.recipes.recipe import reduced
 
@@ -54,23 +53,16 @@ class RemovalCheck:
 
     def trial(self, gone: Mapping[Key, list[int]]) -> tuple[list[Operation], str]:
         """The operations that remove channels, and what is wrong with them; nothing is, when it is empty."""
-        across = self._across(gone)
+        across, operations = self._across(gone), self.operations(gone)
         try:
-            operations = self.operations(gone)
-            smaller = reduced(self._reference.model, operations)
-        except Exception as error:  # whatever torch-pruning makes of an operation that it does not know
-            return [], f"torch-pruning cannot remove its channels: {error}"
-        try:
-            removed, shapes = self._run_watched(smaller, across)
+            smaller, removed, shapes = self._run_without(operations, across)
         except Exception as error:
             why = f"the model does not run without its channels: {error}"
-            kept = self._kept_widths(gone, operations)
-            if not kept:
+            if not (kept := self._kept_widths(gone, operations)):
                 return [], why
             operations += kept
             try:
-                smaller = reduced(self._reference.model, operations)
-                removed, shapes = self._run_watched(smaller, across)
+                smaller, removed, shapes = self._run_without(operations, across)
             except Exception:
                 return [], why
         if why := self._reshapes(removed):
@@ -86,25 +78,25 @@ class RemovalCheck:
     def reshapes(self, part: Members) -> str:
         """Which output of the model one component less would change the shape of; empty when none."""
         try:
-            operations = self.operations({key: sorted({*gone}) for key, gone in part.items()})
-            after = self._run(reduced(self._reference.model, operations))
+            _, after, _ = self._run_without(self.operations({key: sorted({*gone}) for key, gone in part.items()}))
         except Exception as error:
             return f"the model does not run without its channels: {error}"
         return self._reshapes(after)
 
-    def _run(self, model: nn.Module) -> dict[str, Tensor]:
-        return _outputs(model, self._reference.inputs, self.trains)
-
-    def _run_watched(self, model: nn.Module, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
-        """With the shapes that some modules read, call by call; None where the first argument is no tensor."""
+    def _run_without(
+        self, operations: list[Operation], names: Iterable[str] = ()
+    ) -> tuple[nn.Module, dict[str, Tensor], dict[str, list[Any]]]:
+        """A smaller model, what it gives, and the shapes that some modules in it read, call by call; None where the
+        first argument is no tensor."""
+        smaller = reduced(self._reference.model, operations)
         shapes: dict[str, list[Any]] = {name: [] for name in names}
 
         def note(seen: list[Any], _: nn.Module, args: tuple[Any, ...]) -> None:
             seen.append(args[0].shape if args and isinstance(args[0], Tensor) else None)
 
-        handles = [model.get_submodule(n).register_forward_pre_hook(partial(note, seen)) for n, seen in shapes.items()]
-        with hooked(handles):
-            return self._run(model), shapes
+        modules = ((smaller.get_submodule(name), seen) for name, seen in shapes.items())
+        with hooked([module.register_forward_pre_hook(partial(note, seen)) for module, seen in modules]):
+            return smaller, _outputs(smaller, self._reference.inputs, self.trains), shapes
 
     def _difference(
         self, removed: Mapping[str, Tensor], hidden: Mapping[str, Tensor], gone: Mapping[Key, list[int]]
@@ -134,17 +126,19 @@ class RemovalCheck:
             narrowed: what works across channels, as norms do: its name, its twin in the smaller model, which works on
                 the channels that are left, these, and the shapes that the twin read.
         """
-        model = self._reference.model
-        with ExitStack() as stack:
-            for (name, role), lost in gone.items():
-                if role == "in":
-                    module = model.get_submodule(name)
-                    several = 3 if isinstance(module, nn.MultiheadAttention) else 1
-                    hide = _hiding(lost, channel_axis(module), several)
-                    stack.callback(module.register_forward_pre_hook(hide, with_kwargs=True).remove)
-            for name, smaller, lost, shapes in narrowed:
-                stack.enter_context(_narrow(model.get_submodule(name), smaller, lost, iter(shapes)))
-            return self._run(model)
+        model, handles = self._reference.model, []
+        for (name, role), lost in gone.items():
+            if role == "in":
+                module = model.get_submodule(name)
+                several = 3 if isinstance(module, nn.MultiheadAttention) else 1
+                hide = _hiding(lost, channel_axis(module), several)
+                handles.append(module.register_forward_pre_hook(hide, with_kwargs=True))
+        for name, smaller, lost, shapes in narrowed:
+            module = model.get_submodule(name)
+            narrow = _narrowing(module, smaller, lost, iter(shapes))
+            handles.append(module.register_forward_hook(narrow, with_kwargs=True))
+        with hooked(handles):
+            return _outputs(model, self._reference.inputs, self.trains)
 
     def _across(self, gone: Mapping[Key, list[int]]) -> dict[str, list[int]]:
         """Modules that may normalise across the channels that they lose, with these: norms, and what has no parts."""
@@ -226,8 +220,7 @@ def _outputs(model: nn.Module, inputs: Any, trains: bool, seed: int | None = Non
         found = dict(tensors_in(call(model, inputs)))
         if trains:
             try:
-                with training_branches(model):
-                    found |= {f"{place}{IN_TRAINING}": tensor for place, tensor in tensors_in(call(model, inputs))}
+                found |= outputs_in_training(model, inputs)
             except Exception as error:
                 raise RuntimeError(f"in train mode: {error}") from error
     # Parameters may be among them, and what the model changes in place when it runs again.
@@ -251,34 +244,27 @@ def _hiding(channels: list[int], dim: int, several: int) -> Any:
     return hook
 
 
-@contextmanager
-def _narrow(module: nn.Module, smaller: nn.Module, gone: list[int], shapes: Iterator[Any]) -> Iterator[None]:
-    """Has a module of fewer channels work in a module's place, on the channels that are left; the others are zero.
+def _narrowing(module: nn.Module, smaller: nn.Module, gone: list[int], shapes: Iterator[Any]) -> Any:
+    """A hook that gives what a module of fewer channels makes of the channels that are left; the others are zero.
 
     Args:
         shapes: of what the smaller one read in each call: where it is another, there are the channels.
     """
-    whole, own, before = module.forward, is_own(module), vars(module).get("forward")
+    own = is_own(module)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole: Any) -> Any:
         shape = next(shapes, None)
         axes = [] if shape is None else [axis for axis, size in enumerate(args[0].shape) if size != shape[axis]]
         if len(axes) != 1:
-            return whole(*args, **kwargs)
+            return whole
         (x, *rest), [axis] = args, axes
         left = torch.tensor(kept_indices(x.shape[axis], gone), device=x.device)
-        if not own and not _treats_channels_alike(module, partial(whole, **kwargs), axis, x, *rest):
+        if not own and not _treats_channels_alike(module, partial(module.forward, **kwargs), axis, x, *rest):
             raise ValueError(f"{type(module).__name__} takes channels by their place")
         given: Tensor = smaller(x.index_select(axis, left), *rest, **kwargs)
         return given.new_zeros(x.shape).index_copy(axis, left, given)
 
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
+    return hook
 
 
 def _treats_channels_alike(module: nn.Module, forward: Callable[..., Tensor], axis: int, *args: Any) -> bool:

@@ -134,16 +134,6 @@ class Graph:
             self.footprints[layer] = [(o.target, o.dim, shapes[o.target][o.dim] - len(o.index)) for o in keeps]
         return self.footprints[layer]
 
-    def uncuttable(self, layers: Iterable[str]) -> dict[str, str]:
-        """The layers whose components torch-pruning cannot cut, so that they have no footprint, and why."""
-        found = {}
-        for layer in layers:
-            try:
-                self.footprint(layer)
-            except Exception as error:  # whatever torch-pruning makes of a module that it does not know
-                found[layer] = f"torch-pruning cannot remove its channels: {error}"
-        return found
-
     def plan(self, chosen: Mapping[str, Iterable[int]]) -> tuple[list[Operation], dict[str, str]]:
         """The operations that remove components, and the layers that must stay whole after all, with reasons.
 

@@ -1,30 +1,30 @@
-"""The operations that remove channels.
-
-torch-pruning's functions remove them from copies of the modules whose tensors hold their own flat indices: what is left
-says what a recipe must keep, whatever torch-pruning did to get there.
-"""
+"""The operations that remove channels: which axes of which tensors lose entries, and which attributes count them."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from discedit.graph.heads import Heads, head_attributes
-from discedit.graph.network import OUTPUT, Key, Network, groups_of, kept_indices
+from discedit.graph.network import Key, Network, is_depthwise, kept_indices
 from discedit.model import attention
 from discedit.model.trace import width_of
 from discedit.recipes.operations import Operation
 
 _Changes = dict[tuple[str, str], tuple[Any, Any]]  # module and attribute -> before and after
+# Attributes that grow with the channels on a side of a module; a `MultiheadAttention` gives as many as it reads.
+_WIDTHS = {
+    "in": ("in_channels", "in_features", "input_size", "embed_dim", "kdim", "vdim"),
+    "out": ("out_channels", "out_features", "groups"),
+    "through": ("num_features", "num_channels", "num_groups", "num_parameters", "normalized_shape", "embedding_dim"),
+}
 
 
 def operations_of(network: Network, heads: Sequence[Heads], removed: Mapping[Key, list[int]]) -> list[Operation]:
-    """Removes channels from copies of the modules and reads off what that changed.
+    """What removes channels.
 
     Args:
         heads: of all attention whose heads can go.
@@ -32,11 +32,9 @@ def operations_of(network: Network, heads: Sequence[Heads], removed: Mapping[Key
     """
     keeps: list[Operation] = []
     changes: _Changes = {}
-    copies: dict[str, nn.Module] = {}
+    sides: dict[str, dict[str, list[int]]] = {}  # of modules
     for key, gone in removed.items():
         name, role = key
-        if role == OUTPUT:
-            continue
         if isinstance(role, int):
             owner, size = name.rpartition(".")[0], network.size(key)
             index = kept_indices(size, gone)
@@ -45,19 +43,14 @@ def operations_of(network: Network, heads: Sequence[Heads], removed: Mapping[Key
                 if isinstance(shape, list) and size in shape:  # of a norm, or of a view; heads come last there
                     place = len(shape) - 1 - shape[::-1].index(size)
                     changes[owner, attribute] = (shape, [*shape[:place], len(index), *shape[place + 1 :]])
-            continue
-        if name not in copies:
-            copies[name] = _tagged(network.original.get_submodule(name))
-        _cut(copies[name], key, removed, network.graph)
-    for name, module in copies.items():
-        original = network.original.get_submodule(name)
-        for tensor, left in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            keeps += _kept(f"{name}.{tensor}", _tags(getattr(original, tensor)), left.detach())
-        before, after = _sizes(original), _sizes(module)
-        changes |= {(name, key): (before[key], after[key]) for key in before if before[key] != after[key]}
+        elif network.module(key) is not None:
+            sides.setdefault(name, {})[role] = gone
+    for name, lost in sides.items():
+        keeps += _keeps(network, name, lost)
+        changes |= _width_changes(network, name, lost)
     changes |= _changes_of_attention(network.original, heads, removed)
-    for name, module in copies.items():
-        if isinstance(module, nn.MultiheadAttention):
+    for name in sides:
+        if isinstance(network.original.get_submodule(name), nn.MultiheadAttention):
             changes |= _forward_changes(network.original, name, {"reader": "out_proj"})
     return keeps + [
         Operation("attribute", module, name=attribute, before=before, value=value)
@@ -65,21 +58,43 @@ def operations_of(network: Network, heads: Sequence[Heads], removed: Mapping[Key
     ]
 
 
-def _cut(module: nn.Module, key: Key, removed: Mapping[Key, list[int]], graph: Any) -> None:
-    """Removes channels from one side of a module, or from both where they are in groups."""
-    (name, side), gone = key, removed[key]
-    if groups_of(module):
-        if side != "in":
-            _cut_groups(module, gone, removed.get((name, "in"), gone))
-        return
-    cut_own_tensors(module, str(side), gone)
-    if isinstance(module, nn.MultiheadAttention):
-        module.in_proj_weight.data = module.in_proj_weight.data[:, kept_indices(module.embed_dim, gone)]
-        module.embed_dim -= len(gone)
-        module.kdim = module.vdim = module.embed_dim
-        return
-    pruner = graph.get_pruner_of_module(module)
-    (pruner.prune_in_channels if side == "in" else pruner.prune_out_channels)(module, gone)
+def _keeps(network: Network, name: str, lost: Mapping[str, list[int]]) -> list[Operation]:
+    """What is left of the tensors of a module that loses channels on some of its sides."""
+    module, found = network.original.get_submodule(name), []
+    for tensor_name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        for axis, size in enumerate(tensor.shape):
+            side = _side_of(module, tensor_name, axis)
+            if side in lost and size == network.size((name, side)):
+                index = tuple(kept_indices(size, lost[side]))
+                found.append(Operation("keep", f"{name}.{tensor_name}", dim=axis, index=index))
+    return found
+
+
+def _side_of(module: nn.Module, tensor: str, axis: int) -> str:
+    """The side of a module whose channels an axis of one of its tensors may have; empty: none."""
+    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+        return "in" if axis == 1 and tensor.startswith(("weight_ih_l0", "in_proj_weight")) else ""
+    if is_depthwise(module):
+        return "through" if axis == 0 else ""
+    if width_of(module) is None:  # a norm, a PReLU, or an embedding: (tokens, channels)
+        return "through" if axis == isinstance(module, nn.Embedding) else ""
+    # Subclasses have more than weight and bias, such as gains of filters.
+    turned = isinstance(module, _ConvNd) and module.transposed and tensor == "weight"
+    return ("in" if (axis == 1) != turned else "out") if axis < 2 else ""
+
+
+def _width_changes(network: Network, name: str, lost: Mapping[str, list[int]]) -> _Changes:
+    """Attributes of a module that count the channels on its sides, or groups of them."""
+    module, found = network.original.get_submodule(name), {}
+    for attribute, before in _sizes(module).items():
+        side = next((side for side, names in _WIDTHS.items() if attribute in names), "")
+        side = "through" if side and is_depthwise(module) else side
+        if side in lost and (size := network.size((name, side))):
+            counts = before if isinstance(before, list) else [before]
+            after = [count - len(lost[side]) * count // size for count in counts]
+            if after != counts:
+                found[name, attribute] = (before, after if isinstance(before, list) else after[0])
+    return found
 
 
 def _changes_of_attention(model: nn.Module, heads: Sequence[Heads], removed: Mapping[Key, list[int]]) -> _Changes:
@@ -106,75 +121,6 @@ def _forward_changes(model: nn.Module, name: str, spec: dict[str, Any]) -> _Chan
                     changes[inner, "activation_relu_or_gelu"] = (layer.activation_relu_or_gelu, 0)
     changes[name, "forward"] = (attention.forward_of(model.get_submodule(name)), spec)
     return changes
-
-
-def _cut_groups(module: nn.Module, gone: list[int], read: list[int]) -> None:
-    """Removes whole groups of channels.
-
-    Args:
-        gone: output channels. read: input channels.
-    """
-    groups = groups_of(module)
-    if isinstance(module, nn.GroupNorm):
-        outputs = inputs = module.num_channels
-    else:
-        assert isinstance(module, _ConvNd)
-        outputs, inputs = module.out_channels, module.in_channels
-    left = kept_indices(outputs, gone)
-    cut = {i // (outputs // groups) for i in gone}
-    if cut != {i // (inputs // groups) for i in read} or len(gone) * groups != len(cut) * outputs:
-        raise ValueError(f"{type(module).__name__} in {groups} groups can only lose whole ones, not outputs {gone}")
-    for tensor in module.parameters(recurse=False):
-        tensor.data = tensor.data[left]
-    if isinstance(module, nn.GroupNorm):
-        module.num_channels, module.num_groups = len(left), groups - len(cut)
-    else:
-        module.out_channels, module.in_channels = len(left), inputs - inputs // groups * len(cut)
-        module.groups = groups - len(cut)
-
-
-def cut_own_tensors(module: nn.Module, role: str, gone: list[int]) -> None:
-    """Removes channels from what a subclass of a layer has beside weight and bias, such as gains of filters."""
-    if width_of(module) is None:
-        return
-    linear = isinstance(module, nn.Linear)
-    size = getattr(module, f"{'in' if role == 'in' else 'out'}_{'features' if linear else 'channels'}")
-    left = kept_indices(size, gone)
-    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-        axis = int(role == "in")
-        if name not in ("weight", "bias") and tensor.ndim > axis and tensor.shape[axis] == size:
-            tensor.data = tensor.data.index_select(axis, torch.tensor(left, device=tensor.device))
-
-
-def _tags(tensor: Tensor) -> Tensor:
-    """Each entry's own flat index."""
-    return torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
-
-
-def _tagged(module: nn.Module) -> nn.Module:
-    module = copy.deepcopy(module)
-    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        tensor.data = _tags(tensor)
-    return module
-
-
-def _kept(name: str, tags: Tensor, left: Tensor) -> list[Operation]:
-    """The `keep` operations that turn the whole tensor of flat indices into what is left of it."""
-    operations = []
-    expected = tags
-    for dim in range(tags.ndim):
-        if left.shape[dim] == tags.shape[dim]:
-            continue
-        line = left
-        for other in reversed(range(tags.ndim)):
-            if other != dim:
-                line = line.select(other, 0)
-        index = (line.long() // tags.stride(dim)) % tags.shape[dim]
-        expected = expected.index_select(dim, index)
-        operations.append(Operation("keep", name, dim=dim, index=tuple(index.tolist())))
-    if expected.shape != left.shape or not torch.equal(expected, left):
-        raise ValueError(f"what must go from tensor {name!r} is no set of rows or columns")
-    return operations
 
 
 def _sizes(module: nn.Module) -> dict[str, Any]:

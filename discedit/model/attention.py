@@ -13,6 +13,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ _SIZES = {"reshape", "view", "unflatten", "split", "split_with_sizes"}  # method
 
 
 class Untraceable(ValueError):
-    """Why a module's forward cannot be followed."""
+    """Why channels, or a module's forward, cannot be followed."""
 
 
 class NarrowAttention(nn.Module):
@@ -215,15 +216,11 @@ def is_spec(value: Any) -> bool:
         return False
     if set(value) == {"reader"}:
         return True
-    layers, given = value.get("layers"), value.get("given")
+    kinds = {"layers": list, "reader": str, "whole": int, "given": dict, "ndim": int, "channels_last": bool}
     return (
-        set(value) == {"layers", "reader", "whole", "given", "ndim", "channels_last"}
-        and isinstance(layers, list)
-        and all(isinstance(name, str) for name in layers)
-        and isinstance(given, dict)
-        and all(type(length) is int for length in given.values())
-        and all(type(value[name]) is int for name in ("whole", "ndim"))
-        and type(value["channels_last"]) is bool
+        {name: type(part) for name, part in value.items()} == kinds
+        and all(isinstance(name, str) for name in value["layers"])
+        and all(type(length) is int for length in value["given"].values())
     )
 
 
@@ -293,6 +290,7 @@ class _Narrowed:
         self.spec = spec
         self.width = width_of_heads(module, spec["reader"])
         self.changed = False
+        self._known: dict[fx.Node, Any] = {}  # what nodes become for the heads
         base = class_of(module)
         state = {name: value for name, value in module.__dict__.items() if name != "_narrow"} | {"training": training}
         state |= attributes or {}
@@ -326,16 +324,10 @@ class _Narrowed:
         self.forward: Callable[..., Any] = scope["forward"]
 
     def _rewrite(self) -> None:
-        inside = self._inside()
-        known: dict[fx.Node, Any] = {}
-
-        def told(source: fx.Node) -> Any:
-            return self._told(source, inside, known)
-
         for node in list(self.graph.nodes):
-            if node not in inside:
+            if node not in self._heads:
                 continue
-            args, kwargs = fx.map_arg((node.args, node.kwargs), told)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self._told)
             if (node.op == "call_method" and node.target in _SIZES) or node.target in (torch.reshape, torch.split):
                 args, kwargs = fx.node.map_aggregate((args, kwargs), self._size)
             self.changed |= (args, kwargs) != (node.args, node.kwargs)
@@ -348,26 +340,19 @@ class _Narrowed:
         self.changed = True
         return self.width
 
-    def _inside(self) -> set[fx.Node]:
-        """What is made of the heads, until they are read."""
-        found: set[fx.Node] = set()
+    @cached_property
+    def _heads(self) -> set[fx.Node]:
+        """What is made of the heads, and read by the reader: shapes behind it are those of the input again."""
+        made, read = set[fx.Node](), set[fx.Node]()
         for node in self.graph.nodes:
             if not self._calls(node, self.spec["reader"]) and (
-                self._calls(node, *self.spec["layers"]) or any(source in found for source in node.all_input_nodes)
+                self._calls(node, *self.spec["layers"]) or not made.isdisjoint(node.all_input_nodes)
             ):
-                found.add(node)
-        return self._before_reader(found)
-
-    def _before_reader(self, nodes: set[fx.Node]) -> set[fx.Node]:
-        """Those that the reader comes from: shapes behind it are those of the input again."""
-        found: set[fx.Node] = set()
-        stack = [node for node in self.graph.nodes if self._calls(node, self.spec["reader"])]
-        while stack:
-            for source in stack.pop().all_input_nodes:
-                if source in nodes and source not in found:
-                    found.add(source)
-                    stack.append(source)
-        return found
+                made.add(node)
+        for node in reversed(self.graph.nodes):
+            if node in read or self._calls(node, self.spec["reader"]):
+                read |= made.intersection(node.all_input_nodes)
+        return read
 
     def _calls(self, node: fx.Node, *layers: str) -> bool:
         """Whether a node calls one of these layers, be it with others or by a function that is handed its weight."""
@@ -383,24 +368,21 @@ class _Narrowed:
                 return str(weight.target).removesuffix(".weight")
         return ""
 
-    def _told(self, node: fx.Node, inside: set[fx.Node], known: dict[fx.Node, Any]) -> Any:
+    def _told(self, node: fx.Node) -> Any:
         """What a node that is no part of the heads becomes there: itself, unless it is made of the width."""
-        if node in inside:
+        if node in self._heads:
             return node
-        if node not in known:
-            known[node] = node
-            if self._is_width(node):
-                known[node] = self.width
-            elif node.op == "call_function" and node.target in _ARITHMETIC:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._told(n, inside, known))
-                if (args, kwargs) != (node.args, node.kwargs):
-                    function: Any = node.target
-                    if not any(isinstance(arg, fx.Node) for arg in args):
-                        known[node] = function(*args, **kwargs)
-                    else:
-                        with self.graph.inserting_after(node):
-                            known[node] = self.graph.call_function(function, args, kwargs)
-        return known[node]
+        if node not in self._known:
+            self._known[node] = self.width if self._is_width(node) else node
+            if self._known[node] is node and node.op == "call_function" and node.target in _ARITHMETIC:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), self._told)
+                function: Any = node.target
+                if not any(isinstance(arg, fx.Node) for arg in args):
+                    self._known[node] = function(*args, **kwargs)
+                elif (args, kwargs) != (node.args, node.kwargs):
+                    with self.graph.inserting_after(node):
+                        self._known[node] = self.graph.call_function(function, args, kwargs)
+        return self._known[node]
 
     def _is_width(self, node: fx.Node) -> bool:
         """Whether a node is the number of channels of a tensor."""

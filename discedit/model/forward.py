@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from discedit.backends import arguments
 from discedit.common import validation
 from discedit.model.functional import LayersCalled
+from discedit.model.sharded import identity
+
+Note = TypeVar("Note")
 
 _CACHES = ("past_key_values", "past_key_value", "cache_params")  # state for the next call, whose shape follows heads
 _DEPTH = 16  # how far nests of outputs are looked into
@@ -54,6 +58,33 @@ def version_of(tensor: Tensor) -> int | None:
     """A number that rises with every change in place; None where torch keeps none (a part of the model that runs in
     inference mode)."""
     return None if tensor.is_inference() else tensor._version
+
+
+class TensorNotes(Generic[Note]):
+    """Something known of each of some tensors, until it is changed in place.
+
+    A distributed tensor and its local one are the same here. None is kept alive: a pass must not hold every map.
+    """
+
+    def __init__(self) -> None:
+        self._notes: MutableMapping[Tensor, tuple[int, Note]] = WeakIdKeyDictionary()  # in the order of the notes
+
+    def note(self, tensor: Tensor, what: Note) -> None:
+        self.forget(tensor)
+        local = identity(tensor)
+        if (version := version_of(local)) is not None:
+            self._notes[local] = version, what
+
+    def of(self, tensor: Tensor) -> Note | None:
+        local = identity(tensor)
+        version, what = self._notes.get(local, (None, None))
+        return what if version is not None and version == version_of(local) else None
+
+    def items(self) -> list[tuple[Tensor, Note]]:
+        return [(tensor, what) for tensor, (_, what) in self._notes.items()]
+
+    def forget(self, tensor: Tensor) -> None:
+        self._notes.pop(identity(tensor), None)
 
 
 @contextmanager
@@ -171,14 +202,13 @@ def map_tensors(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
     return inputs
 
 
-def index_samples(inputs: Any, index: Tensor, samples: int) -> Any:
+def index_samples(inputs: Any, index: Tensor | slice, samples: int) -> Any:
     """The same nest for some of the samples; what has no sample axis stays as it is."""
-    return map_tensors(inputs, lambda t: t[index.to(t.device)] if t.ndim and len(t) == samples else t)
 
+    def taken(x: Tensor) -> Tensor:
+        return x[index if isinstance(index, slice) else index.to(x.device)]
 
-def narrowed(inputs: Any, size: int, few: int, start: int = 0) -> Any:
-    """Some samples of a batch; tensors without its sample axis stay whole."""
-    return map_tensors(inputs, lambda x: x[start : start + few] if x.ndim and len(x) == size else x)
+    return map_tensors(inputs, lambda x: taken(x) if x.ndim and len(x) == samples else x)
 
 
 class Quota:
@@ -239,10 +269,6 @@ def samples_in(inputs: Any) -> int:
     """Size of the first axis of the first tensor; 0 where there is none."""
     first = first_tensor(inputs)
     return len(first) if first is not None and first.ndim else 0
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {place: tuple(tensor.shape) for place, tensor in tensors.items()}
 
 
 def tensors_in(

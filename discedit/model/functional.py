@@ -57,15 +57,12 @@ class LayersCalled(TorchFunctionMode):
         """The layer that has this weight now: edits replace weights."""
         if not isinstance(weight, nn.Parameter):
             return None
-        for known in (True, False):
-            if not known:
-                layers = (module for module in self._model.modules() if isinstance(module, nn.Linear))
-                plain = (layer for layer in layers if type(layer).forward is nn.Linear.forward)
-                self._layers = {id(layer._parameters.get("weight")): layer for layer in plain}
-            layer = self._layers.get(id(weight))
-            if layer is not None and layer._parameters.get("weight") is weight:
-                return layer
-        return None
+        known = self._layers.get(id(weight))
+        if known is None or known._parameters.get("weight") is not weight:
+            layers = (module for module in self._model.modules() if isinstance(module, nn.Linear))
+            plain = (layer for layer in layers if type(layer).forward is nn.Linear.forward)
+            self._layers = {id(layer._parameters.get("weight")): layer for layer in plain}
+        return self._layers.get(id(weight))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -73,7 +70,8 @@ class LayersCalled(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.linear:
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-            called = _is_called(given["weight"], sys._getframe(1))
+            caller = _caller(sys._getframe(1))
+            called = caller is not None and caller._parameters.get("weight") is given["weight"]
             layer = None if called else self._layer_of(given["weight"])
             if layer is not None:
                 self._acted = True
@@ -185,12 +183,6 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) 
     return found
 
 
-def _is_called(weight: Tensor, frame: FrameType | None) -> bool:
-    """Whether a layer with this weight, in whose forward the function stands, is the one that runs."""
-    module = _caller(frame)
-    return module is not None and module._parameters.get("weight") is weight
-
-
 def _caller(frame: FrameType | None) -> nn.Module | None:
     """The module in whose method a function was called, perhaps by other functions."""
     for _ in range(_DEEP):
@@ -207,9 +199,6 @@ def _caller(frame: FrameType | None) -> nn.Module | None:
 @contextmanager
 def _bias_of(layer: nn.Linear, bias: Tensor | None) -> Iterator[None]:
     own = layer._parameters["bias"]
-    if bias is own:
-        yield
-        return
     layer._parameters["bias"] = bias  # type: ignore[assignment]
     try:
         yield

@@ -5,7 +5,6 @@ Which channels can be removed together is for pruning alone: see the room `graph
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,15 +20,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from discedit.model.forward import (
+    TensorNotes,
     call,
     device_of,
     first_tensor,
     frozen_eval,
     hooked,
     index_samples,
-    narrowed,
     samples_in,
-    shapes_of,
     tensors_in,
     to_device,
     version_of,
@@ -82,48 +80,6 @@ def has_channels_last(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.LayerNorm))
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A norm that a layer's output goes straight into.
-
-    Attributes:
-        name, module: the norm.
-        is_affine: it is a plain affine map per channel: a batch norm with running statistics and no activation inside.
-        takes_constants: it is a batch norm whose running mean can take constants that are added to what it reads.
-    """
-
-    name: str
-    module: nn.Module
-    is_affine: bool
-    takes_constants: bool
-
-
-@dataclass(frozen=True)
-class TrainMode:
-    """What runs in train mode, as far as that decides it: see `training_branches`.
-
-    Attributes:
-        runs: module -> how often it was called.
-        outputs: place in what the model gives -> shape of the tensor there.
-        nested: as in `ModelTrace`.
-    """
-
-    runs: dict[str, int]
-    outputs: dict[str, tuple[int, ...]]
-    nested: set[str] = field(default_factory=set, compare=False)
-
-    @classmethod
-    def of(cls, model: nn.Module, inputs: Any) -> TrainMode | None:
-        """None: the model does not run there."""
-        tracing = Tracing(model, samples_in(inputs))
-        try:
-            with training_branches(model), tracing:
-                output = call(model, inputs)
-        except Exception:  # what does not run in train mode has no branches there
-            return None
-        return cls(tracing.seen.runs, shapes_of(dict(tensors_in(output))), tracing.seen.nested)
-
-
 @dataclass
 class ModelTrace:
     """What a forward pass in eval mode shows of a model.
@@ -134,7 +90,8 @@ class ModelTrace:
         model: what was traced, without its wrappers.
         samples: that ran; 0: the inputs hold no tensor with samples.
         runs: module -> how often it was called, in the order in which they first began.
-        training: what it does in train mode; None: it was not asked, or does not run there.
+        training: the same of train mode, as far as that decides what runs: see `training_branches`; None: it was not
+            asked, or does not run there.
         rows: module -> rows of the tensor that is its first argument; 0: there is none, or it has one axis.
         given: module -> shape of the first tensor that it gave, in the order in which they first ended.
         windows: layer -> rows of that tensor for each sample, 0: they are not in their order. Found out if asked for.
@@ -153,7 +110,7 @@ class ModelTrace:
     model: nn.Module
     samples: int = 0
     runs: dict[str, int] = field(default_factory=dict)
-    training: TrainMode | None = None
+    training: ModelTrace | None = None
     rows: dict[str, int] = field(default_factory=dict)
     given: dict[str, torch.Size] = field(default_factory=dict)
     windows: dict[str, int] = field(default_factory=dict)
@@ -167,8 +124,7 @@ class ModelTrace:
     logits: str = ""
     largest: int = 1
     nested: set[str] = field(default_factory=set)
-    _known_norms: dict[str, Norm] = field(default_factory=dict, init=False, repr=False)
-    _why_not_plain: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    _answers: dict[tuple[Callable[..., Any], str], Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(
@@ -191,12 +147,12 @@ class ModelTrace:
         whole = to_device(inputs, device_of(model))
         size = samples_in(whole)
         tracing = Tracing(model, size if few is None else min(size, few), layers)
-        inputs = narrowed(whole, size, tracing.seen.samples) if size else whole
+        inputs = index_samples(whole, slice(tracing.seen.samples), size) if size else whole
         with frozen_eval(model):
             with tracing:
                 output = call(model, inputs)
             trace = tracing.trace(output)
-            trace.training = TrainMode.of(model, inputs) if training else None
+            trace.training = _traced_in_training(model, inputs) if training else None
             if windows:
                 trace.windows = _windows(trace, model, whole)
         return trace
@@ -213,45 +169,36 @@ class ModelTrace:
     @property
     def branches(self) -> bool:
         """Whether other modules run in train mode, or run more or less often, or other outputs come out."""
-        return self.training is not None and self.training != TrainMode(self.runs, self.outputs)
-
-    @property
-    def unused(self) -> list[str]:
-        """Modules that did not run, in train mode neither where that was looked at."""
-        ran = self.runs.keys() | (self.training.runs.keys() if self.training else ())
-        return [name for name, _ in self.model.named_modules() if name not in ran]
+        other = self.training
+        return other is not None and (other.runs, other.outputs) != (self.runs, self.outputs)
 
     def in_order(self, names: Iterable[str]) -> list[str]:
         """Those that ran, in the order in which they first began."""
         wanted = set(names)
         return [name for name in self.runs if name in wanted]
 
-    def norm_behind(self, layer: str) -> Norm | None:
-        """The norm that the layer's output goes straight into."""
-        if layer not in self.norms:
-            return None
-        if layer not in self._known_norms:
-            name = self.norms[layer]
-            norm = self.model.get_submodule(name)
-            answers = [False, False]
-            if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
-                answers = [is_affine(norm), takes_constants(norm)]
-            self._known_norms[layer] = Norm(name, norm, *answers)
-        return self._known_norms[layer]
+    def _asked(self, question: Callable[[Any], Any], name: str) -> Any:
+        """What a module turns out to do."""
+        if (question, name) not in self._answers:
+            self._answers[question, name] = question(self.model.get_submodule(name))
+        return self._answers[question, name]
 
     def bias_norm(self, layer: str) -> _BatchNorm | None:
         """The batch norm behind a layer whose running mean can stand in for a bias of the layer."""
-        norm = self.norm_behind(layer)
-        known = norm is not None and norm.takes_constants
-        return norm.module if known and norm is not None and isinstance(norm.module, _BatchNorm) else None
+        norm = self.model.get_submodule(self.norms[layer]) if layer in self.norms else None
+        if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+            return None
+        return norm if self._asked(takes_constants, self.norms[layer]) else None
+
+    def has_affine_norm(self, layer: str) -> bool:
+        """Whether its `bias_norm` is a plain affine map per channel, with no activation inside."""
+        return self.bias_norm(layer) is not None and bool(self._asked(is_affine, self.norms[layer]))
 
     def why_not_plain(self, name: str) -> str:
         """Why a layer's output is not what its class makes of its weight and bias; empty when it is."""
         if name in self.borrowed:
             return "a function uses its weight, with a bias of its own making"
-        if name not in self._why_not_plain:
-            self._why_not_plain[name] = why_not_plain(self.model.get_submodule(name))
-        return self._why_not_plain[name]
+        return str(self._asked(why_not_plain, name))
 
     def why_not_read(self, name: str) -> str:
         """Why what a layer reads cannot be written as rows; empty when it can."""
@@ -335,6 +282,18 @@ def _random_state() -> Tensor:
     return torch.cat(states)
 
 
+def watched(module: nn.Module, note: Callable[[Tensor], Any], *, reads: bool) -> RemovableHandle:
+    """A hook that notes the first tensor that a module reads, or else gives."""
+
+    def see(_: nn.Module, *given: Any) -> None:
+        if (x := first_tensor(given[-1])) is not None:
+            note(x)
+
+    # Before tensor parallelism makes a local tensor of what it gives.
+    late = module.register_forward_hook
+    return module.register_forward_pre_hook(see) if reads else late(see, prepend=has_shards(module))
+
+
 def _windows(trace: ModelTrace, model: nn.Module, inputs: Any) -> dict[str, int]:
     """Of layers, see `ModelTrace`."""
     layers = {name: trace.model.get_submodule(name) for name, rows in trace.rows.items() if rows}
@@ -342,12 +301,7 @@ def _windows(trace: ModelTrace, model: nn.Module, inputs: Any) -> dict[str, int]
 
     def run(batch: Any) -> dict[str, Tensor]:
         seen: dict[str, Tensor] = {}
-
-        def note(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-            if (x := first_tensor(args)) is not None:
-                seen.setdefault(name, x)
-
-        with hooked([module.register_forward_pre_hook(partial(note, name)) for name, module in layers.items()]):
+        with hooked([watched(module, partial(seen.setdefault, name), reads=True) for name, module in layers.items()]):
             call(model, batch)
         return seen
 
@@ -356,9 +310,19 @@ def _windows(trace: ModelTrace, model: nn.Module, inputs: Any) -> dict[str, int]
     return {name: each if each * trace.samples == trace.rows[name] else 0 for name, each in found.items()}
 
 
+def _traced_in_training(model: nn.Module, inputs: Any) -> ModelTrace | None:
+    tracing = Tracing(model, samples_in(inputs))
+    try:
+        with training_branches(model), tracing:
+            output = call(model, inputs)
+    except Exception:  # what does not run in train mode has no branches there
+        return None
+    return tracing.trace(output)
+
+
 @dataclass(frozen=True)
 class _Known:
-    """A tensor whose channels are the components of layers. Held weakly: a pass must not keep every map alive.
+    """Of a tensor whose channels are the components of layers.
 
     Attributes:
         given_by: layers whose very output it is. behind: layers whose norm's output it is.
@@ -366,8 +330,6 @@ class _Known:
     """
 
     layers: tuple[str, ...]
-    tensor: weakref.ref[Tensor]
-    version: int
     last: bool
     given_by: tuple[str, ...] = ()
     behind: tuple[str, ...] = ()
@@ -392,7 +354,7 @@ class Tracing(TorchFunctionMode):
         self._layers = set(layers)
         self._widths: dict[str, int] = {}  # of layers, in the order in which they gave something
         self._vectors: list[tuple[str, Tensor, int | None]] = []  # outputs that may be the logits
-        self._known: dict[int, _Known] = {}  # by identity
+        self._known: TensorNotes[_Known] = TensorNotes()
         self._handles: list[RemovableHandle] = []
         modules = self.seen.model.named_modules()
         self._biases = {name: module._parameters.get("bias") for name, module in modules if is_layer(module)}
@@ -426,7 +388,7 @@ class Tracing(TorchFunctionMode):
 
     def _layers_of(self, tensor: Tensor, *, last: bool) -> tuple[str, ...]:
         """The layers whose components the tensor holds on the last axis, or on axis 1."""
-        known = self._of(tensor)
+        known = self._known.of(tensor)
         return known.layers if known is not None and (known.last == last or tensor.ndim == 2) else ()
 
     def _begin(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -435,8 +397,8 @@ class Tracing(TorchFunctionMode):
         seen.rows.setdefault(name, len(x) if x is not None and x.ndim > 1 else 0)
         around = name.rpartition(".")[0]
         if x is not None and isinstance(self.seen.model.get_submodule(around), nn.MultiheadAttention):
-            self._keep((around,), x, last=True)
-        known = None if x is None else self._of(x)
+            self._known.note(x, _Known((around,), last=True))
+        known = None if x is None else self._known.of(x)
         if known is not None and is_norm(module):
             for layer in known.given_by:
                 seen.norms.setdefault(layer, name)
@@ -456,18 +418,18 @@ class Tracing(TorchFunctionMode):
             seen.given.setdefault(name, x.shape)
             seen.largest = max(seen.largest, x.numel() * x.element_size())
             sources = tuple(layer for layer, norm in seen.norms.items() if norm == name) if is_norm(module) else ()
-            if sources and (known := self._of(x)) is not None:
-                self._keep(known.layers, x, known.last, behind=sources)
+            if sources and (known := self._known.of(x)) is not None:
+                self._known.note(x, _Known(known.layers, known.last, behind=sources))
             if is_layer(module) or name in self._layers:
                 self._note(name, module, x)
 
     def _note(self, name: str, module: nn.Module, x: Tensor) -> None:
         """The tensor holds the components of the layer."""
         last = has_channels_last(module)
-        before = self._of(x)
+        before = self._known.of(x)
         others = before.layers if before is not None and before.last == last else ()
         given_by, behind = ((), ()) if before is None else (before.given_by, before.behind)
-        self._keep((*others, name), x, last, given_by=(*given_by, name), behind=behind)
+        self._known.note(x, _Known((*others, name), last, given_by=(*given_by, name), behind=behind))
         if is_layer(module):
             width = x.shape[-1 if last else 1] if x.ndim > 1 else 0
             self._widths.setdefault(name, width)
@@ -475,33 +437,19 @@ class Tracing(TorchFunctionMode):
                 self._vectors.append((name, identity(x), version_of(identity(x))))
 
     def _head(self, logits: Tensor) -> str | None:
-        known = self._of(logits)
+        known = self._known.of(logits)
         same = [name for name in known.given_by if name in self._widths] if known is not None else []
         same = same or [
             name for name, x, version in self._vectors if version_of(x) == version and _is_same(x, identity(logits))
         ]
         return same[-1] if same else None
 
-    def _keep(self, layers: tuple[str, ...], tensor: Tensor, last: bool, **more: tuple[str, ...]) -> None:
-        local = identity(tensor)
-        version = version_of(local)
-        if version is not None:
-            self._known[id(local)] = _Known(layers, weakref.ref(local), version, last, **more)
-
-    def _of(self, tensor: Any) -> _Known | None:
-        tensor = identity(tensor)
-        found = self._known.get(id(tensor))
-        alive = None if found is None else found.tensor()
-        if found is None or alive is None or alive is not tensor or found.version != version_of(alive):
-            return None
-        return found
-
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # Before the call, which may change its arguments.
         maps = [arg for arg in args if isinstance(arg, Tensor) and arg.ndim > 1]
-        known = [self._of(arg) for arg in maps]
+        known = [self._known.of(arg) for arg in maps]
         sources = {one.layers if one is not None else () for one in known}
         first = known[0] if known else None
         shape = maps[0].shape if maps else torch.Size()
@@ -510,8 +458,8 @@ class Tracing(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if first is not None and len(sources) == 1 and _is_one_by_one(func, args) and isinstance(result, Tensor):
             kept = result.shape == shape if first.last else result.shape[:2] == shape[:2]
-            if kept and self._of(result) is None:  # dropout gives in eval mode the very tensor that it reads
-                self._keep(first.layers, result, first.last)
+            if kept and self._known.of(result) is None:  # dropout gives in eval mode the very tensor that it reads
+                self._known.note(result, _Known(first.layers, first.last))
         return result
 
 
@@ -551,6 +499,12 @@ def training_branches(model: nn.Module) -> Iterator[None]:
             for buffer, value in buffers:
                 if buffer.shape == value.shape:
                     buffer.copy_(value)
+
+
+def outputs_in_training(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    """What a model gives in train mode, as far as that decides what runs, by places that say so."""
+    with training_branches(model):
+        return {f"{place}{IN_TRAINING}": tensor for place, tensor in tensors_in(call(model, inputs))}
 
 
 class _WithoutDropout(TorchFunctionMode):

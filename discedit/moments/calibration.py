@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from discedit.model.forward import device_of, first_tensor, map_tensors, narrowed, unpack_batch
+from discedit.model.forward import device_of, first_tensor, index_samples, map_tensors, unpack_batch
 from discedit.model.trace import ModelTrace
 
 SAMPLES = 1024  # at most this many are looked at
@@ -46,7 +46,7 @@ def calibrated(
         elif not fits(taken[0], inputs):
             break
         few = min(size, most - total)
-        taken.append(narrowed(inputs, size, few))
+        taken.append(index_samples(inputs, slice(few), size))
         total += few
         if total >= most:
             break
@@ -55,14 +55,15 @@ def calibrated(
     whole, samples = concat_batches(taken, batch_size_of(op, taken[0])), min(total, limit)
     parts = 1 if device.type != "cpu" else min(PARTS, samples, -(-samples * trace.largest // MAP))
     rest = total - samples
-    behind = concat_batches([narrowed(whole, total, rest, samples)], rest) if rest else None
+    behind = concat_batches([index_samples(whole, slice(samples, samples + rest), total)], rest) if rest else None
     return _in_parts(whole, total, samples, parts), trace, behind
 
 
 def _in_parts(inputs: Any, total: int, samples: int, parts: int) -> list[Any]:
     """The first samples of a batch, of so many in total, in equal parts."""
     each = -(-samples // parts)
-    return [narrowed(inputs, total, min(each, samples - start), start) for start in range(0, samples, each)]
+    starts = range(0, samples, each)
+    return [index_samples(inputs, slice(start, min(start + each, samples)), total) for start in starts]
 
 
 def held_out_of(samples: int) -> int:
@@ -88,7 +89,8 @@ def kept_back(op: str, inputs: Sequence[Any], further: Any) -> tuple[list[Any], 
     if samples == 1:
         return list(inputs), HeldOut(inputs[0], 1, apart=False)
     whole, left = concat_batches(inputs, sizes[0]), samples - number
-    return _in_parts(whole, samples, left, len(sizes)), HeldOut(narrowed(whole, samples, number, left), number)
+    parts = _in_parts(whole, samples, left, len(sizes))
+    return parts, HeldOut(index_samples(whole, slice(left, samples), samples), number)
 
 
 def batch_size_of(op: str, inputs: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,8 +17,8 @@ from discedit.backends import arguments, select
 from discedit.common import validation
 from discedit.common.warning import warn
 from discedit.model.forward import call, first_tensor, hooked, outside_inference_mode, samples_in, to_device
-from discedit.model.sharded import Channels, has_shards, unwrapped
-from discedit.model.trace import ModelTrace, SampleOrder, components_in, has_channels_last
+from discedit.model.sharded import Channels, unwrapped
+from discedit.model.trace import ModelTrace, SampleOrder, components_in, has_channels_last, watched
 from discedit.moments.data_pass import Pass, RunOptions
 from discedit.moments.moments import GREATEST_EXPONENT, Moments, Statistic
 
@@ -410,18 +411,7 @@ class PoolingHooks:
 
     def _hook(self, place: str, note: Callable[[str, Tensor], None]) -> RemovableHandle:
         """Has the first tensor that a module reads or gives noted."""
-        module = self._modules[_module_at(place)]
-
-        def see(_: nn.Module, *given: Any) -> None:
-            if (x := first_tensor(given[-1])) is not None:
-                note(place, x)
-
-        handle: RemovableHandle
-        if place.startswith(INPUT):
-            handle = module.register_forward_pre_hook(see)
-        else:  # before tensor parallelism makes a local tensor of it
-            handle = module.register_forward_hook(see, prepend=has_shards(module))
-        return handle
+        return watched(self._modules[_module_at(place)], partial(note, place), reads=place.startswith(INPUT))
 
 
 def _module_at(place: str) -> str:

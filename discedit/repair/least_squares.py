@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 import threading
-import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import dropwhile
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from discedit.common.warning import warn
-from discedit.model.forward import call, first_tensor, frozen_eval, version_of
+from discedit.model.forward import TensorNotes, call, first_tensor, frozen_eval
 from discedit.model.functional import LayersCalled
 from discedit.model.trace import ModelTrace, is_layer
 from discedit.moments.calibration import PARTS, HeldOut, scale_of
@@ -126,7 +125,7 @@ def repaired(
     result, after = Repairs(edited), trace.of_copy(edited)
     names = _to_fit(trace, after, set(consumers), ignore, result)
     for name in names:
-        after.bias_norm(name)  # found out before there are hooks
+        after.has_affine_norm(name)  # found out before there are hooks
     sums: dict[str, Sums] = {}
     guards: dict[str, Sums] = {}
 
@@ -234,13 +233,10 @@ class _Target:
         return rows[:, torch.tensor(sorted({*range(rows.shape[1])}.difference(self.gone)), device=rows.device)]
 
 
-@dataclass(frozen=True)
-class _Output:
-    """A tensor that a layer has given. Held weakly: a pass must not keep every feature map alive."""
+class _Output(NamedTuple):
+    """Of a tensor that a layer has given."""
 
     layer: str
-    tensor: weakref.ref[Tensor]
-    version: int
     normed: bool  # goes into a batch norm
 
 
@@ -251,7 +247,8 @@ class ActivationTracker(TorchFunctionMode):
         super().__init__()
         self.trace, self.model, self.targets = trace, trace.model, targets
         self.norms = {name: trace.bias_norm(name) for name in targets}
-        self.outputs: dict[int, _Output] = {}  # by identity
+        self.affine = {name for name in targets if trace.has_affine_norm(name)}
+        self.outputs: TensorNotes[_Output] = TensorNotes()
         self.repeating = False  # a layer runs once more, which nobody is told
         self._handles: list[RemovableHandle] = []
         self._thread = threading.get_ident()
@@ -261,8 +258,7 @@ class ActivationTracker(TorchFunctionMode):
             layer = self.model.get_submodule(name)
             self._handles.append(layer.register_forward_pre_hook(self._hook(partial(self.before, name))))
             self._handles.append(layer.register_forward_hook(self._hook(partial(self._ran, name))))
-            known = self.trace.norm_behind(name)
-            if norm is not None and known is not None and known.is_affine:  # behind an activation, a sum asks nothing
+            if norm is not None and name in self.affine:  # behind an activation, a sum asks nothing
                 self._handles.append(norm.register_forward_hook(self._hook(partial(self._record, name, False))))
         return super().__enter__()  # type: ignore[no-untyped-call]
 
@@ -313,36 +309,30 @@ class ActivationTracker(TorchFunctionMode):
 
     def _record(self, name: str, normed: bool, _: Tensor, output: Tensor) -> None:
         self.forget(name)
-        self.outputs.pop(id(output), None)  # of a tensor that is gone: the order of the dict is that of the layers
         # What changes a tensor in place, such as an activation, makes it another one.
-        version = version_of(output)
-        if version is not None:
-            self.outputs[id(output)] = _Output(name, weakref.ref(output), version, normed)
+        self.outputs.note(output, _Output(name, normed))
 
     def forget(self, name: str) -> None:
-        self.outputs = {key: known for key, known in self.outputs.items() if known.layer != name}
-
-    def known(self, tensor: Tensor) -> _Output | None:
-        """What is known of it, if it is the output of a layer."""
-        found = self.outputs.get(id(tensor))
-        if found is None or found.tensor() is not tensor or found.version != version_of(tensor):
-            return None
-        return found
+        for tensor, output in self.outputs.items():
+            if output.layer == name:
+                self.outputs.forget(tensor)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         tensors = len(args) == 2 and all(isinstance(arg, Tensor) for arg in args) and not kwargs
         if func in _ADDITIONS and tensors and args[0].shape == args[1].shape:
-            order = list(self.outputs)
-            known = [i for i in (0, 1) if (given := self.known(args[i])) is not None and not given.normed]
+            order = [output.layer for _, output in self.outputs.items()]
+            found = {i: self.outputs.of(args[i]) for i in (0, 1)}
+            known = {i: output.layer for i, output in found.items() if output is not None and not output.normed}
             if known:  # of two, the one that ran later: only then is the other what it will stay
-                mine = max(known, key=lambda i: order.index(id(args[i])))
-                self.on_add(self.outputs.pop(id(args[mine])).layer, args[mine], args[1 - mine])
+                mine = max(known, key=lambda i: order.index(known[i]))
+                self.outputs.forget(args[mine])
+                self.on_add(known[mine], args[mine], args[1 - mine])
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             for arg in args:
-                used = self.known(arg) if isinstance(arg, Tensor) and arg is not result else None
+                used = self.outputs.of(arg) if isinstance(arg, Tensor) and arg is not result else None
                 if used is not None and func not in ((functional.batch_norm,) if used.normed else _ADDITIONS):
                     self.on_use(used.layer)
         return result
