@@ -165,7 +165,7 @@ def test_what_was_made_for_a_smaller_model_needs_the_removal_below_it():
         lambda: stack.remove("prune"),
         "edit 'repair' cannot be without 'prune'",
         "tensor 'a.weight' must have shape [5, 3, 3, 3], the model's has [6, 3, 3, 3]",
-        "Make it anew on stack.model",
+        "Remove it first, and make it anew on stack.model",
     )
     refused(stack, lambda: stack.push("late", zeroed(base, "a", [1])), "edit 'late' cannot be on top of the others")
     stack.remove("repair")

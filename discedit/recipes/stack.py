@@ -110,7 +110,7 @@ class Stack:
         """
         if name not in self:
             raise ValueError(f"Stack.remove: name must be one of {self.names}, got {name!r}.")
-        self._change({other: recipe for other, recipe in self._pushed.items() if other != name}, f" without {name!r}")
+        self._change({other: recipe for other, recipe in self._pushed.items() if other != name}, without=name)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write stack.json and the recipes, each as `Recipe.save` does; returns stack.json's path.
@@ -166,15 +166,18 @@ class Stack:
         stack._change(recipes)
         return stack
 
-    def _change(self, recipes: dict[str, Recipe], situation: str = "") -> None:
+    def _change(self, recipes: dict[str, Recipe], without: str = "") -> None:
         """All or nothing."""
         model, applied = copied(self._base), {}
         for name, recipe in recipes.items():
             try:
                 applied[name] = recipe.apply(model, inplace=True).recipe
             except ValueError as error:
-                what = f"Stack: edit {name!r} cannot be{situation or ' on top of the others'}"
-                raise ValueError(f"{what}: {error} Make it anew on stack.model.") from error
+                where = f"without {without!r}" if without else "on top of the others"
+                advice = "Remove it first, and make it" if without else "Make it"
+                raise ValueError(
+                    f"Stack: edit {name!r} cannot be {where}: {error} {advice} anew on stack.model."
+                ) from error
         self._model, self._pushed, self._applied = model, recipes, applied
 
 
