@@ -288,6 +288,18 @@ def test_a_layer_that_runs_twice_is_left_out_whoever_reads_it():
         assert list(collect_moments(net, DataLoader(small_data(), 20), 5)) == ["first"]
 
 
+def test_a_layer_that_runs_twice_in_a_later_batch_is_an_error():
+    """What it gave in the batches before is not of all samples."""
+
+    def run(net, x):
+        x = net.second(net.first(x))
+        return net.head((net.second(x) if len(x) == 7 else x).mean((2, 3)))
+
+    net = Net(run, first=nn.Conv2d(3, 4, 3), second=nn.Conv2d(4, 4, 1), head=nn.Linear(4, 5)).eval()
+    with pytest.raises(ValueError, match=r"layer 'first' must be read once .* but 'second' ran again in a batch of 7"):
+        collect_moments(net, DataLoader(small_data(27), 20), 5)
+
+
 def test_progress_goes_to_stderr(capsys):
     collect_moments(small_model(), DataLoader(small_data(), 20), 5, progress=True)
     captured = capsys.readouterr()

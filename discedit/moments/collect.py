@@ -295,16 +295,15 @@ class PoolingHooks:
         self.norms: dict[str, str] = {}  # layer -> the norm that it goes straight into
         self._places: dict[str, str] = {}  # layer -> where it is read
         self._pools: dict[str, _Pool] = {}  # by place
-        self._handles: dict[str, RemovableHandle] = {}
+        self._handles: list[RemovableHandle] = []
         self._samples = 0
         self._ran: set[str] = set()
-        self._repeated: set[str] = set()
 
     def __enter__(self) -> PoolingHooks:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for handle in self._handles.values():
+        for handle in self._handles:
             handle.remove()
 
     def run(self, inputs: Any) -> Any:
@@ -318,9 +317,6 @@ class PoolingHooks:
 
     def take(self) -> Iterator[tuple[str, Tensor]]:
         """The pooled planes of the batch that just ran, by layer; the next batch overwrites them."""
-        if self._repeated:
-            self._leave_out([layer for layer, place in self._places.items() if place in self._repeated], REPEATED)
-            self._repeated.clear()
         for layer, place in self._places.items():
             planes = self._pools[place].planes
             if place not in self._ran or planes is None:
@@ -328,11 +324,15 @@ class PoolingHooks:
             yield layer, planes
 
     def _at(self, place: str, x: Tensor) -> None:
+        pool = self._pools[place]
         if place in self._ran:
-            self._repeated.add(place)
-        else:
-            self._ran.add(place)
-            self._pools[place].read(x, self._samples)
+            raise ValueError(
+                f"{OP}: layer {pool.layer!r} must be read once per forward pass, as for the first few samples, but "
+                f"{_module_at(place)!r} ran again in a batch of {self._samples}. Leave it out: name the others in "
+                "layers."
+            )
+        self._ran.add(place)
+        pool.read(x, self._samples)
 
     def _discover(self, inputs: Any) -> None:
         try:
@@ -359,8 +359,7 @@ class PoolingHooks:
             tokens = {place for place in tokens if len(trace.given[_module_at(place)]) == 3}
             self._leave_out([layer for layer, place in self._places.items() if place not in tokens], TOKENLESS)
         self.norms = {layer: norm for layer, norm in trace.norms.items() if layer in self._places}
-        for place in self._pools:
-            self._handles[place] = self._hook(place, self._at)
+        self._handles = [self._hook(place, self._at) for place in self._pools]
 
     def _place_of(self, layer: str, trace: ModelTrace) -> str | None:
         """Where a layer is read. What runs twice serves several layers: no single one may be read there."""
@@ -406,8 +405,6 @@ class PoolingHooks:
         self._places = {layer: place for layer, place in self._places.items() if layer not in layers}
         for place in self._pools.keys() - self._places.values():
             del self._pools[place]
-            if place in self._handles:
-                self._handles.pop(place).remove()
 
     def _hook(self, place: str, note: Callable[[str, Tensor], None]) -> RemovableHandle:
         """Has the first tensor that a module reads or gives noted."""
