@@ -20,9 +20,9 @@ from discedit.moments.positions import matrix_of
 from discedit.scoring.scores import REDUCTIONS, Scores
 from discedit.selection.candidates import Candidates
 
-OF_WEIGHTS = ("l1", "l2", "random")
+POWERS = {"l1": 1, "l2": 2}  # of weights
 OF_CONSUMERS = ("energy", "reconstruction", "combined", "fidelity")
-CRITERIA = (*REDUCTIONS, *OF_WEIGHTS, *OF_CONSUMERS)
+CRITERIA = (*REDUCTIONS, *POWERS, "random", *OF_CONSUMERS)
 COMPONENTS = ("filters", "neurons", "heads")  # by default
 RIDGE = 1e-4  # of the mean variance of an input
 TINY = 1e-300
@@ -129,8 +129,8 @@ def component_importances(
     if isinstance(criterion, Random):
         generator = torch.Generator().manual_seed(criterion.seed)
         return {layer: torch.rand(n, generator=generator, dtype=torch.float64) for layer, n in counts.items()}, {}
-    if criterion in ("l1", "l2"):
-        return {layer: _weight_norms(graph, parts, int(criterion[1])) for layer, parts in found.items()}, {}
+    if criterion in POWERS:
+        return {layer: _weight_norms(graph, parts, POWERS[criterion]) for layer, parts in found.items()}, {}
     scores = candidates.scores if criterion == "combined" else None
     values, why = _of_consumers(graph.model, REDUCTION_OF[criterion], scores or {}, graph, counts, inputs, trace)
     for layer in why:
