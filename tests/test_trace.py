@@ -223,8 +223,8 @@ def test_layers_that_are_not_plain_say_so():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_what_modules_do_is_seen_in_half_precision_too(dtype):
     trace = ModelTrace.of(nn.Sequential(nn.Conv2d(3, 4, 1), WithActivation(4)).eval().to(dtype), X.to(dtype))
-    assert not trace.norm_behind("0").is_affine
-    assert trace.norm_behind("0").takes_constants
+    assert not trace.has_affine_norm("0")
+    assert trace.bias_norm("0") is not None
     layer = nn.Linear(4, 4).to(dtype)
     layer.forward = lambda x: F.linear(x, layer.weight, layer.bias).relu()
     assert "whose output is not what Linear makes" in ModelTrace(layer).why_not_plain("")
