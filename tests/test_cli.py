@@ -463,7 +463,7 @@ def test_interrupted_is_130_and_a_bug_is_an_exception(place, tmp_path, monkeypat
     assert "of our own making" in json.loads(capsys.readouterr().out)["error"]
 
 
-def test_a_failing_group_is_4(place, tmp_path, monkeypatch, capsys):
+def test_a_failing_group_is_4(place, scored, tmp_path, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("[gloo] Connection closed by peer")
 
@@ -475,6 +475,14 @@ def test_a_failing_group_is_4(place, tmp_path, monkeypatch, capsys):
     assert "another process of the group failed" in capsys.readouterr().err
     assert main(["prune", *with_data(place), "--ratio", "0.3", "--out", str(tmp_path / "run")]) == 2
     assert "only score takes several" in capsys.readouterr().err
+    assert main(["report", str(scored), "--out", str(tmp_path / "report")]) == 2
+    assert "report runs on one rank, torchrun started 2" in capsys.readouterr().err
+
+    # Rank 0 alone writes, perhaps on another machine: what the others have there does not matter.
+    assert main(["score", *with_data(place), "--out", str(scored)]) == 2
+    assert "holds another run" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert main(["score", *with_data(place), "--out", str(scored)]) == 4
 
 
 def test_every_sample_goes_to_one_rank(place, tmp_path, monkeypatch):
@@ -628,6 +636,9 @@ def test_options_of_the_document_are_those_of_the_parser(capsys):
             ["score", *MODEL, "--data", "{place}/train.npz", "--mean", "0", "--std", "0"],
             "0.0 is not in the range x>0",
         ),
+        (["score", *MODEL, "--data", "{place}/train.npz", "--mean", "nan", "--std", "1"], "'--mean': 'nan' is not fin"),
+        (["score", *MODEL, "--data", "{place}/train.npz", "--timeout", "inf"], "'--timeout': 'inf' is not finite"),
+        (["score", *MODEL, "--data", "{place}/train.npz", "--device", "cuda:99"], "--device: torch finds"),
         (["score", *MODEL, "--data", "{place}/train.npz", "--size", "9"], "the model takes 9 x 9"),
         (["score", *MODEL, "--data", "{place}/train.npz", "--size", "0x4"], "0 is not in the range"),
         (["score", *MODEL, "--data", "{place}/train.npz", "--num-classes", "5"], "names 10"),

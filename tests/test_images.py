@@ -1,5 +1,7 @@
 """Image folders, archives and factories as batches: values against torch and NumPy, and hostile files."""
 
+import sys
+
 import click
 import numpy as np
 import pytest
@@ -79,7 +81,7 @@ def test_an_archive_is_what_the_zoo_gives(cifar):
     assert torch.equal(y, cifar[2].tensors[1])
 
 
-def test_archives_of_every_form(tmp_path):
+def test_archives_of_every_form(tmp_path, monkeypatch):
     grey, colour, labels = (
         pixels(5, 4, 6).transpose(2, 0, 1),
         np.stack([pixels(5, 4, seed=i) for i in range(6)]),
@@ -95,6 +97,9 @@ def test_archives_of_every_form(tmp_path):
         np.savez(tmp_path / f"{name}.npz", images=images, labels=labels)
         assert torch.equal(all_of(open_archive(tmp_path / f"{name}.npz"))[0], expected), name
     one = open_archive(tmp_path / "one.npz")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "PIL", None)  # optional, and not needed where images fit
+        assert len(all_of(one)[0]) == 6
     one.preprocessing = Preprocessing(channels=3, mean=(0.5,), std=(0.25,))
     expected = ((torch.from_numpy(grey)[:, None].float() / 255 - 0.5) / 0.25).expand(-1, 3, -1, -1)
     torch.testing.assert_close(all_of(one)[0], expected)

@@ -215,6 +215,16 @@ def test_errors_mask_nothing(change, message):
     assert not prune.is_pruned(model)
 
 
+def test_a_computed_weight_masks_nothing():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3))
+    nn.utils.parametrizations.weight_norm(model[1])
+    with pytest.raises(ValueError, match="prune_model: layers must have weights that are parameters, that of '1' is"):
+        prune_model(model, {"0": torch.rand(4), "1": torch.rand(6)}, 0.5)
+    assert not prune.is_pruned(model)
+    with pytest.raises(ValueError, match="discedit_structured: name must be a parameter of at least two axes"):
+        discedit_structured(model[1], "weight", 0.5, torch.rand(6))
+
+
 def test_a_norm_of_another_width_masks_nothing():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(4))

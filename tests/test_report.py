@@ -535,6 +535,17 @@ def test_bad_input(arguments, error, message, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_numbers_serve_as_names(tmp_path):
+    def page(kind):
+        accuracy = {kind(0.3): [0.5, 1.0, 1.0], kind(0.5): [0.5, 0.9, 1.0]}
+        curve = [{"title": kind(0.3), "accuracy": 0.8, "macs": 0.7}]
+        names = [kind(k) for k in range(3)]
+        scores = random_scores([4], 3)
+        return report(tmp_path / "page.html", scores, accuracy=accuracy, curve=curve, class_names=names).read_bytes()
+
+    assert page(lambda number: number) == page(str)
+
+
 def test_names():
     names = sections.Names(["vit.layers.0.fc", "vit.layers.1.fc", "vit.layers.1.attention.query"], ["a"])
     assert names.prefix == "vit.layers."

@@ -595,7 +595,7 @@ def _second_moments(bench: Bench, kind: str, samples: int) -> Row:
     loader = InTurns(bench, copy.deepcopy(model), images(bench, samples, 2), min(2, bench.sizes.rounds))
     moments = collect_second_moments(model, _inputs_of(loader), kind=kind, progress=False)
     assert moments.samples == samples * (1 + 2 * loader.rounds)
-    assert all(bool(tensor.isfinite().all()) for state in moments.values() for tensor in state.tensors().values())
+    assert all(bool(tensor.isfinite().all()) for state in moments.values() for tensor in state.named().values())
     return {"layers": len(moments), **loader.times()}
 
 

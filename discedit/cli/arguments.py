@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -45,8 +46,23 @@ MODULE:FACTORY that gives a dataset or loader, such as 'discedit.zoo:cifar10("tr
 
 # ---- what values look like -------------------------------------------------------------------------------------------
 
-NUMBER = click.FLOAT
-ABOVE_ZERO = click.FloatRange(0, min_open=True)
+
+class Finite(click.types.FloatParamType):
+    """A number that is neither NaN nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not finite.", param, ctx)
+        return number
+
+
+class FiniteRange(click.FloatRange, Finite):
+    """One in a range."""
+
+
+NUMBER = Finite()
+ABOVE_ZERO = FiniteRange(0, min_open=True)
 COUNT = click.IntRange(1, 10**9)
 SIDE = click.IntRange(1, 1 << 13)
 EXISTING = click.Path(exists=True, path_type=Path)

@@ -367,7 +367,7 @@ def report_command(options: Options, console: Console) -> Result:
         console.say(f"scores: of {title}; {len(scored) - 1} other runs hold scores too")
     edits, accuracy, curve = _of_edits(runs)
     model = record.get("model")
-    target = RunFolder(options.out, overwrite=options.overwrite)
+    target = RunFolder(options, console)
     report(
         target.file("report.html"),
         Scores.load(folder / "scores.safetensors"),

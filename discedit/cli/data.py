@@ -153,14 +153,7 @@ def image_tensor(item: Path | np.ndarray[Any, Any], known: Preprocessing) -> Ten
         if not bool(image.isfinite().all()):
             raise InputError("must be finite, it holds NaN or Inf.")
     else:
-        from PIL import Image
-
-        if isinstance(item, np.ndarray):
-            picture = Image.fromarray(item[..., 0] if item.shape[2] == 1 else item)
-        else:
-            picture = Image.open(item)
-        with picture:
-            pixels = np.array(fitted(converted(picture, known.channels), known))
+        pixels = _pixels(item, known)
         image = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None])
         image = image.permute(2, 0, 1).float().div_(255)
     if known.mean is None or known.std is None:
@@ -169,6 +162,23 @@ def image_tensor(item: Path | np.ndarray[Any, Any], known: Preprocessing) -> Ten
         if len(values) not in (1, len(image)):
             raise InputError(f"has {len(image)} channels: {argument} must be 1 number or {len(image)}, got {values}.")
     return image.sub_(torch.tensor(known.mean).view(-1, 1, 1)).div_(torch.tensor(known.std).view(-1, 1, 1))
+
+
+def _pixels(item: Path | np.ndarray[Any, Any], known: Preprocessing) -> np.ndarray[Any, Any]:
+    """Of the size and the channels that the model takes: (height, width[, channels]), uint8."""
+    if isinstance(item, np.ndarray):
+        *sides, channels = item.shape
+        whole = known.size in (None, tuple(sides)) and known.resize in (None, min(sides))
+        if whole and known.channels in (None, channels):
+            return item  # Pillow is optional
+    from PIL import Image
+
+    if isinstance(item, np.ndarray):
+        picture = Image.fromarray(item[..., 0] if channels == 1 else item)
+    else:
+        picture = Image.open(item)
+    with picture:
+        return np.array(fitted(converted(picture, known.channels), known))
 
 
 def converted(image: Image, channels: int | None) -> Image:

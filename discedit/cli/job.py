@@ -77,9 +77,7 @@ def prepare(options: Options, console: Console, *, classes: int = 0) -> Job:
     `classes` is their number where neither an option nor data tells, such as that of given scores.
     """
     rank, ranks = console.rank, console.ranks
-    if ranks > 1 and console.command != "score":
-        raise InputError(f"{console.command} runs on one rank, torchrun started {ranks}: only score takes several.")
-    folder = RunFolder(options.out, overwrite=options.overwrite)
+    folder = RunFolder(options, console)
     torch.manual_seed(options.seed)
     device, dtype = _device(options.device, ranks), getattr(torch, options.dtype)
     source = open_model(options.model, pretrained=options.pretrained)
@@ -132,6 +130,8 @@ def _device(name: str, ranks: int) -> torch.device:
     with explained(f"--device: {name!r} cannot be used"):
         device = torch.device(name)
         if device.type == "cuda":
+            if device.index >= (found := torch.cuda.device_count()):
+                raise InputError(f"--device: torch finds {found} CUDA devices, got {name!r}.")
             torch.cuda.set_device(device)
     return device
 

@@ -76,14 +76,20 @@ def _integer_of_environment(name: str, default: int) -> int:
 class RunFolder:
     """A folder that holds one run: looked at before the work, made by the first file after it; run.json is the last."""
 
-    def __init__(self, path: Path, *, overwrite: bool) -> None:
-        self.path = path
+    def __init__(self, options: Any, console: Console) -> None:
+        if console.ranks > 1 and console.command != "score":
+            only = f"torchrun started {console.ranks}: only score takes several"
+            raise InputError(f"{console.command} runs on one rank, {only}.")
+        self.path: Path = options.out
         self._files: list[str] = []
-        self._old = [name for name in NAMES if (path / name).is_file()]
-        if self._old and not overwrite:
+        self._old: list[str] = []
+        if console.rank:  # another one writes
+            return
+        self._old = [name for name in NAMES if (self.path / name).is_file()]
+        if self._old and not options.overwrite:
             what = "another run" if FILE in self._old else ", ".join(self._old)
-            raise InputError(f"--out: {str(path)!r} holds {what}; name another folder, or add --overwrite.")
-        nearest = next(place for place in (path, *path.parents) if place.exists())
+            raise InputError(f"--out: {str(self.path)!r} holds {what}; name another folder, or add --overwrite.")
+        nearest = next(place for place in (self.path, *self.path.parents) if place.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise InputError(f"--out: must be a folder that can be written to, {str(nearest)!r} is none.")
 

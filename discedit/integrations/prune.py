@@ -70,8 +70,8 @@ def discedit_structured(
     """
     op = "discedit_structured"
     values = of_layer(op, "scores", scores, reduction)
-    parameter = getattr(module, name, None)
-    if not isinstance(parameter, Tensor) or parameter.ndim < 2:
+    parameter: Any = getattr(module, name, None)
+    if not _is_parameter(module, name) or parameter.ndim < 2:
         raise ValueError(f"{op}: name must be a parameter of at least two axes, got {name!r} of {module}.")
     if not -parameter.ndim <= dim < parameter.ndim:
         raise ValueError(f"{op}: dim must be an axis of {name!r}, {validation.shape_of(parameter)}, got {dim}.")
@@ -134,6 +134,8 @@ def prune_model(
         if width != len(values[layer]):
             has = "is no convolution or linear layer of the model" if width is None else f"has {width} channels"
             raise ValueError(f"{op}: scores must fit the layers, {layer!r} {has}, it has {len(values[layer])} scores.")
+        if not _is_parameter(modules[layer], "weight"):
+            raise ValueError(f"{op}: layers must have weights that are parameters, that of {layer!r} is computed.")
         left = int(_active(modules[layer]).sum())
         if isinstance(number, int) and number > left:
             raise ValueError(f"{op}: amount must be at most the {left} channels that {layer!r} has left, got {number}.")
@@ -166,6 +168,11 @@ def _mask(module: nn.Module, norm: nn.Module | None, amount: int | float, scores
 def _output_axis(module: nn.Module) -> int:
     """Axis of the weight that a layer's channels are on."""
     return 1 if getattr(module, "transposed", False) else 0
+
+
+def _is_parameter(module: nn.Module, name: str) -> bool:
+    """Of the module itself, masked or not; not what a parametrization computes."""
+    return isinstance(module._parameters.get(name, module._parameters.get(f"{name}_orig")), nn.Parameter)
 
 
 def _active(module: Any) -> Tensor:

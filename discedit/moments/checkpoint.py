@@ -55,7 +55,9 @@ class Checkpoint(Generic[Saved]):
     ) -> None:
         if not isinstance(folder, (str, os.PathLike)):
             raise ValueError(f"{op}: checkpoint must be a folder's path, got {folder!r}.")
-        self.op, self.every, self._last = op, validation.at_least_zero(op, "checkpoint_every", every), time.monotonic()
+        if not validation.is_number(every) or not every >= 0:
+            raise ValueError(f"{op}: checkpoint_every must be a number of seconds of at least 0, got {every!r}.")
+        self.op, self.every, self._last = op, every, time.monotonic()
         place = Path(folder)
         if place.exists() and not place.is_dir():
             raise ValueError(f"{op}: checkpoint must be a folder, {str(folder)!r} is a file.")

@@ -35,7 +35,7 @@ class RunOptions(TypedDict, total=False):
         group: "world" or a process group of torch.distributed whose processes each pass over a share of the data; every
             one of them gets the moments of all, the same bits.
         checkpoint: a folder for the state of the pass, which goes on from there when it is called again.
-        checkpoint_every: seconds between two states on disk, 60 by default.
+        checkpoint_every: seconds between two states on disk, 60 by default; inf: at the end alone.
     """
 
     progress: bool | None

@@ -60,8 +60,9 @@ def ranges(indices: Iterable[int]) -> list[tuple[int, int]]:
     return [(run[0], run[-1]) for run in found]
 
 
-def shortened(name: str, most: int = 60) -> str:
-    """A name that is long loses its middle: layers differ at the end."""
+def shortened(name: object, most: int = 60) -> str:
+    """A name, or a number that serves as one; one that is long loses its middle: layers differ at the end."""
+    name = str(name)
     return name if len(name) <= most else f"{name[: most // 3]}…{name[-(most - most // 3 - 1) :]}"
 
 
@@ -81,7 +82,7 @@ class Names:
     """Names of layers and classes: whole, and short where room is short."""
 
     def __init__(self, layers: Iterable[str], classes: Sequence[str]) -> None:
-        self.classes = list(classes)
+        self.classes = list(map(str, classes))
         parents = [layer.split(".")[:-1] for layer in layers]
         shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))
         self.prefix = "".join(f"{parts[0]}." for parts in shared) if len(parents) > 1 else ""
