@@ -63,7 +63,8 @@ class Group:
             return [word]
         words = torch.zeros(self.size, dtype=torch.int64, device=self._device)
         self._answer(dist.all_gather_into_tensor, words, torch.tensor([word], device=self._device))
-        return [int(number) for number in words]
+        found: list[int] = words.tolist()
+        return found
 
     def gather(self, data: bytes) -> Iterator[bytes]:
         """Every process's bytes, in rank order; to be taken to the end: each is sent when the one before has been."""
