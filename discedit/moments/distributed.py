@@ -125,7 +125,8 @@ class Group:
 
 def _owners(tensors: Iterable[Tensor]) -> list[int]:
     """How many hold each tensor: the first number falls just before the lock is taken, the other when it was."""
-    return [number for x in tensors for number in (x._use_count(), sys.getrefcount(x))]  # type: ignore[attr-defined]
+    # The former is private to torch: without it the latter alone must do.
+    return [number for x in tensors for number in (getattr(x, "_use_count", int)(), sys.getrefcount(x))]
 
 
 class ShardSampler(Sampler[int]):
