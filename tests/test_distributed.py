@@ -383,11 +383,11 @@ def test_nothing_holds_what_was_sent(tmp_path):
     script = """
         sent = []
         def noted(operation):
-            def run(*tensors, **options):
-                sent.extend(map(weakref.ref, tensors))
-                return operation(*tensors, **options)
+            def run(*given, **options):
+                sent.extend(weakref.ref(x) for one in given for x in (one if isinstance(one, list) else [one]))
+                return operation(*given, **options)
             return run
-        dist.all_gather_into_tensor, dist.broadcast = noted(dist.all_gather_into_tensor), noted(dist.broadcast)
+        dist.all_gather, dist.broadcast = noted(dist.all_gather), noted(dist.broadcast)
         group = Group("op", "world")
         for i in range(100):
             assert group.agree(i + rank) == [i, i + 1]

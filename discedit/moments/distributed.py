@@ -61,10 +61,9 @@ class Group:
         """One number of every process, in rank order."""
         if self.alone:
             return [word]
-        words = torch.zeros(self.size, dtype=torch.int64, device=self._device)
-        self._answer(dist.all_gather_into_tensor, words, torch.tensor([word], device=self._device))
-        found: list[int] = words.tolist()
-        return found
+        words = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.size)]
+        self._answer(dist.all_gather, words, torch.tensor([word], device=self._device))
+        return [int(number) for number in words]
 
     def gather(self, data: bytes) -> Iterator[bytes]:
         """Every process's bytes, in rank order; to be taken to the end: each is sent when the one before has been."""
@@ -100,16 +99,17 @@ class Group:
         packed = list(self.gather(file.getvalue()))[giver]
         return torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
 
-    def _answer(self, operation: Callable[..., dist.Work], *tensors: Tensor, **options: int) -> None:
+    def _answer(self, operation: Callable[..., dist.Work], *given: Tensor | list[Tensor], **options: int) -> None:
         """Runs it to its end, and until nobody else holds the tensors.
 
         Gloo's thread lets go of them a moment after that end, for which it takes Python's lock. Were the main thread to
         end the group in that moment, as the end of a script with a model in DistributedDataParallel does, it would wait
         for gloo's and hold the lock, both for ever (seen with torch 2.13).
         """
+        tensors = [tensor for one in given for tensor in (one if isinstance(one, list) else [one])]
         before = _owners(tensors)
         try:
-            work = operation(*tensors, **options, group=self._group, async_op=True)
+            work = operation(*given, **options, group=self._group, async_op=True)
             try:
                 work.wait()
             finally:
