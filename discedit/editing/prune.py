@@ -192,6 +192,7 @@ class _Options:
         known["budget"] = budget_of("prune", known["budget"], given)
         known["components"] = kinds_of("prune", known["components"], (*KINDS, OUTPUTS))
         known["layers"] = None if layers is None else list(layers)
+        known["ignore"] = list(known["ignore"])
         return cls(**known)
 
     def settled(self, candidates: Candidates) -> _Options:
