@@ -223,7 +223,7 @@ PRUNE = on_model(
     option("--components", names, "filters,neurons,heads", f"all, or of {', '.join((*KINDS, OUTPUTS))}"),
     option("--across", ("auto", *NORMALISATIONS), "auto", "how layers compare"),
     option("--round-to", COUNT, 1, "what stays in a layer is a multiple of N"),
-    option("--floor", amount_by_layer, "1", "components that stay in each layer at least, or LAYER=N,..."),
+    option("--floor", amount_by_layer, "1", "components left in each layer at least, or LAYER=N,...", metavar="N"),
     LAYERS,
     option("--ignore", names, metavar="A,B,...", help="layers to leave whole"),
     option("--steps", click.IntRange(1, 1000), 1, "in N equal steps"),
