@@ -142,11 +142,11 @@ class ChannelGroups:
         }
 
     def _places(self, node: Any, function: Any, layer: str = "") -> list[Key]:
-        """What a node of torch-pruning's graph stands for; on the way of a layer's channels."""
+        """What a node of torch-pruning's graph stands for; on the way of a layer's channels, where that is known."""
         from torch_pruning.ops import OPTYPE
 
         network, number = self.network, id(node.module)
-        if number in network.dependencies.doubtful:
+        if layer and number in network.dependencies.doubtful:
             what, where = network.dependencies.doubtful[number]
             self.doubtful.setdefault(layer, {})[what] = where
         if number in network.dependencies.opaque:

@@ -63,7 +63,8 @@ class Group:
             return [word]
         words = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.size)]
         self._answer(dist.all_gather, words, torch.tensor([word], device=self._device))
-        return [int(number) for number in words]
+        found: list[int] = torch.cat(words).tolist()  # one wait for the device, not one for each process
+        return found
 
     def gather(self, data: bytes) -> Iterator[bytes]:
         """Every process's bytes, in rank order; to be taken to the end: each is sent when the one before has been."""
