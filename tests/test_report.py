@@ -510,6 +510,15 @@ def test_templates_escape_everything():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"path": 5}, TypeError, r"path must be a path, got int"),
+        ({"edits": [1]}, TypeError, r"edits must be a mapping of titles to edits, got list"),
+        ({"edits": {"a": 1}}, TypeError, r"edits\['a'\] must be a discedit.Edit or a discedit.Recipe, got int"),
+        ({"accuracy": [1]}, TypeError, r"accuracy must be a mapping of titles to accuracies, got list"),
+        ({"accuracy": {"a": "high"}}, TypeError, r"accuracy\['a'\] must hold numbers, got 'high'"),
+        ({"curve": 5}, TypeError, r"curve must be a list of points, got int"),
+        ({"curve": [1]}, TypeError, r"curve\[0\] must be a mapping, got int"),
+        ({"class_names": 3}, TypeError, r"class_names must be a list of names, got int"),
+        ({"settings": [1]}, TypeError, r"settings must be a mapping of names to settings, got list"),
         ({"path": "page.pdf"}, ValueError, r"path must end in .html, got 'page.pdf'"),
         ({"scores": {}}, TypeError, r"scores must be a discedit.Scores, got dict"),
         ({"scores": Scores({}, {}, torch.ones(3), bound="", witness="", statistic="", norms={})}, ValueError,

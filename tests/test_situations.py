@@ -487,6 +487,55 @@ def test_batches_without_labels_where_they_are_looked_for(batch, said):
         discedit.collect_moments(network(), [batch], CLASSES)
 
 
+WRONG = {
+    "prune: scores must be a discedit.Scores, or importances by layer, got list": lambda m, s: discedit.prune(
+        m, [1.0], ratio=0.5, example_inputs=X[:2]
+    ),
+    "prune: layers must be a list of names, got '0'": lambda m, s: discedit.prune(
+        m, ratio=0.5, example_inputs=X[:2], layers="0"
+    ),
+    "prune: ignore must be a list of names, got 5": lambda m, s: discedit.prune(
+        m, ratio=0.5, example_inputs=X[:2], ignore=5
+    ),
+    "prune: components must be a list of names, got None": lambda m, s: discedit.prune(
+        m, ratio=0.5, example_inputs=X[:2], components=None
+    ),
+    "prune: criterion must be one of": lambda m, s: discedit.prune(
+        m, ratio=0.5, example_inputs=X[:2], criterion={"l1": 1}
+    ),
+    "prune: data must give batches, got int": lambda m, s: discedit.prune(m, ratio=0.5, example_inputs=X[:2], data=5),
+    "prune: data must give .inputs, labels. pairs": lambda m, s: discedit.prune(
+        m, ratio=0.5, example_inputs=X[:2], data=[5]
+    ),
+    "iterative_prune: rescore must be a function of a model, got int": lambda m, s: discedit.iterative_prune(
+        m, ratio=0.5, steps=2, example_inputs=X[:2], rescore=5
+    ),
+    "unlearn: scores must be a discedit.Scores, got dict": lambda m, s: discedit.unlearn(m, {}, classes=[1]),
+    "unlearn: layers must be a list of names, got 5": lambda m, s: discedit.unlearn(m, s, classes=[1], layers=5),
+    "unlearn: data must give batches, got int": lambda m, s: discedit.unlearn(m, s, classes=[1], data=5),
+    "importances: scores must be a discedit.Scores, got list": lambda m, s: discedit.importances(
+        m, [1.0], "l1", example_inputs=X[:2]
+    ),
+    "collect_moments: layers must be a list of names, got .1.": lambda m, s: discedit.collect_moments(
+        m, DATA, CLASSES, layers=[1]
+    ),
+    "collect_moments: loader must give batches, got int": lambda m, s: discedit.collect_moments(m, 5, CLASSES),
+    "collect_second_moments: layers must be a list of names, got 5": lambda m, s: collect_second_moments(
+        m, DATA, layers=5
+    ),
+    "Stack: model must be a torch.nn.Module, got int": lambda m, s: discedit.Stack(5),
+    "preset: name must be one of": lambda m, s: discedit.preset({}),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_an_argument_of_a_wrong_type_is_named(said):
+    model = network()
+    scores = discedit.score(discedit.collect_moments(model, DATA, CLASSES))
+    with pytest.raises((TypeError, ValueError), match=f"^{said}"):
+        WRONG[said](model, scores)
+
+
 def test_an_empty_first_batch_shows_nothing():
     expected = discedit.collect_moments(network(), DATA, CLASSES)
     got = discedit.collect_moments(network(), [(X[:0], Y[:0]), *DATA], CLASSES)

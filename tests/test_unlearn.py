@@ -763,7 +763,7 @@ BAD = {
     "data=[(X, Y * 0 + 1)]": r"data must hold samples of classes other than \[1\], it holds none\.",
     "data=[(X, Y), (X, Y + 9)]": r"batch 1: .*labels must lie in 0..9 .* found 10 at position 1",
     "data=[(X, Y[:3])]": r"data must give one label per sample, batch 0 has 4 samples and 3 labels\.",
-    "data=[X]": r"loader must give \(inputs, labels\) pairs, .*, batch 0 is a Tensor\.",
+    "data=[X]": r"data must give \(inputs, labels\) pairs, .*, batch 0 is a Tensor\.",
 }
 
 

@@ -26,14 +26,32 @@ def quoted(values: Collection[str]) -> str:
 
 
 def choice(op: str, argument: str, value: str, allowed: Collection[str]) -> str:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:  # what has no hash could not be looked for in a dict
         raise ValueError(f"{op}: {argument} must be one of {quoted(allowed)}, got {value!r}.")
     return value
 
 
+def instance(op: str, argument: str, value: Any, kinds: type | tuple[type, ...], called: str) -> None:
+    if not isinstance(value, kinds):
+        raise TypeError(f"{op}: {argument} must be {called}, got {type(value).__name__}.")
+
+
+def names(op: str, argument: str, value: Any) -> list[str]:
+    """Names of layers, from whatever gives them; one string would give its letters."""
+    found = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else [None]
+    if not all(isinstance(name, str) for name in found):
+        raise TypeError(f"{op}: {argument} must be a list of names, got {value!r}.")
+    return found
+
+
+def batches(op: str, argument: str, value: Any) -> None:
+    """What a loop takes: also a data set that has items by number and no iterator."""
+    if not hasattr(value, "__iter__") and not hasattr(value, "__getitem__"):
+        raise TypeError(f"{op}: {argument} must give batches, got {type(value).__name__}.")
+
+
 def tensor(op: str, argument: str, value: Any, dtypes: Collection[torch.dtype]) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {argument} must be a torch.Tensor, got {type(value).__name__}.")
+    instance(op, argument, value, Tensor, "a torch.Tensor")
     if value.dtype not in dtypes:
         names = ", ".join(map(type_of, dtypes))
         raise ValueError(

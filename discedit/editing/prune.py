@@ -162,6 +162,8 @@ def iterative_prune(
     """
     op = "iterative_prune"
     steps = validation.positive_integer(op, "steps", steps)
+    if rescore is not None:
+        validation.instance(op, "rescore", rescore, Callable, "a function of a model")  # type: ignore[arg-type]
     if rescore is not None and steps == 1:
         raise ValueError(f"{op}: rescore needs steps above 1, got steps=1.")
     return _in_steps(model, scores, _Options.of(example_inputs=example_inputs, **options), steps, rescore)
@@ -191,8 +193,8 @@ class _Options:
         known["data"] = list(data) if isinstance(data, Iterator) else data
         known["budget"] = budget_of("prune", known["budget"], given)
         known["components"] = kinds_of("prune", known["components"], (*KINDS, OUTPUTS))
-        known["layers"] = None if layers is None else list(layers)
-        known["ignore"] = list(known["ignore"])
+        known["layers"] = None if layers is None else validation.names("prune", "layers", layers)
+        known["ignore"] = validation.names("prune", "ignore", known["ignore"])
         return cls(**known)
 
     def settled(self, candidates: Candidates) -> _Options:

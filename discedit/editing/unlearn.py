@@ -67,6 +67,7 @@ def unlearn(
     op = "unlearn"
     validation.module(op, model)
     model = unwrapped(model)
+    validation.instance(op, "scores", scores, Scores, "a discedit.Scores")
     forget = _checked_classes(scores, classes)
     others = [cls for cls in range(scores.num_classes) if cls not in forget and int(scores.counts[cls])]
     chosen = _method(method)
@@ -76,7 +77,7 @@ def unlearn(
     if data is not None and not others:
         raise ValueError(f"{op}: classes must leave at least one class with samples, got {forget}.")
     samples = None if data is None else ForgetRetainSplit(op, model, data, forget, scores.num_classes)
-    asked = None if layers is None else list(dict.fromkeys(layers))
+    asked = None if layers is None else list(dict.fromkeys(validation.names(op, "layers", layers)))
     problem = Problem(model, scores, forget, others, asked, samples, example_inputs, targets)
     if isinstance(chosen, EraseDirections) or (chosen is None and data is not None):
         check_layers(op, model, {layer: len(scores[layer]) for layer in scores}, None)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from discedit.common import validation
 from discedit.model.forward import call, device_of, first_tensor, frozen_eval
 from discedit.model.size import count_parameters
 from discedit.recipes.recipe import Edit, Recipe, architecture_of
@@ -45,8 +46,7 @@ def save_pretrained(edit: Edit, folder: str | os.PathLike[str]) -> bool:
     """
     import transformers
 
-    if not isinstance(edit, Edit):
-        raise TypeError(f"save_pretrained: edit must be a discedit.Edit, got {type(edit).__name__}.")
+    validation.instance("save_pretrained", "edit", edit, Edit, "a discedit.Edit")
     model: Any = edit.model
     name = type(model).__name__
     if not isinstance(model, transformers.PreTrainedModel) or getattr(transformers, name, None) is not type(model):

@@ -142,10 +142,12 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-def unpack_batch(op: str, batch: Any, index: int, device: torch.device, *, labels_needed: bool) -> tuple[Any, Any]:
+def unpack_batch(
+    op: str, batch: Any, index: int, device: torch.device, *, labels_needed: bool, argument: str = "loader"
+) -> tuple[Any, Any]:
     """Inputs on the model's device, and labels (None where there are none and none are needed).
 
-    A pair is always (inputs, labels).
+    A pair is always (inputs, labels). `argument` is what gave the batch, for errors.
     """
     inputs: Any
     labels: Any = None
@@ -165,7 +167,7 @@ def unpack_batch(op: str, batch: Any, index: int, device: torch.device, *, label
         elif isinstance(batch, (tuple, list)):
             found += f" of {len(batch)}"
         raise ValueError(
-            f"{op}: loader must give (inputs, labels) pairs, or dicts of arguments with 'labels', batch {index} is "
+            f"{op}: {argument} must give (inputs, labels) pairs, or dicts of arguments with 'labels', batch {index} is "
             f"{found}."
         )
     return to_device(inputs, device), labels

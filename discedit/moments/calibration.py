@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from discedit.common import validation
 from discedit.model.forward import device_of, first_tensor, index_samples, map_tensors, unpack_batch
 from discedit.model.trace import ModelTrace
 
@@ -31,11 +32,12 @@ def calibrated(
     With `further`, also a batch of the samples behind those, from the same pass over `data`, which may be shuffled anew
     in each; otherwise, and where there are none, None.
     """
+    validation.batches(op, "data", data)
     taken: list[Any] = []
     total, limit, most = 0, SAMPLES, 0
     device = device_of(model)
     for index, batch in enumerate(data):
-        inputs, _ = unpack_batch(op, batch, index, device, labels_needed=False)
+        inputs, _ = unpack_batch(op, batch, index, device, labels_needed=False, argument="data")
         size = batch_size_of(op, inputs)
         if not size:
             continue

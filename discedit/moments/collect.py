@@ -149,7 +149,8 @@ class _MomentPass(Pass[Moments]):
         run = dict(options)
         self.num_classes = validation.positive_integer(OP, "num_classes", num_classes)
         self._labels_from = validation.choice(OP, "labels", run.pop("labels", "given"), ("given", "predicted"))
-        self._names = run.pop("layers", None)
+        names = run.pop("layers", None)
+        self._names = None if names is None else validation.names(OP, "layers", names)
         settings = {name: run.pop(name) for name in SETTINGS if name in run}
         moments = Moments(self.num_classes * blocks, **settings, backend=run.get("backend", "auto"))
         given = self.num_classes if self._labels_from == "given" else None

@@ -59,6 +59,7 @@ class Pass(ABC, Generic[M]):
         self, op: str, model: nn.Module, loader: Iterable[Any], moments: M, labels: int | None, run: RunOptions
     ) -> None:
         validation.module(op, model)
+        validation.batches(op, "loader", loader)
         for name in run.keys() - RunOptions.__annotations__.keys():
             raise TypeError(f"{op}() got an unexpected keyword argument {name!r}")
         self.op, self.model, self.loader, self.moments, self.options = op, model, loader, moments, run

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from discedit.common import validation
 from discedit.model.forward import (
     Quota,
     call,
@@ -44,6 +45,7 @@ class ForgetRetainSplit:
     """
 
     def __init__(self, op: str, model: nn.Module, data: Iterable[Any], forget: list[int], num_classes: int) -> None:
+        validation.batches(op, "data", data)
         self.op, self.model, self.num_classes = op, model, num_classes
         self.forget = forget
         share = {"forget": -(-KEPT["forget"] // len(forget))}
@@ -56,7 +58,7 @@ class ForgetRetainSplit:
         found: dict[str, list[tuple[Any, Tensor]]] = {"forget": [], "retain": []}
         device = device_of(model)
         for index, batch in enumerate(data):
-            inputs, given = unpack_batch(op, batch, index, device, labels_needed=True)
+            inputs, given = unpack_batch(op, batch, index, device, labels_needed=True, argument="data")
             labels = checked_labels(op, given, num_classes, index).cpu().long()
             samples = batch_size_of(op, inputs)
             if samples != len(labels):

@@ -288,7 +288,7 @@ class _SecondMomentPass(Pass[SecondMoments]):
     ) -> None:
         super().__init__(OP, model, loader, moments, labels, run)
         self.layers: dict[str, nn.Module] = {}
-        self._names = None if names is None else list(names)
+        self._names = None if names is None else validation.names(OP, "layers", names)
         self._positions: dict[Any, Positions] = {}  # by layer, size of its output and device
 
     def prepare(self) -> dict[str, Any]:

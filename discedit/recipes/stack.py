@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from discedit.common import files
+from discedit.common import files, validation
 from discedit.recipes.recipe import Edit, Recipe, architecture_of, check_architecture, copied
 
 FILE = "stack.json"
@@ -47,6 +47,7 @@ class Stack:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        validation.module("Stack", model)
         self._base = copied(model)
         self._change({})
 
@@ -94,11 +95,8 @@ class Stack:
             raise ValueError(f"Stack.push: name must be a string that is not empty, got {name!r}.")
         if name in self:
             raise ValueError(f"Stack.push: name must not be in the stack yet, got {name!r}, which is in {self.names}.")
+        validation.instance("Stack.push", "edit", edit, (Edit, Recipe), "a discedit.Edit or a discedit.Recipe")
         recipe = edit.recipe if isinstance(edit, Edit) else edit
-        if not isinstance(recipe, Recipe):
-            raise TypeError(
-                f"Stack.push: edit must be a discedit.Edit or a discedit.Recipe, got {type(edit).__name__}."
-            )
         self._change({**self._pushed, name: copy.deepcopy(_without_undo(recipe))})
 
     def remove(self, name: str) -> None:

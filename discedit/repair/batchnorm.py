@@ -62,7 +62,7 @@ def _estimated(model: nn.Module, data: Iterable[Any]) -> dict[str, Tensor]:
             module.reset_running_stats()
             module.train()
         for index, batch in enumerate(data):
-            inputs, _ = unpack_batch("prune", batch, index, device, labels_needed=False)
+            inputs, _ = unpack_batch("prune", batch, index, device, labels_needed=False, argument="data")
             samples = batch_size_of("prune", inputs)
             if samples < 2:
                 continue

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 OP = "report"
+GIVEN: dict[str, tuple[tuple[type, ...], str]] = {  # argument -> its types and what they are called
+    "path": ((str, os.PathLike), "a path"),
+    "scores": ((Scores,), "a discedit.Scores"),
+    "edits": ((Mapping,), "a mapping of titles to edits"),
+    "accuracy": ((Mapping,), "a mapping of titles to accuracies"),
+    "curve": ((Sequence,), "a list of points"),
+    "class_names": ((Sequence,), "a list of names"),
+    "settings": ((Mapping,), "a mapping of names to settings"),
+}
 POINT = ("title", "accuracy", "parameters", "macs", "ratio")
 
 
@@ -58,7 +67,7 @@ def report(
         The path of the page.
 
     Raises:
-        TypeError: scores of another kind.
+        TypeError: an argument of another type.
         ValueError: a path with another ending, no layers, names or accuracies that do not fit the scores, accuracies or
             shares outside [0, 1], or settings that JSON does not have. Nothing is then written.
 
@@ -71,21 +80,26 @@ def report(
     True
     >>> folder.cleanup()
     """
+    edits, accuracy, curve = edits or {}, accuracy or {}, curve or ()
+    given = {"path": path, "scores": scores, "edits": edits, "accuracy": accuracy, "curve": curve}
+    given |= {"class_names": class_names or (), "settings": {} if settings is None else settings}
+    for argument, value in given.items():
+        validation.instance(OP, argument, value, *GIVEN[argument])
+    for name, made in edits.items():
+        validation.instance(OP, f"edits[{name!r}]", made, (Edit, Recipe), "a discedit.Edit or a discedit.Recipe")
     target = Path(path)
     if target.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"{OP}: path must end in .html, got {str(target)!r}.")
-    if not isinstance(scores, Scores):
-        raise TypeError(f"{OP}: scores must be a discedit.Scores, got {type(scores).__name__}.")
     if not scores:
         raise ValueError(f"{OP}: scores must hold at least one layer, it is empty.")
-    count, edits = scores.num_classes, edits or {}
+    count = scores.num_classes
     if class_names is None:
         class_names = [f"class {k}" for k in range(count)]
     if isinstance(class_names, str) or len(class_names) != count:
         raise ValueError(f"{OP}: class_names must name {count} classes, got {class_names!r}.")
     names = sections.Names(scores, class_names)
-    shares = {title: _shares(f"accuracy[{title!r}]", values, count) for title, values in (accuracy or {}).items()}
-    for i, point in enumerate(curve or ()):
+    shares = {title: _shares(f"accuracy[{title!r}]", values, count) for title, values in accuracy.items()}
+    for i, point in enumerate(curve):
         _check_point(f"curve[{i}]", point)
     try:
         json.dumps(settings)
@@ -124,7 +138,10 @@ def _template() -> Template:
 
 def _shares(argument: str, values: Any, count: int) -> Tensor:
     """Accuracy by class."""
-    shares = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    try:
+        shares = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{OP}: {argument} must hold numbers, got {values!r:.60}: {error}") from error
     if tuple(shares.shape) != (count,):
         shape = validation.shape_of(shares)
         raise ValueError(f"{OP}: {argument} must hold one share for each of {count} classes, got shape {shape}.")
@@ -135,6 +152,7 @@ def _shares(argument: str, values: Any, count: int) -> Tensor:
 
 def _check_point(argument: str, point: Mapping[str, Any]) -> None:
     """One point of a trade-off."""
+    validation.instance(OP, argument, point, Mapping, "a mapping")
     for key, value in point.items():
         if key not in POINT:
             raise ValueError(f"{OP}: {argument} must have keys out of {validation.quoted(POINT)}, got {key!r}.")

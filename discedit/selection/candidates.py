@@ -33,6 +33,7 @@ class Candidates:
             return cls({name: width for name, module in model.named_modules() if (width := components_in(module))})
         if isinstance(scores, Scores):
             return cls({layer: len(scores[layer]) for layer in scores}, scores=scores)
+        validation.instance(op, "scores", scores, Mapping, "a discedit.Scores, or importances by layer")
         for layer, values in scores.items():
             if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 1:
                 what = f"a {type(values).__name__}"

@@ -67,6 +67,7 @@ def importances(
     criterion = Random() if criterion == "random" else criterion
     kinds = kinds_of(op, components)
     validation.module(op, model)
+    validation.instance(op, "scores", scores, Scores, "a discedit.Scores")
     model = unwrapped(model)
     graph = Graph(op, model, example_inputs)
     known = [layer for layer in scores if components_in(model.get_submodule(layer)) is not None]
@@ -94,7 +95,7 @@ def check_criterion(op: str, criterion: str | Random | None, data: Any) -> None:
 
 def kinds_of(op: str, components: str | Iterable[str], known: tuple[str, ...] = KINDS) -> tuple[str, ...]:
     """The kinds of components asked for, checked."""
-    kinds = (components,) if isinstance(components, str) else tuple(components)
+    kinds = (components,) if isinstance(components, str) else validation.names(op, "components", components)
     kinds = tuple(dict.fromkeys(one for kind in kinds for one in (KINDS if kind == "all" else (kind,))))
     for kind in kinds:
         validation.choice(op, "components", kind, known)
