@@ -28,9 +28,12 @@ from discedit import (
     zoo,
 )
 from discedit.cli import data as _images
+from discedit.cli.errors import InputError, explained
 from discedit.cli.main import main
+from discedit.cli.models import load_weights
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.evaluation.relearning import Relearning
+from discedit.integrations import huggingface
 
 MODEL = ["--model", "discedit.zoo:DigitsNet"]
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -623,7 +626,10 @@ def test_options_of_the_document_are_those_of_the_parser(capsys):
         (["score", *MODEL, "--data", "{place}/train.npz", "--recipe", "{place}/no.json"], "does not exist"),
         (["score", *MODEL, "--data", "{place}/train.npz", "--device", "abacus"], "'--device': must be auto, cpu, cuda"),
         (["score", *MODEL, "--data", "{place}/train.npz", "--device", "meta"], "'--device': must be auto, cpu, cuda"),
-        (["score", *MODEL, "--data", "{place}/train.npz", "--bound-option", "radius=2"], "takes no options"),
+        (
+            ["score", *MODEL, "--data", "{place}/train.npz", "--bound-option", "radius=2"],
+            "--bound-option: score: 'radius' is no option of bound='minimax', which takes no options",
+        ),
         (
             ["score", *MODEL, "--data", "{place}/train.npz", "--bound", "certified", "--witness", "linear"],
             "value_range must be given",
@@ -680,6 +686,35 @@ def test_bad_input_is_2_and_named(place, scored, tmp_path, capsys, monkeypatch, 
     assert "Traceback" not in captured.err
     assert captured.out == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("load_pretrained: 'a' is damaged."), "--model: cannot load 'a': load_pretrained: 'a' is damaged."),
+        (TypeError("score: 'b' is no option."), "--model: cannot load 'a': score: 'b' is no option."),
+        (ValueError("invalid literal"), "--model: cannot load 'a': ValueError: invalid literal"),
+        (KeyError("weight"), "--model: cannot load 'a': KeyError: 'weight'"),
+    ],
+    ids=str,
+)
+def test_the_librarys_own_sentences_are_shown_as_they_are(error, said):
+    with pytest.raises(InputError) as shown, explained("--model: cannot load 'a'"):
+        raise error
+    assert shown.value.message == said
+
+
+def test_a_sentence_about_a_file_of_weights_names_no_type(tmp_path):
+    (tmp_path / "weights.txt").touch()
+    with pytest.raises(InputError, match=r"weights.txt' cannot be read: it must be a .safetensors, .pt or .pth file$"):
+        load_weights(torch.nn.Linear(1, 1), tmp_path / "weights.txt")
+
+
+def test_of_tied_weights_one_name_is_enough():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2, bias=False), "b": torch.nn.Linear(2, 2)})
+    model["b"].weight = model["a"].weight
+    assert huggingface.unfilled(model, ["b.weight"]) == ["b.bias"]
+    assert huggingface.unfilled(model, ["a.weight", "b.bias", "c"]) == []
 
 
 @pytest.mark.data

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
 
+OWN = re.compile(r"(--)?[A-Za-z_][\w.-]*: ")  # the op, or the option, that a sentence is about
 EXTRA = ("PIL", "timm", "transformers")  # packages that discedit[cli] installs
 
 
@@ -40,6 +42,8 @@ def explained(what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        # A sentence of the library's own, such as "score: bound must be ...", needs no type in front of it.
+        said = str(error) if OWN.match(str(error)) else f"{type(error).__name__}: {error}"
         missing = isinstance(error, ModuleNotFoundError) and error.name in EXTRA
         remedy = ", which is not installed: pip install 'discedit[cli]'" if missing else ""
-        raise InputError(f"{what}: {type(error).__name__}: {error}{remedy}") from error
+        raise InputError(f"{what}: {said}{remedy}") from error

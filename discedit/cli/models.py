@@ -140,7 +140,8 @@ def _huggingface(name: str) -> ModelSource:
             )
             absent = {kind.replace("_", " "): sorted(map(str, names)) for kind, names in report.items() if names}
             if absent:
-                raise ValueError("; ".join(f"{kind}: {some(names)}" for kind, names in absent.items()))
+                found = "; ".join(f"{kind}: {some(names)}" for kind, names in absent.items())
+                raise InputError(f"--model: cannot load {name!r}: {found}")
     labels = {int(index): str(label) for index, label in (model.config.id2label or {}).items()}
     names = [labels.get(index, "") for index in range(len(labels))]
     known = all(names) and names != [f"LABEL_{index}" for index in range(len(names))]
@@ -197,9 +198,8 @@ def load_weights(model: nn.Module, path: Path, *, argument: str = "--weights") -
     name is enough.
     """
     weights = _state_dict(path, argument)
-    own = model.state_dict(keep_vars=True)
-    filled = {id(own[name]) for name in weights.keys() & own.keys()}
-    missing = [n for n, t in own.items() if id(t) not in filled and not n.endswith("num_batches_tracked")]
+    missing = [name for name in huggingface.unfilled(model, weights) if not name.endswith("num_batches_tracked")]
+    own = model.state_dict()
     unexpected = [name for name in weights if name not in own]
     wrong = [f"{kind} {some(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names]
     try:
@@ -211,15 +211,16 @@ def load_weights(model: nn.Module, path: Path, *, argument: str = "--weights") -
 
 
 def _state_dict(path: Path, argument: str) -> Mapping[str, Tensor]:
-    with explained(f"{argument}: {str(path)!r} cannot be read"):
+    what = f"{argument}: {str(path)!r} cannot be read"
+    with explained(what):
         if path.suffix == ".safetensors":
             return load_file(path)
         if path.suffix not in (".pt", ".pth"):
-            raise ValueError("it must be a .safetensors, .pt or .pth file")
+            raise InputError(f"{what}: it must be a .safetensors, .pt or .pth file")
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:  # whose own message says how to run it all the same
-            raise ValueError("it is damaged, or holds more than tensors in plain containers") from error
+            raise InputError(f"{what}: it is damaged, or holds more than tensors in plain containers") from error
     if isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping):
         weights = weights["state_dict"]
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,18 @@ def _built(model_class: Any, config: Any) -> nn.Module:
 
 def _fill(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Gives the model these weights, in their own types: each exactly once; tied ones under any of their names."""
-    own = model.state_dict(keep_vars=True)
-    filled = {id(tensor) for name, tensor in own.items() if name in weights}
-    expected = {name: list(tensor.shape) for name, tensor in own.items() if name in weights or id(tensor) not in filled}
+    own, missing = model.state_dict(keep_vars=True), unfilled(model, weights)
+    expected = {name: list(tensor.shape) for name, tensor in own.items() if name in weights or name in missing}
     _check_shapes(source, {name: list(tensor.shape) for name, tensor in weights.items()}, expected)
     for name, tensor in weights.items():
         own[name].data = tensor.to(own[name].device, copy=True)  # which may be mapped from the file
+
+
+def unfilled(model: nn.Module, weights: Collection[str]) -> list[str]:
+    """The model's tensors that weights of these names leave as they are; of tied ones any of their names will do."""
+    own = model.state_dict(keep_vars=True)  # the parameters themselves: those of a plain state_dict are all others
+    filled = {id(own[name]) for name in weights if name in own}
+    return [name for name, tensor in own.items() if id(tensor) not in filled]
 
 
 def _pruned_config(recipe: Recipe, model: Any) -> Any:
