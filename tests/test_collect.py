@@ -379,13 +379,23 @@ X, Y = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
             {"num_classes": 4, "labels": "predicted"},
             r"needs logits of shape \(samples, 4\) .* got shape \(4, 5\)",
         ),
-        ([(X, Y)], {"statistic": "median"}, "Moments: statistic must be one of 'mean', .* got 'median'"),
+        ([(X, Y)], {"statistic": "median"}, "^collect_moments: statistic must be one of 'mean', .* got 'median'"),
         (
             [(X, Y)],
             {"statistic": ["mean"]},
-            "Moments: statistic must be a tuple or list of names for witness='vec",
+            "^collect_moments: statistic must be a tuple or list of names for witness='vec",
         ),
-        ([(X, Y)], {"witness": "exp"}, "scale must be a finite number above 0 for witness='exp', got None"),
+        (
+            [(X, Y)],
+            {"read": "input"},
+            "^collect_moments: read must be one of 'consumer', 'norm', 'output', got 'input'",
+        ),
+        ([(X, Y)], {"backend": "abacus"}, "^collect_moments: backend must be one of 'auto', .* got 'abacus'"),
+        (
+            [(X, Y)],
+            {"witness": "exp"},
+            "^collect_moments: scale must be a finite number above 0 for witness='exp', got None",
+        ),
         (
             [(X, Y)],
             {"witness": "exp", "scale": {"0": 1.0, "5": 1.0}},

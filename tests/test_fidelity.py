@@ -288,10 +288,13 @@ def test_layers_that_cannot_be_read_are_named():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: collect_second_moments(network(), loader(), kind="half"), "kind must be one of"),
+        (
+            lambda m: collect_second_moments(network(), loader(), kind="half"),
+            "^collect_second_moments: kind must be one of",
+        ),
         (
             lambda m: collect_second_moments(network(), loader(), positions=0),
-            "^SecondMoments: positions must be an int",
+            "^collect_second_moments: positions must be an int",
         ),
         (lambda m: collect_second_moments(network(), loader(), classes=[1]), "classes needs num_classes"),
         (

@@ -137,6 +137,8 @@ def test_bad_input(digit_moments):
         score(Moments(3))
     with pytest.raises(ValueError, match="bound must be one of"):
         score(digit_moments, bound="tv")
+    with pytest.raises(ValueError, match="^score: backend must be one of 'auto', .* got 'abacus'"):
+        score(digit_moments, backend="abacus")
 
 
 def test_save_and_load_keep_every_bit(digit_scores, tmp_path):

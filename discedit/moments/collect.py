@@ -19,7 +19,7 @@ from discedit.common.warning import warn
 from discedit.model.forward import call, first_tensor, hooked, outside_inference_mode, samples_in, to_device
 from discedit.model.sharded import Channels, unwrapped
 from discedit.model.trace import ModelTrace, SampleOrder, components_in, has_channels_last, watched
-from discedit.moments.data_pass import Pass, RunOptions
+from discedit.moments.data_pass import Pass, RunOptions, asked_by
 from discedit.moments.moments import GREATEST_EXPONENT, Moments, Statistic
 
 if TYPE_CHECKING:
@@ -152,7 +152,8 @@ class _MomentPass(Pass[Moments]):
         names = run.pop("layers", None)
         self._names = None if names is None else validation.names(OP, "layers", names)
         settings = {name: run.pop(name) for name in SETTINGS if name in run}
-        moments = Moments(self.num_classes * blocks, **settings, backend=run.get("backend", "auto"))
+        with asked_by(OP, "Moments"):
+            moments = Moments(self.num_classes * blocks, **settings, backend=run.get("backend", "auto"))
         given = self.num_classes if self._labels_from == "given" else None
         super().__init__(OP, model, loader, moments, given, cast(RunOptions, run))
         self.assigner = BlockAssigner(self.num_classes, blocks)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable
-from contextlib import AbstractContextManager, closing
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from typing import Any, Generic, TypedDict, TypeVar
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from discedit.backends import NAMES
 from discedit.common import validation
 from discedit.common.warning import warn
 from discedit.model.forward import checked_labels, device_of, frozen_eval, samples_in, to_device, unpack_batch
@@ -45,6 +46,15 @@ class RunOptions(TypedDict, total=False):
     checkpoint_every: float
 
 
+@contextmanager
+def asked_by(op: str, made: str) -> Iterator[None]:
+    """Errors of what a function makes with its own arguments begin with the name of the function."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{op}: {str(error).removeprefix(f'{made}: ')}") from error
+
+
 class Pass(ABC, Generic[M]):
     """What a pass does whatever it accumulates.
 
@@ -62,6 +72,7 @@ class Pass(ABC, Generic[M]):
         validation.batches(op, "loader", loader)
         for name in run.keys() - RunOptions.__annotations__.keys():
             raise TypeError(f"{op}() got an unexpected keyword argument {name!r}")
+        validation.choice(op, "backend", run.get("backend", "auto"), ("auto", *NAMES))
         self.op, self.model, self.loader, self.moments, self.options = op, model, loader, moments, run
         self.group = Group(op, run.get("group"))
         self.device = device_of(model)

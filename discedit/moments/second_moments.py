@@ -20,7 +20,7 @@ from discedit.model.sharded import unwrapped
 from discedit.model.trace import ModelTrace, is_layer
 from discedit.moments import positions as sampling
 from discedit.moments.covariances import gram_of
-from discedit.moments.data_pass import Pass, RunOptions
+from discedit.moments.data_pass import Pass, RunOptions, asked_by
 from discedit.moments.positions import Positions, padding_of, sample_positions, wide
 from discedit.moments.states import LayerStates
 
@@ -260,7 +260,8 @@ def collect_second_moments(
         num_classes = validation.positive_integer(OP, "num_classes", num_classes)
         classes = validation.classes(OP, classes, num_classes)
     most: Any = POSITIONS.get(kind) if positions == "auto" else positions
-    moments = SecondMoments(kind, positions=most, classes=classes)
+    with asked_by(OP, "SecondMoments"):
+        moments = SecondMoments(kind, positions=most, classes=classes)
     passing = _SecondMomentPass(model, loader, moments, num_classes, run, layers)
     moments = passing.collect()
     if not moments.samples:

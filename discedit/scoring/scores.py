@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from discedit import ops
-from discedit.backends import arguments
+from discedit.backends import NAMES, arguments
 from discedit.common import files, validation
 from discedit.common.by_layer import ByLayer
 from discedit.common.state import ClassMoments, State, VectorMoments
@@ -329,6 +329,7 @@ def score(
     if not moments:
         raise ValueError("score: moments must hold at least one layer, it is empty.")
     witness = _witness(moments, witness, bound)
+    validation.choice("score", "backend", backend, ("auto", *NAMES))
     by_jackknife = len(blocks) > 1 and bound != "certified"
     if errors and not by_jackknife:
         _has_delta_method(bound, witness)
