@@ -1,5 +1,6 @@
 import copy
 import functools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,8 +10,20 @@ from torch import nn
 from torch.nn import functional
 
 import discedit
-from discedit import AblateComponents, EraseDirections, ModHiFiU, Moments, Recipe, collect_moments, score, unlearn, zoo
+from discedit import (
+    AblateComponents,
+    EraseDirections,
+    ModHiFiU,
+    Moments,
+    Recipe,
+    TopFraction,
+    collect_moments,
+    score,
+    unlearn,
+    zoo,
+)
 from discedit.evaluation.evaluate import accuracy_per_class
+from discedit.model.trace import ModelTrace
 from discedit.moments.forget_retain import MEANS
 
 
@@ -819,6 +832,45 @@ def test_one_class_alone_cannot_be_told_apart():
     scores = score(moments)
     with pytest.raises(ValueError, match="unlearn: scores must hold samples of at least two classes"):
         unlearn_with(model, scores, classes=[0])
+
+
+class Idle(nn.Module):
+    """With a layer that never runs, of which scores can be made by hand all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.idle, self.second, self.head = (
+            nn.Linear(*shape) for shape in ((4, 8), (4, 8), (8, 6), (6, 3))
+        )
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).relu()).relu())
+
+
+def test_scores_of_a_layer_that_does_not_run():
+    torch.manual_seed(0)
+    model, x, labels = Idle().eval(), torch.randn(60, 4), torch.arange(60) % 3
+    x[labels == 1] += 2
+    moments = Moments(3)
+    moments.update("idle", model.idle(x).detach(), labels)
+
+    def edit(**options):
+        method = AblateComponents(TopFraction(0.3), **options)
+        return unlearn(model, score(moments), classes=[1], data=[(x, labels)], method=method, layers=["idle"])
+
+    with pytest.warns(UserWarning, match=r"repair='mean' finds nothing to repair: none of \['idle'\] runs on data"):
+        edit(around="zero", repair="mean")
+    with pytest.raises(ValueError, match="'idle' cannot be edited: it does not run on data, so that it has no mean"):
+        edit(around="mean")
+    assert edit().recipe.settings["around"] == "zero"
+
+
+def test_auto_asks_once_what_can_be_erased(trained, digit_scores, monkeypatch):
+    asked = Counter()
+    why_not = ModelTrace.why_not_erased
+    monkeypatch.setattr(ModelTrace, "why_not_erased", lambda trace, name: asked.update([name]) or why_not(trace, name))
+    unlearn(trained[0], digit_scores, classes=[3], data=zoo.batches(zoo.digits()[0]))
+    assert set(asked.values()) == {1}
 
 
 def test_a_repair_with_nothing_to_repair_says_so(trained, digit_scores):

@@ -194,11 +194,13 @@ class AblateComponents:
         else:
             rankings = _rankings(problem, units, self.by, self.sign)
         if around == "auto":
-            carried = data is not None and not self.remove
-            for layer in units if carried else ():
-                norm = norms.get(layer)
-                carried = carried and bool(bias_of(model, layer, norm))
-                carried = carried and not why_not_scaled(model, layer, norm, scale, "mean")
+            ran = {} if data is None or self.remove else data.trace.runs
+            carried = all(
+                layer in ran
+                and bias_of(model, layer, norms.get(layer))
+                and not why_not_scaled(model, layer, norms.get(layer), scale, "mean")
+                for layer in units
+            )
             around = "mean" if carried else "zero"
         settled = replace(self, scale=scale, around=around)
         return _Plan(replace(problem, example_inputs=inputs), units, rankings, settled)
@@ -303,11 +305,12 @@ class _Plan:
         retain, held_out = data.kept_back("retain")
         forget = data.parts("forget")
         head, repair = data.trace.head, self.method.repair_name
-        first, *later = dropwhile(lambda name: name not in rows, data.trace.runs)
+        reached = list(dropwhile(lambda name: name not in rows, data.trace.runs))
         fitted = (nn.Conv2d, nn.Linear)
-        behind = [name for name in later if name != head and isinstance(edit.model.get_submodule(name), fitted)]
+        behind = [name for name in reached[1:] if name != head and isinstance(edit.model.get_submodule(name), fitted)]
         if not behind:
-            warn(f"{op}: repair={repair!r} finds nothing to repair: only the head is behind {first!r}.")
+            why = f"only the head is behind {reached[0]!r}" if reached else f"none of {list(rows)} runs on data"
+            warn(f"{op}: repair={repair!r} finds nothing to repair: {why}.")
             return
         weights = repair == "least_squares"
         with warning_if_worse(op, model, edit.model, held_out):
@@ -334,6 +337,8 @@ def editable_units(problem: Problem, graph: Graph | None, kinds: Iterable[str], 
     reasons = {}
     for layer in chosen:
         why = why_not_editable(model, layer) or why_not_scaled(model, layer, scores.norms.get(layer), scale, around)
+        if around == "mean" and problem.data is not None and layer not in problem.data.trace.runs:
+            why = why or "it does not run on data, so that it has no mean"
         if why:
             reasons[layer] = why
     units: Units = {layer: [(row,) for row in range(widths[layer])] for layer in chosen if layer not in reasons}

@@ -219,6 +219,10 @@ class EraseDirections:
         if not layers:
             why = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "there is none"
             raise ValueError(f"unlearn: layers must name at least one layer that can be edited ({why}).")
+        return self.erase(problem, layers)
+
+    def erase(self, problem: Problem, layers: list[str]) -> tuple[Edit, str]:
+        """`apply` with what `erasable_layers` gives."""
         if problem.targets:
             number = len(layers)
             return search(problem, lambda n: self._edited(problem, layers, n)[0], number, number, "layers")

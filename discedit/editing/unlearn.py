@@ -82,8 +82,10 @@ def unlearn(
     if isinstance(chosen, EraseDirections) or (chosen is None and data is not None):
         check_layers(op, model, {layer: len(scores[layer]) for layer in scores}, None)
     if chosen is None:
-        chosen = EraseDirections() if samples is not None and erasable_layers(problem)[0] else AblateComponents()
-    edit, missed = chosen.apply(problem)
+        able = [] if samples is None else erasable_layers(problem)[0]
+        edit, missed = EraseDirections().erase(problem, able) if able else AblateComponents().apply(problem)
+    else:
+        edit, missed = chosen.apply(problem)
     if missed:
         warn(missed)
     return edit
