@@ -94,7 +94,7 @@ def frozen_eval(model: nn.Module) -> Iterator[LayersCalled]:
     modes = [(module, module.training) for module in model.modules()]
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
-    kept = _buffers_of(model)
+    kept = _buffers_of(module for module, _ in modes)
     # Hooks, by which everything here is found out, are not seen by code that was compiled without them.
     compiled = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
@@ -120,12 +120,12 @@ def frozen_eval(model: nn.Module) -> Iterator[LayersCalled]:
             module.training = mode
 
 
-def _buffers_of(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, int | None, Tensor]]:
+def _buffers_of(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor, int | None, Tensor]]:
     """Each with its version and a copy. Some modules learn in eval mode, too: observers of quantisation, caches,
     codebooks. Running statistics of norms do not change there, and are what closed forms set on purpose."""
     return [
         (module, name, buffer, version_of(buffer), buffer.detach().clone())
-        for module in model.modules()
+        for module in modules
         if not isinstance(module, _NormBase)
         for name, buffer in module._buffers.items()
         if buffer is not None

@@ -49,16 +49,16 @@ def _counted(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """Floating-point operations by module, which torch names from the model's class on; of the whole: "Global"."""
     from torch.utils.flop_counter import FlopCounterMode  # a third of a second to import: only who counts pays
 
-    with frozen_eval(model), _constant(model), FlopCounterMode(display=False) as counter:
+    with frozen_eval(model), _constant(model.parameters()), FlopCounterMode(display=False) as counter:
         call(model, to_device(example_inputs, device_of(model)))
     return {"Global": 0} | {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
 
 
 @contextmanager
-def _constant(model: nn.Module) -> Iterator[None]:
+def _constant(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Parameters that want no gradients: the counter would set hooks on those that are handed to modules, which fails
     where no gradients are computed."""
-    wanted = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
+    wanted = [parameter for parameter in parameters if parameter.requires_grad and parameter.is_leaf]
 
     def want(gradients: bool) -> None:
         for parameter in wanted:  # of a model that was made in inference mode, only there
