@@ -309,7 +309,8 @@ class Bench:
                 scores = self.weighted(scores, cls, options.pop("weigh"))
                 options["layers"] = list(scores)
             if "last" in options:
-                order = [layer for layer in scores if not why_not_editable(model, layer)]
+                fixed = why_not_editable(model, scores)
+                order = [layer for layer in scores if layer not in fixed]
                 options["layers"] = order[len(order) - math.ceil(options.pop("last") * len(order)) :]
             if "readers" in options:
                 order = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]

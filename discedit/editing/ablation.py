@@ -16,10 +16,10 @@ from discedit.editing.concept_erasure import check_scale
 from discedit.editing.row_operations import AROUND, RowEdit, bias_of, why_not_scaled
 from discedit.editing.target_search import FORGET, Problem, search
 from discedit.graph.pruning_graph import Graph
-from discedit.model.forward import device_of, to_device
+from discedit.model.forward import call, device_of, first_tensor, frozen_eval, to_device
 from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits
 from discedit.repair.least_squares import Protected, output_error, repaired, take_back, warning_if_worse
-from discedit.selection.candidates import check_layers, why_not_editable
+from discedit.selection.candidates import Candidates, why_not_editable
 from discedit.selection.ranking import (
     MEASURES,
     OF_DATA,
@@ -300,7 +300,7 @@ class _Plan:
         return settings | self.problem.scores.settings
 
     def _repair(self, edit: Edit, rows: Mapping[str, list[int]]) -> None:
-        op, model, data = "unlearn", self.problem.model, self.problem.data
+        op, data = "unlearn", self.problem.data
         assert data is not None
         retain, held_out = data.kept_back("retain")
         forget = data.parts("forget")
@@ -313,7 +313,7 @@ class _Plan:
             warn(f"{op}: repair={repair!r} finds nothing to repair: {why}.")
             return
         weights = repair == "least_squares"
-        with warning_if_worse(op, model, edit.model, held_out):
+        with warning_if_worse(op, data.trace, edit.model, held_out):
             result = repaired(
                 op,
                 edit.model,
@@ -333,10 +333,10 @@ def editable_units(problem: Problem, graph: Graph | None, kinds: Iterable[str], 
     """Layer -> the rows of each component that may be chosen: all rows, or with a graph what it finds of some kinds."""
     model, scores = problem.model, problem.scores
     widths = {layer: len(scores[layer]) for layer in scores}
-    chosen = list(dict.fromkeys(check_layers("unlearn", model, widths, problem.layers)))
-    reasons = {}
+    chosen = list(dict.fromkeys(Candidates.of("unlearn", model, scores).chosen("unlearn", problem.layers)))
+    fixed, reasons = why_not_editable(model, chosen), {}
     for layer in chosen:
-        why = why_not_editable(model, layer) or why_not_scaled(model, layer, scores.norms.get(layer), scale, around)
+        why = fixed.get(layer) or why_not_scaled(model, layer, scores.norms.get(layer), scale, around)
         if around == "mean" and problem.data is not None and layer not in problem.data.trace.runs:
             why = why or "it does not run on data, so that it has no mean"
         if why:
@@ -401,8 +401,10 @@ def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> Edit:
     rows = {layer: sorted(r for i in parts for r in found[layer].rows[i]) for layer, parts in chosen.items()}
     smaller = Recipe("prune", {}, rows, architecture_of(edit.model), operations).apply(edit.model)
     smaller.widths = {layer: edit.widths[layer] for layer in rows}
-    inputs = to_device(example_inputs, device_of(edit.model))
-    if not output_error(edit.model, smaller.model, inputs) <= SAME:
+    inputs = graph.network.inputs
+    with frozen_eval(edit.model):
+        expected = first_tensor(call(edit.model, inputs))
+    if not output_error(expected, smaller.model, inputs) <= SAME:
         raise ValueError(
             "unlearn: remove must not change what the zeroed model gives; here zeroed components still give "
             "something behind their activation, which is not 0 at 0."

@@ -274,9 +274,9 @@ def erasable_layers(problem: Problem) -> tuple[list[str], dict[str, str]]:
     assert data is not None
     trace = data.trace
     known = {name: module for name, module in model.named_modules() if is_layer(module)}
-    reasons = {}
+    fixed, reasons = why_not_editable(model, known), {}
     for name in dict.fromkeys([*trace.in_order(known), *known]):
-        why = why_not_editable(model, name) or trace.why_not_fitted(name)
+        why = fixed.get(name) or trace.why_not_fitted(name)
         if not why and known[name].weight.shape[1] <= len(problem.forget):
             why = f"it has {known[name].weight.shape[1]} inputs, of which nothing would be left"
         reasons[name] = why or trace.why_not_erased(name)

@@ -35,7 +35,7 @@ from discedit.selection.budget import (
     budget_of,
     choose,
 )
-from discedit.selection.candidates import Candidates, check_layers, check_scored, why_not_pruned
+from discedit.selection.candidates import Candidates, check_scored, why_not_editable
 from discedit.selection.importance import (
     COMPONENTS,
     CRITERIA,
@@ -241,8 +241,14 @@ def _in_steps(
     budget, inputs = options.budget, options.example_inputs
     candidates = Candidates.of("prune", model, scores)
     options.settled(candidates)
-    check_layers("prune", model, candidates.widths, options.layers)
-    macs = _macs(model, inputs)
+    candidates.chosen("prune", options.layers)
+    try:
+        macs = count_macs(model, inputs)
+    except Exception as error:  # of the model, whatever it is
+        raise ValueError(
+            f"prune: example_inputs must be a tensor, or a tuple or dict of arguments, that the model can run on; it "
+            f"raised {type(error).__name__}: {error}"
+        ) from error
     size = count_parameters(model) if isinstance(budget, MaxParameters) else macs
     done: list[_Step] = []
     for step in range(1, steps + 1):
@@ -260,23 +266,14 @@ def _in_steps(
     return edit
 
 
-def _macs(model: nn.Module, example_inputs: Any) -> int:
-    try:
-        return count_macs(model, example_inputs)
-    except Exception as error:  # of the model, whatever it is
-        raise ValueError(
-            f"prune: example_inputs must be a tensor, or a tuple or dict of arguments, that the model can run on; it "
-            f"raised {type(error).__name__}: {error}"
-        ) from error
-
-
 def _once(model: nn.Module, candidates: Candidates, options: _Options, progress: Progress) -> _Step:
     op, options = "prune", options.settled(candidates)
-    known = check_layers(op, model, candidates.widths, options.layers)
+    known = candidates.chosen(op, options.layers)
     graph = Graph(op, model, options.example_inputs, keep_outputs=OUTPUTS not in options.components)
     whole = [*options.ignore, *([graph.trace.head] if candidates.unscored and options.layers is None else [])]
     chosen = [layer for layer in known if layer not in whole]
-    skipped = {layer: why for layer in chosen if (why := why_not_pruned(model, layer))}
+    heads = {layer for layer in chosen if isinstance(model.get_submodule(layer), nn.MultiheadAttention)}
+    skipped = why_not_editable(model, (layer for layer in chosen if layer not in heads))
     found, unfit = graph.find([layer for layer in chosen if layer not in skipped], options.components)
     skipped |= unfit
     inputs: Any = None
@@ -305,7 +302,7 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     rows = {layer: sorted(r for i in choice.removed[layer] for r in parts.rows[i]) for layer, parts in found.items()}
     settings = _described(candidates, options, choice, unjudged)
     edit = Recipe("prune", settings, rows, architecture_of(model), operations).apply(model)
-    _repair(edit, model, graph, choice, options, (inputs, further, trace))
+    _repair(edit, graph, choice, options, (inputs, further, trace))
     edit.skipped = {layer: skipped[layer] for layer in chosen if layer in skipped}
     edit.widths = {layer: candidates.widths[layer] for layer in rows}
     graph.warn_of_unseen(choice.removed)
@@ -337,12 +334,7 @@ def _chosen(
 
 
 def _repair(
-    edit: Edit,
-    model: nn.Module,
-    graph: Graph,
-    choice: Choice,
-    options: _Options,
-    calibration: tuple[Any, Any, ModelTrace],
+    edit: Edit, graph: Graph, choice: Choice, options: _Options, calibration: tuple[Any, Any, ModelTrace]
 ) -> None:
     """Makes up for what went, in the edit's model and recipe."""
     if options.repair == "batchnorm" and options.data is not None:
@@ -353,7 +345,7 @@ def _repair(
     inputs, further, trace = calibration
     readers, producers = dict(graph.consumers(choice.removed)), graph.producers(choice.removed)
     parts, held_out = kept_back(op, inputs, further)
-    with warning_if_worse(op, model, edit.model, held_out):
+    with warning_if_worse(op, trace, edit.model, held_out):
         if compensates:
             result = compensated(edit.model, readers, producers, trace, parts)
         else:
@@ -362,7 +354,7 @@ def _repair(
         take_back(op, edit, result, producers, trace, held_out, sums=not compensates)
         if compensates and options.data is not None and batch_norms(edit.model):
             kept = {change.target: change.index for change in edit.recipe.operations if change.kind == "keep"}
-            record(edit, *batchnorm.adapted(edit.model, model, kept, options.data))
+            record(edit, *batchnorm.adapted(edit.model, trace.model, kept, options.data))
 
 
 def _lost(done: list[_Step]) -> dict[str, int]:

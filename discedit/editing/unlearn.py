@@ -17,7 +17,7 @@ from discedit.model.sharded import unwrapped
 from discedit.moments.forget_retain import ForgetRetainSplit
 from discedit.recipes.recipe import Edit
 from discedit.scoring.scores import Scores
-from discedit.selection.candidates import check_layers
+from discedit.selection.candidates import Candidates
 
 METHODS = {"erase_directions": EraseDirections, "ablate_components": AblateComponents, "modhifi": ModHiFiU}
 
@@ -80,7 +80,7 @@ def unlearn(
     asked = None if layers is None else list(dict.fromkeys(validation.names(op, "layers", layers)))
     problem = Problem(model, scores, forget, others, asked, samples, example_inputs, targets)
     if isinstance(chosen, EraseDirections) or (chosen is None and data is not None):
-        check_layers(op, model, {layer: len(scores[layer]) for layer in scores}, None)
+        Candidates.of(op, model, scores).chosen(op, None)
     if chosen is None:
         able = [] if samples is None else erasable_layers(problem)[0]
         edit, missed = EraseDirections().erase(problem, able) if able else AblateComponents().apply(problem)

@@ -534,11 +534,13 @@ def _named(held_out: HeldOut) -> str:
 
 
 @contextmanager
-def warning_if_worse(op: str, model: nn.Module, edited: nn.Module, held_out: HeldOut) -> Iterator[None]:
+def warning_if_worse(op: str, trace: ModelTrace, edited: nn.Module, held_out: HeldOut) -> Iterator[None]:
     """No silent harm: layers that are each made to give less error may together give more."""
-    before = output_error(model, edited, held_out.inputs)
+    with frozen_eval(trace.model):
+        expected = first_tensor(call(trace.model, held_out.inputs))
+    before = output_error(expected, edited, held_out.inputs)
     yield
-    after = output_error(model, edited, held_out.inputs)
+    after = output_error(expected, edited, held_out.inputs)
     if not after <= WORSE * before + ROUNDING * torch.finfo(torch.float32).eps:
         warn(
             f"{op}: the repair brings the network's outputs no closer to those before: their relative squared error on "
@@ -547,10 +549,10 @@ def warning_if_worse(op: str, model: nn.Module, edited: nn.Module, held_out: Hel
         )
 
 
-def output_error(model: nn.Module, edited: nn.Module, inputs: Any) -> float:
-    """Squared error of what an edited model gives over the squares of what the model does; 0 where they give none."""
-    with frozen_eval(model), frozen_eval(edited):
-        expected, found = (first_tensor(call(one, inputs)) for one in (model, edited))
+def output_error(expected: Tensor | None, edited: nn.Module, inputs: Any) -> float:
+    """Squared error of what an edited model gives over the squares of what is expected; 0 where there is none."""
+    with frozen_eval(edited):
+        found = first_tensor(call(edited, inputs))
     if expected is None or found is None or not found.is_floating_point() or found.shape != expected.shape:
         return 0.0
     expected = expected.double()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ class Candidates:
     widths: dict[str, int]
     scores: Scores | None = None
     importances: Mapping[str, Tensor] | None = None  # layer -> (rows,) floating point, higher = keep
+    rows: Mapping[str, int | None] = field(default_factory=dict)  # module of the model -> its rows; None: it has none
 
     @classmethod
     def of(cls, op: str, model: nn.Module, scores: Scores | Mapping[str, Tensor] | None) -> Candidates:
@@ -29,10 +30,11 @@ class Candidates:
         Raises:
             ValueError: importances that are not one number for each row.
         """
+        rows = {name: components_in(module) for name, module in model.named_modules()}
         if scores is None:
-            return cls({name: width for name, module in model.named_modules() if (width := components_in(module))})
+            return cls({name: width for name, width in rows.items() if width}, rows=rows)
         if isinstance(scores, Scores):
-            return cls({layer: len(scores[layer]) for layer in scores}, scores=scores)
+            return cls({layer: len(scores[layer]) for layer in scores}, scores=scores, rows=rows)
         validation.instance(op, "scores", scores, Mapping, "a discedit.Scores, or importances by layer")
         for layer, values in scores.items():
             if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 1:
@@ -43,11 +45,25 @@ class Candidates:
                     f"{op}: scores must be Scores, or one floating-point number for each row of a layer, layer "
                     f"{layer!r} has {what}."
                 )
-        return cls({layer: len(values) for layer, values in scores.items()}, importances=scores)
+        return cls({layer: len(values) for layer, values in scores.items()}, importances=scores, rows=rows)
 
     @property
     def unscored(self) -> bool:
         return self.scores is None and self.importances is None
+
+    def chosen(self, op: str, layers: Iterable[str] | None) -> list[str]:
+        """The layers asked for, or all, each known to both the model and the scores, which have so many rows."""
+        chosen = list(self.widths) if layers is None else list(layers)
+        for layer in chosen:
+            check_scored(op, "layers", layer, self.widths)
+            if layer not in self.rows:
+                raise ValueError(f"{op}: scores must come from this model: it has no layer {layer!r}.")
+            if self.rows[layer] not in (None, self.widths[layer]):
+                raise ValueError(
+                    f"{op}: scores must come from this model: layer {layer!r} has {self.rows[layer]} components, its "
+                    f"scores {self.widths[layer]}."
+                )
+        return chosen
 
     def left(self, edit: Edit) -> Candidates:
         """What is known of the rows that an edit has left."""
@@ -67,25 +83,10 @@ class Candidates:
             layer: values[kept[layer].to(values.device)] if layer in kept else values
             for layer, values in self.importances.items()
         }
-        widths = self.widths | {layer: len(index) for layer, index in kept.items()}
-        return Candidates(widths, self.scores and self.scores.select(kept), importances)
-
-
-def check_layers(op: str, model: nn.Module, widths: Mapping[str, int], layers: Iterable[str] | None) -> list[str]:
-    """The layers asked for, or all, each known to both the model and the scores, which have so many rows."""
-    modules = dict(model.named_modules())
-    chosen = list(widths) if layers is None else list(layers)
-    for layer in chosen:
-        check_scored(op, "layers", layer, widths)
-        if layer not in modules:
-            raise ValueError(f"{op}: scores must come from this model: it has no layer {layer!r}.")
-        width = components_in(modules[layer])
-        if width is not None and width != widths[layer]:
-            raise ValueError(
-                f"{op}: scores must come from this model: layer {layer!r} has {width} components, its scores "
-                f"{widths[layer]}."
-            )
-    return chosen
+        left = {layer: len(index) for layer, index in kept.items()}
+        return Candidates(
+            self.widths | left, self.scores and self.scores.select(kept), importances, {**self.rows, **left}
+        )
 
 
 def check_scored(op: str, argument: str, layer: str, widths: Mapping[str, int]) -> None:
@@ -93,22 +94,21 @@ def check_scored(op: str, argument: str, layer: str, widths: Mapping[str, int]) 
         raise ValueError(f"{op}: {argument} must name layers that scores holds, {layer!r} is none of {list(widths)}.")
 
 
-def why_not_pruned(model: nn.Module, layer: str) -> str:
-    """Why a layer cannot lose components; empty when it can, as far as itself goes."""
-    multihead = isinstance(model.get_submodule(layer), nn.MultiheadAttention)
-    return "" if multihead else why_not_editable(model, layer)
+def why_not_editable(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Layers whose weights cannot be edited by rows, each with the reason."""
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    found = {layer: _why_not_editable(model.get_submodule(layer), places) for layer in layers}
+    return {layer: why for layer, why in found.items() if why}
 
 
-def why_not_editable(model: nn.Module, layer: str) -> str:
-    """Why a layer's weights cannot be edited by rows; empty when they can."""
-    module = model.get_submodule(layer)
+def _why_not_editable(module: nn.Module, places: Mapping[int, list[str]]) -> str:
+    """By all names of each parameter; empty when it can."""
     if width_of(module) is None:
         return f"it is a {type(module).__name__}; only convolutions and linear layers can be edited"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed (parametrized or masked) and must be made a plain parameter first"
-    places: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.setdefault(id(parameter), []).append(name)
     for parameter in module.parameters(recurse=False):
         if len(places[id(parameter)]) > 1:
             return f"its parameters are shared: {', '.join(places[id(parameter)])} are one tensor"
