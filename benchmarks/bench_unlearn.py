@@ -42,6 +42,7 @@ from discedit.graph.pruning_graph import Graph
 from discedit.moments.calibration import batch_norms
 from discedit.moments.forget_retain import ForgetRetainSplit
 from discedit.presets import preset
+from discedit.recipes.operations import Slots
 from discedit.selection.candidates import why_not_editable
 from discedit.selection.importance import fidelities
 
@@ -309,7 +310,7 @@ class Bench:
                 scores = self.weighted(scores, cls, options.pop("weigh"))
                 options["layers"] = list(scores)
             if "last" in options:
-                fixed = why_not_editable(model, scores)
+                fixed = why_not_editable(Slots(model), scores)
                 order = [layer for layer in scores if layer not in fixed]
                 options["layers"] = order[len(order) - math.ceil(options.pop("last") * len(order)) :]
             if "readers" in options:

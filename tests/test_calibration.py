@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from discedit.model.trace import ModelTrace
 from discedit.moments import calibration as module
 from discedit.moments import covariances
 from discedit.moments import positions as sampling
@@ -32,8 +33,8 @@ LAYERS = [
 SHAPES = [(7, 5), (7, 6, 5), (7, 2, 6, 5)]
 
 
-def calibration(*given):
-    return module.calibrated(*given)[0]
+def calibration(op, model, data):
+    return module.calibrated(op, ModelTrace(model), data)[0]
 
 
 def drawn(layer, output, seed=3):

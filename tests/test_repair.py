@@ -560,7 +560,7 @@ def test_parts_give_what_one_batch_gives(how, images, monkeypatch):
     for parts in (1, 5):
         monkeypatch.setattr(calibration, "PARTS", parts)
         monkeypatch.setattr(calibration, "MAP", 1)
-        assert len(calibration.calibrated("prune", residual(how), batches)[0]) == parts
+        assert len(calibration.calibrated("prune", ModelTrace(residual(how)), batches)[0]) == parts
         found[parts] = without(residual(how), INNER, batches).model
     for name, tensor in found[1].state_dict().items():
         torch.testing.assert_close(found[5].state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
@@ -633,7 +633,7 @@ def test_samples_of_the_fit_stay_the_same_where_there_are_others(more):
     first, behind = torch.arange(1024.0)[:, None], torch.arange(1024.0, 1024 + more)[:, None]
     model = nn.Linear(1, 1)
     data = [first[:1000], torch.cat([first[1000:], behind])]
-    parts, _, further = calibration.calibrated("prune", model, data, further=True)
+    parts, _, further = calibration.calibrated("prune", ModelTrace(model), data, further=True)
     assert torch.equal(torch.cat(parts), first)
     fitted, held_out = calibration.kept_back("prune", parts, further)
     if more:

@@ -38,7 +38,7 @@ def instance(op: str, argument: str, value: Any, kinds: type | tuple[type, ...],
 
 def names(op: str, argument: str, value: Any) -> list[str]:
     """Names of layers, from whatever gives them; one string would give its letters."""
-    found = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else [None]
+    found: list[Any] = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else [None]
     if not all(isinstance(name, str) for name in found):
         raise TypeError(f"{op}: {argument} must be a list of names, got {value!r}.")
     return found
@@ -51,7 +51,8 @@ def batches(op: str, argument: str, value: Any) -> None:
 
 
 def tensor(op: str, argument: str, value: Any, dtypes: Collection[torch.dtype]) -> Tensor:
-    instance(op, argument, value, Tensor, "a torch.Tensor")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {argument} must be a torch.Tensor, got {type(value).__name__}.")
     if value.dtype not in dtypes:
         names = ", ".join(map(type_of, dtypes))
         raise ValueError(

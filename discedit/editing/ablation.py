@@ -17,7 +17,8 @@ from discedit.editing.row_operations import AROUND, RowEdit, bias_of, why_not_sc
 from discedit.editing.target_search import FORGET, Problem, search
 from discedit.graph.pruning_graph import Graph
 from discedit.model.forward import call, device_of, first_tensor, frozen_eval, to_device
-from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits
+from discedit.recipes.operations import Slots
+from discedit.recipes.recipe import Edit, Recipe, compose_edits
 from discedit.repair.least_squares import Protected, output_error, repaired, take_back, warning_if_worse
 from discedit.selection.candidates import Candidates, why_not_editable
 from discedit.selection.ranking import (
@@ -334,7 +335,7 @@ def editable_units(problem: Problem, graph: Graph | None, kinds: Iterable[str], 
     model, scores = problem.model, problem.scores
     widths = {layer: len(scores[layer]) for layer in scores}
     chosen = list(dict.fromkeys(Candidates.of("unlearn", model, scores).chosen("unlearn", problem.layers)))
-    fixed, reasons = why_not_editable(model, chosen), {}
+    fixed, reasons = why_not_editable(Slots(model), chosen), {}
     for layer in chosen:
         why = fixed.get(layer) or why_not_scaled(model, layer, scores.norms.get(layer), scale, around)
         if around == "mean" and problem.data is not None and layer not in problem.data.trace.runs:
@@ -399,7 +400,7 @@ def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> Edit:
         reasons = "; ".join(f"{layer}: {why}" for layer, why in skipped.items())
         raise ValueError(f"unlearn: remove must find a zeroed component that can be removed ({reasons}).")
     rows = {layer: sorted(r for i in parts for r in found[layer].rows[i]) for layer, parts in chosen.items()}
-    smaller = Recipe("prune", {}, rows, architecture_of(edit.model), operations).apply(edit.model)
+    smaller = Recipe("prune", {}, rows, graph.network.slots.architecture, operations).apply(edit.model)
     smaller.widths = {layer: edit.widths[layer] for layer in rows}
     inputs = graph.network.inputs
     with frozen_eval(edit.model):

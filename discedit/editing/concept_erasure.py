@@ -27,7 +27,7 @@ from discedit.model.trace import ModelTrace, is_layer
 from discedit.moments.calibration import SAMPLES
 from discedit.moments.covariances import OTHERS, GroupSums
 from discedit.ops import fisher_bound
-from discedit.recipes.operations import Operation
+from discedit.recipes.operations import Operation, Slots
 from discedit.recipes.recipe import Edit, Recipe, architecture_of, copied
 from discedit.repair.lockstep import Pause, in_lockstep
 from discedit.selection.candidates import why_not_editable
@@ -274,7 +274,7 @@ def erasable_layers(problem: Problem) -> tuple[list[str], dict[str, str]]:
     assert data is not None
     trace = data.trace
     known = {name: module for name, module in model.named_modules() if is_layer(module)}
-    fixed, reasons = why_not_editable(model, known), {}
+    fixed, reasons = why_not_editable(Slots(model), known), {}
     for name in dict.fromkeys([*trace.in_order(known), *known]):
         why = fixed.get(name) or trace.why_not_fitted(name)
         if not why and known[name].weight.shape[1] <= len(problem.forget):

@@ -17,7 +17,7 @@ from discedit.model.sharded import unwrapped
 from discedit.model.size import count_macs, count_parameters, macs_of_weights
 from discedit.model.trace import ModelTrace
 from discedit.moments.calibration import batch_norms, calibrated, kept_back
-from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits, record
+from discedit.recipes.recipe import Edit, Recipe, compose_edits, record
 from discedit.repair import batchnorm
 from discedit.repair.compensation import compensated
 from discedit.repair.least_squares import repaired, take_back, warning_if_worse
@@ -273,7 +273,7 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     whole = [*options.ignore, *([graph.trace.head] if candidates.unscored and options.layers is None else [])]
     chosen = [layer for layer in known if layer not in whole]
     heads = {layer for layer in chosen if isinstance(model.get_submodule(layer), nn.MultiheadAttention)}
-    skipped = why_not_editable(model, (layer for layer in chosen if layer not in heads))
+    skipped = why_not_editable(graph.network.slots, (layer for layer in chosen if layer not in heads))
     found, unfit = graph.find([layer for layer in chosen if layer not in skipped], options.components)
     skipped |= unfit
     inputs: Any = None
@@ -281,7 +281,7 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     trace = ModelTrace(model)
     samples = options.repair in SAMPLED
     if options.data is not None and (samples or options.criterion in OF_CONSUMERS):
-        inputs, trace, further = calibrated(op, model, options.data, further=samples)
+        inputs, trace, further = calibrated(op, trace, options.data, further=samples)
     values, unjudged = component_importances(candidates, options.criterion, graph, found, inputs, trace)
     if isinstance(options.budget, AcrossLayers) and options.budget.across == "auto":
         across = "none" if options.criterion in SHARES and not unjudged else "rank"
@@ -301,7 +301,7 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
         found = {layer: parts for layer, parts in found.items() if layer not in failed}
     rows = {layer: sorted(r for i in choice.removed[layer] for r in parts.rows[i]) for layer, parts in found.items()}
     settings = _described(candidates, options, choice, unjudged)
-    edit = Recipe("prune", settings, rows, architecture_of(model), operations).apply(model)
+    edit = Recipe("prune", settings, rows, graph.network.slots.architecture, operations).apply(model)
     _repair(edit, graph, choice, options, (inputs, further, trace))
     edit.skipped = {layer: skipped[layer] for layer in chosen if layer in skipped}
     edit.widths = {layer: candidates.widths[layer] for layer in rows}

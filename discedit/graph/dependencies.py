@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from discedit.model.attention import Untraceable as Untraceable
 from discedit.model.forward import call, hooked, tensors_in
 from discedit.model.functional import LayersCalled
-from discedit.model.trace import ModelTrace, outputs_in_training
+from discedit.model.trace import ModelTrace, in_training, training_branches
 
 # Operations that may mix channels, or move them, and that torch-pruning takes for others that do not.
 _MIXING = re.compile(
@@ -75,7 +75,7 @@ class DependencyTrace:
         try:
             with (
                 hooked([handle for module in self.model.modules() for handle in self._hooks(module)]),
-                torch.random.fork_rng([]),
+                torch.random.fork_rng([trace.device] if trace.device.type == "cuda" else []),
                 torch.enable_grad(),
                 _Rewritten(self.concats),
                 LayersCalled(self.model, for_graph=True),
@@ -152,7 +152,8 @@ class DependencyTrace:
         given = dict(tensors_in(call(model, inputs)))
         if self.trace.branches:
             try:
-                given |= outputs_in_training(model, inputs)
+                with training_branches(model):
+                    given |= in_training(call(model, inputs))
             except Exception:  # with gradients it may not run: then the trial of an edit has to show what it breaks
                 self.within.clear()
         # Each of its own: what is an output and is read further on would else be no end of the graph.

@@ -238,7 +238,7 @@ class HeadFinder:
         if not is_inside(heads.reader, place) or place not in self._given:
             return heads
         own = [name.removeprefix(f"{place}.") if place else name for name in (*layers, heads.reader)]
-        changes = head_attributes(self.network.original, heads, heads.width)
+        changes = head_attributes(self.network, heads, heads.width)
         attributes = {attribute: value for (name, attribute), (_, value) in changes.items() if name == place}
         last = not isinstance(self.model.get_submodule(heads.reader), _ConvNd)
         try:
@@ -282,13 +282,13 @@ class HeadFinder:
         return None
 
 
-def head_attributes(model: nn.Module, heads: Heads, gone: int) -> dict[tuple[str, str], tuple[Any, Any]]:
+def head_attributes(network: Network, heads: Heads, gone: int) -> dict[tuple[str, str], tuple[Any, Any]]:
     """Counts of heads and their joint width, kept by the attention's module or those in it."""
     names = [name for name, role in heads.members[0] if not isinstance(role, int)]
     common = innermost_module([*names, f"{heads.place}."] if heads.layer == heads.place else names)
     count = len(heads.members)
     found: dict[tuple[str, str], tuple[Any, Any]] = {}
-    for name, module in model.get_submodule(common).named_modules(prefix=common):
+    for name, module in network.original.get_submodule(common).named_modules(prefix=common):
         for attribute, value in vars(module).items():
             if attribute.startswith("_"):
                 continue

@@ -17,7 +17,7 @@ from discedit.graph.network import OUTPUT, Key, Members, Network, channel_axis, 
 from discedit.graph.removal import operations_of
 from discedit.model.forward import call, frozen_eval, hooked, map_tensors, tensors_in
 from discedit.model.layers import is_close, is_own
-from discedit.model.trace import IN_TRAINING, outputs_in_training
+from discedit.model.trace import IN_TRAINING, in_training, training_branches
 from discedit.recipes.operations import Operation
 from discedit.recipes.recipe import reduced
 
@@ -220,7 +220,8 @@ def _outputs(model: nn.Module, inputs: Any, trains: bool, seed: int | None = Non
         found = dict(tensors_in(call(model, inputs)))
         if trains:
             try:
-                found |= outputs_in_training(model, inputs)
+                with training_branches(model):
+                    found |= in_training(call(model, inputs))
             except Exception as error:
                 raise RuntimeError(f"in train mode: {error}") from error
     # Parameters may be among them, and what the model changes in place when it runs again.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from discedit.graph.dependencies import DependencyTrace
-from discedit.model.forward import device_of, to_device
+from discedit.model.forward import to_device
 from discedit.model.trace import IN_TRAINING, ModelTrace
+from discedit.recipes.operations import Slots
 
 # A module and its side ("out", "in"; "through" where it works channel by channel), or a tensor and one of its axes.
 Key = tuple[str, str | int]
@@ -32,24 +34,25 @@ class Network:
 
     Attributes:
         model: a copy of the model in eval mode, whose parameters want gradients.
+        slots: the model's own tensors.
         shared: modules that have a parameter in common with another.
         trace, dependencies: the model's trace, and what torch-pruning makes of it.
     """
 
     def __init__(self, op: str, model: nn.Module, example_inputs: Any, *, keep_outputs: bool) -> None:
         self.op, self.original, self.keep_outputs = op, model, keep_outputs
-        self.inputs = to_device(example_inputs, device_of(model))
         self.model = copy.deepcopy(model).eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         self.names = {id(part): name for name, part in (*self.model.named_modules(), *self.model.named_parameters())}
         self.tensors = dict((*self.model.named_parameters(), *self.model.named_buffers()))
-        places: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            places.setdefault(id(parameter), []).append(name.rpartition(".")[0])
-        self.shared = {owner for owners in places.values() if len(owners) > 1 for owner in owners}
+        self.slots = Slots(model)
+        names = Counter(self.slots.first.values())
+        several = {first for first, n in names.items() if n > 1 and isinstance(self.slots.get(first), nn.Parameter)}
+        self.shared = {name.rpartition(".")[0] for name, first in self.slots.first.items() if first in several}
         try:
-            self.trace = ModelTrace.of(self.model, self.inputs, few=None, training=True)
+            self.trace = ModelTrace.of(self.model, example_inputs, few=None, training=True)
+            self.inputs = to_device(example_inputs, self.trace.device)
             self.dependencies = DependencyTrace(self.trace, self.inputs)
         except Exception as error:
             raise ValueError(f"{self.op}: the model cannot be traced on example_inputs: {error}") from error

@@ -23,7 +23,6 @@ from discedit.graph.network import OPAQUE, OUTPUT, Key, Members, Network
 from discedit.model.functional import why_not_explicit
 from discedit.model.trace import IN_TRAINING, width_of
 from discedit.recipes.operations import Operation
-from discedit.recipes.recipe import architecture_of
 
 __all__ = ["KINDS", "Components", "Graph"]
 
@@ -129,7 +128,7 @@ class Graph:
             Name of the tensor, dim, number of entries along it.
         """
         if layer not in self.footprints:
-            shapes = architecture_of(self.network.original)
+            shapes = self.network.slots.architecture
             keeps = [o for o in self.check.operations(self._removed({layer: [0]})) if o.kind == "keep"]
             self.footprints[layer] = [(o.target, o.dim, shapes[o.target][o.dim] - len(o.index)) for o in keeps]
         return self.footprints[layer]

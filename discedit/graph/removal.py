@@ -48,10 +48,10 @@ def operations_of(network: Network, heads: Sequence[Heads], removed: Mapping[Key
     for name, lost in sides.items():
         keeps += _keeps(network, name, lost)
         changes |= _width_changes(network, name, lost)
-    changes |= _changes_of_attention(network.original, heads, removed)
+    changes |= _changes_of_attention(network, heads, removed)
     for name in sides:
         if isinstance(network.original.get_submodule(name), nn.MultiheadAttention):
-            changes |= _forward_changes(network.original, name, {"reader": "out_proj"})
+            changes |= _forward_changes(network, name, {"reader": "out_proj"})
     return keeps + [
         Operation("attribute", module, name=attribute, before=before, value=value)
         for (module, attribute), (before, value) in changes.items()
@@ -97,29 +97,29 @@ def _width_changes(network: Network, name: str, lost: Mapping[str, list[int]]) -
     return found
 
 
-def _changes_of_attention(model: nn.Module, heads: Sequence[Heads], removed: Mapping[Key, list[int]]) -> _Changes:
+def _changes_of_attention(network: Network, heads: Sequence[Heads], removed: Mapping[Key, list[int]]) -> _Changes:
     changes: _Changes = {}
     for one in heads:
         if (one.reader, "in") in removed:
-            changes |= head_attributes(model, one, len(removed[one.reader, "in"]))
+            changes |= head_attributes(network, one, len(removed[one.reader, "in"]))
         layers = {name for name, role in one.members[0] if role == "out"}
         # Without channels of its input, its width is no longer that of all heads either.
         if one.spec is not None and any(key[1] == "in" and key[0] in (one.reader, *layers) for key in removed):
-            changes |= _forward_changes(model, *one.spec)
+            changes |= _forward_changes(network, *one.spec)
     return changes
 
 
-def _forward_changes(model: nn.Module, name: str, spec: dict[str, Any]) -> _Changes:
+def _forward_changes(network: Network, name: str, spec: dict[str, Any]) -> _Changes:
     """What gives attention a forward of another width, and keeps torch's encoders from doing without it."""
     changes: _Changes = {}
     for place in [name[:i] for i, letter in enumerate(name) if letter == "."]:
-        around = model.get_submodule(place)
+        around = network.original.get_submodule(place)
         if isinstance(around, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
             for inner, layer in around.named_modules(prefix=place):
                 # 0: neither relu nor gelu, so that its fast path, which knows one width alone, is not taken.
                 if isinstance(layer, nn.TransformerEncoderLayer) and layer.activation_relu_or_gelu:
                     changes[inner, "activation_relu_or_gelu"] = (layer.activation_relu_or_gelu, 0)
-    changes[name, "forward"] = (attention.forward_of(model.get_submodule(name)), spec)
+    changes[name, "forward"] = (attention.forward_of(network.original.get_submodule(name)), spec)
     return changes
 
 

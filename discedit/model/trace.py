@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -144,22 +144,35 @@ class ModelTrace:
             training: whether to look at train mode as well, in a pass of its own.
             windows: whether to find out, in two more passes, where rows are samples.
         """
-        whole = to_device(inputs, device_of(model))
-        size = samples_in(whole)
-        tracing = Tracing(model, size if few is None else min(size, few), layers)
-        inputs = index_samples(whole, slice(tracing.seen.samples), size) if size else whole
+        size = samples_in(inputs)
+        trace = cls(unwrapped(model), size if few is None else min(size, few))
+        whole = to_device(inputs, trace.device)
+        inputs = index_samples(whole, slice(trace.samples), size) if size else whole
         with frozen_eval(model):
-            with tracing:
+            with Tracing(trace, layers) as tracing:
                 output = call(model, inputs)
-            trace = tracing.trace(output)
-            trace.training = _traced_in_training(model, inputs) if training else None
+            tracing.end(output)
+            if training:
+                in_training = cls(trace.model, trace.samples)
+                try:
+                    with training_branches(model), Tracing(in_training) as tracing:
+                        output = call(model, inputs)
+                except Exception:  # what does not run in train mode has no branches there
+                    pass
+                else:
+                    tracing.end(output)
+                    trace.training = in_training
             if windows:
                 trace.windows = _windows(trace, model, whole)
         return trace
 
     def of_copy(self, model: nn.Module) -> ModelTrace:
         """The same of a copy whose weights were edited: what its modules do is asked of its own."""
-        return replaced(self, model=unwrapped(model))
+        return replaced(self, model=model)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return device_of(self.model)
 
     @property
     def order(self) -> dict[str, int]:
@@ -310,16 +323,6 @@ def _windows(trace: ModelTrace, model: nn.Module, inputs: Any) -> dict[str, int]
     return {name: each if each * trace.samples == trace.rows[name] else 0 for name, each in found.items()}
 
 
-def _traced_in_training(model: nn.Module, inputs: Any) -> ModelTrace | None:
-    tracing = Tracing(model, samples_in(inputs))
-    try:
-        with training_branches(model), tracing:
-            output = call(model, inputs)
-    except Exception:  # what does not run in train mode has no branches there
-        return None
-    return tracing.trace(output)
-
-
 @dataclass(frozen=True)
 class _Known:
     """Of a tensor whose channels are the components of layers.
@@ -343,14 +346,13 @@ class Tracing(TorchFunctionMode):
     batch, where they depend on what else is in it.
 
     Args:
-        model: as it is called, perhaps wrapped.
-        samples: of the batch.
+        seen: what is known of the model as far as the pass has come: it and the number of samples to begin with.
         layers: as for `ModelTrace.of`.
     """
 
-    def __init__(self, model: nn.Module, samples: int, layers: Iterable[str] = ()) -> None:
+    def __init__(self, seen: ModelTrace, layers: Iterable[str] = ()) -> None:
         super().__init__()
-        self.seen = ModelTrace(unwrapped(model), samples)  # as far as the pass has come
+        self.seen = seen
         self._layers = set(layers)
         self._widths: dict[str, int] = {}  # of layers, in the order in which they gave something
         self._vectors: list[tuple[str, Tensor, int | None]] = []  # outputs that may be the logits
@@ -366,15 +368,16 @@ class Tracing(TorchFunctionMode):
                 # Before tensor parallelism makes a local tensor of the output, perhaps of a part of the channels.
                 end = partial(self._end, name)
                 self._handles.append(module.register_forward_hook(end, prepend=has_shards(module)))
-        return super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *exception: Any) -> None:
         for handle in self._handles:
             handle.remove()
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
-    def trace(self, output: Any) -> ModelTrace:
-        """What was seen until the model gave its output."""
+    def end(self, output: Any) -> None:
+        """The model has given its output."""
         seen, tensors, logits = self.seen, dict(tensors_in(output)), first_tensor(output)
         seen.head = seen.classifier = None if logits is None else self._head(logits)
         last = next(reversed(self._widths), None)
@@ -384,7 +387,6 @@ class Tracing(TorchFunctionMode):
         seen.outputs = {place: tuple(tensor.shape) for place, tensor in tensors.items()}
         seen.logits = next((place for place, tensor in tensors.items() if tensor is logits), "")
         seen.largest = -(-seen.largest // max(1, seen.samples))
-        return seen
 
     def _layers_of(self, tensor: Tensor, *, last: bool) -> tuple[str, ...]:
         """The layers whose components the tensor holds on the last axis, or on axis 1."""
@@ -482,13 +484,13 @@ def training_branches(model: nn.Module) -> Iterator[None]:
     """Train mode as far as it decides what runs; modes and buffers as before afterwards.
 
     torch's own modules stay as they are in eval mode, and dropout does nothing: statistics of batches and random
-    numbers say nothing of what reads which channels, and a batch norm may not run on the example inputs at all.
+    numbers say nothing of what reads which channels, and a batch norm may not run on the example inputs at all. The
+    random state is the caller's to keep, as `frozen_eval` does.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    device = device_of(model)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), _WithoutDropout():
+        with _WithoutDropout():
             for module, _ in modes:
                 module.training = not type(module).__module__.startswith(("torch.nn.", "torch.jit."))
             yield
@@ -501,10 +503,9 @@ def training_branches(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def outputs_in_training(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
-    """What a model gives in train mode, as far as that decides what runs, by places that say so."""
-    with training_branches(model):
-        return {f"{place}{IN_TRAINING}": tensor for place, tensor in tensors_in(call(model, inputs))}
+def in_training(output: Any) -> dict[str, Tensor]:
+    """What a model has given in train mode, by places that say so."""
+    return {f"{place}{IN_TRAINING}": tensor for place, tensor in tensors_in(output)}
 
 
 class _WithoutDropout(TorchFunctionMode):

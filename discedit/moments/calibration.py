@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from discedit.common import validation
-from discedit.model.forward import device_of, first_tensor, index_samples, map_tensors, unpack_batch
+from discedit.model.forward import first_tensor, index_samples, map_tensors, unpack_batch
 from discedit.model.trace import ModelTrace
 
 SAMPLES = 1024  # at most this many are looked at
@@ -23,9 +23,10 @@ MAPS = 6  # as large as the largest that a network holds at one moment
 
 
 def calibrated(
-    op: str, model: nn.Module, data: Iterable[Any], trace: ModelTrace | None = None, *, further: bool = False
+    op: str, trace: ModelTrace, data: Iterable[Any], *, further: bool = False
 ) -> tuple[list[Any], ModelTrace, Any]:
-    """The first samples of `data` on the model's device, in equal parts, and the trace: by default of the first.
+    """The first samples of `data` on the model's device, in equal parts, and the trace: one without a pass yet is made
+    anew on the first.
 
     At most `SAMPLES`, and no more than `MEMORY` allows. Ends at a batch that does not fit the others.
 
@@ -35,14 +36,14 @@ def calibrated(
     validation.batches(op, "data", data)
     taken: list[Any] = []
     total, limit, most = 0, SAMPLES, 0
-    device = device_of(model)
+    device = trace.device
     for index, batch in enumerate(data):
         inputs, _ = unpack_batch(op, batch, index, device, labels_needed=False, argument="data")
         size = batch_size_of(op, inputs)
         if not size:
             continue
         if not taken:
-            trace = ModelTrace.of(model, inputs) if trace is None else trace
+            trace = trace if trace.runs else ModelTrace.of(trace.model, inputs)
             limit = max(1, min(SAMPLES, MEMORY // (MAPS * trace.largest)))
             most = limit + (held_out_of(limit) if further else 0)
         elif not fits(taken[0], inputs):
@@ -52,7 +53,7 @@ def calibrated(
         total += few
         if total >= most:
             break
-    if not taken or trace is None:
+    if not taken:
         raise ValueError(f"{op}: data must give at least one sample, it gave none.")
     whole, samples = concat_batches(taken, batch_size_of(op, taken[0])), min(total, limit)
     parts = 1 if device.type != "cpu" else min(PARTS, samples, -(-samples * trace.largest // MAP))

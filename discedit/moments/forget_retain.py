@@ -115,7 +115,7 @@ class ForgetRetainSplit:
         key = (kind, most)
         if key not in self._labelled:
             few = _interleaved(self._first(kind, most))
-            inputs, *_ = calibrated(self.op, self.model, few, self.trace)  # perhaps not of all
+            inputs, *_ = calibrated(self.op, self.trace, few)  # perhaps not of all
             sizes = [batch_size_of(self.op, part) for part in inputs]
             labels = torch.split(torch.cat([labels for _, labels in few])[: sum(sizes)], sizes)
             self._labelled[key] = list(zip(inputs, labels, strict=True))

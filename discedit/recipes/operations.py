@@ -65,6 +65,17 @@ class Slots:
         value: Tensor = getattr(module, attribute)
         return value
 
+    @property
+    def architecture(self) -> dict[str, list[int]]:
+        """Shape of every parameter and buffer, by each of its names."""
+        return {name: list(self.get(name).shape) for name in self.first}
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, each counted once."""
+        tensors = map(self.get, self.places)
+        return sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter))
+
     def put(self, name: str, value: Tensor) -> None:
         old = self.get(name)
         new: Tensor = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value

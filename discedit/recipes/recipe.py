@@ -20,7 +20,6 @@ from discedit.common import files
 from discedit.common.tables import format_table
 from discedit.model.forward import outside_inference_mode
 from discedit.model.sharded import unwrapped
-from discedit.model.size import count_parameters
 from discedit.recipes.operations import (
     WITH_VALUES,
     Operation,
@@ -71,13 +70,15 @@ class Recipe:
             ValueError: a parameter or buffer is missing, unknown or of another shape. The model is then unchanged.
         """
         source = unwrapped(model)
-        check_architecture(source, self.architecture, "Recipe: this recipe was made for another architecture")
         model = source if inplace else copied(source)
         slots = Slots(model)
+        check_architecture(
+            slots.architecture, self.architecture, "Recipe: this recipe was made for another architecture"
+        )
         check_operations("Recipe", self.operations, self.architecture, slots=slots, tensors=self.tensors)
         check_possible("Recipe", self.operations, slots, self.tensors, undo=False)
         before = dict(source.named_parameters())
-        parameters_before = count_parameters(source)
+        parameters_before = slots.parameters
         tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith("set.")}
         with all_or_nothing(slots, needed=inplace) as announce:
             for i, operation in enumerate(self.operations):
@@ -86,7 +87,7 @@ class Recipe:
                 if undo is not None:
                     tensors[f"undo.{i}"] = undo.cpu()
         recipe = replace(self, operations=list(self.operations), tensors=tensors)  # to which a repair may add
-        edit = Edit(model, recipe, parameters_before, count_parameters(model))
+        edit = Edit(model, recipe, parameters_before, slots.parameters)
         for name, parameter in before.items():
             edit._names[parameter] = name
         return edit
@@ -104,7 +105,7 @@ class Recipe:
         model = unwrapped(model)
         slots = Slots(model if inplace else copied(model))
         edited = check_operations("Recipe", self.operations, self.architecture, slots=slots)
-        check_architecture(model, edited, "Recipe: this model does not carry this recipe's edit")
+        check_architecture(slots.architecture, edited, "Recipe: this model does not carry this recipe's edit")
         check_possible("Recipe", self.operations, slots, self.tensors, undo=True)
         with all_or_nothing(slots, needed=inplace) as announce:
             for i, operation in reversed(list(enumerate(self.operations))):
@@ -260,7 +261,7 @@ def copied(model: nn.Module) -> nn.Module:
 def reduced(model: nn.Module, operations: list[Operation]) -> nn.Module:
     """A copy of a model with operations that only remove; it shares the parameters that stay whole."""
     slots = Slots(copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}))
-    check_operations("Recipe", operations, architecture_of(model), slots=slots)
+    check_operations("Recipe", operations, slots.architecture, slots=slots)
     check_possible("Recipe", operations, slots, {}, undo=False)
     for operation in operations:
         apply_operation(slots, operation, None)
@@ -318,9 +319,8 @@ def architecture_of(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in named_tensors(model)}
 
 
-def check_architecture(model: nn.Module, expected: dict[str, list[int]], what: str) -> None:
-    """Raises a ValueError, which says `what`, unless the model's tensors have these shapes."""
-    found = architecture_of(model)
+def check_architecture(found: dict[str, list[int]], expected: dict[str, list[int]], what: str) -> None:
+    """Raises a ValueError, which says `what`, unless a model's tensors have the shapes that are expected."""
     for name in [*expected, *found]:
         if expected.get(name) != found.get(name):
             raise ValueError(

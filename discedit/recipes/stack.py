@@ -150,7 +150,9 @@ class Stack:
             raise FileNotFoundError(f"stack file {str(target)!r} does not exist.")
         header, damaged = files.load_json(target, "stack"), f"{str(target)!r} is damaged"
         expected = files.field(header, "architecture", dict, target)
-        check_architecture(model, expected, "Stack.load: model must have the architecture of the stack's base")
+        check_architecture(
+            architecture_of(model), expected, "Stack.load: model must have the architecture of the stack's base"
+        )
         recipes: dict[str, Recipe] = {}
         for fields in files.field(header, "entries", list, target):
             if not isinstance(fields, dict):

@@ -81,7 +81,7 @@ def report(
     >>> folder.cleanup()
     """
     edits, accuracy, curve = edits or {}, accuracy or {}, curve or ()
-    given = {"path": path, "scores": scores, "edits": edits, "accuracy": accuracy, "curve": curve}
+    given: dict[str, Any] = {"path": path, "scores": scores, "edits": edits, "accuracy": accuracy, "curve": curve}
     given |= {"class_names": class_names or (), "settings": {} if settings is None else settings}
     for argument, value in given.items():
         validation.instance(OP, argument, value, *GIVEN[argument])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from discedit.common import validation
 from discedit.model.trace import components_in, width_of
+from discedit.recipes.operations import Slots
 from discedit.recipes.recipe import Edit
 from discedit.scoring.scores import Scores
 
@@ -94,22 +95,23 @@ def check_scored(op: str, argument: str, layer: str, widths: Mapping[str, int]) 
         raise ValueError(f"{op}: {argument} must name layers that scores holds, {layer!r} is none of {list(widths)}.")
 
 
-def why_not_editable(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
-    """Layers whose weights cannot be edited by rows, each with the reason."""
-    places: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.setdefault(id(parameter), []).append(name)
-    found = {layer: _why_not_editable(model.get_submodule(layer), places) for layer in layers}
+def why_not_editable(slots: Slots, layers: Iterable[str]) -> dict[str, str]:
+    """Layers of a model whose weights cannot be edited by rows, each with the reason."""
+    names: dict[str, list[str]] = {}
+    for name, first in slots.first.items():
+        names.setdefault(first, []).append(name)
+    of_one = {name: names[first] for name, first in slots.first.items()}
+    found = {layer: _why_not_editable(slots.model.get_submodule(layer), layer, of_one) for layer in layers}
     return {layer: why for layer, why in found.items() if why}
 
 
-def _why_not_editable(module: nn.Module, places: Mapping[int, list[str]]) -> str:
-    """By all names of each parameter; empty when it can."""
+def _why_not_editable(module: nn.Module, layer: str, of_one: Mapping[str, list[str]]) -> str:
+    """By all names of the tensor that has a name; empty when it can."""
     if width_of(module) is None:
         return f"it is a {type(module).__name__}; only convolutions and linear layers can be edited"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed (parametrized or masked) and must be made a plain parameter first"
-    for parameter in module.parameters(recurse=False):
-        if len(places[id(parameter)]) > 1:
-            return f"its parameters are shared: {', '.join(places[id(parameter)])} are one tensor"
+    for name, _ in module.named_parameters(layer, recurse=False):
+        if len(of_one[name]) > 1:
+            return f"its parameters are shared: {', '.join(of_one[name])} are one tensor"
     return ""

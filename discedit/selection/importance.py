@@ -75,7 +75,7 @@ def importances(
     inputs: Any = None
     trace = ModelTrace(model)
     if criterion in OF_CONSUMERS and data is not None:
-        inputs, trace, _ = calibrated(op, model, data)
+        inputs, trace, _ = calibrated(op, trace, data)
     candidates = Candidates({layer: len(scores[layer]) for layer in scores}, scores)
     values, unjudged = component_importances(candidates, criterion, graph, found, inputs, trace)
     rows = {}
@@ -95,8 +95,8 @@ def check_criterion(op: str, criterion: str | Random | None, data: Any) -> None:
 
 def kinds_of(op: str, components: str | Iterable[str], known: tuple[str, ...] = KINDS) -> tuple[str, ...]:
     """The kinds of components asked for, checked."""
-    kinds = (components,) if isinstance(components, str) else validation.names(op, "components", components)
-    kinds = tuple(dict.fromkeys(one for kind in kinds for one in (KINDS if kind == "all" else (kind,))))
+    asked = [components] if isinstance(components, str) else validation.names(op, "components", components)
+    kinds = tuple(dict.fromkeys(one for kind in asked for one in (KINDS if kind == "all" else (kind,))))
     for kind in kinds:
         validation.choice(op, "components", kind, known)
     if not kinds:
