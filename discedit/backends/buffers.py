@@ -21,6 +21,7 @@ FAST = ("fisher", "minimax")
 
 def lend(*tensors: Tensor) -> tuple[Any, ...]:
     """DLPack capsules: a tenth of the time that a tensor's own __dlpack__ takes, which counts in a pass over layers."""
+    # DLPack lends memory as it is, without the sign of a view that torch has negated.
     return tuple(to_dlpack(tensor.resolve_neg()) for tensor in tensors)
 
 

@@ -30,6 +30,7 @@ def _kernels() -> Any:
 
 
 def _stream(device: torch.device) -> int:
+    # The one on which torch has queued what makes the tensors, so that nobody waits for it.
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -53,6 +54,7 @@ def class_moments(
 
 
 def fold_moments(pooled: Tensor, scale: float, labels: Tensor, state: State) -> None:
+    # Stable, so that each class is summed in the order of the batch: the same bits in every run.
     order = lend_optional(torch.sort(labels, stable=True).indices if len(labels) > UNSORTED else None)
     data, classes = lend(pooled.contiguous(), labels)
     stream = _stream(labels.device)

@@ -40,6 +40,7 @@ _PLAIN = frozenset({Tensor, int, float, bool, str, tuple, type(None)})
 
 def traced(*given: Any) -> bool:
     """Whether torch records this call, or a tensor of it is more than memory: fake, functional, distributed."""
+    # A mode on that stack (fake tensors, a recorder) sees only what goes through the dispatcher.
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     for value in given:  # in the time of an eager call, so nothing shorter

@@ -35,6 +35,7 @@ STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
     "rms": lambda maps: maps.square().mean(-1).sqrt(),
     "absmax": lambda maps: maps.abs().amax(-1),
     "max": lambda maps: maps.amax(-1),
+    # NaN is not above 0 and would be lost in the comparison: it is to be found and refused.
     "positive_fraction": lambda maps: torch.where(maps.isnan(), maps, (maps > 0).double()).mean(-1),
     "cls": lambda maps: maps[..., 0],  # tokens are the one pooled axis
 }
@@ -120,6 +121,7 @@ def _merge(a: Kind, b: Kind) -> Kind:
             + 4 * delta * (wa * b.m3 - wb * a.m3)
         )
         sums = (m2, m3, m4)
+    # An empty side leaves the other's bits, whatever its own sums hold.
     merged = (
         torch.where(nb == 0, mine, torch.where(na == 0, theirs, both))
         for mine, theirs, both in zip(a.tensors()[1:], b.tensors()[1:], (mean, *sums), strict=True)
@@ -203,6 +205,7 @@ def witness_bound(mean1: Tensor, second1: Tensor, mean2: Tensor, second2: Tensor
     mean1, second1, mean2, second2 = (moment.double() for moment in (mean1, second1, mean2, second2))
     finite = mean1.isfinite() & mean2.isfinite() & second1.isfinite() & second2.isfinite()
     unit = torch.maximum(second1, second2).sqrt()
+    # In units of the larger moment, so that squares stay within the range of float64.
     inverse = torch.where(unit > torch.finfo(torch.float64).tiny, 1 / unit, 0.0)
     mean1, mean2 = mean1 * inverse, mean2 * inverse
     second1, second2 = second1 * inverse * inverse, second2 * inverse * inverse
@@ -314,6 +317,7 @@ def _scale(delta: Tensor, noise: Tensor, cov1: Tensor, cov2: Tensor) -> tuple[Te
     """Units in which cov1 + cov2 has unit diagonal, and a verdict: NaN undefined, 1 separated, 0 go on."""
     total = torch.diagonal(cov1 + cov2, dim1=-2, dim2=-1)
     deviation = total.clamp(min=0).sqrt()
+    # From so many deviations on the bounds are 1 in float64, and no direction need be looked for.
     separated = (delta.abs() - noise > 1e9 * deviation).any(-1)
     defined = delta.isfinite().all(-1) & total.isfinite().all(-1)
     inverse = torch.where(deviation > 0, 1 / deviation, 0.0)

@@ -100,6 +100,7 @@ def _process_group(size: int, device: torch.device, timeout: float) -> Iterator[
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
         yield
     except (OtherFailed, RuntimeError) as error:
+        # gloo and NCCL raise plain RuntimeErrors too, which their words alone tell from a bug.
         known = isinstance(error, (OtherFailed, dist.DistError))
         if known or any(mark in str(error).lower() for mark in GROUP_FAILURES):
             raise GroupError(f"another process of the group failed or is late: {error}") from error
@@ -293,6 +294,7 @@ def _finish(job: Job, edit: Edit, computed: Scores | None, **results: Any) -> Re
 def _save_model(job: Job, edit: Edit) -> None:
     """The weights; of a transformers model the folder that `--model hf:` takes."""
     if job.source.whole and not job.options.recipe:
+        # Whole first and then renamed, so that a run that is stopped leaves no half of a model under its names.
         with tempfile.TemporaryDirectory(prefix=".", dir=job.folder.path) as temporary:
             huggingface.save_pretrained(edit, temporary)
             for path in sorted(Path(temporary).iterdir()):
@@ -300,6 +302,7 @@ def _save_model(job: Job, edit: Edit) -> None:
         return
     state = edit.model.state_dict(keep_vars=True)
     once = {id(tensor): name for name, tensor in reversed(state.items())}  # tied tensors under their first name
+    # Cloned, as safetensors refuses tensors that share memory.
     weights = {name: state[name].detach().cpu().contiguous().clone() for name in reversed(once.values())}
     files.write_atomically(job.folder.file("model.safetensors"), format_tensors(weights))
 

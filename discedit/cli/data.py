@@ -68,6 +68,7 @@ class Images(Dataset[Any]):
         """Indices of the first samples of each class, in their order."""
         if limit is None:
             return torch.arange(len(self))
+        # A sample's rank in its class: its place among all, sorted by class, less that of the first of its class.
         ordered, order = torch.sort(self.labels, stable=True)
         rank = torch.arange(len(self)) - torch.searchsorted(ordered, ordered)
         return order[rank < limit].sort().values
@@ -193,6 +194,7 @@ def converted(image: Image, channels: int | None) -> Image:
 
         values = np.asarray(image).astype(np.float64) / 257  # 65,535 / 255
         image = pillow.fromarray(values.round().clip(0, 255).astype(np.uint8))
+    # By way of RGBA, as Pillow warns where a palette has its transparency in bytes.
     if image.mode == "P":
         image = image.convert("RGBA")
     grey = channels == 1 or (channels is None and image.mode in ("1", "L", "LA", "La"))

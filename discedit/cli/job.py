@@ -78,6 +78,7 @@ def prepare(options: Options, console: Console, *, classes: int = 0) -> Job:
     """
     rank, ranks = console.rank, console.ranks
     folder = RunFolder(options, console)
+    # Before the model is made: a factory may draw weights that no file replaces.
     torch.manual_seed(options.seed)
     device, dtype = _device(options.device, ranks), getattr(torch, options.dtype)
     source = open_model(options.model, pretrained=options.pretrained)
@@ -132,6 +133,7 @@ def _device(name: str, ranks: int) -> torch.device:
         if device.type == "cuda":
             if device.index >= (found := torch.cuda.device_count()):
                 raise InputError(f"--device: torch finds {found} CUDA devices, got {name!r}.")
+            # What means "cuda" without a number takes the current device: what processes exchange, for one.
             torch.cuda.set_device(device)
     return device
 

@@ -218,6 +218,7 @@ def _state_dict(path: Path, argument: str) -> Mapping[str, Tensor]:
         if path.suffix not in (".pt", ".pth"):
             raise InputError(f"{what}: it must be a .safetensors, .pt or .pth file")
         try:
+            # Tensors alone: a pickle from elsewhere could run anything.
             weights = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:  # whose own message says how to run it all the same
             raise InputError(f"{what}: it is damaged, or holds more than tensors in plain containers") from error

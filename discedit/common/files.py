@@ -27,6 +27,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         with temporary.open("wb") as file:
             file.write(data)
+            # On the disk before it has its name: a crash could else leave the name without the data.
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -51,6 +52,7 @@ def to_bytes(kind: str, header: Header, tensors: Tensors, *, sealed: bool = True
 
 def _checksum(header: Header, tensors: Tensors) -> str:
     found = sha256(json.dumps(header).encode())
+    # Sorted, as safetensors gives tensors back in an order of its own.
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

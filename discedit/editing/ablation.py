@@ -265,6 +265,7 @@ class _Plan:
         if data is not None:
             batches = data.last(CHECKED)
         skipped: dict[str, str] = {}
+        # Without the layers where it did not hold it is made anew, since those behind them now read something else.
         while rows:
             made = RowEdit(model, scores.norms, rows, scale, means)
             edit = made.recipe(self._settings()).apply(model)
@@ -348,6 +349,7 @@ def editable_units(problem: Problem, graph: Graph | None, kinds: Iterable[str], 
         reasons |= unfit
         units = {layer: [tuple(rows) for rows in parts.rows] for layer, parts in found.items()}
     if problem.layers is None:
+        # The last third, where features belong to classes (docs/unlearning.md).
         units = dict(list(units.items())[-math.ceil(len(units) / 3) :])
     elif reasons:
         layer, why = next((layer, reasons[layer]) for layer in chosen if layer in reasons)

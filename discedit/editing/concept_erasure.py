@@ -80,6 +80,7 @@ def erased(
     result = Erased()
     trace = trace.of_copy(edited)
     sums = {layer: GroupSums(len(classes)) for layer in layers}
+    # Each part of the samples runs in a thread of its own, over the same hooks.
     place = threading.local()
     whole = torch.cat([labels for _, labels in parts])
     number = torch.stack([(whole == cls).sum() for cls in classes])
@@ -121,6 +122,7 @@ def _edit(trace: ModelTrace, name: str, sums: GroupSums, scale: float, result: E
     within = torch.stack([c for _, c in forget]).mean(0) + covariance
     variance = float(within.diagonal().mean())
     eye = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+    # Where nothing varies, any ridge makes the system solvable: the direction is that of the difference.
     directions = torch.linalg.solve(within + (RIDGE * variance if variance > 0 else 1.0) * eye, differences)
     between = differences.T @ directions
     # In squares of standard deviations. A difference that is rounding, as behind what was just erased, is none.

@@ -190,6 +190,7 @@ class _Options:
             validation.choice("prune", "criterion", known["criterion"], ("auto", *CRITERIA))
         validation.choice("prune", "repair", known["repair"], REPAIRS)
         data, layers = known["data"], known["layers"]
+        # It is read by the criterion, by the repair and in every step, and an iterator ends after the first.
         known["data"] = list(data) if isinstance(data, Iterator) else data
         known["budget"] = budget_of("prune", known["budget"], given)
         known["components"] = kinds_of("prune", known["components"], (*KINDS, OUTPUTS))
@@ -270,6 +271,7 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     op, options = "prune", options.settled(candidates)
     known = candidates.chosen(op, options.layers)
     graph = Graph(op, model, options.example_inputs, keep_outputs=OUTPUTS not in options.components)
+    # Scores leave the head out; without them it would be a candidate, and its components are the classes.
     whole = [*options.ignore, *([graph.trace.head] if candidates.unscored and options.layers is None else [])]
     chosen = [layer for layer in known if layer not in whole]
     heads = {layer for layer in chosen if isinstance(model.get_submodule(layer), nn.MultiheadAttention)}
@@ -292,6 +294,8 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
         found = {layer: parts for layer, parts in found.items() if layer not in unjudged}
         unjudged = {}
     while True:
+        # The trial of a removal may refuse layers; then what goes is chosen anew among the others, which must meet
+        # the budget without them.
         _check_some(graph, found, skipped, options)
         choice = _chosen(graph, {layer: values[layer] for layer in found}, found, options, progress)
         operations, failed = graph.plan(choice.removed)

@@ -95,6 +95,7 @@ class RowEdit:
         axis = output.ndim - 1 if isinstance(self.model.get_submodule(layer), nn.Linear) else 1
 
         def behind_norm(model: nn.Module, y: Tensor) -> Tensor:
+            # Of a clone: an activation inside a norm may write over what it reads.
             y = y if layer not in self.norms else model.get_submodule(self.norms[layer])(y.clone())
             return y.index_select(axis, index).movedim(axis, -1).double()
 

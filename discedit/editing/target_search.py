@@ -44,6 +44,7 @@ def search(problem: Problem, first: Callable[[int], Edit], sizes: int, most: int
     assert problem.data is not None
     data, targets = problem.data, problem.targets
     before = data.accuracy(problem.model, "retain") if "retain_drop" in targets else math.nan
+    # A search comes back to counts that it has tried, and each costs an edit and passes over the samples.
     edit = cache(first)
     forgot = cache(lambda count: data.accuracy(edit(count).model, "forget", LOOKED))
     drop = cache(lambda count: before - data.accuracy(edit(count).model, "retain"))
@@ -59,6 +60,7 @@ def search(problem: Problem, first: Callable[[int], Edit], sizes: int, most: int
     low, high = 0, min(max(1, round(FIRST * sizes)), most)
     while not (found := beyond(high)) and high < most:
         low, high = high, min(2 * high, most)
+    # No finer: each step costs an edit and passes over the samples.
     while found and high - low > max(1, PRECISION * high):
         middle = (low + high) // 2
         low, high = (low, middle) if beyond(middle) else (middle, high)

@@ -82,6 +82,7 @@ def unlearn(
     if isinstance(chosen, EraseDirections) or (chosen is None and data is not None):
         Candidates.of(op, model, scores).chosen(op, None)
     if chosen is None:
+        # Directions first: they forget more for what the other classes lose (benchmarks/unlearn.md).
         able = [] if samples is None else erasable_layers(problem)[0]
         edit, missed = EraseDirections().erase(problem, able) if able else AblateComponents().apply(problem)
     else:

@@ -255,6 +255,7 @@ def evaluate(
         keep |= dict.fromkeys(others, -(-KEPT_RETAIN // len(others)))
     read = "features" in required and (features or True)
     outputs, kept, counts = {}, {}, {}
+    # Each loader is gone through once, for all models: what metrics run again is kept.
     for part, loader in (("test", test), ("train", train)):
         if loader is not None:
             outputs[part], kept[part] = gather(part, loader, models, count, features=read, keep=keep, seed=number)
@@ -314,6 +315,7 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
+    # JSON has neither NaN nor infinity.
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

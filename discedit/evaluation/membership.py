@@ -128,6 +128,7 @@ def quantile_attack(members: Outputs, test: Outputs, classes: Sequence[int], see
     margins = [margin(one).numpy() for one in sets]
     labels = [one.labels.numpy() for one in sets]
     folds = [random.permutation(len(labels[0])) % FOLDS]
+    # Dealt apart from the rest, so that every fold has as many of those that are judged.
     folds[0][:judged] = random.permutation(judged) % FOLDS
     folds.append(random.permutation(len(labels[1])) % FOLDS)
     above = [np.zeros(len(one)) for one in labels]
@@ -176,6 +177,7 @@ def attack_of(members: Tensor, others: Tensor) -> Attack:
     judged, not that in how an attack was trained. A threshold is never set between equal scores.
     """
     allowed = int(RATE * len(others))
+    # So that no more than the allowed number lie above it, whatever scores are equal.
     threshold = others.sort(descending=True).values[allowed]
     wins, lost = _wins(members, others), 1 - _wins(others, members)
     error = (wins.var() / len(members) + lost.var() / len(others)).clamp_min(0).sqrt()

@@ -142,6 +142,7 @@ def gather(
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(frozen_eval(model))
+        # Inside `frozen_eval`, which puts the caller's random state back afterwards.
         torch.default_generator.manual_seed(seed)
         readers = {name: FeatureReader(name, model, features) for name, model in models.items()}
         for index, batch in enumerate(loader):
@@ -212,6 +213,7 @@ class FeatureReader:
             read = self._read(batch)[1]
             return {} if read is None else {"features": read}
 
+        # The loader draws from the same generator: looking at the first batch must not change its order.
         with torch.random.fork_rng([]):
             if SampleOrder(inputs, samples_in(inputs), run).windows("features") != 1:
                 self._refuse("its rows are others")

@@ -41,6 +41,7 @@ def knn(data: EvaluationData) -> dict[str, ForgetRetain]:
 
     train = next(iter(data.outputs["train"].values()))
     count = min(NEIGHBOURS, len(train.labels))
+    # Cosines are no metric, which scikit-learn's trees need.
     return _recalls(KNeighborsClassifier(count, metric="cosine", algorithm="brute"), data)
 
 

@@ -98,6 +98,7 @@ class Relearning:
                     break
                 student.zero_grad(set_to_none=True)
                 with torch.enable_grad():
+                    # Both halves one after the other: the gradient of the whole batch, in half the memory.
                     for part, indices in zip(parts, batches, strict=True):
                         batch = part.take(next(indices))
                         loss = F.cross_entropy(_logits(student, batch.inputs), batch.labels) / 2

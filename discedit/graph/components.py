@@ -78,6 +78,7 @@ class ChannelGroups:
         leader = list(rows)  # of what goes together, as far as is known; a row leads to itself in the end
 
         def led_by(row: int) -> int:
+            # Union-find with halved paths: rows that meet somewhere have one leader.
             while leader[row] != row:
                 leader[row] = row = leader[leader[row]]
             return row
@@ -96,6 +97,7 @@ class ChannelGroups:
                 else:
                     known[channel] = row
                     new.append(_HybridIndex(channel, row))
+            # Where nothing is new the walk ends, also in a graph with circles.
             if not new:
                 continue
             for dependency in node.dependencies:

@@ -251,6 +251,7 @@ class DependencyTrace:
         from torch_pruning.ops import OPTYPE
 
         self.opaque[id(node.module)] = self._why(node, error)
+        # Neighbours still lead here, so that they learn why, but no index is to be mapped on the way.
         for neighbour in (*node.inputs, *node.outputs):
             for dependency in neighbour.dependencies:
                 if dependency.target is node:

@@ -139,6 +139,7 @@ class HeadFinder:
             nan = args[0].isnan()
             hit = nan.movedim(channel_axis(module), -1).flatten(0, -2).any(0).nonzero().flatten()
             found[name] = sorted({*found.get(name, ()), *hit.tolist()})
+            # NaN ends here: this layer would spread it over everything behind.
             return (args[0].masked_fill(nan, 0), *args[1:])
 
         layers = {name: module for name, module in self.model.named_modules() if width_of(module) is not None}

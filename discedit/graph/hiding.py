@@ -88,6 +88,7 @@ class RemovalCheck:
     ) -> tuple[nn.Module, dict[str, Tensor], dict[str, list[Any]]]:
         """A smaller model, what it gives, and the shapes that some modules in it read, call by call; None where the
         first argument is no tensor."""
+        # Of the model that is hidden from too: both give the same digits where they do the same.
         smaller = reduced(self._reference.model, operations)
         shapes: dict[str, list[Any]] = {name: [] for name in names}
 
@@ -130,6 +131,7 @@ class RemovalCheck:
         for (name, role), lost in gone.items():
             if role == "in":
                 module = model.get_submodule(name)
+                # Attention reads the channels of query, key and value.
                 several = 3 if isinstance(module, nn.MultiheadAttention) else 1
                 hide = _hiding(lost, channel_axis(module), several)
                 handles.append(module.register_forward_pre_hook(hide, with_kwargs=True))
@@ -184,6 +186,7 @@ class RemovalCheck:
             Operation("attribute", place, name=name, before=value, value=min(widths[value]))
             for place in sorted(around)
             for name, value in vars(model.get_submodule(place)).items()
+            # Where layers of one width lose different numbers, nothing tells which of them a number stands for.
             if type(value) is int and len(widths.get(value, ())) == 1 and _WIDTH.search(name)
             if not name.startswith("_") and (place, name) not in known
         ]
@@ -192,6 +195,8 @@ class RemovalCheck:
     def _reference(self) -> _Reference:
         network = self.network
         try:
+            # In float64, where what is the same differs by rounding alone, far below 1e-9. A model that insists on its
+            # own type runs in that, where only large differences can be told from rounding.
             model, inputs = copy.deepcopy(network.original).double(), _double(network.inputs)
             return _Reference(model, inputs, _outputs(model, inputs, self.trains), 1e-9)
         except Exception:

@@ -41,6 +41,8 @@ class Network:
 
     def __init__(self, op: str, model: nn.Module, example_inputs: Any, *, keep_outputs: bool) -> None:
         self.op, self.original, self.keep_outputs = op, model, keep_outputs
+        # A copy: torch-pruning follows autograd's graph, so parameters must want gradients, and the search for
+        # heads writes NaN into them.
         self.model = copy.deepcopy(model).eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
@@ -113,6 +115,7 @@ def groups_of(module: nn.Module) -> int:
 
 
 def channel_axis(module: nn.Module) -> int:
+    # From the end, where it is the same for a map without an axis of samples.
     return 1 - int(module.weight.ndim) if isinstance(module, _ConvNd) else -1
 
 

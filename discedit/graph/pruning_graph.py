@@ -73,6 +73,7 @@ class Graph:
         skipped: dict[str, str] = {}
         followers: set[str] = set()
         left: dict[str, Components] = {}  # what is known of the layers of streams that stay
+        # As they run, since layers that go together are found under the first of them.
         for layer in sorted(layers, key=self.network.turn):
             if layer in followers:
                 continue
@@ -145,6 +146,7 @@ class Graph:
         operations, problem = self._trial(chosen)
         if not problem:
             return operations, {}
+        # Each alone first: one that fails by itself makes every set fail that it is in.
         alone = self._failing({layer: indices for layer, indices in chosen.items() if indices}, problem)
         failed: dict[str, str] = {}
         for layer, why in alone.items():

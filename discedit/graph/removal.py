@@ -90,6 +90,7 @@ def _width_changes(network: Network, name: str, lost: Mapping[str, list[int]]) -
         side = next((side for side, names in _WIDTHS.items() if attribute in names), "")
         side = "through" if side and is_depthwise(module) else side
         if side in lost and (size := network.size((name, side))):
+            # In proportion, as some attributes count groups of channels.
             counts = before if isinstance(before, list) else [before]
             after = [count - len(lost[side]) * count // size for count in counts]
             if after != counts:
@@ -127,6 +128,7 @@ def _sizes(module: nn.Module) -> dict[str, Any]:
     """A module's public integer attributes and tuples of them: its widths among them."""
     found: dict[str, Any] = {}
     for name, value in vars(module).items():
+        # A bool is an integer to Python, but counts nothing.
         if name.startswith("_") or isinstance(value, bool):
             continue
         if isinstance(value, int):

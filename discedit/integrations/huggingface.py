@@ -156,9 +156,11 @@ def _pruned_config(recipe: Recipe, model: Any) -> Any:
         if operation.kind == "keep"
         and recipe.architecture[operation.target][operation.dim] == getattr(config, "intermediate_size", None)
     }
+    # One number for all layers is what a configuration can say.
     if len(widths) == 1:
         config.intermediate_size = widths.pop()
     heads = {operation.value for operation in recipe.operations if operation.name == "num_attention_heads"}
+    # Their width must be named with them: transformers takes the hidden size over their number for it.
     if len(heads) == 1 and isinstance(config.num_attention_heads, int):
         config.head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
         config.num_attention_heads = heads.pop()

@@ -102,6 +102,7 @@ def set_forward(module: nn.Module, spec: dict[str, Any] | None) -> None:
             f"Recipe: the attention {type(module).__name__} must have a layer {missing[0]!r}, it has none."
         )
     base = class_of(module)
+    # What was made for the widths before.
     module.__dict__.pop("_narrow", None)
     module.__class__ = base if spec is None else _class_of(base, spec)
     if isinstance(module, NarrowAttention):
@@ -166,6 +167,7 @@ def shifted_windows(module: Any, x: Tensor) -> Tensor:
     sizes = x.shape[1:3]
     padded = [size + -size % window for size, window in zip(sizes, module.window_size, strict=True)]
     shifts = [
+        # As in torchvision: where one window holds the whole map, there is nothing to shift into.
         0 if window >= size else shift
         for shift, window, size in zip(module.shift_size, module.window_size, padded, strict=True)
     ]
@@ -184,9 +186,11 @@ def shifted_windows(module: Any, x: Tensor) -> Tensor:
         for axis, (size, window, shift) in enumerate(zip(padded, module.window_size, shifts, strict=True), start=1):
             border = torch.arange(size, device=x.device)
             place = (border >= size - window).float() + ((border >= size - shift).float() if shift else 0)
+            # In base 3, so that each combination of borders is a number of its own.
             parts = 3 * parts + place.view([-1 if dim == axis else 1 for dim in range(4)])
         parts = _cut(parts, module.window_size)
         apart = (parts != parts.transpose(-1, -2)).unsqueeze(-3).to(products.dtype)
+        # torchvision's number, not -inf: the same digits as its own forward gives.
         products = products - 100.0 * apart
     shares = functional.dropout(products.softmax(-1), module.attention_dropout, module.training)
     x = functional.dropout(module.proj((shares @ v).transpose(-2, -3).flatten(-2)), module.dropout, module.training)
@@ -244,6 +248,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.lengths = lengths  # of arguments that are tuples
 
+    # Layers stay calls of layers, so that edits of them count and hooks see them.
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
@@ -318,6 +323,7 @@ class _Narrowed:
         code = self.graph.python_code("self")
         scope = dict(code.globals)
         try:
+            # Written by torch.fx from the forward of the module's own class; nothing of a file is run.
             exec(compile(code.src, f"<{base.__name__}.forward>", "exec"), scope)
         except SyntaxError as error:  # arguments in an order that torch.fx does not keep
             raise Untraceable(f"torch.fx cannot follow its forward ({error})") from error

@@ -93,6 +93,7 @@ def frozen_eval(model: nn.Module) -> Iterator[LayersCalled]:
     buffers and random state as they were outside."""
     modes = [(module, module.training) for module in model.modules()]
     device = device_of(model)
+    # Of the model's device alone: by default `fork_rng` copies the state of every GPU.
     devices = [device] if device.type == "cuda" else []
     kept = _buffers_of(module for module, _ in modes)
     # Hooks, by which everything here is found out, are not seen by code that was compiled without them.
@@ -105,6 +106,7 @@ def frozen_eval(model: nn.Module) -> Iterator[LayersCalled]:
                 yield calls
     finally:
         for module, name, buffer, version, value in kept:
+            # First the very tensor, which the module may have replaced, then the values, which it may have written to.
             if name in module._buffers:
                 module._buffers[name] = buffer
             if version_of(buffer) != version or buffer.shape != value.shape:
@@ -151,6 +153,7 @@ def unpack_batch(
     """
     inputs: Any
     labels: Any = None
+    # As transformers' collators give them: labels among the arguments of the model, which would make a loss of them.
     if isinstance(batch, Mapping) and "labels" in batch:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels = batch["labels"]
@@ -257,6 +260,7 @@ def first_tensor(output: Any) -> Tensor | None:
     """The tensor of a module's output: itself, its `logits`, or the first of a tuple or mapping."""
     if isinstance(output, Tensor):
         return output
+    # By its name in outputs of transformers: the first entry there may be a loss.
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
@@ -283,6 +287,7 @@ def tensors_in(
         return
     if output is None or isinstance(output, (str, bytes, int, float, complex, type, nn.Module)):
         return
+    # Objects may hold each other in a circle.
     if id(output) in seen or depth > _DEPTH:
         return
     seen.add(id(output))

@@ -60,6 +60,7 @@ class LayersCalled(TorchFunctionMode):
         known = self._layers.get(id(weight))
         if known is None or known._parameters.get("weight") is not weight:
             layers = (module for module in self._model.modules() if isinstance(module, nn.Linear))
+            # A subclass with a forward of its own does more than the function that it would stand for.
             plain = (layer for layer in layers if type(layer).forward is nn.Linear.forward)
             self._layers = {id(layer._parameters.get("weight")): layer for layer in plain}
         return self._layers.get(id(weight))
@@ -71,6 +72,7 @@ class LayersCalled(TorchFunctionMode):
         if func is functional.linear:
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
             caller = _caller(sys._getframe(1))
+            # `nn.Linear.forward` calls this function too: to call the layer for that would never end.
             called = caller is not None and caller._parameters.get("weight") is given["weight"]
             layer = None if called else self._layer_of(given["weight"])
             if layer is not None:
@@ -144,11 +146,13 @@ def attend(
     )
     if is_causal and attn_mask is None:
         raise ValueError("MultiheadAttention: is_causal needs an attn_mask, got None.")
+    # As in torch, the hint replaces the mask only where nothing else hides keys and no weights are asked for.
     causal = is_causal and key_padding_mask is None and not need_weights
     mask = None if causal else _mask(attn_mask, key_padding_mask, q)
     dropout = module.dropout if module.training else 0.0
     shares: Tensor | None = None
     if need_weights:
+        # Scaled before the product, as torch does where it gives the weights.
         products = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         shares = (products if mask is None else products + mask).softmax(-1)
         shares = functional.dropout(shares, dropout) if dropout else shares
@@ -165,6 +169,7 @@ def attend(
 def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
     """Both masks as numbers to add, for (samples, heads, queries, keys)."""
 
+    # In masks of `MultiheadAttention` True hides; `scaled_dot_product_attention` would take it for what is seen.
     def numbers(mask: Tensor) -> Tensor:
         return torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf) if mask.dtype is torch.bool else mask
 
@@ -188,6 +193,7 @@ def _caller(frame: FrameType | None) -> nn.Module | None:
     for _ in range(_DEEP):
         if frame is None:
             return None
+        # A method has its module as the first argument, whatever it is called there.
         names = frame.f_code.co_varnames
         first = frame.f_locals.get(names[0]) if names and frame.f_code.co_argcount else None
         if isinstance(first, nn.Module):

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from discedit.model.forward import frozen_eval
 
+# Subclasses that pad by themselves often override the latter alone, which torch's forward calls.
 METHODS = ("forward", "_conv_forward")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 SAMPLES = 4  # that a module is tried on
@@ -52,6 +53,7 @@ def is_affine(norm: _BatchNorm) -> bool:
         state = {}
         for name, value in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
             if value.is_floating_point():
+                # A variance must be positive; near 0 its root would blow up the rounding.
                 drawn = _numbers(value.shape, value)
                 state[name] = drawn.abs() + 0.5 if name == "running_var" else drawn
         weight, bias = state.get("weight"), state.get("bias")
@@ -104,6 +106,7 @@ def _name_of(module: nn.Module) -> str:
 def as_its_class(layer: nn.Module, weights: Mapping[str, Tensor | None], x: Tensor) -> Any:
     """What the class of torch gives, without what was added to this instance."""
     base = _base_of(layer)
+    # Not a copy of the layer: its class, its hooks and its own methods are what is to be left out.
     plain = base.__new__(base)
     plain.__dict__.update({name: value for name, value in layer.__dict__.items() if name not in METHODS})
     plain.__dict__["_parameters"] = dict(weights)
@@ -145,5 +148,6 @@ def is_close(one: Any, other: Any, tolerance: float | None = None) -> bool:
     units = ROUNDING if one.element_size() >= 4 else ROUNDING_OF_HALVES
     share = units * torch.finfo(one.dtype).eps if tolerance is None else tolerance
     same = (one == other) | (one.isnan() & other.isnan())
+    # And 1e-12, since of numbers that are all 0 no share allows any rounding.
     off, size = (one - other).abs().masked_fill(same, 0), one.abs().masked_fill(~one.isfinite(), 0)
     return not one.numel() or float(off.max()) <= share * float(size.max()) + 1e-12

@@ -13,6 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module whose names are those of the model that was wrapped or compiled. What is called is the wrapper."""
     while True:
+        # Wrappers stand around each other in any order: a compiled model in DataParallel, or the reverse.
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
         elif is_compiled(model):
@@ -64,6 +65,8 @@ class Channels:
 
         map_: Any = x
         axis %= x.ndim
+        # Spread along another axis, or as sums that are still to be added, a map is gathered: pooling wants whole
+        # planes, but each channel by itself.
         parts = [placement if placement.is_shard(axis) else Replicate() for placement in map_.placements]
         local: Tensor = map_.redistribute(placements=parts).to_local()
         if any(part.is_shard() for part in parts):
@@ -79,6 +82,7 @@ class Channels:
 
         shape = torch.Size((*planes.shape[:2], self._channels))
         stride = (shape[1] * shape[2], shape[2], 1)
+        # Without `run_check`, in which the processes would talk to each other once more for every layer.
         whole = DTensor.from_local(
             planes.contiguous(), self._mesh, self._placements, run_check=False, shape=shape, stride=stride
         )

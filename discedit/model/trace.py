@@ -152,6 +152,8 @@ class ModelTrace:
             with Tracing(trace, layers) as tracing:
                 output = call(model, inputs)
             tracing.end(output)
+            # Still inside `frozen_eval`, which puts the random state back; modes and buffers
+            # `training_branches` keeps by itself.
             if training:
                 in_training = cls(trace.model, trace.samples)
                 try:
@@ -272,6 +274,7 @@ class SampleOrder:
         except Exception:  # some models insist on the size of their batches
             self._number, fixed = samples, True
             self._seen = seen(list(range(samples)))
+        # A model that draws random numbers gives others in each pass: there the number of rows alone must do.
         self._by_chance = not fixed and not torch.equal(_random_state(), state)
 
     def windows(self, name: str, axis: int = 0) -> int:
@@ -290,6 +293,7 @@ class SampleOrder:
 def _random_state() -> Tensor:
     """Of the generators that a model draws from."""
     states = [torch.get_rng_state()]
+    # To ask CUDA for its state would initialise it, in processes that never use it.
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states.append(torch.cuda.get_rng_state())
     return torch.cat(states)
@@ -397,6 +401,7 @@ class Tracing(TorchFunctionMode):
         x, seen = first_tensor(args), self.seen
         seen.runs[name] = seen.runs.get(name, 0) + 1
         seen.rows.setdefault(name, len(x) if x is not None and x.ndim > 1 else 0)
+        # What reaches the output projection of attention are its heads: components of the module around it.
         around = name.rpartition(".")[0]
         if x is not None and isinstance(self.seen.model.get_submodule(around), nn.MultiheadAttention):
             self._known.note(x, _Known((around,), last=True))
@@ -404,6 +409,7 @@ class Tracing(TorchFunctionMode):
         if known is not None and is_norm(module):
             for layer in known.given_by:
                 seen.norms.setdefault(layer, name)
+        # `LayersCalled` gives a layer, for the time of a call, the bias that a function was handed with its weight.
         if is_layer(module) and module._parameters.get("bias") is not self._biases.get(name):
             seen.borrowed.add(name)
         if x is not None and is_layer(module):
@@ -435,10 +441,13 @@ class Tracing(TorchFunctionMode):
         if is_layer(module):
             width = x.shape[-1 if last else 1] if x.ndim > 1 else 0
             self._widths.setdefault(name, width)
+            # With its version: what is changed in place later is no longer what the layer gave.
             if x.ndim > 1 and x.numel() == len(x) * width and len(x) == (self.seen.samples or len(x)):
                 self._vectors.append((name, identity(x), version_of(identity(x))))
 
     def _head(self, logits: Tensor) -> str | None:
+        # The very tensor, if it is one; else by its values, since a copy, a cast or a flatten makes another
+        # tensor of a layer's output.
         known = self._known.of(logits)
         same = [name for name in known.given_by if name in self._widths] if known is not None else []
         same = same or [
@@ -458,6 +467,7 @@ class Tracing(TorchFunctionMode):
         if getattr(func, "__name__", "") in ADDITIONS and len(maps) == 2 and maps[1].shape == shape:
             self.seen.sums.update(*((*one.given_by, *one.behind) for one in known if one is not None))
         result = func(*args, **(kwargs or {}))
+        # Of one source alone: where components of two layers meet, a channel is no longer one of them.
         if first is not None and len(sources) == 1 and _is_one_by_one(func, args) and isinstance(result, Tensor):
             kept = result.shape == shape if first.last else result.shape[:2] == shape[:2]
             if kept and self._known.of(result) is None:  # dropout gives in eval mode the very tensor that it reads
@@ -488,6 +498,7 @@ def training_branches(model: nn.Module) -> Iterator[None]:
     random state is the caller's to keep, as `frozen_eval` does.
     """
     modes = [(module, module.training) for module in model.modules()]
+    # torch's norms stay in eval mode, but modules of others may count or average when they train.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with _WithoutDropout():

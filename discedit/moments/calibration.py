@@ -56,6 +56,8 @@ def calibrated(
     if not taken:
         raise ValueError(f"{op}: data must give at least one sample, it gave none.")
     whole, samples = concat_batches(taken, batch_size_of(op, taken[0])), min(total, limit)
+    # On the CPU large maps are fetched from the system anew for every layer (docs/notes.md, Moments); torch's
+    # allocator for GPUs keeps their memory.
     parts = 1 if device.type != "cpu" else min(PARTS, samples, -(-samples * trace.largest // MAP))
     rest = total - samples
     behind = concat_batches([index_samples(whole, slice(samples, samples + rest), total)], rest) if rest else None

@@ -131,6 +131,7 @@ class BlockAssigner:
     def __call__(self, labels: Tensor) -> Tensor:
         """Class x blocks + block of each sample."""
         self._seen = self._seen.to(labels.device)
+        # A sample's rank in its class: its place among all, sorted by class, less that of the first of its class.
         ordered, order = torch.sort(labels, stable=True)
         position = torch.arange(len(labels), device=labels.device)
         rank = torch.empty_like(position)
@@ -194,6 +195,7 @@ class _MomentPass(Pass[Moments]):
         classes = classes if whole else classes[:counted]
         if self.assigner.blocks > 1:
             classes = self.assigner(classes)
+        # On a GPU nobody asks now whether they are finite: the answer would wait for all that is queued there.
         for layer, planes in self.pooling.take():
             planes = planes if whole else planes[:, :counted]
             try:
@@ -218,6 +220,7 @@ class NonFiniteMonitor:
 
     def end_batch(self, index: int) -> None:
         if self._batch:
+            # One stack for all layers, so that a batch adds a handful of small kernels and not some for each layer.
             layers, sound = tuple(self._batch), torch.stack(list(self._batch.values())).isfinite()
             first = torch.where(sound, NEVER, index)
             self._first[layers] = torch.minimum(self._first.get(layers, first), first)

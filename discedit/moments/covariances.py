@@ -53,10 +53,12 @@ class Sums:
         # No fewer rows at once than make a sum worth its while.
         for part in positions.chunks(len(x), each, max(sampling.CHUNK, 2 * unknowns**2)):
             rows, given = positions.inputs(x, part), y[part.start * each : part.stop * each]
+            # Around a mean, if only that of the first rows: squares of large means would swallow the variance.
             if not self.number:
                 self.shift_x, self.shift_y = rows.mean(0), given.mean(0)
             self.number += len(rows)
             rows, given = rows.sub_(self.shift_x), given - self.shift_y
+            # Products in the type of the maps, which is fast; what adds up over all chunks in float64.
             terms = (rows.sum(0), given.sum(0), gram_of(rows), given.T @ rows, given.square().sum(0))
             self.sums = _added(self.sums, [term.double() for term in terms])
 

@@ -139,6 +139,8 @@ class Pass(ABC, Generic[M]):
                     self.group.check(words)
                     if MORE not in words:
                         break
+                    # A process without any batch must run the model as often as the others, which wait for it
+                    # inside, and has no inputs of its own to do so with.
                     if last is None and NOTHING in words:
                         last = to_device(self.group.first(words, None if batch is None else batch[0]), self.device)
                 elif batch is None:
@@ -148,6 +150,7 @@ class Pass(ABC, Generic[M]):
                     continue
                 last, labels, counted = batch
                 self.fold(last, labels, counted)
+                # Only a batch with samples shows whether the model needs the mode.
                 if samples_in(last):
                     calls.rest()
                 self.progress.batches += 1

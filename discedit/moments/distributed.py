@@ -74,6 +74,7 @@ class Group:
         for rank, size in enumerate(self.agree(len(data))):
             sent = torch.empty(size, dtype=torch.uint8, device=self._device)
             if rank == self.rank and size:
+                # In a bytearray: torch warns of a tensor over memory that must not be written to.
                 sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
             if size:
                 self._answer(dist.broadcast, sent, group_src=rank)
@@ -201,6 +202,7 @@ def _distributed_sampler(loader: object) -> DistributedSampler[object] | None:
     if not isinstance(loader, DataLoader):
         return None
     for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+        # A subclass that draws in another way need not repeat or drop what torch's own does.
         if isinstance(sampler, DistributedSampler) and type(sampler).__iter__ is DistributedSampler.__iter__:
             return sampler
     return None

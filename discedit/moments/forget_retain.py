@@ -66,6 +66,7 @@ class ForgetRetainSplit:
                     f"{op}: data must give one label per sample, batch {index} has {samples} samples and {len(labels)} "
                     f"labels."
                 )
+            # The first of each class, however the data are sorted: so many in all would be of the first classes alone.
             wanted = quota.take(labels)
             among = torch.isin(labels[wanted], torch.tensor(forget))
             for kind, places in (("forget", wanted[among]), ("retain", wanted[~among])):

@@ -32,6 +32,7 @@ def sample_positions(rule: str, size: Sequence[int], number: int, seed: int, sam
     if rule == "shared":
         return torch.randperm(places, generator=generator)[:number]
     if rule == "per sample":
+        # Without repetition where that could be frequent; of many places, to order them all would cost the most.
         if 8 * number > places:
             return torch.rand(samples, places, generator=generator).argsort(1)[:, :number]
         return torch.randint(places, (samples, number), generator=generator)

@@ -108,6 +108,7 @@ class InputMoments:
         Raises:
             ValueError: the two are of different kinds or layers.
         """
+        # Within one pass it is the very tensor, which need not be compared.
         same = self.weight is other.weight or torch.equal(self.weight, other.weight)
         if self.scatter.shape != other.scatter.shape or not same:
             raise ValueError("both must be of one kind, and of a layer with the same weights.")

@@ -40,6 +40,7 @@ class Stream:
 
     def describe(self, progress: Progress) -> None:
         """Notes where the loader stands."""
+        # A loader that was put back by its own state has not shown the batches before.
         progress.digest = self._digests[self.taken - 1] if self.taken and not self._put else ""
         if self._state is not None:
             file = BytesIO()
@@ -79,6 +80,7 @@ class Stream:
 def has_indices(loader: Any) -> TypeGuard[DataLoader[Any]]:
     """Whether it is a DataLoader that draws batches of indices."""
     return (
+        # A subclass may make its batches in another way.
         type(loader) is DataLoader
         and loader.batch_sampler is not None
         and not isinstance(loader.dataset, IterableDataset)

@@ -129,6 +129,7 @@ def _objection(operation: Operation, shape: list[int] | None) -> str:
         return f"must name a tensor of the model, got {target!r}"
     if kind == "set":
         return ""
+    # By its very type: in a JSON file true and false would pass for 1 and 0.
     if type(dim) is not int or not 0 <= dim < len(shape):
         return f"must have a dim of {target!r}, a tensor of shape {shape}, got {dim!r}"
     if not all(type(i) is int and 0 <= i < shape[dim] for i in index) or list(index) != sorted(set(index)):

@@ -76,6 +76,7 @@ def _cut(optimizer: Optimizer, key: str, value: Any, old: Tensor, kept: _Cuts) -
         for dim, index in kept:
             value = value.index_select(dim, index.to(value.device))
         return value if kept else value.clone()
+    # A count of steps, which holds for the parameter as a whole.
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.clone()
     found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"

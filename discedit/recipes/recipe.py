@@ -77,8 +77,10 @@ class Recipe:
         )
         check_operations("Recipe", self.operations, self.architecture, slots=slots, tensors=self.tensors)
         check_possible("Recipe", self.operations, slots, self.tensors, undo=False)
+        # Of the model as it was given: an optimizer may hold them, and a removal in place replaces them.
         before = dict(source.named_parameters())
         parameters_before = slots.parameters
+        # Not what was replaced in another model: this one's values are noted anew.
         tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith("set.")}
         with all_or_nothing(slots, needed=inplace) as announce:
             for i, operation in enumerate(self.operations):
@@ -150,6 +152,7 @@ class Recipe:
             raise FileNotFoundError(f"recipe file {str(target)!r} does not exist.")
         header = files.load_json(target, "recipe")
         pointer = files.field(header, "tensors", dict, target)
+        # The name alone: a path in a file from elsewhere must not lead out of the folder.
         values = target.with_name(Path(files.field(pointer, "file", str, target)).name)
         if not values.is_file():
             raise FileNotFoundError(
@@ -260,6 +263,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 def reduced(model: nn.Module, operations: list[Operation]) -> nn.Module:
     """A copy of a model with operations that only remove; it shares the parameters that stay whole."""
+    # `deepcopy` takes what is in its memo for copied: each trial of a removal would else copy all weights.
     slots = Slots(copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}))
     check_operations("Recipe", operations, slots.architecture, slots=slots)
     check_possible("Recipe", operations, slots, {}, undo=False)

@@ -36,6 +36,7 @@ def adapted(model: nn.Module, whole: nn.Module, kept: Mapping[str, tuple[int, ..
             if buffer.endswith("mean"):
                 after[buffer] = known + (is_now - was)
             else:
+                # A channel that was constant on `data` has no ratio: there, what it varies by now stands.
                 after[buffer] = torch.where(
                     was > 0, is_now * known / was.clamp(min=torch.finfo(was.dtype).tiny), is_now
                 )
@@ -68,6 +69,7 @@ def _estimated(model: nn.Module, data: Iterable[Any]) -> dict[str, Tensor]:
                 continue
             seen += samples
             for module in norms.values():
+                # With this momentum the running statistics are the mean of all batches so far, weighted by samples.
                 module.momentum = samples / seen
             call(student, inputs)
     if not seen:

@@ -152,6 +152,8 @@ def repaired(
             parts = len(protected.inputs if protects else inputs)
             seed = part + (PARTS * len(names) - len(inputs) if protects else 0)  # another draw for each part
             targets = {name: _Target(removed.get(name, ()), PARTS * i + seed, parts) for i, name in enumerate(names)}
+            # The whole model runs a part at a time; the smaller one runs all parts side by side, so that each layer is
+            # fitted on all of them.
             with _Before(trace, targets):
                 call(trace.model, batch)
             works.append(partial(_pass_after, batch, targets, after, guards if protects else sums))
@@ -419,6 +421,7 @@ def take_back(
     model, edited = trace.model, edit.model
     after, stale = trace.of_copy(edited), True
     with frozen_eval(model), frozen_eval(edited):
+        # Again where a repair was taken back after others had read what it gave: they were judged on that.
         while repairs.layers and stale:
             targets = {name: _Target(removed.get(name, ()), seed, PARTS) for seed, name in enumerate(repairs.layers)}
             with _Before(trace, targets, check=True, sums=sums):

@@ -9,6 +9,7 @@ from typing import Any
 Pause = Callable[[Any], None]
 
 
+# No Exception: a model's own `except Exception` must not keep a pass running.
 class _Stopped(BaseException):
     """Ends a pass whose neighbour has failed."""
 
@@ -17,6 +18,7 @@ class _Pass(threading.Thread):
     """One pass, in a thread of its own, which runs only while everybody else waits."""
 
     def __init__(self, work: Callable[[Pause], None]) -> None:
+        # A pass that hangs must not keep the process from ending.
         super().__init__(daemon=True)
         self.work = work
         self.go, self.back = threading.Semaphore(0), threading.Semaphore(0)
@@ -66,6 +68,7 @@ def in_lockstep(op: str, works: Sequence[Callable[[Pause], None]], meet: Callabl
     passes = [_Pass(work) for work in works]
     try:
         while True:
+            # Always in this order: sums over the parts are the same bits in every run.
             for one in passes:
                 one.resume()
                 if one.error is not None:

@@ -195,6 +195,7 @@ def _finding(layers: list[str], best: Tensor, names: Names) -> dict[str, tuple[s
         return None
     tops = best_of(best)[0]
     layer = int(means.nan_to_num(-1).argmax())
+    # A class without samples is neither: NaN becomes a number beyond all scores, each time at the other end.
     found = {"hardest": int(tops.nan_to_num(2).argmin()), "easiest": int(tops.nan_to_num(-1).argmax())}
     told = {what: (shortened(names.classes[k]), float(tops[k])) for what, k in found.items()}
     return {"layer": (shortened(layers[layer]), float(means[layer])), **told}
@@ -306,6 +307,7 @@ def accuracy(given: Mapping[str, Tensor], edits: Mapping[str, Edit | Recipe], na
     if len(shown) > MOST_CLASSES:
         worst = (changes[1:] if len(titles) > 1 else values).nan_to_num(math.inf).amin(0)
         shown = list(dict.fromkeys([*marked, *worst.argsort(stable=True).tolist()]))[:MOST_CLASSES]
+    # Where all accuracies are high the axis begins at a half, or small losses could not be seen.
     start = 0.5 if bool((values.nan_to_num(1) >= 0.5).all()) and not bool(values.isnan().all()) else 0.0
     places = ((values - start) / (1 - start) * 100).double()
     rows = []

@@ -351,6 +351,7 @@ def score(
             found_errors[layer] = jackknife(parts, shrinkage=shrinkage, **chosen)
         elif errors and isinstance(state, ClassMoments):
             found_errors[layer] = standard_error(state, bound=bound, witness=witness)
+    # Of freedom: of a jackknife its blocks less one, else by the side with fewer samples.
     degrees = torch.full((len(counts),), float(len(blocks) - 1), dtype=torch.float64)
     if not by_jackknife:
         degrees = (torch.minimum(counts, counts.sum() - counts) - 1).clamp(min=1).double()

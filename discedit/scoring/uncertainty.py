@@ -79,6 +79,7 @@ def _delta_method(own: ClassMoments, rest: ClassMoments, bound: str) -> Tensor:
         half = var.sqrt() * total if bound == "minimax" else (var1 + var2)
         slope = torch.where(half > 0, -r / (2 * half), 0.0)
         spread = scale**2 * var + 2 * sign * scale * slope * third + slope**2 * (fourth - var**2)
+        # A variance, which rounding may leave below 0.
         error = error + spread.clamp(min=0) / (n - 1).clamp(min=1)
     enough = ((own.count > 1) & (rest.count > 1))[:, None]
     return torch.where(enough, error.sqrt(), torch.nan)
@@ -129,6 +130,7 @@ def jackknife(
         raise ValueError(f"{op}: bound must not be 'certified', which accounts for the size of the sample itself.")
     for block in blocks:
         arguments.state(op, "blocks", block)
+    # Merged from both ends: some merges for each block, in place of one for every pair of them.
     after: list[Kind] = [blocks[-1]]  # in the end after[i]: blocks i + 1 and later
     for block in reversed(blocks[1:-1]):
         after.insert(0, ops.merge_moments(after[0], block))
@@ -143,6 +145,7 @@ def jackknife(
         before = block if before is None else ops.merge_moments(before, block)
     r = torch.stack(separations)
     error = ((len(blocks) - 1) / len(blocks) * ((r - r.mean(0)) ** 2).sum(0)).sqrt()
+    # Some blocks then lack the class, and leaving those out shows nothing of it.
     thin = torch.stack([block.count for block in blocks]).sum(0) < len(blocks)
     return torch.where(thin, torch.nan, error)
 
@@ -204,5 +207,6 @@ def shrink(moments: VectorMoments, intensity: str | float = "auto") -> VectorMom
     target = torch.diag_embed((trace / dimensions)[..., None] * alive * unit**2)
     mixed = covariance + rho[..., None, None] * (target - covariance)
     scatter = mixed.permute(2, 3, 0, 1)[rows, columns] * n
+    # What is not shrunk keeps its very bits: the way to correlations and back rounds.
     kept = rho == 0
     return VectorMoments(moments.count.clone(), moments.mean.clone(), torch.where(kept, moments.scatter, scatter))

@@ -138,6 +138,7 @@ def greedy(
     total = 0.0
     for step in range(number):
         gains = torch.stack([state.gains() for state in states]).sum(0)
+        # Below every gain: where nothing is left to gain, rounding must not choose a channel again.
         gains[taken] = -1.0
         channel = int(gains.argmax())
         total += max(float(gains[channel]), 0.0)

@@ -66,6 +66,7 @@ def ranking_of(values: dict[str, Tensor], measures: dict[str, Tensor]) -> Rankin
     """All layers together, the highest first; what is not above 0 never goes."""
     places = [(layer, part) for layer, of_parts in values.items() for part in range(len(of_parts))]
     together = torch.cat(list(values.values()))
+    # Stable: of equal scores the first goes first, on every machine.
     order = together.argsort(descending=True, stable=True).tolist()
     return Ranking([places[i] for i in order if together[i] > 0], values, measures)
 
