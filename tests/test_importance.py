@@ -1,5 +1,7 @@
 """Importances of components: weights by hand, and what readers lose by brute force on the same rows."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,9 @@ from discedit import Random, Scores, importances, prune
 from discedit.editing.prune import BEST_WITH
 from discedit.model.trace import ModelTrace
 from discedit.moments import positions
-from discedit.selection.importance import RIDGE
+from discedit.moments.covariances import LayerMoments
+from discedit.selection import importance
+from discedit.selection.importance import RIDGE, ConsumerStatistics
 
 KINDS = ("filters", "neurons")
 SETTINGS = {"bound": "minimax", "witness": "linear", "statistic": "mean", "norms": {}}
@@ -238,6 +242,77 @@ def test_dead_and_duplicated_components():
     assert free < 1e-3 * float(lost.max())  # one of the two, thanks to the other
     assert dear > 0.05 * float(lost.max())
     assert float(lost.max()) == pytest.approx(1, rel=1e-3)  # with the last one all is lost
+
+
+def cancelling(x):
+    return torch.cat([x[:, :54], x[:, 54:] / 100 - x[:, :54]], 1)
+
+
+ROWS = {
+    "random": lambda x: x,
+    "few": lambda x: x[:9],
+    "scales": lambda x: x * torch.logspace(-6, 3, 108, dtype=torch.float64),
+    "duplicated": lambda x: torch.cat([x[:, :54], x[:, :54]], 1),
+    "cancelling": cancelling,
+    "some are 0": lambda x: x * (torch.arange(108) % 36 > 8),
+    "all are 0": torch.zeros_like,
+}
+
+
+def consumer_of(rows, outputs, seed):
+    rows = rows - rows.mean(0)
+    xx, weights = rows.T @ rows / len(rows), seeded(outputs, rows.shape[1] // 2, seed=seed).double()
+    weights = torch.cat([weights, weights], 1)  # the same for both of two that are duplicates or cancel out
+    fit = LayerMoments(rows.mean(0), torch.empty(0), xx, torch.empty(0), ((weights @ xx) * weights).sum(1))
+    worth = torch.rand(outputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return ConsumerStatistics(fit, 12, weights, worth)
+
+
+def costs_along(parts, order):
+    """At each step what each component that is left would cost, by updates of the whole inverse and all weights."""
+    states = []
+    for consumer, blocks in parts:
+        xx = consumer.fit.xx
+        ridge = RIDGE * max(float(xx.diagonal().mean()), importance.TINY)
+        inverse = torch.linalg.inv(xx + ridge * torch.eye(len(xx), dtype=torch.float64))
+        worth = consumer.output_weight / consumer.total
+        states.append((inverse, consumer.weights.clone(), worth, consumer.columns(blocks)))
+    steps, left = [], set(range(len(order)))
+    for index in order:
+        steps.append(dict.fromkeys(left, 0.0))
+        for inverse, weights, worth, columns in states:
+            for other in left:
+                at = columns[other]
+                solved = torch.linalg.solve(inverse[at][:, at], weights[:, at].T)
+                steps[-1][other] += float((weights[:, at] * solved.T).sum(1) @ worth)
+            at = columns[index]
+            gain = torch.linalg.solve(inverse[at][:, at], inverse[at])
+            weights -= weights[:, at] @ gain
+            inverse -= inverse[:, at] @ gain
+        left.remove(index)
+    return steps
+
+
+@pytest.mark.parametrize("delayed", [1, 20, importance.DELAYED])
+@pytest.mark.parametrize("readers", [[(9, 5)], [(9, 130)], [(1, 4)], [(9, 5), (1, 30)]], ids=str)
+@pytest.mark.parametrize("kind", ROWS)
+def test_elimination_takes_the_cheapest_at_each_step(kind, readers, delayed, monkeypatch):
+    monkeypatch.setattr(importance, "DELAYED", delayed)
+    rows = ROWS[kind](seeded(300, 108).double() @ seeded(108, 108, seed=1).double())
+    blocks = [[index] for index in range(12)]
+    parts = [
+        (consumer_of(rows.view(-1, 12, 9)[:, :, :each].flatten(1), outputs, seed), blocks)
+        for seed, (each, outputs) in enumerate(readers, 2)
+    ]
+    lost = importance.REDUCTION_OF["reconstruction"](parts)
+    order = lost.argsort(stable=True).tolist()
+    steps, total = costs_along(parts, order), 0.0
+    for index, costs in zip(order, steps, strict=True):
+        assert costs[index] <= min(costs.values()) * (1 + 1e-9)
+        total += costs[index]
+        assert float(lost[index]) == pytest.approx(total, rel=1e-9)
+    if kind == "cancelling":  # why all that are left are asked at each step
+        assert any(later[c] < earlier[c] / 10 for earlier, later in pairwise(steps) for c in later)
 
 
 @pytest.mark.parametrize(

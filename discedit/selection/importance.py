@@ -26,6 +26,7 @@ CRITERIA = (*REDUCTIONS, *POWERS, "random", *OF_CONSUMERS)
 COMPONENTS = ("filters", "neurons", "heads")  # by default
 RIDGE = 1e-4  # of the mean variance of an input
 TINY = 1e-300
+DELAYED = 256  # inputs eliminated before all of the matrix follows: products at the speed of arithmetic, not memory
 
 
 @dataclass(frozen=True)
@@ -296,19 +297,17 @@ def _eliminated(parts: Parts) -> Tensor:
     """Share of the consumers' variance that is lost when a component goes after all that are cheaper, the others having
     made up for it in the best way: optimal brain surgery for blocks of weights (Hassibi and Stork, 1993)."""
     states = [_BlockOBS(consumer, blocks) for consumer, blocks in parts]
-    count = len(parts[0][1])
-    gone = torch.zeros(count, dtype=torch.bool)
-    lost = torch.zeros(count, dtype=torch.float64)
+    left = list(range(len(parts[0][1])))
+    lost = torch.zeros(len(left), dtype=torch.float64)
     total = 0.0
-    for _ in range(count):
-        costs = torch.stack([state.costs(gone) for state in states]).sum(0)
-        costs[gone] = torch.inf
-        index = int(costs.argmin())
-        total += max(float(costs[index]), 0.0)
-        gone[index] = True
-        lost[index] = total
+    while left:
+        # Of all that are left: costs fall, too, when what an input cancels goes.
+        costs = torch.stack([state.costs() for state in states]).sum(0)
+        place = int(costs.argmin())
+        total += max(float(costs[place]), 0.0)
+        lost[left.pop(place)] = total
         for state in states:
-            state.remove(index)
+            state.remove(place)
     return lost
 
 
@@ -330,30 +329,71 @@ REDUCTION_OF: dict[str, Reduction] = {
 }
 
 
+def _inverse(metric: Tensor) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(metric)
+    # Sums in float32 can leave it indefinite, and what is not finite must come out as such.
+    return torch.linalg.inv(metric) if failed else torch.cholesky_inverse(factor)
+
+
 class _BlockOBS:
-    """One reader while components go: its weights follow, in the metric of what it reads."""
+    """One reader while components go: its weights follow, in the metric of what it reads.
+
+    What goes is eliminated from [inverse | weights'], the inverse of the metric beside the weights, block by block. A
+    component costs trace(own^-1 gram), with its own block of the inverse and the products of its weights; these follow
+    at once, the rest in one product for many steps, as in LAPACK's Cholesky decomposition with pivots (pstrf).
+    """
 
     def __init__(self, consumer: ConsumerStatistics, blocks: list[list[int]]) -> None:
-        xx = consumer.fit.xx
-        ridge = RIDGE * max(float(xx.diagonal().mean()), TINY)
-        self.inverse = torch.linalg.inv(xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device))
-        self.weights = consumer.weights.clone()
+        metric = consumer.fit.xx.clone()
+        metric.diagonal().add_(RIDGE * max(float(metric.diagonal().mean()), TINY))
+        inverse = _inverse(metric)
+        columns = consumer.columns(blocks)
+        self.each = columns.shape[1]
         self.output_weight = consumer.output_weight / consumer.total
-        self.places = consumer.columns(blocks)
+        kept = columns.flatten()  # what else the layer reads never goes
+        self._start(torch.cat([inverse[kept[:, None], kept], consumer.weights.T[kept]], 1))
 
-    def costs(self, gone: Tensor) -> Tensor:
-        """(components,): what removing each would now add to the loss."""
-        blocks = self.inverse[self.places[:, :, None], self.places[:, None, :]]
-        blocks[gone] = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
-        weights = self.weights[:, self.places].permute(1, 2, 0)  # components, columns, outputs
-        costs: Tensor = (weights * torch.linalg.solve(blocks, weights)).sum(1) @ self.output_weight
-        return costs.cpu()
+    def _start(self, matrix: Tensor) -> None:
+        self.matrix, inputs = matrix, len(matrix)
+        self.left = list(range(inputs // self.each))  # components, by their place in the matrix
+        blocks = matrix.view(-1, self.each, matrix.shape[1])
+        own = blocks[:, :, :inputs].view(len(blocks), self.each, -1, self.each).diagonal(dim1=0, dim2=2)
+        self.own = own.permute(2, 0, 1).clone()
+        self.gram = (blocks[:, :, inputs:] * self.output_weight) @ blocks[:, :, inputs:].mT
+        self.rows = matrix.new_empty(max(DELAYED, self.each), matrix.shape[1])
+        self.gains = matrix.new_empty(len(self.rows), inputs)
+        self.done = 0  # of their rows
 
-    def remove(self, index: int) -> None:
-        place = self.places[index]
-        gain = torch.linalg.solve(self.inverse[place][:, place], self.inverse[place])
-        self.weights -= self.weights[:, place] @ gain
-        self.inverse -= self.inverse[:, place] @ gain
-        self.inverse[place] = 0.0
-        self.inverse[:, place] = 0.0
-        self.weights[:, place] = 0.0
+    def costs(self) -> Tensor:
+        """What removing each component that is left would now add to the loss."""
+        costs: Tensor = torch.linalg.solve(self.own[self.left], self.gram[self.left])
+        return costs.diagonal(dim1=1, dim2=2).sum(1).cpu()
+
+    def remove(self, place: int) -> None:
+        """Of the components that are left, the one in this place."""
+        if self.done + self.each > len(self.rows):
+            self._start(self._up_to_date())
+        inputs, first = len(self.matrix), self.left.pop(place) * self.each
+        block = slice(first, first + self.each)
+        rows, gains = self.rows[: self.done], self.gains[: self.done]
+        row = self.matrix[block] - gains[:, block].T @ rows
+        gain = torch.linalg.solve(row[:, block], row[:, :inputs])
+        # Its weights times the mean of all weights before and after: gain' change, and its transpose, leave the gram.
+        weights = row[:, inputs:] * self.output_weight
+        change = weights @ self.matrix[:, inputs:].T - (weights @ rows[:, inputs:].T) @ gains
+        change -= (weights @ row[:, inputs:].T / 2) @ gain
+        step = slice(self.done, self.done + self.each)
+        self.rows[step], self.gains[step], self.done = row, gain, step.stop
+        row, gain, change = (
+            part[:, :inputs].view(self.each, -1, self.each).transpose(0, 1) for part in (row, gain, change)
+        )
+        self.own.baddbmm_(gain.mT, row, alpha=-1)
+        self.gram.baddbmm_(gain.mT, change, alpha=-1).baddbmm_(change.mT, gain, alpha=-1)
+
+    def _up_to_date(self) -> Tensor:
+        """The matrix after all steps, without what is gone."""
+        every = torch.arange(self.matrix.shape[1], device=self.matrix.device)
+        inputs = every[: len(self.matrix)].view(-1, self.each)[self.left].flatten()
+        columns = torch.cat([inputs, every[len(self.matrix) :]])
+        gains, rows = self.gains[: self.done, inputs], self.rows[: self.done, columns]
+        return self.matrix[inputs[:, None], columns].addmm_(gains.T, rows, alpha=-1)
