@@ -20,6 +20,7 @@ from discedit.evaluation.evaluate import Evaluation, evaluate
 from discedit.moments.collect import collect_blocks, collect_moments
 from discedit.moments.moments import Moments
 from discedit.presets import preset
+from discedit.recipes.divergences import DivergenceTable
 from discedit.recipes.recipe import Edit, Recipe
 from discedit.recipes.stack import Stack
 from discedit.reporting.report import report
@@ -30,6 +31,7 @@ from discedit.selection import (
     MaxDamage,
     MaxMacs,
     MaxParameters,
+    MeasureDivergence,
     Random,
     Ratio,
     Threshold,
@@ -43,6 +45,7 @@ __version__ = _version("discedit")
 __all__ = [
     "AblateComponents",
     "AboveDeviations",
+    "DivergenceTable",
     "Edit",
     "EraseDirections",
     "Evaluation",
@@ -51,6 +54,7 @@ __all__ = [
     "MaxDamage",
     "MaxMacs",
     "MaxParameters",
+    "MeasureDivergence",
     "ModHiFiU",
     "Moments",
     "Random",

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from discedit.common import validation
 from discedit.common.warning import warn
+from discedit.editing.divergence import measured_divergences
 from discedit.graph.pruning_graph import KINDS, Components, Graph
 from discedit.model.forward import outside_modes
 from discedit.model.sharded import unwrapped
 from discedit.model.size import count_macs, count_parameters, macs_of_weights
 from discedit.model.trace import ModelTrace
 from discedit.moments.calibration import batch_norms, calibrated, kept_back
+from discedit.recipes.divergences import DivergenceTable
 from discedit.recipes.recipe import Edit, Recipe, compose_edits, record
 from discedit.repair import batchnorm
 from discedit.repair.compensation import compensated
@@ -36,6 +38,7 @@ from discedit.selection.budget import (
     choose,
 )
 from discedit.selection.candidates import Candidates, check_scored, why_not_editable
+from discedit.selection.divergence import MeasureDivergence
 from discedit.selection.importance import (
     COMPONENTS,
     CRITERIA,
@@ -215,13 +218,26 @@ class _Options:
         elif criterion == "auto" and self.data is None:
             criterion = "l1"
         elif criterion == "auto":
-            criterion = BEST_WITH[repair] if isinstance(self.budget, Ratio) else "reconstruction"
+            shares = isinstance(self.budget, Ratio) or repair == "least_squares"
+            criterion = BEST_WITH[repair] if shares else "reconstruction"
         if repair != "none" and self.data is None:
             raise ValueError(f"{op}: repair={repair!r} needs data to estimate statistics on, got data=None.")
         check_criterion(op, criterion, self.data)
+        budget = self.budget
+        if isinstance(budget, AcrossLayers):
+            if budget.across == "divergence" or (budget.across == "auto" and repair == "least_squares"):
+                budget = replace(budget, across=MeasureDivergence())
+            if isinstance(budget.across, MeasureDivergence) and self.data is None:
+                raise ValueError(f"{op}: across={budget.across!r} needs data to run trials on, got data=None.")
         for argument, layer in (*self.budget.named(), *(("ignore", layer) for layer in self.ignore)):
             check_scored(op, argument, layer, candidates.widths)
-        return replace(self, repair=repair, criterion=Random() if criterion == "random" else criterion)
+        criterion = Random() if criterion == "random" else criterion
+        return replace(self, repair=repair, criterion=criterion, budget=budget)
+
+    @property
+    def measures(self) -> bool:
+        """Whether trials measure what layers are worth."""
+        return isinstance(self.budget, AcrossLayers) and isinstance(self.budget.across, MeasureDivergence)
 
 
 class _Step(NamedTuple):
@@ -282,12 +298,21 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     further: Any = None
     trace = ModelTrace(model)
     samples = options.repair in SAMPLED
-    if options.data is not None and (samples or options.criterion in OF_CONSUMERS):
+    if options.data is not None and (samples or options.measures or options.criterion in OF_CONSUMERS):
         inputs, trace, further = calibrated(op, trace, options.data, further=samples)
     values, unjudged = component_importances(candidates, options.criterion, graph, found, inputs, trace)
-    if isinstance(options.budget, AcrossLayers) and options.budget.across == "auto":
-        across = "none" if options.criterion in SHARES and not unjudged else "rank"
-        options = replace(options, budget=replace(options.budget, across=across))
+    budget, table = options.budget, None
+    if isinstance(budget, AcrossLayers):
+        across: Any = budget.across
+        if across == "auto":
+            across = "none" if options.criterion in SHARES and not unjudged else "rank"
+        if isinstance(across, MeasureDivergence):
+            settings = {"criterion": _criterion_of(options), "components": list(options.components)}
+            across = measured_divergences(op, across, graph, found, values, (inputs, trace), settings)
+        if isinstance(across, DivergenceTable):
+            table = across
+            values = {layer: table[layer].importances for layer in found}
+        options = replace(options, budget=replace(budget, across=across))
     if isinstance(options.budget, Threshold):  # of another criterion's importances it would mean something else
         for layer, why in unjudged.items():
             skipped[layer] = f"{options.criterion!r} cannot judge it, because {why}"
@@ -309,6 +334,7 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     _repair(edit, graph, choice, options, (inputs, further, trace))
     edit.skipped = {layer: skipped[layer] for layer in chosen if layer in skipped}
     edit.widths = {layer: candidates.widths[layer] for layer in rows}
+    edit.divergences = table
     graph.warn_of_unseen(choice.removed)
     return _Step(edit, choice)
 
@@ -381,18 +407,23 @@ def _described(candidates: Candidates, options: _Options, choice: Choice, unjudg
     budget, criterion = options.budget, options.criterion
     described: dict[str, Any] = {
         **_named(budget),
-        "criterion": "random" if isinstance(criterion, Random) else "given" if criterion is None else criterion,
+        "criterion": _criterion_of(options),
         "repair": options.repair,
         "components": list(options.components),
         "budget": {"asked": choice.asked, "reached": choice.reached, "met": choice.met},
     }
     if isinstance(budget, AcrossLayers):
-        described["across"] = budget.across
+        described["across"] = budget.across if isinstance(budget.across, str) else "divergence"
     if isinstance(criterion, Random):
         described["seed"] = criterion.seed
     if unjudged:
         described["ranked_by_l2"] = unjudged
     return described if candidates.scores is None else {**described, **candidates.scores.settings}
+
+
+def _criterion_of(options: _Options) -> str:
+    criterion = options.criterion
+    return "random" if isinstance(criterion, Random) else "given" if criterion is None else criterion
 
 
 def _named(budget: Budget) -> dict[str, Any]:

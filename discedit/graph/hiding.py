@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from discedit.graph.heads import Heads
 from discedit.graph.network import OUTPUT, Key, Members, Network, channel_axis, groups_of, kept_indices
@@ -53,7 +54,7 @@ class RemovalCheck:
 
     def trial(self, gone: Mapping[Key, list[int]]) -> tuple[list[Operation], str]:
         """The operations that remove channels, and what is wrong with them; nothing is, when it is empty."""
-        across, operations = self._across(gone), self.operations(gone)
+        across, operations = self.across(gone), self.operations(gone)
         try:
             smaller, removed, shapes = self._run_without(operations, across)
         except Exception as error:
@@ -74,6 +75,10 @@ class RemovalCheck:
             return [], f"its channels cannot be hidden from the layers that read them: {error}"
         why = self._difference(removed, hidden, gone)
         return ([], why) if why else (operations, "")
+
+    def reduced(self, gone: Mapping[Key, list[int]]) -> nn.Module:
+        """A smaller model; it shares the parameters that stay whole."""
+        return reduced(self.network.original, self.operations(gone))
 
     def reshapes(self, part: Members) -> str:
         """Which output of the model one component less would change the shape of; empty when none."""
@@ -130,11 +135,7 @@ class RemovalCheck:
         model, handles = self._reference.model, []
         for (name, role), lost in gone.items():
             if role == "in":
-                module = model.get_submodule(name)
-                # Attention reads the channels of query, key and value.
-                several = 3 if isinstance(module, nn.MultiheadAttention) else 1
-                hide = _hiding(lost, channel_axis(module), several)
-                handles.append(module.register_forward_pre_hook(hide, with_kwargs=True))
+                handles.append(hide(model.get_submodule(name), lost))
         for name, smaller, lost, shapes in narrowed:
             module = model.get_submodule(name)
             narrow = _narrowing(module, smaller, lost, iter(shapes))
@@ -142,7 +143,7 @@ class RemovalCheck:
         with hooked(handles):
             return _outputs(model, self._reference.inputs, self.trains)
 
-    def _across(self, gone: Mapping[Key, list[int]]) -> dict[str, list[int]]:
+    def across(self, gone: Mapping[Key, list[int]]) -> dict[str, list[int]]:
         """Modules that may normalise across the channels that they lose, with these: norms, and what has no parts."""
         found: dict[str, list[int]] = {}
         for key, lost in gone.items():
@@ -237,8 +238,10 @@ def _double(inputs: Any) -> Any:
     return map_tensors(inputs, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
 
-def _hiding(channels: list[int], dim: int, several: int) -> Any:
-    """A hook that hides channels of the first few arguments, or of those that have their names."""
+def hide(module: nn.Module, channels: list[int]) -> RemovableHandle:
+    """Hides channels of what a layer reads, in its first arguments or those that have their names: it reads zeros."""
+    # Attention reads the channels of query, key and value.
+    dim, several = channel_axis(module), 3 if isinstance(module, nn.MultiheadAttention) else 1
 
     def without(x: Tensor) -> Tensor:
         return x.index_fill(dim, torch.tensor(channels, device=x.device), 0)
@@ -247,7 +250,7 @@ def _hiding(channels: list[int], dim: int, several: int) -> Any:
         named = {name: without(value) if name in _INPUTS else value for name, value in kwargs.items()}
         return (*map(without, args[:several]), *args[several:]), named
 
-    return hook
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _narrowing(module: nn.Module, smaller: nn.Module, gone: list[int], shapes: Iterator[Any]) -> Any:

@@ -134,6 +134,12 @@ class Graph:
             self.footprints[layer] = [(o.target, o.dim, shapes[o.target][o.dim] - len(o.index)) for o in keeps]
         return self.footprints[layer]
 
+    def without(self, chosen: Mapping[str, Iterable[int]]) -> nn.Module | None:
+        """The model without components, where norms run across them; None where it is the model with these hidden from
+        the layers that read them."""
+        gone = self._removed(chosen)
+        return self.check.reduced(gone) if self.check.across(gone) else None
+
     def plan(self, chosen: Mapping[str, Iterable[int]]) -> tuple[list[Operation], dict[str, str]]:
         """The operations that remove components, and the layers that must stay whole after all, with reasons.
 

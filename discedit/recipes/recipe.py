@@ -20,6 +20,7 @@ from discedit.common import files
 from discedit.common.tables import format_table
 from discedit.model.forward import outside_inference_mode
 from discedit.model.sharded import unwrapped
+from discedit.recipes.divergences import DivergenceTable
 from discedit.recipes.operations import (
     WITH_VALUES,
     Operation,
@@ -193,6 +194,7 @@ class Edit:
         macs_before, macs_after: multiply-accumulates of one forward pass on the example inputs; None if not measured.
         skipped: layer name -> why it was left alone.
         widths: layer name -> number of its components before the edit.
+        divergences: what `prune` measured to spend its budget by; None where it did not.
     """
 
     model: nn.Module
@@ -203,6 +205,7 @@ class Edit:
     macs_after: int | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
+    divergences: DivergenceTable | None = None
     # Parameter before the edit -> its name. Weak: an edit keeps no old model alive.
     _names: WeakTensorKeyDictionary = field(
         default_factory=WeakTensorKeyDictionary, init=False, repr=False, compare=False

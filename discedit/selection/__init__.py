@@ -1,6 +1,7 @@
 """What goes: importances, budgets, rankings."""
 
 from discedit.selection.budget import Budget, GlobalRatio, MaxMacs, MaxParameters, Ratio, Threshold
+from discedit.selection.divergence import MeasureDivergence
 from discedit.selection.importance import Random, importances
 from discedit.selection.ranking import AboveDeviations, Limit, MaxDamage, TopFraction, TopFractionOfEach, TopK
 
@@ -12,6 +13,7 @@ __all__ = [
     "MaxDamage",
     "MaxMacs",
     "MaxParameters",
+    "MeasureDivergence",
     "Random",
     "Ratio",
     "Threshold",

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from discedit.common import validation
+from discedit.recipes.divergences import DivergenceTable
+from discedit.selection.divergence import MeasureDivergence, least_divergence
 
 NORMALISATIONS = ("none", "mean", "max", "rank")
 ROUNDING = 1 + 1e-12  # keeps 0.1 * 30 from becoming 4 for one ulp
@@ -116,18 +118,34 @@ class AcrossLayers(Budget):
     """A budget for all layers together.
 
     Attributes:
-        across: how importances of different layers compare: "rank" (each layer loses the same share), "mean" or "max"
-            (divided by the layer's), "none" (as they are). "auto": "none" for the criteria "reconstruction" and
+        across: how components of different layers compare: "divergence", `MeasureDivergence` or a `DivergenceTable`
+            that it gave (as much goes from each layer as makes the output diverge least); or by importances, "rank"
+            (each layer loses the same share), "mean" or "max" (divided by the layer's), "none" (as they are). "auto":
+            "divergence" where data repairs by least squares. Otherwise "none" for the criteria "reconstruction" and
             "combined", which are shares of what a layer's consumers get, unless a layer cannot be judged so; else
             "rank".
     """
 
     _: KW_ONLY
-    across: str = "auto"
+    across: str | MeasureDivergence | DivergenceTable = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validation.choice("prune", "across", self.across, ("auto", *NORMALISATIONS))
+        if not isinstance(self.across, (MeasureDivergence, DivergenceTable)):
+            validation.choice("prune", "across", self.across, ("auto", "divergence", *NORMALISATIONS))
+
+    def prefix(self, order: _Order, cost: Callable[[Mapping[str, int]], float], room: float) -> dict[str, int]:
+        """How many components go from each layer, the fewest that leave no more than there is room for; all that may
+        where that is not enough."""
+        if isinstance(self.across, DivergenceTable):
+            curves = {layer: self.across[layer].curve() for layer in order.widths}
+            return least_divergence(curves, order.permitted(), cost, room)
+
+        def fits(length: int) -> bool:
+            return cost(order.allowed(order.prefix(length))) <= room
+
+        # What is left never grows with the prefix. Where none is enough, this is the whole order.
+        return order.allowed(order.prefix(bisect.bisect_left(range(len(order)), True, key=fits)))
 
 
 @dataclass(frozen=True)
@@ -145,7 +163,12 @@ class GlobalRatio(AcrossLayers):
         whole = sum(order.widths.values()) + lost
         asked = max(0, _share_of(self.value * progress.share, whole) - lost)
         held = order.widths if asked > len(order) else ()
-        return order.removal(self.name, asked, order.prefix(asked), held)
+        if isinstance(self.across, DivergenceTable):
+            there = sum(order.widths.values())
+            counts = self.prefix(order, lambda gone: there - sum(gone.values()), there - asked)
+        else:
+            counts = order.prefix(asked)
+        return order.removal(self.name, asked, counts, held)
 
 
 @dataclass(frozen=True)
@@ -173,19 +196,15 @@ class SizeBudget(AcrossLayers):
             asked = round(whole - (whole - asked) * progress.share)
         room = min(asked, present) * ROUNDING
 
-        def left(length: int) -> float:
-            return measure(order.allowed(order.prefix(length)))
-
-        # What is left never grows with the prefix. Where none is enough, this is the whole order.
-        length = bisect.bisect_left(range(len(order)), True, key=lambda length: left(length) <= room)
-        reached = left(length)
+        counts = self.prefix(order, measure, room)
+        reached = measure(counts)
         met = reached <= room
         message = f"{self.name}: {asked:,} asked, {round(reached):,} reached"
         if present <= room:
             message = f"{self.name}: {asked:,} asked, {round(present):,} present: nothing has to go"
         elif not met:
             message += f": {order.at_floor(order.widths)}"
-        return Choice(order.removed(order.prefix(length)), met, asked, reached, f"{message}.")
+        return Choice(order.removed(counts), met, asked, reached, f"{message}.")
 
 
 @dataclass(frozen=True)
@@ -298,7 +317,7 @@ def choose(
 
     Source: one order over all layers, Molchanov et al., ICLR 2017; numbers rounded to a multiple, torch-pruning.
     """
-    across = budget.across if isinstance(budget, AcrossLayers) else "none"
+    across = budget.across if isinstance(budget, AcrossLayers) and isinstance(budget.across, str) else "none"
     values = {}
     for layer, given in importances.items():
         if bool((nan := given.isnan()).any()):
@@ -366,6 +385,11 @@ class _Order:
             stay += -stay % self.multiple
             allowed[layer] = max(0, self.widths[layer] - stay)
         return allowed
+
+    def permitted(self) -> dict[str, list[int]]:
+        """The numbers of components that may go from each layer, ascending."""
+        numbers = {layer: range(width) for layer, width in self.widths.items()}
+        return {layer: sorted({self.allowed({layer: n})[layer] for n in those}) for layer, those in numbers.items()}
 
     def removed(self, counts: Mapping[str, int]) -> dict[str, list[int]]:
         """The indices that go when so many are asked for in each layer."""

@@ -1,0 +1,196 @@
+"""How much the output of a model diverges when one layer alone loses components, measured level by level."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from discedit.graph.hiding import hide
+from discedit.graph.pruning_graph import Components, Graph
+from discedit.model.forward import call, first_tensor, frozen_eval, hooked, index_samples
+from discedit.model.replay import Replay
+from discedit.model.trace import ModelTrace
+from discedit.moments.calibration import batch_size_of
+from discedit.moments.covariances import LayerMoments, fits_of
+from discedit.moments.positions import matrix_of, unknowns_of
+from discedit.recipes.divergences import DivergenceTable, LayerDivergence
+from discedit.recipes.recipe import architecture_of, copied
+from discedit.repair.least_squares import RIDGE, Repairs, ridge_regression
+from discedit.selection.divergence import MeasureDivergence
+
+# Inputs of a layer that are fitted in trials, at most: a system of so many takes seconds.
+MOST_UNKNOWNS = 8192
+
+
+def measured_divergences(
+    op: str,
+    how: MeasureDivergence,
+    graph: Graph,
+    found: Mapping[str, Components],
+    importances: Mapping[str, Tensor],
+    calibration: tuple[Sequence[Any], ModelTrace],
+    settings: dict[str, Any],
+) -> DivergenceTable:
+    """A trial for each layer and level, with the layers that read what goes repaired, each by itself.
+
+    Args:
+        found: layer -> its components.
+        importances: layer -> (components,).
+        calibration: inputs in parts, and the trace of the model.
+        settings: what they were made with, for the table.
+    """
+    from tqdm.auto import tqdm
+
+    inputs, trace = calibration
+    trials = _Trials(op, graph, list(found), inputs, trace, how.samples)
+    levels = how.levels(len(found))
+    settings = settings | {"samples": trials.samples, "levels": levels, "reference": trials.reference()}
+    table = DivergenceTable({}, trials.measure, settings, architecture_of(trace.model))
+    if how.path is not None and Path(how.path).is_file():
+        table.layers.update(_resumed(op, how.path, table))
+    shown = sys.stderr.isatty() if how.progress is None else how.progress
+    left = [layer for layer in trials.in_order(found) if layer not in table]
+    with tqdm(total=levels * len(left), desc="divergence", unit="trial", disable=not shown) as bar:
+        for layer in left:
+            order, components = importances[layer].argsort(stable=True).tolist(), len(importances[layer])
+            counts = sorted({round(level * (components - 1) / levels) for level in range(1, levels + 1)} - {0})
+            divergence = [trials.divergence(layer, order[:count]) for count in counts]
+            table.layers[layer] = LayerDivergence(
+                importances[layer].double().cpu(), torch.tensor(counts), torch.tensor(divergence, dtype=torch.float64)
+            )
+            bar.update(levels)
+            if how.path is not None:
+                table.save(how.path)
+    return table
+
+
+def _resumed(op: str, path: Any, table: DivergenceTable) -> dict[str, LayerDivergence]:
+    """What a file holds already of a table."""
+    known = DivergenceTable.load(path)
+    same = known.architecture == table.architecture and known.settings.keys() == table.settings.keys()
+    same = same and all(_alike(known.settings[name], value) for name, value in table.settings.items())
+    if not same:
+        raise ValueError(
+            f"{op}: MeasureDivergence.path must name a new file, or one of the same model, data and settings; "
+            f"{str(path)!r} holds {known}."
+        )
+    return dict(known)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Of settings from JSON; numbers need not be the same to the last digit on another machine."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-6)
+    return bool(one == other)
+
+
+class _Trials:
+    """A copy of a model in which one layer at a time loses components."""
+
+    def __init__(
+        self, op: str, graph: Graph, layers: list[str], inputs: Sequence[Any], trace: ModelTrace, samples: int
+    ) -> None:
+        self.graph, self.trace = graph, trace.of_copy(copied(trace.model))
+        self.model, self.order = self.trace.model, self.trace.order
+        self.readers = {layer: [name for name, _ in graph.consumers({layer: [0]})] for layer in layers}
+        wanted = {name for names in self.readers.values() for name in names if not self._why_not_fitted(name)}
+        self.fits = fits_of(trace.model, wanted, inputs, trace)
+        self.replays, self.samples = [], 0
+        for part in inputs:
+            size = batch_size_of(op, part)
+            if self.samples < samples:
+                few = min(size, samples - self.samples)
+                self.replays.append(Replay(self.trace, index_samples(part, slice(few), size)))
+                self.samples += few
+        self.expected = self._outputs()
+        if not all(bool(output.isfinite().all()) for output in self.expected):
+            raise ValueError(f"{op}: data must give finite outputs to measure divergence from, found NaN or Inf.")
+        self.measure = "kl" if self.expected[0].ndim == 2 else "squared error"
+
+    def reference(self) -> float:
+        """By which the model and the data are known again."""
+        return float(sum(float(output.double().square().mean()) for output in self.expected))
+
+    def in_order(self, layers: Mapping[str, Components]) -> list[str]:
+        """By what is run again: the first layer that reads what goes."""
+        return sorted(layers, key=lambda layer: min((self.order[name] for name in self.readers[layer]), default=0))
+
+    def _why_not_fitted(self, name: str) -> str:
+        if self.trace.runs.get(name) != 1:
+            return "it does not run just once per forward pass"
+        why = self.trace.why_not_fitted(name)
+        return why or ("" if unknowns_of(self.model.get_submodule(name)) <= MOST_UNKNOWNS else "it is too wide")
+
+    def _outputs(self) -> list[Tensor]:
+        with frozen_eval(self.model):
+            found = [first_tensor(replay.run()) for replay in self.replays]
+        return [output for output in found if output is not None]
+
+    def divergence(self, layer: str, gone: list[int]) -> float:
+        """Of the output without some components of a layer: infinite where it is not finite."""
+        across = self.graph.without({layer: gone})
+        if across is None and not self.readers[layer]:
+            return 0.0
+        if across is not None:  # norms make another thing of what is left: nothing of it is computed already
+            with frozen_eval(across):
+                outputs = [first_tensor(call(across, replay.inputs)) for replay in self.replays]
+        else:
+            with self._repaired(layer, gone):
+                outputs = list(self._outputs())
+        total = 0.0
+        for expected, output in zip(self.expected, outputs, strict=True):
+            assert output is not None
+            total += float(_divergence(expected.double(), output.double(), self.measure)) * len(expected)
+        return total / self.samples if math.isfinite(total) else math.inf
+
+    @contextmanager
+    def _repaired(self, layer: str, gone: list[int]) -> Iterator[None]:
+        """The copy with components hidden from the layers that read them, which are fitted to what is left."""
+        readers = self.graph.consumers({layer: gone})
+        start = min((name for name, _ in readers), key=self.order.__getitem__)
+        with frozen_eval(self.model):
+            for replay in self.replays:
+                if replay.start != start:
+                    replay.start_at(start)
+        repairs = Repairs(self.model)
+        hidden = [(name, channels) for name, channels in readers if name not in self.fits]
+        try:
+            for name, channels in readers:
+                if name in self.fits:
+                    self._fit(repairs, name, channels)
+            with hooked([hide(self.model.get_submodule(name), channels) for name, channels in hidden]):
+                yield
+        finally:
+            for name in repairs.layers:
+                repairs.put(name, repaired=False)
+
+    def _fit(self, repairs: Repairs, name: str, gone: list[int]) -> None:
+        """Gives a layer the weights for what is left of its inputs, and zero for what goes."""
+        moments, channels = self.fits[name]
+        module: Any = self.model.get_submodule(name)
+        matrix = matrix_of(module).double()
+        left = torch.ones(channels, dtype=torch.bool, device=matrix.device)
+        left[gone] = False
+        kept = left.repeat_interleave(matrix.shape[1] // channels).nonzero()[:, 0]
+        xx = moments.xx[kept][:, kept]
+        some = LayerMoments(moments.mean_x[kept], moments.mean_y, xx, matrix @ moments.xx[:, kept], moments.yy)
+        fitted = torch.zeros_like(matrix)
+        fitted[:, kept] = ridge_regression("prune", some, matrix[:, kept], RIDGE)
+        repairs.set(name, f"{name}.weight", fitted.view_as(module.weight))
+        repairs.shift(name, self.trace, (matrix - fitted) @ moments.mean_x)
+
+
+def _divergence(expected: Tensor, output: Tensor, measure: str) -> Tensor:
+    """The mean over samples, in nats, or a share."""
+    if measure == "kl":
+        log_p, log_q = functional.log_softmax(expected, 1), functional.log_softmax(output, 1)
+        return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return (output - expected).square().sum() / expected.square().sum().clamp(min=torch.finfo(torch.float64).tiny)

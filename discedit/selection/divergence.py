@@ -1,0 +1,136 @@
+"""Budgets spent where the output diverges least: how it is measured, and how much then goes from each layer."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from discedit.common import validation
+
+ROUNDS = 8  # of choices of all layers in turn, in which they settle: two or three, as a rule
+HALVINGS = 24  # of the interval in which the logarithm of the price of a unit of cost lies
+LEAST_PRICE, MOST_PRICE = 1e-9, 1e12  # of the whole cost, in divergence
+LEVELS = 5  # trials of a layer, at most: more told no more on CIFAR-10
+
+
+@dataclass(frozen=True)
+class MeasureDivergence:
+    """How `prune` measures what each layer's components are worth to the output, see `DivergenceTable`.
+
+    Each layer is pruned alone, at several levels, with the layers that read it repaired; what follows them runs on what
+    was computed before. The costs of a trial are forward passes of the rest of the network.
+
+    Attributes:
+        samples: of the data that trials run on, at most, and at least 1.
+        trials: in all, at most, shared equally by the layers; at least one for each layer.
+        path: of a file for the table, which is written after each layer; what it holds already, of the same model and
+            settings, is not measured again.
+        progress: show a progress bar on stderr; by default only on a terminal.
+
+    Raises:
+        ValueError: samples or trials below 1.
+
+    Source: that distortions of the output of single layers nearly add up, Wang et al., ICCV 2023 (2308.10438).
+    """
+
+    samples: int = 256
+    trials: int = 128
+    path: str | os.PathLike[str] | None = None
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        validation.positive_integer("MeasureDivergence", "samples", self.samples)
+        validation.positive_integer("MeasureDivergence", "trials", self.trials)
+
+    def levels(self, layers: int) -> int:
+        """Trials of each of so many layers."""
+        if layers > self.trials:
+            raise ValueError(
+                f"prune: across must allow one trial for each layer, MeasureDivergence has trials={self.trials} for "
+                f"{layers} layers."
+            )
+        return min(LEVELS, self.trials // layers)
+
+
+def least_divergence(
+    curves: Mapping[str, Tensor],
+    permitted: Mapping[str, Sequence[int]],
+    cost: Callable[[Mapping[str, int]], float],
+    room: float,
+) -> dict[str, int]:
+    """How many components go from each layer so that the cost of what is left fits and the output diverges least.
+
+    Divergences of layers are added. For a price of a unit of cost, each layer takes the number that is cheapest while
+    the others stay, in turns until none changes; the price is found by bisection, and what is left of the room is given
+    back where that helps most. Costs need not be additive: a convolution's depends on two layers.
+
+    Args:
+        curves: layer -> (components,) divergence for each number that goes.
+        permitted: layer -> the numbers that may go, ascending, 0 first.
+        cost: of what is left when so many go; never grows with them.
+        room: for it. Where all that may go is not enough, all goes.
+    """
+    most = {layer: numbers[-1] for layer, numbers in permitted.items()}
+    if cost(most) > room:
+        return most
+    numbers = {layer: torch.tensor(those) for layer, those in permitted.items()}
+    losses = {layer: curves[layer][those] for layer, those in numbers.items()}
+    whole = cost({}) or 1.0
+
+    def settled(price: float, start: Mapping[str, int]) -> dict[str, int]:
+        gone = dict(start)
+        for _ in range(ROUNDS):
+            before = dict(gone)
+            for layer, those in numbers.items():
+                if most[layer]:
+                    saved = (cost({**gone, layer: 0}) - cost({**gone, layer: most[layer]})) / most[layer]
+                    best = (losses[layer] - price * saved / whole * those).argmin()
+                    gone[layer] = int(those[best])
+            if gone == before:
+                break
+        return gone
+
+    high = 1.0
+    found = settled(high, {})
+    while cost(found) > room and high < MOST_PRICE:
+        high *= 8
+        found = settled(high, found)
+    if cost(found) > room:  # nothing diverges at all by what would have to go
+        found = most
+    low, start = LEAST_PRICE, found
+    for _ in range(HALVINGS):
+        price = math.sqrt(low * high)
+        start = settled(price, start)
+        if cost(start) <= room:
+            high, found = price, start
+        else:
+            low = price
+    return _given_back(found, permitted, curves, cost, room)
+
+
+def _given_back(
+    gone: dict[str, int],
+    permitted: Mapping[str, Sequence[int]],
+    curves: Mapping[str, Tensor],
+    cost: Callable[[Mapping[str, int]], float],
+    room: float,
+) -> dict[str, int]:
+    """With components back as long as there is room, each time those that gain most for what they cost."""
+    while True:
+        present, choices = cost(gone), []
+        for layer, number in gone.items():
+            if number:
+                fewer = permitted[layer][permitted[layer].index(number) - 1]
+                more = cost({**gone, layer: fewer})
+                gain = float(curves[layer][number] - curves[layer][fewer])
+                if more <= room:
+                    choices.append((gain / max(more - present, 1e-12 * max(room, 1.0)), layer, fewer))
+        if not choices:
+            return gone
+        _, layer, fewer = max(choices)
+        gone = {**gone, layer: fewer}
