@@ -492,13 +492,15 @@ def test_the_default_is_what_is_best_with_the_repair():
         assert edit.recipe.settings["criterion"] == criterion
         values = judged(model, torch.cat(batches), criterion, ["0"])
         assert edit.recipe.components["0"] == sorted(values["0"].argsort()[:3].tolist())
-    for budget in ({"global_ratio": 0.5}, {"parameters": 0.7}, {"macs": 0.7}, {"threshold": 0.2}):
-        edit = prune(model, scores, data=batches, example_inputs=batches[0], **budget)
-        assert edit.recipe.settings["criterion"] == "reconstruction"
-        assert edit.recipe.settings.get("across", "none") == "none"
-        if "threshold" not in budget:
-            edit = prune(model, scores, example_inputs=batches[0], **budget)
-            assert (edit.recipe.settings["criterion"], edit.recipe.settings["across"]) == ("l1", "rank")
+    given = {"scores": scores, "example_inputs": batches[0]}
+    edit = prune(model, data=batches, threshold=0.2, **given)
+    assert edit.recipe.settings["criterion"] == "reconstruction"
+    for budget in ({"global_ratio": 0.5}, {"parameters": 0.7}, {"macs": 0.7}):
+        expected = {"least_squares": ("l1", "divergence"), "mean": ("reconstruction", "none"), "none": ("l1", "rank")}
+        for repair, settings in expected.items():
+            data = {} if repair == "none" else {"data": batches}
+            edit = prune(model, repair=repair, **given, **data, **budget)
+            assert (edit.recipe.settings["criterion"], edit.recipe.settings["across"]) == settings
     values = judged(model, torch.cat(batches), "reconstruction", ["0"])
     edit = prune(model, scores, criterion="reconstruction", data=batches, **options)
     assert edit.recipe.components["0"] == sorted(values["0"].argsort()[:3].tolist())

@@ -484,7 +484,7 @@ def test_importances_that_are_no_tensors(net, wrong):
         ({"ratio": 0.5, "rescore": len}, "rescore needs steps above 1, got steps=1"),
         (
             {"global_ratio": 0.5, "across": "sum"},
-            "across must be one of 'auto', 'none', 'mean', 'max', 'rank', got 'sum'",
+            "across must be one of 'auto', 'divergence', 'none', 'mean', 'max', 'rank', got 'sum'",
         ),
         ({"ratio": 0.5, "components": "rows"}, "components must be one of .* got 'rows'"),
         ({"ratio": 0.5, "components": ()}, "components must name at least one of"),

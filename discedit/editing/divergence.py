@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from discedit.graph.hiding import hide
 from discedit.graph.pruning_graph import Components, Graph
@@ -52,8 +51,8 @@ def measured_divergences(
     inputs, trace = calibration
     trials = _Trials(op, graph, list(found), inputs, trace, how.samples)
     levels = how.levels(len(found))
-    settings = settings | {"samples": trials.samples, "levels": levels, "reference": trials.reference()}
-    table = DivergenceTable({}, trials.measure, settings, architecture_of(trace.model))
+    settings = settings | {"samples": trials.samples, "levels": levels, "outputs": trials.size}
+    table = DivergenceTable({}, settings, architecture_of(trace.model))
     if how.path is not None and Path(how.path).is_file():
         table.layers.update(_resumed(op, how.path, table))
     shown = sys.stderr.isatty() if how.progress is None else how.progress
@@ -113,11 +112,7 @@ class _Trials:
         self.expected = self._outputs()
         if not all(bool(output.isfinite().all()) for output in self.expected):
             raise ValueError(f"{op}: data must give finite outputs to measure divergence from, found NaN or Inf.")
-        self.measure = "kl" if self.expected[0].ndim == 2 else "squared error"
-
-    def reference(self) -> float:
-        """By which the model and the data are known again."""
-        return float(sum(float(output.double().square().mean()) for output in self.expected))
+        self.size = sum(_divergence(torch.zeros_like(output), output) for output in self.expected)
 
     def in_order(self, layers: Mapping[str, Components]) -> list[str]:
         """By what is run again: the first layer that reads what goes."""
@@ -145,11 +140,9 @@ class _Trials:
         else:
             with self._repaired(layer, gone):
                 outputs = list(self._outputs())
-        total = 0.0
-        for expected, output in zip(self.expected, outputs, strict=True):
-            assert output is not None
-            total += float(_divergence(expected.double(), output.double(), self.measure)) * len(expected)
-        return total / self.samples if math.isfinite(total) else math.inf
+        pairs = [(expected, output) for expected, output in zip(self.expected, outputs, strict=True)]
+        total = sum(_divergence(expected, output) for expected, output in pairs if output is not None)
+        return total / (self.size or 1.0) if math.isfinite(total) else math.inf
 
     @contextmanager
     def _repaired(self, layer: str, gone: list[int]) -> Iterator[None]:
@@ -188,9 +181,9 @@ class _Trials:
         repairs.shift(name, self.trace, (matrix - fitted) @ moments.mean_x)
 
 
-def _divergence(expected: Tensor, output: Tensor, measure: str) -> Tensor:
-    """The mean over samples, in nats, or a share."""
-    if measure == "kl":
-        log_p, log_q = functional.log_softmax(expected, 1), functional.log_softmax(output, 1)
-        return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-    return (output - expected).square().sum() / expected.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+def _divergence(expected: Tensor, output: Tensor) -> float:
+    """Sum over samples of squared differences, of the logits around their mean where they are (samples, classes)."""
+    difference = output.double() - expected.double()
+    if difference.ndim == 2:
+        difference -= difference.mean(1, keepdim=True)  # as the softmax does not see it
+    return float(difference.square().sum())

@@ -34,11 +34,12 @@ from discedit.selection.budget import (
     Ratio,
     SizeBudget,
     Threshold,
+    budget_across,
     budget_of,
     choose,
 )
 from discedit.selection.candidates import Candidates, check_scored, why_not_editable
-from discedit.selection.divergence import MeasureDivergence
+from discedit.selection.divergence import MeasureDivergence, check_table
 from discedit.selection.importance import (
     COMPONENTS,
     CRITERIA,
@@ -207,9 +208,18 @@ class _Options:
         repair, criterion = self.repair, self.criterion
         if repair == "auto":
             repair = "none" if self.data is None else "least_squares"
-        if candidates.scores is None and criterion in OF_SCORES:
+        budget = self._settled_budget(repair)
+        if isinstance(budget_across(budget), DivergenceTable):
+            if criterion != "auto" or candidates.importances is not None:
+                given = "importances as scores" if candidates.importances is not None else f"criterion={criterion!r}"
+                raise ValueError(
+                    f"{op}: criterion and importances must be left out where across is a DivergenceTable, which says "
+                    f"what goes first, got {given}."
+                )
+            criterion = None
+        elif candidates.scores is None and criterion in OF_SCORES:
             raise ValueError(f"{op}: criterion={criterion!r} needs scores, got scores=None.")
-        if candidates.importances is not None:
+        elif candidates.importances is not None:
             if criterion != "auto":
                 raise ValueError(
                     f"{op}: criterion must be left out where scores are importances themselves, got {criterion!r}."
@@ -218,26 +228,31 @@ class _Options:
         elif criterion == "auto" and self.data is None:
             criterion = "l1"
         elif criterion == "auto":
-            shares = isinstance(self.budget, Ratio) or repair == "least_squares"
+            # Where a layer's share is decided by its repair: by a ratio, or by trials.
+            shares = isinstance(self.budget, Ratio) or isinstance(budget_across(budget), MeasureDivergence)
             criterion = BEST_WITH[repair] if shares else "reconstruction"
         if repair != "none" and self.data is None:
             raise ValueError(f"{op}: repair={repair!r} needs data to estimate statistics on, got data=None.")
         check_criterion(op, criterion, self.data)
-        budget = self.budget
-        if isinstance(budget, AcrossLayers):
-            if budget.across == "divergence" or (budget.across == "auto" and repair == "least_squares"):
-                budget = replace(budget, across=MeasureDivergence())
-            if isinstance(budget.across, MeasureDivergence) and self.data is None:
-                raise ValueError(f"{op}: across={budget.across!r} needs data to run trials on, got data=None.")
-        for argument, layer in (*self.budget.named(), *(("ignore", layer) for layer in self.ignore)):
+        for argument, layer in (*budget.named(), *(("ignore", layer) for layer in self.ignore)):
             check_scored(op, argument, layer, candidates.widths)
         criterion = Random() if criterion == "random" else criterion
         return replace(self, repair=repair, criterion=criterion, budget=budget)
 
+    def _settled_budget(self, repair: str) -> Budget:
+        """With what layers compare by; by their importances it depends on these."""
+        budget = self.budget
+        across = budget_across(budget)
+        if across == "divergence" or (across == "auto" and repair == "least_squares" and self.data is not None):
+            across = MeasureDivergence()
+        if isinstance(across, MeasureDivergence) and self.data is None:
+            raise ValueError(f"prune: across={across!r} needs data to run trials on, got data=None.")
+        return replace(budget, across=across) if isinstance(budget, AcrossLayers) else budget
+
     @property
     def measures(self) -> bool:
         """Whether trials measure what layers are worth."""
-        return isinstance(self.budget, AcrossLayers) and isinstance(self.budget.across, MeasureDivergence)
+        return isinstance(budget_across(self.budget), MeasureDivergence)
 
 
 class _Step(NamedTuple):
@@ -300,19 +315,13 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     samples = options.repair in SAMPLED
     if options.data is not None and (samples or options.measures or options.criterion in OF_CONSUMERS):
         inputs, trace, further = calibrated(op, trace, options.data, further=samples)
-    values, unjudged = component_importances(candidates, options.criterion, graph, found, inputs, trace)
-    budget, table = options.budget, None
-    if isinstance(budget, AcrossLayers):
-        across: Any = budget.across
-        if across == "auto":
-            across = "none" if options.criterion in SHARES and not unjudged else "rank"
-        if isinstance(across, MeasureDivergence):
-            settings = {"criterion": _criterion_of(options), "components": list(options.components)}
-            across = measured_divergences(op, across, graph, found, values, (inputs, trace), settings)
-        if isinstance(across, DivergenceTable):
-            table = across
-            values = {layer: table[layer].importances for layer in found}
-        options = replace(options, budget=replace(budget, across=across))
+    values: dict[str, Tensor] = {}
+    unjudged: dict[str, str] = {}
+    if not isinstance(budget_across(options.budget), DivergenceTable):
+        values, unjudged = component_importances(candidates, options.criterion, graph, found, inputs, trace)
+    options, table, failed = _compared(options, graph, found, values, unjudged, inputs, trace)
+    skipped |= {layer: why for layer, why in failed.items() if layer in chosen}
+    found = {layer: parts for layer, parts in found.items() if layer not in failed}
     if isinstance(options.budget, Threshold):  # of another criterion's importances it would mean something else
         for layer, why in unjudged.items():
             skipped[layer] = f"{options.criterion!r} cannot judge it, because {why}"
@@ -337,6 +346,40 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     edit.divergences = table
     graph.warn_of_unseen(choice.removed)
     return _Step(edit, choice)
+
+
+def _compared(
+    options: _Options,
+    graph: Graph,
+    found: Mapping[str, Components],
+    values: dict[str, Tensor],
+    unjudged: Mapping[str, str],
+    inputs: Any,
+    trace: ModelTrace,
+) -> tuple[_Options, DivergenceTable | None, dict[str, str]]:
+    """With what layers compare by, which may set other `values`; and layers that must stay whole, as trials show."""
+    across, table = budget_across(options.budget), None
+    failed: dict[str, str] = {}
+    if across == "auto":
+        across = "none" if options.criterion in SHARES and not unjudged else "rank"
+    if isinstance(across, MeasureDivergence):
+        # What cannot go is not worth a trial.
+        _, failed = graph.plan({layer: range(len(parts.rows) // 2) for layer, parts in found.items()})
+        settings = {"criterion": _criterion_of(options), "components": list(options.components)}
+        left = {layer: parts for layer, parts in found.items() if layer not in failed}
+        across = measured_divergences("prune", across, graph, left, values, (inputs, trace), settings)
+    if isinstance(across, DivergenceTable):
+        table = across
+        check_table(
+            "prune", table, graph.network.slots.architecture, {k: len(found[k].rows) for k in found if k not in failed}
+        )
+        values |= {layer: of_layer.importances for layer, of_layer in table.items() if layer in found}
+    budget = options.budget
+    return (
+        (replace(options, budget=replace(budget, across=across)) if isinstance(budget, AcrossLayers) else options),
+        table,
+        failed,
+    )
 
 
 def _check_some(graph: Graph, found: Mapping[str, Components], skipped: Mapping[str, str], options: _Options) -> None:
@@ -412,8 +455,8 @@ def _described(candidates: Candidates, options: _Options, choice: Choice, unjudg
         "components": list(options.components),
         "budget": {"asked": choice.asked, "reached": choice.reached, "met": choice.met},
     }
-    if isinstance(budget, AcrossLayers):
-        described["across"] = budget.across if isinstance(budget.across, str) else "divergence"
+    if across := budget_across(budget):
+        described["across"] = across if isinstance(across, str) else "divergence"
     if isinstance(criterion, Random):
         described["seed"] = criterion.seed
     if unjudged:
@@ -423,6 +466,8 @@ def _described(candidates: Candidates, options: _Options, choice: Choice, unjudg
 
 def _criterion_of(options: _Options) -> str:
     criterion = options.criterion
+    if isinstance(across := budget_across(options.budget), DivergenceTable):
+        return str(across.settings["criterion"])
     return "random" if isinstance(criterion, Random) else "given" if criterion is None else criterion
 
 

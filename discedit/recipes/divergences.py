@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KIND = "divergences"
-MEASURES = ("kl", "squared error")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +40,8 @@ class LayerDivergence:
 
         Between trials its root is linear, since a divergence is quadratic in small changes; it never falls.
         """
+        if not len(self.removed):  # of a layer with a single component, which stays
+            return torch.zeros(len(self.importances), dtype=torch.float64)
         steps = torch.cat([torch.zeros(1, dtype=torch.int64), self.removed])
         roots = torch.cat([torch.zeros(1, dtype=torch.float64), self.divergence.clamp(min=0).sqrt()]).cummax(0).values
         numbers = torch.arange(len(self.importances))
@@ -55,25 +56,26 @@ class DivergenceTable(ByLayer[LayerDivergence]):
     """How much a model's output diverges when one layer alone loses components and the layers that read them make up
     for it: a mapping from layer name to `LayerDivergence`.
 
+    A divergence is the squared difference of the outputs over their square: of logits around their mean over classes,
+    which is what the Kullback-Leibler divergence is at a high temperature (Hinton, Vinyals and Dean 2015). That at
+    temperature 1 rests on few samples, and spends a budget worse (docs/pruning.md).
+
     `prune` measures it where a budget is spent by divergence, and keeps it in `Edit.divergences`. As the `across` of
     another budget (``MaxMacs(0.4, across=edit.divergences)``) it needs no data and no trials.
 
     Attributes:
         layers: of all that can lose components.
-        measure: "kl", the Kullback-Leibler divergence of the softmax of the logits, in nats per sample; or "squared
-            error", of an output that is no (samples, classes), over its square.
-        settings: what it was measured with.
+        settings: what it was measured with; "outputs" is the square of the outputs, which tells data and weights.
         architecture: tensor name -> shape, of the model.
     """
 
     layers: dict[str, LayerDivergence]
-    measure: str
     settings: dict[str, Any]
     architecture: dict[str, list[int]] = field(repr=False)
 
     def __repr__(self) -> str:
         trials = sum(len(layer.removed) for layer in self.values())
-        return f"DivergenceTable({len(self)} layers, {trials} trials, {self.measure!r}, {self.settings})"
+        return f"DivergenceTable({len(self)} layers, {trials} trials, {self.settings})"
 
     def summary(self) -> str:
         """A table: divergence of the output with a quarter, half and three quarters of each layer gone."""
@@ -85,7 +87,7 @@ class DivergenceTable(ByLayer[LayerDivergence]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """A safetensors file, replaced atomically."""
-        header = {"measure": self.measure, "settings": self.settings, "architecture": self.architecture}
+        header = {"settings": self.settings, "architecture": self.architecture}
         tensors = {
             f"{name}/{part}": getattr(layer, part)
             for name, layer in self.items()
@@ -104,7 +106,7 @@ class DivergenceTable(ByLayer[LayerDivergence]):
                 raise ValueError(f"{str(path)!r} is damaged: layer {name!r} lacks a tensor.")
             layers[name] = LayerDivergence(*(part for part in parts if part is not None))
         settings, shapes = (files.field(header, name, dict, path) for name in ("settings", "architecture"))
-        return cls(layers, files.field(header, "measure", str, path), settings, shapes)
+        return cls(layers, settings, shapes)
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, removed: Mapping[str, int] | None = None) -> Figure:
         """Divergence against the share of components removed, layer by layer; needs matplotlib.
@@ -126,7 +128,7 @@ class DivergenceTable(ByLayer[LayerDivergence]):
             if removed and (gone := removed.get(name)):
                 axes.plot(gone / len(curve), curve[gone], "o", color=colour, markersize=4)
         axes.set_xlabel("share of the layer's components removed")
-        axes.set_ylabel(f"root of the output's divergence ({self.measure})")
+        axes.set_ylabel("root of the output's divergence")
         axes.set_ylim(bottom=0)
         axes.legend(fontsize="xx-small", ncols=-(-len(self) // 20), title="layer, in the order in which they run")
         if path is not None:

@@ -221,6 +221,11 @@ class MaxMacs(SizeBudget):
     name, unit = "macs", "multiply-accumulates"
 
 
+def budget_across(budget: Budget) -> str | MeasureDivergence | DivergenceTable:
+    """How a budget compares layers; "" where it does not."""
+    return budget.across if isinstance(budget, AcrossLayers) else ""
+
+
 BUDGETS: dict[str, type[Budget]] = {kind.name: kind for kind in (Ratio, GlobalRatio, Threshold, MaxParameters, MaxMacs)}
 
 

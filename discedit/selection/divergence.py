@@ -6,15 +6,18 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from discedit.common import validation
+from discedit.recipes.divergences import DivergenceTable
 
 ROUNDS = 8  # of choices of all layers in turn, in which they settle: two or three, as a rule
 HALVINGS = 24  # of the interval in which the logarithm of the price of a unit of cost lies
 LEAST_PRICE, MOST_PRICE = 1e-9, 1e12  # of the whole cost, in divergence
+TRIALS = 128
 LEVELS = 5  # trials of a layer, at most: more told no more on CIFAR-10
 
 
@@ -27,7 +30,8 @@ class MeasureDivergence:
 
     Attributes:
         samples: of the data that trials run on, at most, and at least 1.
-        trials: in all, at most, shared equally by the layers; at least one for each layer.
+        trials: in all, at most, shared equally by the layers, at least one for each; by default 128, or one for each
+            layer where there are more.
         path: of a file for the table, which is written after each layer; what it holds already, of the same model and
             settings, is not measured again.
         progress: show a progress bar on stderr; by default only on a terminal.
@@ -38,23 +42,40 @@ class MeasureDivergence:
     Source: that distortions of the output of single layers nearly add up, Wang et al., ICCV 2023 (2308.10438).
     """
 
-    samples: int = 256
-    trials: int = 128
+    samples: int = 512
+    trials: int | None = None
     path: str | os.PathLike[str] | None = None
     progress: bool | None = None
 
     def __post_init__(self) -> None:
         validation.positive_integer("MeasureDivergence", "samples", self.samples)
-        validation.positive_integer("MeasureDivergence", "trials", self.trials)
+        if self.trials is not None:
+            validation.positive_integer("MeasureDivergence", "trials", self.trials)
 
     def levels(self, layers: int) -> int:
         """Trials of each of so many layers."""
-        if layers > self.trials:
+        trials = max(TRIALS, layers) if self.trials is None else self.trials
+        if layers > trials:
             raise ValueError(
-                f"prune: across must allow one trial for each layer, MeasureDivergence has trials={self.trials} for "
+                f"prune: across must allow one trial for each layer, MeasureDivergence has trials={trials} for "
                 f"{layers} layers."
             )
-        return min(LEVELS, self.trials // layers)
+        return min(LEVELS, trials // max(1, layers))
+
+
+def check_table(
+    op: str, table: DivergenceTable, architecture: Mapping[str, Any], components: Mapping[str, int]
+) -> None:
+    """Raises a ValueError unless a table is of this model, and of the layers that can lose so many components."""
+    if table.architecture != architecture:
+        raise ValueError(f"{op}: across must be a table of this model, {table!r} is of one with other shapes.")
+    for layer, number in components.items():
+        known = len(table[layer].importances) if layer in table else 0
+        if known != number:
+            raise ValueError(
+                f"{op}: across must be a table of the same components, layer {layer!r} has {number}, in the table "
+                f"{known or 'none'}. Name them in `layers` and `components` as when it was measured."
+            )
 
 
 def least_divergence(
