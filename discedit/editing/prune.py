@@ -23,7 +23,7 @@ from discedit.recipes.recipe import Edit, Recipe, compose_edits, record
 from discedit.repair import batchnorm
 from discedit.repair.compensation import compensated
 from discedit.repair.least_squares import repaired, take_back, warning_if_worse
-from discedit.scoring.scores import REDUCTIONS, Scores
+from discedit.scoring.scores import Scores
 from discedit.selection.budget import (
     AcrossLayers,
     Budget,
@@ -45,6 +45,7 @@ from discedit.selection.importance import (
     OF_CONSUMERS,
     Random,
     check_criterion,
+    check_scores,
     component_importances,
     kinds_of,
 )
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
 OUTPUTS = "outputs"  # the kind of component that only `prune` has
 REPAIRS = ("auto", "none", "mean", "batchnorm", "least_squares", "compensation")
 SAMPLED = ("mean", "least_squares", "compensation")  # repairs of layers, on samples
-OF_SCORES = (*REDUCTIONS, "combined")  # criteria that need scores
 SHARES = ("reconstruction", "combined")  # criteria that mean the same in every layer
 # Criteria where each layer loses a share of its own, by repair (benchmarks/prune.md).
 BEST_WITH = {
@@ -207,8 +207,8 @@ class _Options:
         repair, criterion = self.repair, self.criterion
         if repair == "auto":
             repair = "none" if self.data is None else "least_squares"
-        if candidates.scores is None and criterion in OF_SCORES:
-            raise ValueError(f"{op}: criterion={criterion!r} needs scores, got scores=None.")
+        if candidates.scores is None:
+            check_scores(op, criterion)
         if candidates.importances is not None:
             if criterion != "auto":
                 raise ValueError(
