@@ -54,9 +54,10 @@ class Layer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.heads = 2
 
     def forward(self, x):
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
@@ -477,6 +478,28 @@ def test_other_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match="repair_pruned: pruned must have tensors of its own"):
         repair_pruned(model, smaller, batches, inplace=True)
     repair_pruned(model, smaller, batches)
+
+
+def test_kernels_that_shrank_are_refused():
+    model = network("resnet")
+    smaller = by_torch_pruning(model, images(1)[0][:1])
+    smaller.get_submodule("1").conv2.weight.data = smaller.get_submodule("1").conv2.weight.data[:, :, 1:2, 1:2]
+    with pytest.raises(ValueError, match=r"must have kernels of the sizes .*'1\.conv2' has \(1, 1\), it had \(3, 3\)"):
+        repair_pruned(model, smaller, images())
+
+
+def test_heads_that_are_gone():
+    model, batches = network("vit"), images()
+    smaller = copy.deepcopy(model)
+    for layer in smaller.layers:  # the first of two heads
+        rows = torch.tensor([*range(6, 12), *range(18, 24), *range(30, 36)])
+        layer.qkv.weight, layer.qkv.bias = (nn.Parameter(p[rows].detach()) for p in (layer.qkv.weight, layer.qkv.bias))
+        layer.proj.weight = nn.Parameter(layer.proj.weight[:, 6:].detach())
+        layer.heads = 1
+    edit = repair_pruned(model, smaller, batches)
+    gone = [*range(6), *range(12, 18), *range(24, 30)]
+    assert edit.recipe.settings["removed"] == {"layers.0.qkv": gone, "layers.1.qkv": gone}
+    assert error(edit.model, model, batches[0]) < 0.8 * error(smaller, model, batches[0])
 
 
 def test_layers_that_run_at_other_times_are_refused():

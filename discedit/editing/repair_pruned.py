@@ -106,6 +106,11 @@ def _check_parts(original: nn.Module, pruned: nn.Module) -> None:
                 f"{OP}: pruned must have tensors that are no larger than original's, {name!r} has shape "
                 f"{tuple(after[name])}, it had {tuple(shape)}."
             )
+    for name, layers in _layers(original, pruned).items():
+        kernels = [tuple(module.weight.shape[2:]) for module in layers]
+        if kernels[0] != kernels[1]:
+            what = f"{name!r} has {kernels[1]}, it had {kernels[0]}"
+            raise ValueError(f"{OP}: pruned must have kernels of the sizes that original has, {what}.")
     if device_of(original) != device_of(pruned):
         where = f"{device_of(pruned)}, original on {device_of(original)}"
         raise ValueError(f"{OP}: pruned must be on the device that original is on, it is on {where}.")
