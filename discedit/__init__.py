@@ -15,6 +15,7 @@ from types import ModuleType as _Module
 from discedit import fidelity, ops, presets, uncertainty
 from discedit.editing import AblateComponents, EraseDirections, LeastSquares, ModHiFiU
 from discedit.editing.prune import iterative_prune, prune
+from discedit.editing.repair_pruned import repair_pruned
 from discedit.editing.unlearn import unlearn
 from discedit.evaluation.evaluate import Evaluation, evaluate
 from discedit.moments.collect import collect_blocks, collect_moments
@@ -77,6 +78,7 @@ __all__ = [
     "preset",
     "presets",
     "prune",
+    "repair_pruned",
     "report",
     "score",
     "uncertainty",

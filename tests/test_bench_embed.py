@@ -17,13 +17,13 @@ def test_compares_and_writes(cifar, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_embed, "MODELS", ("resnet20",))
     for ratios in ("RATIOS", "IN_TURN"):
         monkeypatch.setattr(bench_embed, ratios, (0.3,))
-    monkeypatch.setattr(bench_embed, "OURS", ("max",))
+    monkeypatch.setattr(bench_embed, "OURS", ("energy", "max"))
     monkeypatch.setattr(bench_embed, "THEIRS", {k: bench_embed.THEIRS[k] for k in ("magnitude l2", "lamp", "taylor")})
     monkeypatch.setattr(bench_embed, "EXAMPLES", tmp_path / "none.json")
     log = Log(tmp_path / "embed.json")
     bench_embed.compare(["resnet20"], log)
     assert not log.failed
-    assert len(log.entries) == 4
+    assert len(log.entries) == 5
     assert log.entries["resnet20|max|0.3"] != log.entries["resnet20|taylor|0.3"]
     assert log.entries["resnet20|lamp|0.3"] == log.entries["resnet20|magnitude l2|0.3"]
     before = {name: parameter.clone() for name, parameter in small.model.named_parameters()}
@@ -34,7 +34,8 @@ def test_compares_and_writes(cifar, monkeypatch, tmp_path):
     text = bench_embed.markdown(log)
     entry = log.entries["resnet20|max|0.3"]
     assert f"| resnet20 | **ours, max** | {entry['none']:.1f} | {entry['batchnorm']:.1f} |" in text
-    worse = sum(log.entries[f"resnet20|{name}|0.3"]["none"] < entry["none"] for name in bench_embed.THEIRS)
+    ours = log.entries["resnet20|energy|0.3"]["none"]
+    worse = sum(log.entries[f"resnet20|{name}|0.3"]["none"] < ours for name in bench_embed.THEIRS)
     assert f"{worse} of 3 |" in next(line for line in text.splitlines() if line.startswith("| resnet20 | none | 0.3 |"))
     assert text.count("Not measured.") == 1  # the scripts
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch_pruning.pruner import BasePruner, BNScalePruner, GroupNormPruner, GrowingRegPruner, MetaPruner
 from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
-from discedit import zoo
+from discedit import importances, zoo
 from discedit.integrations.torch_pruning import DiscEditImportance
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters detected:UserWarning")
@@ -650,3 +650,84 @@ def test_errors_of_shared_modules_and_normalizers():
     importance = DiscEditImportance(model, {"first": torch.tensor([-1.0, 1] * 4)})
     with pytest.raises(ValueError, match="normalizer must give finite numbers, 'mean' gives"):
         importance(group_of(model, X, "first"))
+
+
+# From data, without labels.
+
+
+def batches_of(x, size=64):
+    return [(part, torch.zeros(len(part))) for part in x.split(size)]
+
+
+def test_from_data_is_the_energy_that_channels_add_to_what_reads_them():
+    model = chain().eval()
+    x = torch.randn(192, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+    importance = DiscEditImportance.from_data(model, batches_of(x), normalizer=None)
+    with torch.no_grad():
+        read = F.relu(model.second(F.relu(model.first(x)))).mean((2, 3)).double()
+        weight = model.head.weight.double()
+        read = read - read.mean(0)
+        energy = read.square().mean(0) * weight.square().sum(0) / (read @ weight.T).square().mean(0).sum()
+    found = importance(group_of(model, X, "second"))
+    torch.testing.assert_close(found, energy, rtol=1e-4, atol=0)
+    by_hand = importances(model, None, "energy", example_inputs=X, data=batches_of(x))
+    torch.testing.assert_close(importance(group_of(model, X, "first")), by_hand["first"], rtol=0, atol=0)
+    assert set(importance.kept) == {"first", "second"}
+
+
+def test_from_data_falls_back_to_squared_weights():
+    torch.manual_seed(0)
+    model = Net(
+        lambda m, x: m.head(F.relu(m.up(F.relu(m.first(x)))).mean((2, 3))),
+        first=nn.Conv2d(3, 8, 3),
+        up=nn.ConvTranspose2d(8, 6, 3),  # cannot be read, so that what feeds it cannot be judged
+        head=nn.Linear(6, 4),
+    ).eval()
+    data = iter([torch.randn(32, 3, 9, 9, generator=torch.Generator().manual_seed(1))])
+    importance = DiscEditImportance.from_data(model, data, criterion="reconstruction")
+    assert set(importance.kept) == {"up"}
+    group = group_of(model, X, "first")
+    torch.testing.assert_close(importance(group), GroupMagnitudeImportance(p=2)(group))
+    mine = DiscEditImportance.from_data(model, [X], fallback=lambda group: torch.arange(8.0))
+    assert mine(group).tolist() == list(range(8))
+
+
+@pytest.mark.data
+def test_from_data_loses_less_than_squared_weights(cifar, resnet):
+    model, inner, options = resnet
+    whole, train, test = cifar
+    x = options.pop("example_inputs")
+    importance = DiscEditImportance.from_data(model, zoo.batches(train))
+    prune_all(model, importance, x, ratio=0.3, **options)
+    other = zoo.cifar_resnet("resnet20")
+    ignored = [other.get_submodule(name) for name in layers_of(other) if name not in inner]
+    prune_all(other, torch_pruning.importance.MagnitudeImportance(p=2), x, ratio=0.3, ignored_layers=ignored)
+
+    def accuracy(network):
+        with torch.no_grad():
+            return float((network(test.tensors[0]).argmax(1) == test.tensors[1]).float().mean())
+
+    assert accuracy(whole) > accuracy(model) > accuracy(other) + 0.02
+    assert {layer: len(importance.kept[layer]) for layer in inner} == {
+        layer: other.get_submodule(layer).out_channels for layer in inner
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"criterion": "max"},
+            ValueError,
+            "criterion must be one of 'energy', 'reconstruction', 'fidelity', got 'max'",
+        ),
+        ({"data": 3}, TypeError, "data must give batches, got int"),
+        ({"data": []}, ValueError, "data must give at least one sample, it gave none"),
+        ({"model": "resnet"}, TypeError, r"model must be a torch\.nn\.Module, got str"),
+        ({"model": nn.Sequential(nn.Conv2d(3, 4, 3))}, ValueError, "model must have channels that can be removed"),
+    ],
+)
+def test_errors_of_from_data(change, error, message):
+    arguments = {"model": chain().eval(), "data": [X]} | change
+    with pytest.raises(error, match=rf"DiscEditImportance\.from_data: {message}"):
+        DiscEditImportance.from_data(**arguments)

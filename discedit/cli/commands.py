@@ -27,7 +27,7 @@ from discedit.cli.run_folder import Console, Result, RunFolder, load_run, record
 from discedit.common import files
 from discedit.common.tables import format_table
 from discedit.editing import AblateComponents, EraseDirections, LeastSquares
-from discedit.editing.prune import OF_SCORES, iterative_prune, prune
+from discedit.editing.prune import iterative_prune, prune
 from discedit.editing.unlearn import METHODS, unlearn
 from discedit.evaluation.evaluate import evaluate
 from discedit.evaluation.relearning import Relearning
@@ -42,6 +42,7 @@ from discedit.reporting.report import report
 from discedit.scoring.scores import OVER_PAIRS, Scores, score
 from discedit.selection import AboveDeviations, Limit, MaxDamage, Random, TopFraction, TopK
 from discedit.selection.budget import BUDGETS, AcrossLayers, Budget
+from discedit.selection.importance import OF_SCORES
 
 GROUP_FAILURES = ("gloo", "nccl", "timed out", "connection", "peer")  # in messages of torch.distributed
 LIMITS: dict[str, type[Limit]] = {kind.name: kind for kind in (TopFraction, TopK, AboveDeviations, MaxDamage)}

@@ -23,7 +23,7 @@ from discedit.recipes.recipe import Edit, Recipe, compose_edits, record
 from discedit.repair import batchnorm
 from discedit.repair.compensation import compensated
 from discedit.repair.least_squares import repaired, take_back, warning_if_worse
-from discedit.scoring.scores import REDUCTIONS, Scores
+from discedit.scoring.scores import Scores
 from discedit.selection.budget import (
     AcrossLayers,
     Budget,
@@ -46,6 +46,7 @@ from discedit.selection.importance import (
     OF_CONSUMERS,
     Random,
     check_criterion,
+    check_scores,
     component_importances,
     kinds_of,
 )
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
 OUTPUTS = "outputs"  # the kind of component that only `prune` has
 REPAIRS = ("auto", "none", "mean", "batchnorm", "least_squares", "compensation")
 SAMPLED = ("mean", "least_squares", "compensation")  # repairs of layers, on samples
-OF_SCORES = (*REDUCTIONS, "combined")  # criteria that need scores
 SHARES = ("reconstruction", "combined")  # criteria that mean the same in every layer
 # Criteria where each layer loses a share of its own, by repair (benchmarks/prune.md).
 BEST_WITH = {
@@ -217,9 +217,9 @@ class _Options:
                     f"what goes first, got {given}."
                 )
             criterion = None
-        elif candidates.scores is None and criterion in OF_SCORES:
-            raise ValueError(f"{op}: criterion={criterion!r} needs scores, got scores=None.")
-        elif candidates.importances is not None:
+        elif candidates.scores is None:
+            check_scores(op, criterion)
+        if candidates.importances is not None:
             if criterion != "auto":
                 raise ValueError(
                     f"{op}: criterion must be left out where scores are importances themselves, got {criterion!r}."

@@ -1,9 +1,9 @@
-"""The scores as an importance of torch-pruning, for all of its pruners."""
+"""Scores, and what readers lose, as an importance of torch-pruning, for all of its pruners."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,23 +13,28 @@ from torch_pruning.pruner.importance import GroupMagnitudeImportance
 
 from discedit.common import validation
 from discedit.integrations._channels import per_channel
-from discedit.model.forward import device_of
+from discedit.model.forward import device_of, index_samples, samples_in, unpack_batch
 from discedit.model.trace import width_of
 from discedit.scoring.scores import Scores
+from discedit.selection.importance import importances
 
 # torch-pruning's name -> what scatter_reduce calls it. "first" and "gate" take one layer in place of all.
 OVER_LAYERS = {"mean": "mean", "sum": "sum", "max": "amax", "prod": "prod", "first": "mean", "gate": "mean"}
 NORMALIZERS = ("sum", "standarization", "mean", "max", "gaussian", "lamp")  # spelled as torch-pruning spells them
+OF_DATA = ("energy", "reconstruction", "fidelity")  # criteria of `prune` that need no labels
+# Heads would give all of their channels one importance, and torch-pruning takes channels out of heads.
+KINDS = ("filters", "neurons", "stream")
 OP = "DiscEditImportance"
 
 
 class DiscEditImportance(GroupMagnitudeImportance):  # type: ignore[misc]
     """How much the channels of a torch-pruning group count, by scores of the layers that produce them.
 
-    Pass it as ``importance`` to a pruner of torch-pruning. For a group it gives one number per channel of the root, in
-    the order of torch-pruning's ``root_idxs``: float64 on the device of the root (float32 on devices without), higher =
-    keep; infinite for a channel that no scored output belongs to, and None for a group without scores. How outputs
-    belong to a root channel: docs/embedding.md. Scores follow the groups that are pruned after the first call.
+    Pass it as ``importance`` to a pruner of torch-pruning; `DiscEditImportance.from_data` makes one that loses less.
+    For a group it gives one number per channel of the root, in the order of torch-pruning's ``root_idxs``: float64 on
+    the device of the root (float32 on devices without), higher = keep; infinite for a channel that no scored output
+    belongs to, and None for a group without scores. How outputs belong to a root channel: docs/embedding.md. Scores
+    follow the groups that are pruned after the first call.
 
     Args:
         model: the model that is pruned, or a part of it, as it was scored.
@@ -83,6 +88,61 @@ class DiscEditImportance(GroupMagnitudeImportance):  # type: ignore[misc]
                 raise ValueError(f"{OP}: scores[{layer!r}] {rule}.")
         self.kept = {layer: torch.arange(len(values)) for layer, values in self._values.items()}
         self._followed: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    @classmethod
+    def from_data(
+        cls,
+        model: nn.Module,
+        data: Iterable[Any],
+        *,
+        criterion: str = "energy",
+        example_inputs: Any = None,
+        group_reduction: str = "mean",
+        normalizer: str | Callable[[Tensor], Tensor] | None = "mean",
+        fallback: Callable[[Any], Tensor | None] | None = None,
+    ) -> DiscEditImportance:
+        """The importance to take in a pruner of torch-pruning: by what the layers that read a channel lose without it.
+
+        Up to 1,024 samples of the data, forward passes alone, no labels. Groups that no such layer reads, or that
+        torch-pruning and `discedit.prune` see differently (dimensions of attention), have the sum of squared weights
+        that torch-pruning's own `MagnitudeImportance` gives.
+
+        Args:
+            model: the whole model, before anything is pruned.
+            data: batches (labels are not used).
+            criterion: of `discedit.prune`: "energy" (the variance that a channel adds to what reads it: where nothing
+                is repaired), "reconstruction" (the part of it that other channels cannot make up for: before batch
+                norms are re-estimated) or "fidelity".
+            example_inputs: what the model is traced on, by default the first sample of `data`.
+            group_reduction, normalizer, fallback: as for the class; `fallback` by default squared weights.
+
+        Returns:
+            `DiscEditImportance`, with (channels,) float64 for each layer that has them.
+
+        Raises:
+            TypeError: data gives no batches.
+            ValueError: an argument that is none of its choices, no sample, feature maps with NaN or Inf, a model that
+                cannot be traced, or none of whose channels can be judged.
+
+        Source: as for the criteria in docs/pruning.md; measured in benchmarks/embed.md.
+        """
+        op = f"{OP}.from_data"
+        validation.module(op, model)
+        validation.choice(op, "criterion", criterion, OF_DATA)
+        validation.batches(op, "data", data)
+        data = list(data) if isinstance(data, Iterator) else data  # it is read twice
+        if example_inputs is None:
+            example_inputs = _first_sample(op, data, device_of(model))
+        found = importances(model, None, criterion, example_inputs=example_inputs, data=data, components=KINDS)
+        if not found:
+            raise ValueError(f"{op}: model must have channels that can be removed and are read, none was found.")
+        return cls(
+            model,
+            found,
+            group_reduction=group_reduction,
+            normalizer=normalizer,
+            fallback=GroupMagnitudeImportance(p=2) if fallback is None else fallback,
+        )
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:
@@ -189,6 +249,14 @@ class DiscEditImportance(GroupMagnitudeImportance):  # type: ignore[misc]
                 f"{given.tolist()}."
             )
         return values.masked_scatter(known, scaled.double())
+
+
+def _first_sample(op: str, data: Iterable[Any], device: torch.device) -> Any:
+    for index, batch in enumerate(data):
+        inputs, _ = unpack_batch(op, batch, index, device, labels_needed=False, argument="data")
+        if size := samples_in(inputs):
+            return index_samples(inputs, slice(1), size)
+    raise ValueError(f"{op}: data must give at least one sample, it gave none.")
 
 
 def _is_sentinel(normalizer: str) -> bool:

@@ -40,7 +40,7 @@ class Recipe:
     """An edit of a model, with what it takes to undo it.
 
     Attributes:
-        edit: "prune" or "unlearn".
+        edit: "prune", "unlearn" or "repair".
         settings: the arguments that led to it, for the reader.
         components: layer name -> the channels that were removed or ablated; none where directions were erased.
         architecture: tensor name -> shape, of the model before the edit.
@@ -185,7 +185,7 @@ class Recipe:
 
 @dataclass
 class Edit:
-    """What `prune` and `unlearn` return.
+    """What `prune`, `unlearn` and `repair_pruned` return.
 
     Attributes:
         model: the edited model.

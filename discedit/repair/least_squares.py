@@ -537,8 +537,14 @@ def _named(held_out: HeldOut) -> str:
 
 
 @contextmanager
-def warning_if_worse(op: str, trace: ModelTrace, edited: nn.Module, held_out: HeldOut) -> Iterator[None]:
-    """No silent harm: layers that are each made to give less error may together give more."""
+def warning_if_worse(
+    op: str, trace: ModelTrace, edited: nn.Module, held_out: HeldOut, *, instead: str = "repair='none'"
+) -> Iterator[None]:
+    """No silent harm: layers that are each made to give less error may together give more.
+
+    Args:
+        instead: of the repair, what may do better.
+    """
     with frozen_eval(trace.model):
         expected = first_tensor(call(trace.model, held_out.inputs))
     before = output_error(expected, edited, held_out.inputs)
@@ -547,7 +553,7 @@ def warning_if_worse(op: str, trace: ModelTrace, edited: nn.Module, held_out: He
     if not after <= WORSE * before + ROUNDING * torch.finfo(torch.float32).eps:
         warn(
             f"{op}: the repair brings the network's outputs no closer to those before: their relative squared error on "
-            f"{_named(held_out)} is {after:.3g} with it and {before:.3g} without; more data, or repair='none', may do "
+            f"{_named(held_out)} is {after:.3g} with it and {before:.3g} without; more data, or {instead}, may do "
             "better."
         )
 

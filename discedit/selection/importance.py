@@ -22,6 +22,7 @@ from discedit.selection.candidates import Candidates
 
 POWERS = {"l1": 1, "l2": 2}  # of weights
 OF_CONSUMERS = ("energy", "reconstruction", "combined", "fidelity")
+OF_SCORES = (*REDUCTIONS, "combined")
 CRITERIA = (*REDUCTIONS, *POWERS, "random", *OF_CONSUMERS)
 COMPONENTS = ("filters", "neurons", "heads")  # by default
 RIDGE = 1e-4  # of the mean variance of an input
@@ -39,7 +40,7 @@ class Random:
 @outside_modes()
 def importances(
     model: nn.Module,
-    scores: Scores,
+    scores: Scores | None,
     criterion: str | Random,
     *,
     example_inputs: Any,
@@ -49,8 +50,8 @@ def importances(
     """How much each component counts, by one of the criteria of `discedit.prune`, which takes the result as scores.
 
     Args:
-        model, scores, criterion, example_inputs, data, components: as for `discedit.prune`; the layers are those of
-            `scores`.
+        model, criterion, example_inputs, data, components: as for `discedit.prune`.
+        scores: from `discedit.score`, whose layers are looked at; None, for criteria that need none: all layers.
 
     Returns:
         Layer -> (rows,) float64, one number for each output row of the layer, higher = keep; the rows of a component (a
@@ -58,8 +59,8 @@ def importances(
         criterion does not apply, because nothing reads them that can be written as a matrix.
 
     Raises:
-        ValueError: an unknown criterion or kind, a criterion without the data that it needs, or a model that cannot be
-            traced.
+        ValueError: an unknown criterion or kind, a criterion without the data or the scores that it needs, or a model
+            that cannot be traced.
     """
     op = "importances"
     if not isinstance(criterion, Random):
@@ -68,24 +69,33 @@ def importances(
     criterion = Random() if criterion == "random" else criterion
     kinds = kinds_of(op, components)
     validation.module(op, model)
-    validation.instance(op, "scores", scores, Scores, "a discedit.Scores")
+    if scores is None:
+        check_scores(op, criterion)
+    else:
+        validation.instance(op, "scores", scores, Scores, "a discedit.Scores")
     model = unwrapped(model)
     graph = Graph(op, model, example_inputs)
-    known = [layer for layer in scores if components_in(model.get_submodule(layer)) is not None]
+    candidates = Candidates.of(op, model, scores)
+    known = [layer for layer in candidates.widths if components_in(model.get_submodule(layer)) is not None]
     found, _ = graph.find(known, kinds)
     inputs: Any = None
     trace = ModelTrace(model)
     if criterion in OF_CONSUMERS and data is not None:
         inputs, trace, _ = calibrated(op, trace, data)
-    candidates = Candidates({layer: len(scores[layer]) for layer in scores}, scores)
     values, unjudged = component_importances(candidates, criterion, graph, found, inputs, trace)
     rows = {}
     for layer, parts in found.items():
         if layer not in unjudged:
-            rows[layer] = torch.full((len(scores[layer]),), torch.nan, dtype=torch.float64)
+            rows[layer] = torch.full((candidates.widths[layer],), torch.nan, dtype=torch.float64)
             for own, value in zip(parts.rows, values[layer], strict=True):
                 rows[layer][list(own)] = value
     return rows
+
+
+def check_scores(op: str, criterion: str | Random | None) -> None:
+    """Whether a criterion can do without scores."""
+    if criterion in OF_SCORES:
+        raise ValueError(f"{op}: criterion={criterion!r} needs scores, got scores=None.")
 
 
 def check_criterion(op: str, criterion: str | Random | None, data: Any) -> None:
