@@ -30,7 +30,19 @@ from benchmarks import held_out
 from benchmarks._common import Log, paired_ratio, seconds
 from benchmarks.latency import latency_ratio
 from benchmarks.rivals import chip, torch_pruning_importance, tvsprune
-from discedit import Edit, MaxMacs, Random, Ratio, Scores, collect_moments, importances, prune, score, zoo
+from discedit import (
+    DivergenceTable,
+    Edit,
+    MaxMacs,
+    Random,
+    Ratio,
+    Scores,
+    collect_moments,
+    importances,
+    prune,
+    score,
+    zoo,
+)
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.model.size import count_macs
 
@@ -49,7 +61,16 @@ PARTS = ("goals", "few", "latency", "time", "read", "across", "table")
 OF_READERS = ("energy", "reconstruction", "combined", "fidelity")
 OF_CLASSES = ("max", "mean", "min", "pairwise_min")
 PLACES = ("norm", "consumer")
-RANKED = ("l1", "max", "energy", "reconstruction", "tp magnitude", "tp lamp", "tp taylor")  # over all layers together
+RANKED = (
+    "l1",
+    "l2",
+    "max",
+    "energy",
+    "reconstruction",
+    "tp magnitude",
+    "tp lamp",
+    "tp taylor",
+)  # over all layers together
 
 
 def _fashion(name: str, limit: int) -> TensorDataset:
@@ -167,13 +188,20 @@ def read(bench: Bench, log: Log) -> None:
 
 
 def across(bench: Bench, log: Log) -> None:
-    """Equal shares of all layers, or all layers ranked together, until so many multiply-accumulates are left."""
-    for left, criterion, how in product((0.7, 0.5), RANKED, ("rank", "none")):
-        options = {"scores": bench.importance(criterion), "budget": MaxMacs(left, across=how)}
-        log.measure(
-            f"{bench.name}|across|{criterion}|{how}|{left}",
-            lambda options=options: outcome(bench, bench.prune(**options)),
-        )
+    """All layers together, until so many multiply-accumulates are left: in equal shares, ranked, or where the output
+    diverges least."""
+    for criterion in RANKED:
+        table: DivergenceTable | None = None
+
+        def run(how: str, left: float, criterion: str = criterion) -> dict[str, Any]:
+            nonlocal table
+            given = {"scores": None} if how == "divergence" and table else {"scores": bench.importance(criterion)}
+            edit = bench.prune(budget=MaxMacs(left, across=(how == "divergence" and table) or how), **given)
+            table = edit.divergences or table
+            return outcome(bench, edit)
+
+        for how, left in product(("divergence", "rank", "none"), (0.7, 0.5)):
+            log.measure(f"{bench.name}|across|{criterion}|{how}|{left}", partial(run, how, left))
 
 
 def latency(bench: Bench, log: Log) -> None:
@@ -289,7 +317,8 @@ def markdown(log: Log) -> str:
         (
             "Layers ranked together",
             "Until 0.7 and 0.5 of the multiply-accumulates are left, least squares: `rank` takes the same share of "
-            "each layer, `none` the components that count least of all layers.",
+            "each layer, `none` the components that count least of all layers, `divergence` (the default) as many from "
+            "each layer as make the output diverge least, by trials on 512 images.",
             ["model", "criterion", "across", "macs left", "parameters removed", "points lost"],
             rows_of(log, "across", ["parameters removed", "drop"]),
         ),

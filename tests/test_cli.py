@@ -17,6 +17,7 @@ import discedit
 from discedit import (
     AblateComponents,
     GlobalRatio,
+    MaxMacs,
     LeastSquares,
     ModHiFiU,
     Moments,
@@ -154,6 +155,26 @@ def test_prune_is_that_of_the_library(place, scored, tmp_path, trained, digit_sc
     text = capsys.readouterr().out
     assert f"{edit.parameters_before:,} -> {edit.parameters_after:,}" in text
     assert "mean of classes" in text
+
+
+def test_prune_by_divergence_leaves_a_table_for_other_budgets(place, scored, tmp_path, trained, digit_scores, capsys):
+    model, train, _ = trained
+    arguments = ["prune", *with_data(place), "--scores", str(scored), "--quiet"]
+    assert main([*arguments, "--macs", "0.6", "--trials", "10", "--out", str(tmp_path / "first")]) == 0
+    options = {"example_inputs": train.tensors[0][:1], "data": zoo.batches(train)}
+    how = discedit.MeasureDivergence(trials=10)
+    edit = discedit.prune(model, digit_scores, budget=MaxMacs(0.6, across=how), **options)
+    assert Recipe.load(tmp_path / "first" / "prune.json").components == edit.recipe.components
+    table = tmp_path / "first" / "divergences.safetensors"
+    assert main([*arguments, "--macs", "0.4", "--across", str(table), "--out", str(tmp_path / "second")]) == 0
+    edit = discedit.prune(model, digit_scores, budget=MaxMacs(0.4, across=edit.divergences), **options)
+    assert Recipe.load(tmp_path / "second" / "prune.json").components == edit.recipe.components
+    for wrong, message in (
+        (["--across", "sum"], "or a file of divergences that exists, got 'sum'"),
+        (["--across", "rank", "--trials", "3"], "--trials: goes with --across divergence"),
+    ):
+        assert main([*arguments, "--macs", "0.4", *wrong, "--out", str(tmp_path / "third")]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from discedit.editing.unlearn import METHODS
 from discedit.evaluation.evaluate import METRICS
 from discedit.graph.pruning_graph import KINDS
 from discedit.moments.moments import READS
-from discedit.selection.budget import NORMALISATIONS
+from discedit.selection.budget import ACROSS
 from discedit.selection.importance import CRITERIA
 from discedit.selection.ranking import MEASURES, SIGNS
 
@@ -117,6 +117,16 @@ def amount_by_layer(text: str) -> Any:
     if not all(layer.strip() for layer, _, _ in pairs):
         raise click.BadParameter(f"must be a number, or LAYER=NUMBER with commas between, got {text!r}")
     return {layer.strip(): amount(value) for layer, _, value in pairs}
+
+
+def across(text: str) -> str | Path:
+    """A way to compare layers, or the file of a `DivergenceTable`."""
+    if text in ACROSS:
+        return text
+    if not Path(text).is_file():
+        ways = ", ".join(map(repr, ACROSS))
+        raise click.BadParameter(f"must be one of {ways}, or a file of divergences that exists, got {text!r}")
+    return Path(text)
 
 
 def bound_option(text: str) -> tuple[str, Any]:
@@ -221,7 +231,8 @@ PRUNE = on_model(
     option("--criterion", ("auto", *CRITERIA), "auto", "of importance"),
     option("--repair", REPAIRS, "auto", "what follows the removal"),
     option("--components", names, "filters,neurons,heads", f"all, or of {', '.join((*KINDS, OUTPUTS))}"),
-    option("--across", ("auto", *NORMALISATIONS), "auto", "how layers compare"),
+    option("--across", across, "auto", f"how layers compare: {', '.join(ACROSS)}, or a file of divergences"),
+    option("--trials", COUNT, help="of divergence, at most (default 128)"),
     option("--round-to", COUNT, 1, "what stays in a layer is a multiple of N"),
     option("--floor", amount_by_layer, "1", "components left in each layer at least, or LAYER=N,...", metavar="N"),
     LAYERS,

@@ -37,10 +37,11 @@ from discedit.model.size import count_macs, count_parameters
 from discedit.moments.collect import collect_blocks, collect_moments
 from discedit.moments.distributed import OtherFailed
 from discedit.moments.moments import Moments
+from discedit.recipes.divergences import DivergenceTable
 from discedit.recipes.recipe import Edit, Recipe
 from discedit.reporting.report import report
 from discedit.scoring.scores import OVER_PAIRS, Scores, score
-from discedit.selection import AboveDeviations, Limit, MaxDamage, Random, TopFraction, TopK
+from discedit.selection import AboveDeviations, Limit, MaxDamage, MeasureDivergence, Random, TopFraction, TopK
 from discedit.selection.budget import BUDGETS, AcrossLayers, Budget
 from discedit.selection.importance import OF_SCORES
 
@@ -171,7 +172,7 @@ def prune_command(options: Options, console: Console) -> Result:
     given = _given_scores(options)
     if options.data is None and options.rescore:
         raise InputError("--rescore: needs --data, which was not given.")
-    budget = _budget(options)
+    budget = _budget(options, console)
     job = prepare(options, console, classes=given.num_classes if given else 0)
     if job.example is None:
         raise InputError("--data: must be given, or --size, for inputs that show what hangs on what.")
@@ -191,14 +192,23 @@ def prune_command(options: Options, console: Console) -> Result:
     return _finish(job, edit, scores if given is None else None)
 
 
-def _budget(options: Options) -> Budget:
+def _budget(options: Options, console: Console) -> Budget:
     given = chosen(options, *BUDGETS)
     if len(given) != 1:
         found = ", ".join(f"--{name}" for name in given).replace("_", "-") or "none"
         raise InputError(f"--ratio: exactly one budget must be given, got {found}.")
     [(name, value)] = given.items()
-    across = chosen(options, "across") if issubclass(BUDGETS[name], AcrossLayers) else {}
-    return BUDGETS[name](value, floor=options.floor, round_to=options.round_to, **across)
+    kind, limits = BUDGETS[name], {"floor": options.floor, "round_to": options.round_to}
+    if not issubclass(kind, AcrossLayers):
+        return kind(value, **limits)
+    across: Any = options.across
+    if isinstance(across, Path):
+        across = DivergenceTable.load(across)
+    elif across == "divergence" or (across == "auto" and options.data and options.repair in ("auto", "least_squares")):
+        across = MeasureDivergence(trials=options.trials, progress=console.progress)
+    if options.trials and not isinstance(across, MeasureDivergence):
+        raise InputError("--trials: goes with --across divergence, which needs --data.")
+    return kind(value, across=across, **limits)
 
 
 @command(*arguments.UNLEARN)
@@ -283,6 +293,8 @@ def _finish(job: Job, edit: Edit, computed: Scores | None, **results: Any) -> Re
     results |= {"skipped": edit.skipped, "settings": edit.recipe.settings}
     if computed is not None:
         computed.save(folder.file("scores.safetensors"))
+    if edit.divergences is not None:
+        edit.divergences.save(folder.file("divergences.safetensors"))
     edit.recipe.save(folder.file(f"{kind}.json"))
     folder.file(f"{kind}.values.safetensors")
     _save_model(job, edit)

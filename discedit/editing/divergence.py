@@ -16,6 +16,7 @@ from discedit.graph.hiding import hide
 from discedit.graph.pruning_graph import Components, Graph
 from discedit.model.forward import call, first_tensor, frozen_eval, hooked, index_samples
 from discedit.model.replay import Replay
+from discedit.model.size import count_macs
 from discedit.model.trace import ModelTrace
 from discedit.moments.calibration import batch_size_of
 from discedit.moments.covariances import LayerMoments, fits_of
@@ -49,8 +50,10 @@ def measured_divergences(
     from tqdm.auto import tqdm
 
     inputs, trace = calibration
-    trials = _Trials(op, graph, list(found), inputs, trace, how.samples)
     levels = how.levels(len(found))
+    one = index_samples(inputs[0], slice(1), batch_size_of(op, inputs[0]))
+    samples = how.samples_of(levels * len(found), count_macs(trace.model, one))
+    trials = _Trials(op, graph, list(found), inputs, trace, samples)
     settings = settings | {"samples": trials.samples, "levels": levels, "outputs": trials.size}
     table = DivergenceTable({}, settings, architecture_of(trace.model))
     if how.path is not None and Path(how.path).is_file():

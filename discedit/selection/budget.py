@@ -16,7 +16,7 @@ from discedit.common import validation
 from discedit.recipes.divergences import DivergenceTable
 from discedit.selection.divergence import MeasureDivergence, least_divergence
 
-NORMALISATIONS = ("none", "mean", "max", "rank")
+ACROSS = ("auto", "divergence", "none", "mean", "max", "rank")
 ROUNDING = 1 + 1e-12  # keeps 0.1 * 30 from becoming 4 for one ulp
 
 
@@ -132,7 +132,7 @@ class AcrossLayers(Budget):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.across, (MeasureDivergence, DivergenceTable)):
-            validation.choice("prune", "across", self.across, ("auto", "divergence", *NORMALISATIONS))
+            validation.choice("prune", "across", self.across, ACROSS)
 
     def prefix(self, order: _Order, cost: Callable[[Mapping[str, int]], float], room: float) -> dict[str, int]:
         """How many components go from each layer, the fewest that leave no more than there is room for; all that may

@@ -18,6 +18,7 @@ ROUNDS = 8  # of choices of all layers in turn, in which they settle: two or thr
 HALVINGS = 24  # of the interval in which the logarithm of the price of a unit of cost lies
 LEAST_PRICE, MOST_PRICE = 1e-9, 1e12  # of the whole cost, in divergence
 TRIALS = 128
+LEAST_SAMPLES, MOST_SAMPLES, WORK = 64, 512, 1e13  # multiply-accumulates of all trials
 LEVELS = 5  # trials of a layer, at most: more told no more on CIFAR-10
 
 
@@ -29,7 +30,8 @@ class MeasureDivergence:
     was computed before. The costs of a trial are forward passes of the rest of the network.
 
     Attributes:
-        samples: of the data that trials run on, at most, and at least 1.
+        samples: of the data that trials run on, at most; by default 512, or fewer, but no fewer than 64, where all
+            trials together would take more than 1e13 multiply-accumulates: some minutes on two cores.
         trials: in all, at most, shared equally by the layers, at least one for each; by default 128, or one for each
             layer where there are more.
         path: of a file for the table, which is written after each layer; what it holds already, of the same model and
@@ -42,15 +44,15 @@ class MeasureDivergence:
     Source: that distortions of the output of single layers nearly add up, Wang et al., ICCV 2023 (2308.10438).
     """
 
-    samples: int = 512
+    samples: int | None = None
     trials: int | None = None
     path: str | os.PathLike[str] | None = None
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        validation.positive_integer("MeasureDivergence", "samples", self.samples)
-        if self.trials is not None:
-            validation.positive_integer("MeasureDivergence", "trials", self.trials)
+        for name, number in (("samples", self.samples), ("trials", self.trials)):
+            if number is not None:
+                validation.positive_integer("MeasureDivergence", name, number)
 
     def levels(self, layers: int) -> int:
         """Trials of each of so many layers."""
@@ -61,6 +63,13 @@ class MeasureDivergence:
                 f"{layers} layers."
             )
         return min(LEVELS, trials // max(1, layers))
+
+    def samples_of(self, trials: int, macs: int) -> int:
+        """For so many trials of a model with so many multiply-accumulates per sample."""
+        if self.samples is not None:
+            return self.samples
+        # Half of a pass, in the mean over layers.
+        return max(LEAST_SAMPLES, min(MOST_SAMPLES, int(WORK / max(1, trials * macs / 2))))
 
 
 def check_table(
