@@ -120,7 +120,8 @@ def main() -> None:
     model = ResNet50().eval()
     # The file has no counts of batches, which eval mode does not use.
     missing = model.load_state_dict(load_file(options.weights), strict=False)
-    assert not missing.unexpected_keys and all("num_batches" in name for name in missing.missing_keys), missing
+    if missing.unexpected_keys or not all("num_batches" in name for name in missing.missing_keys):
+        raise ValueError(f"bench_imagenet: --weights must be those of get_resnet50.py, got other names: {missing}")
     x, test = images("imagenet_sample_1000.zip")[0], images("imagenet_val_650.zip")
     before = accuracy(model, *test)
     print(f"{before:.2f} % before", flush=True)

@@ -17,8 +17,8 @@ import discedit
 from discedit import (
     AblateComponents,
     GlobalRatio,
-    MaxMacs,
     LeastSquares,
+    MaxMacs,
     ModHiFiU,
     Moments,
     Random,

@@ -229,9 +229,9 @@ def test_spending_where_nothing_fits_or_nothing_has_to_go():
 
 
 def test_a_curve_goes_through_its_trials_and_never_falls():
-    layer = LayerDivergence(torch.rand(9), torch.tensor([2, 4, 8]), torch.tensor([0.04, 0.01, 0.36]).double())
+    layer = LayerDivergence(torch.rand(9), torch.tensor([2, 4, 6]), torch.tensor([0.04, 0.01, 0.16]).double())
     curve = layer.curve()
-    assert curve.tolist() == pytest.approx([0, 0.01, 0.04, 0.04, 0.04, 0.09, 0.16, 0.25, 0.36])
+    assert curve.tolist() == pytest.approx([0, 0.01, 0.04, 0.04, 0.04, 0.09, 0.16, 0.36, 0.64])
     assert LayerDivergence(torch.rand(1), torch.tensor([]).long(), torch.tensor([]).double()).curve().tolist() == [0.0]
 
 
@@ -273,8 +273,14 @@ def test_a_table_is_refused_for_another_model_and_other_components(net, images):
     smaller = prune(net, example_inputs=images, ratio=0.5).model
     with pytest.raises(ValueError, match="prune: across must be a table of this model"):
         prune(smaller, **options)
-    with pytest.raises(ValueError, match="prune: across must be a table of the same components, layer 'stem.0' has 8"):
-        prune(net, components="all", **options)
+    edit = prune(net, components="all", **options)  # what it does not have stays whole
+    assert edit.skipped["stem.0"] == "the table of divergences does not have it"
+    with pytest.raises(ValueError, match="layer 'stem.0' cannot be pruned: the table of divergences does not have it"):
+        prune(net, components="all", layers=["stem.0", "hidden"], **options)
+    other = copy.deepcopy(table)
+    other.layers["hidden"] = other["blocks.0.conv1"]
+    with pytest.raises(ValueError, match="a table of the same components, layer 'hidden' has 10, in the table 12"):
+        prune(net, example_inputs=images, budget=MaxMacs(0.6, across=other))
     with pytest.raises(ValueError, match="criterion and importances must be left out .* got criterion='l1'"):
         prune(net, criterion="l1", **options)
     with pytest.raises(ValueError, match="must be left out .* got importances as scores"):
@@ -306,7 +312,8 @@ def test_trials_are_bounded_and_a_file_goes_on(net, images, tmp_path, monkeypatc
     calls.clear()
     assert prune(net, **options).recipe.components == edit.recipe.components
     assert not calls
-    for changed in ({"data": [images + 1]}, {"criterion": "l2"}):
+    given = {layer: torch.rand(width) for layer, width in (("blocks.0.conv1", 12), ("hidden", 10))}
+    for changed in ({"data": [images + 1]}, {"criterion": "l2"}, {"scores": given}):
         with pytest.raises(ValueError, match="MeasureDivergence.path must name a new file, or one of the same model"):
             prune(net, **{**options, **changed})
     with pytest.raises(ValueError, match="across must allow one trial for each layer, .* trials=2 for 3 layers"):

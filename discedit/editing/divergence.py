@@ -57,13 +57,15 @@ def measured_divergences(
     settings = settings | {"samples": trials.samples, "levels": levels, "outputs": trials.size}
     table = DivergenceTable({}, settings, architecture_of(trace.model))
     if how.path is not None and Path(how.path).is_file():
-        table.layers.update(_resumed(op, how.path, table))
+        table.layers.update(_resumed(op, how.path, table, importances))
     shown = sys.stderr.isatty() if how.progress is None else how.progress
     left = [layer for layer in trials.in_order(found) if layer not in table]
     with tqdm(total=levels * len(left), desc="divergence", unit="trial", disable=not shown) as bar:
         for layer in left:
             order, components = importances[layer].argsort(stable=True).tolist(), len(importances[layer])
-            counts = sorted({round(level * (components - 1) / levels) for level in range(1, levels + 1)} - {0})
+            counts = sorted(
+                {round(level * components / (levels + 1)) for level in range(1, levels + 1)} - {0, components}
+            )
             divergence = [trials.divergence(layer, order[:count]) for count in counts]
             table.layers[layer] = LayerDivergence(
                 importances[layer].double().cpu(), torch.tensor(counts), torch.tensor(divergence, dtype=torch.float64)
@@ -74,15 +76,20 @@ def measured_divergences(
     return table
 
 
-def _resumed(op: str, path: Any, table: DivergenceTable) -> dict[str, LayerDivergence]:
+def _resumed(
+    op: str, path: Any, table: DivergenceTable, importances: Mapping[str, Tensor]
+) -> dict[str, LayerDivergence]:
     """What a file holds already of a table."""
     known = DivergenceTable.load(path)
     same = known.architecture == table.architecture and known.settings.keys() == table.settings.keys()
     same = same and all(_alike(known.settings[name], value) for name, value in table.settings.items())
+    for layer, values in importances.items() if same else ():  # scores may be others
+        given = known[layer].importances if layer in known else values.double().cpu()
+        same = same and given.shape == values.shape and torch.allclose(given, values.double().cpu(), equal_nan=True)
     if not same:
         raise ValueError(
-            f"{op}: MeasureDivergence.path must name a new file, or one of the same model, data and settings; "
-            f"{str(path)!r} holds {known}."
+            f"{op}: MeasureDivergence.path must name a new file, or one of the same model, data, importances and "
+            f"settings; {str(path)!r} holds {known}."
         )
     return dict(known)
 
@@ -113,6 +120,10 @@ class _Trials:
                 self.replays.append(Replay(self.trace, index_samples(part, slice(few), size)))
                 self.samples += few
         self.expected = self._outputs()
+        if len(self.expected) < len(self.replays):
+            raise ValueError(
+                f"{op}: model must give a tensor to measure divergence of, or a nest that begins with one."
+            )
         if not all(bool(output.isfinite().all()) for output in self.expected):
             raise ValueError(f"{op}: data must give finite outputs to measure divergence from, found NaN or Inf.")
         self.size = sum(_divergence(torch.zeros_like(output), output) for output in self.expected)

@@ -319,7 +319,7 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     unjudged: dict[str, str] = {}
     if not isinstance(budget_across(options.budget), DivergenceTable):
         values, unjudged = component_importances(candidates, options.criterion, graph, found, inputs, trace)
-    options, table, failed = _compared(options, graph, found, values, unjudged, inputs, trace)
+    options, values, failed = _compared(options, graph, found, values, unjudged, (inputs, trace))
     skipped |= {layer: why for layer, why in failed.items() if layer in chosen}
     found = {layer: parts for layer, parts in found.items() if layer not in failed}
     if isinstance(options.budget, Threshold):  # of another criterion's importances it would mean something else
@@ -343,7 +343,8 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     _repair(edit, graph, choice, options, (inputs, further, trace))
     edit.skipped = {layer: skipped[layer] for layer in chosen if layer in skipped}
     edit.widths = {layer: candidates.widths[layer] for layer in rows}
-    edit.divergences = table
+    across = budget_across(options.budget)
+    edit.divergences = across if isinstance(across, DivergenceTable) else None
     graph.warn_of_unseen(choice.removed)
     return _Step(edit, choice)
 
@@ -352,13 +353,14 @@ def _compared(
     options: _Options,
     graph: Graph,
     found: Mapping[str, Components],
-    values: dict[str, Tensor],
+    importances: dict[str, Tensor],
     unjudged: Mapping[str, str],
-    inputs: Any,
-    trace: ModelTrace,
-) -> tuple[_Options, DivergenceTable | None, dict[str, str]]:
-    """With what layers compare by, which may set other `values`; and layers that must stay whole, as trials show."""
-    across, table = budget_across(options.budget), None
+    calibration: tuple[Any, ModelTrace],
+) -> tuple[_Options, dict[str, Tensor], dict[str, str]]:
+    """With what layers compare by; the importances, which a table has; and layers that must then stay whole."""
+    budget, across = options.budget, budget_across(options.budget)
+    if not isinstance(budget, AcrossLayers):
+        return options, importances, {}
     failed: dict[str, str] = {}
     if across == "auto":
         across = "none" if options.criterion in SHARES and not unjudged else "rank"
@@ -367,19 +369,14 @@ def _compared(
         _, failed = graph.plan({layer: range(len(parts.rows) // 2) for layer, parts in found.items()})
         settings = {"criterion": _criterion_of(options), "components": list(options.components)}
         left = {layer: parts for layer, parts in found.items() if layer not in failed}
-        across = measured_divergences("prune", across, graph, left, values, (inputs, trace), settings)
+        across = measured_divergences("prune", across, graph, left, importances, calibration, settings)
+    elif isinstance(across, DivergenceTable):
+        failed = {layer: "the table of divergences does not have it" for layer in found if layer not in across}
     if isinstance(across, DivergenceTable):
-        table = across
-        check_table(
-            "prune", table, graph.network.slots.architecture, {k: len(found[k].rows) for k in found if k not in failed}
-        )
-        values |= {layer: of_layer.importances for layer, of_layer in table.items() if layer in found}
-    budget = options.budget
-    return (
-        (replace(options, budget=replace(budget, across=across)) if isinstance(budget, AcrossLayers) else options),
-        table,
-        failed,
-    )
+        sizes = {layer: len(parts.rows) for layer, parts in found.items() if layer not in failed}
+        check_table("prune", across, graph.network.slots.architecture, sizes)
+        importances = {layer: across[layer].importances for layer in sizes}
+    return replace(options, budget=replace(budget, across=across)), importances, failed
 
 
 def _check_some(graph: Graph, found: Mapping[str, Components], skipped: Mapping[str, str], options: _Options) -> None:

@@ -79,11 +79,10 @@ def check_table(
     if table.architecture != architecture:
         raise ValueError(f"{op}: across must be a table of this model, {table!r} is of one with other shapes.")
     for layer, number in components.items():
-        known = len(table[layer].importances) if layer in table else 0
-        if known != number:
+        if len(table[layer].importances) != number:
             raise ValueError(
                 f"{op}: across must be a table of the same components, layer {layer!r} has {number}, in the table "
-                f"{known or 'none'}. Name them in `layers` and `components` as when it was measured."
+                f"{len(table[layer].importances)}."
             )
 
 
