@@ -241,7 +241,7 @@ def test_prune_spends_by_divergence_where_it_repairs_and_keeps_the_table(net, im
     table = edit.divergences
     assert set(table) == {"blocks.0.conv1", "blocks.1.conv1", "hidden"}
     assert edit.recipe.settings["across"] == "divergence"
-    assert edit.recipe.settings["criterion"] == table.settings["criterion"] == "l1"
+    assert edit.recipe.settings["criterion"] == table.settings["criterion"] == "l2"
     assert edit.macs_after <= 0.6 * edit.macs_before
     json.dumps(edit.recipe.settings)
     by_rank = prune(net, example_inputs=images[:2], data=data, budget=MaxMacs(0.6, across="rank"))
@@ -313,7 +313,7 @@ def test_trials_are_bounded_and_a_file_goes_on(net, images, tmp_path, monkeypatc
     assert prune(net, **options).recipe.components == edit.recipe.components
     assert not calls
     given = {layer: torch.rand(width) for layer, width in (("blocks.0.conv1", 12), ("hidden", 10))}
-    for changed in ({"data": [images + 1]}, {"criterion": "l2"}, {"scores": given}):
+    for changed in ({"data": [images + 1]}, {"criterion": "l1"}, {"scores": given}):
         with pytest.raises(ValueError, match="MeasureDivergence.path must name a new file, or one of the same model"):
             prune(net, **{**options, **changed})
     with pytest.raises(ValueError, match="across must allow one trial for each layer, .* trials=2 for 3 layers"):

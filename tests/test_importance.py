@@ -496,7 +496,7 @@ def test_the_default_is_what_is_best_with_the_repair():
     edit = prune(model, data=batches, threshold=0.2, **given)
     assert edit.recipe.settings["criterion"] == "reconstruction"
     for budget in ({"global_ratio": 0.5}, {"parameters": 0.7}, {"macs": 0.7}):
-        expected = {"least_squares": ("l1", "divergence"), "mean": ("reconstruction", "none"), "none": ("l1", "rank")}
+        expected = {"least_squares": ("l2", "divergence"), "mean": ("reconstruction", "none"), "none": ("l1", "rank")}
         for repair, settings in expected.items():
             data = {} if repair == "none" else {"data": batches}
             edit = prune(model, repair=repair, **given, **data, **budget)

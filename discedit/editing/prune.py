@@ -66,6 +66,7 @@ BEST_WITH = {
     "compensation": "reconstruction",
     "least_squares": "l1",
 }
+BEST_BY_DIVERGENCE = "l2"  # where trials say how much goes from each layer (benchmarks/prune.md)
 
 
 DEFAULTS = {"criterion": "auto", "repair": "auto", "components": COMPONENTS, "ignore": ()}  # of others, None
@@ -228,9 +229,9 @@ class _Options:
         elif criterion == "auto" and self.data is None:
             criterion = "l1"
         elif criterion == "auto":
-            # Where a layer's share is decided by its repair: by a ratio, or by trials.
-            shares = isinstance(self.budget, Ratio) or isinstance(budget_across(budget), MeasureDivergence)
-            criterion = BEST_WITH[repair] if shares else "reconstruction"
+            criterion = BEST_WITH[repair] if isinstance(budget, Ratio) else "reconstruction"
+            if isinstance(budget_across(budget), MeasureDivergence):
+                criterion = BEST_BY_DIVERGENCE
         if repair != "none" and self.data is None:
             raise ValueError(f"{op}: repair={repair!r} needs data to estimate statistics on, got data=None.")
         check_criterion(op, criterion, self.data)

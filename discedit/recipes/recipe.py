@@ -194,7 +194,7 @@ class Edit:
         macs_before, macs_after: multiply-accumulates of one forward pass on the example inputs; None if not measured.
         skipped: layer name -> why it was left alone.
         widths: layer name -> number of its components before the edit.
-        divergences: what `prune` spent its budget by, where it compared layers so; None otherwise, and of several steps.
+        divergences: what `prune` spent its budget by, where layers compare so; else, and of several steps, None.
     """
 
     model: nn.Module
