@@ -187,10 +187,10 @@ def read(bench: Bench, log: Log) -> None:
         )
 
 
-def across(bench: Bench, log: Log) -> None:
+def across(bench: Bench, log: Log, only: Sequence[str] = ()) -> None:
     """All layers together, until so many multiply-accumulates are left: in equal shares, ranked, or where the output
     diverges least."""
-    for criterion in RANKED:
+    for criterion in only or RANKED:
         table: DivergenceTable | None = None
 
         def run(how: str, left: float, criterion: str = criterion) -> dict[str, Any]:
@@ -376,7 +376,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet20", "resnet56"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[])
-    parser.add_argument("--criteria", nargs="+", choices=(*OURS, *RIVALS), default=[], help="of the table, these alone")
+    parser.add_argument(
+        "--criteria", nargs="+", choices=(*OURS, *RIVALS), default=[], help="of the parts table and across, these alone"
+    )
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--any-commit", action="store_true", help="do not measure again what an earlier commit did")
     parser.add_argument("--write", action="store_true", help="write benchmarks/prune.md")
@@ -395,7 +397,7 @@ def main() -> None:
                 run = {
                     "table": partial(table, only=options.criteria),
                     "read": read,
-                    "across": across,
+                    "across": partial(across, only=options.criteria),
                     "latency": latency,
                     "time": duration,
                 }
