@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks._common import Log
-from discedit import Budget, MaxMacs, MaxParameters, MeasureDivergence, Ratio, prune, zoo
+from discedit import MaxMacs, MaxParameters, MeasureDivergence, Ratio, prune, zoo
 from discedit.model.size import count_macs, count_parameters
+from discedit.selection import Budget
 
 HERE = Path(__file__).parent
 MEAN = (103.939, 116.779, 123.68)  # of blue, green and red, in that order
