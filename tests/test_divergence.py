@@ -265,6 +265,9 @@ def test_prune_spends_by_divergence_where_it_repairs_and_keeps_the_table(net, im
         assert all(len(rows) % budget.round_to == 0 for rows in other.recipe.components.values())
     assert sum(map(len, other.recipe.components.values())) == 11  # ceil(0.3 * 34)
     assert "1/2" in table.summary()
+    figure = table.plot(tmp_path / "table.png", removed={k: len(v) for k, v in edit.recipe.components.items()})
+    assert [line.get_label() for line in figure.axes[0].lines if len(line.get_xdata()) > 1] == list(table)
+    assert (tmp_path / "table.png").stat().st_size > 10_000
 
 
 def test_a_table_is_refused_for_another_model_and_other_components(net, images):

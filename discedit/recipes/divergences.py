@@ -121,7 +121,7 @@ class DivergenceTable(ByLayer[LayerDivergence]):
         from matplotlib import colormaps
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = Figure(figsize=(9, 5), layout="constrained")
         axes = figure.add_subplot()
         for place, (name, layer) in enumerate(self.items()):
             curve = layer.curve().sqrt()
@@ -132,7 +132,8 @@ class DivergenceTable(ByLayer[LayerDivergence]):
         axes.set_xlabel("share of the layer's components removed")
         axes.set_ylabel("root of the output's divergence")
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize="xx-small", ncols=-(-len(self) // 20), title="layer, in the order in which they run")
+        title = "layer, in the order in which they run"
+        figure.legend(fontsize="xx-small", ncols=-(-len(self) // 40), title=title, loc="outside right upper")
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=130)
