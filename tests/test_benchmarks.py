@@ -35,7 +35,7 @@ def test_bench_prune_measures_once_and_writes_what_it_measured(cifar, monkeypatc
     bench_prune.goals(bench, log, few=False)
     bench_prune.read(bench, log)
     bench_prune.across(bench, log)
-    assert len(log.entries) == 3 * 2 + 3 + 2 * 2 * 2 + 2 * 2
+    assert len(log.entries) == 3 * 2 + 3 + 2 * 2 * 2 + 2 * 3
     assert log.entries["resnet20|l1|least_squares|0.3"]["drop"] < log.entries["resnet20|l1|least_squares|0.6"]["drop"]
     assert log.entries["resnet20|parameters -7.1 %|2,500"]["parameters removed"] >= 0.071
     again = bench_prune.Log(tmp_path / "prune.json")
@@ -45,7 +45,7 @@ def test_bench_prune_measures_once_and_writes_what_it_measured(cifar, monkeypatc
     assert f"{drop:.1f} |" in next(line for line in text.splitlines() if "| combined |" in line)
     assert text.count("Not measured.") == 2  # latency and time
     assert text.count("| resnet20 | least_squares | max | consumer |") == 2
-    assert text.count("| resnet20 | tp lamp | none |") == 2
+    assert all(text.count(f"| resnet20 | tp lamp | {how} |") == 2 for how in ("divergence", "rank", "none"))
     bench_prune.plot(again)
     assert (tmp_path / "prune.png").stat().st_size > 10_000
 
