@@ -107,10 +107,10 @@ class _Trials:
     def __init__(
         self, op: str, graph: Graph, layers: list[str], inputs: Sequence[Any], trace: ModelTrace, samples: int
     ) -> None:
-        self.graph, self.trace = graph, trace.of_copy(copied(trace.model))
+        self.op, self.graph, self.trace = op, graph, trace.of_copy(copied(trace.model))
         self.model, self.order = self.trace.model, self.trace.order
         self.readers = {layer: [name for name, _ in graph.consumers({layer: [0]})] for layer in layers}
-        wanted = {name for names in self.readers.values() for name in names if not self._why_not_fitted(name)}
+        wanted = {name for names in self.readers.values() for name in names if self._can_fit(name)}
         self.fits = fits_of(trace.model, wanted, inputs, trace)
         self.replays, self.samples = [], 0
         for part in inputs:
@@ -132,11 +132,10 @@ class _Trials:
         """By what is run again: the first layer that reads what goes."""
         return sorted(layers, key=lambda layer: min((self.order[name] for name in self.readers[layer]), default=0))
 
-    def _why_not_fitted(self, name: str) -> str:
-        if self.trace.runs.get(name) != 1:
-            return "it does not run just once per forward pass"
-        why = self.trace.why_not_fitted(name)
-        return why or ("" if unknowns_of(self.model.get_submodule(name)) <= MOST_UNKNOWNS else "it is too wide")
+    def _can_fit(self, name: str) -> bool:
+        once = self.trace.runs.get(name) == 1
+        fits = once and not self.trace.why_not_fitted(name)
+        return fits and unknowns_of(self.model.get_submodule(name)) <= MOST_UNKNOWNS
 
     def _outputs(self) -> list[Tensor]:
         with frozen_eval(self.model):
@@ -146,16 +145,16 @@ class _Trials:
     def divergence(self, layer: str, gone: list[int]) -> float:
         """Of the output without some components of a layer: infinite where it is not finite."""
         across = self.graph.without({layer: gone})
-        if across is None and not self.readers[layer]:
-            return 0.0
         if across is not None:  # norms make another thing of what is left: nothing of it is computed already
             with frozen_eval(across):
-                outputs = [first_tensor(call(across, replay.inputs)) for replay in self.replays]
-        else:
+                found = [first_tensor(call(across, replay.inputs)) for replay in self.replays]
+            outputs = [output for output in found if output is not None]
+        elif self.readers[layer]:
             with self._repaired(layer, gone):
-                outputs = list(self._outputs())
-        pairs = [(expected, output) for expected, output in zip(self.expected, outputs, strict=True)]
-        total = sum(_divergence(expected, output) for expected, output in pairs if output is not None)
+                outputs = self._outputs()
+        else:
+            return 0.0
+        total = sum(map(_divergence, self.expected, outputs))
         return total / (self.size or 1.0) if math.isfinite(total) else math.inf
 
     @contextmanager
@@ -188,9 +187,9 @@ class _Trials:
         left[gone] = False
         kept = left.repeat_interleave(matrix.shape[1] // channels).nonzero()[:, 0]
         xx = moments.xx[kept][:, kept]
-        some = LayerMoments(moments.mean_x[kept], moments.mean_y, xx, matrix @ moments.xx[:, kept], moments.yy)
+        some = LayerMoments(moments.mean_x[kept], moments.mean_y, xx, moments.yx[:, kept], moments.yy)
         fitted = torch.zeros_like(matrix)
-        fitted[:, kept] = ridge_regression("prune", some, matrix[:, kept], RIDGE)
+        fitted[:, kept] = ridge_regression(self.op, some, matrix[:, kept], RIDGE)
         repairs.set(name, f"{name}.weight", fitted.view_as(module.weight))
         repairs.shift(name, self.trace, (matrix - fitted) @ moments.mean_x)
 
