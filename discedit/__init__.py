@@ -16,11 +16,14 @@ from discedit import fidelity, ops, presets, uncertainty
 from discedit.editing import AblateComponents, EraseDirections, LeastSquares, ModHiFiU
 from discedit.editing.prune import iterative_prune, prune
 from discedit.editing.repair_pruned import repair_pruned
+from discedit.editing.specialise import specialise
 from discedit.editing.unlearn import unlearn
+from discedit.evaluation.class_damage import class_damage
 from discedit.evaluation.evaluate import Evaluation, evaluate
 from discedit.moments.collect import collect_blocks, collect_moments
 from discedit.moments.moments import Moments
 from discedit.presets import preset
+from discedit.recipes.damage import ClassDamage
 from discedit.recipes.divergences import DivergenceTable
 from discedit.recipes.recipe import Edit, Recipe
 from discedit.recipes.stack import Stack
@@ -46,6 +49,7 @@ __version__ = _version("discedit")
 __all__ = [
     "AblateComponents",
     "AboveDeviations",
+    "ClassDamage",
     "DivergenceTable",
     "Edit",
     "EraseDirections",
@@ -67,6 +71,7 @@ __all__ = [
     "TopFraction",
     "TopFractionOfEach",
     "TopK",
+    "class_damage",
     "collect_blocks",
     "collect_moments",
     "evaluate",
@@ -81,6 +86,7 @@ __all__ = [
     "repair_pruned",
     "report",
     "score",
+    "specialise",
     "uncertainty",
     "unlearn",
 ]

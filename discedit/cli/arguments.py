@@ -119,6 +119,14 @@ def amount_by_layer(text: str) -> Any:
     return {layer.strip(): amount(value) for layer, _, value in pairs}
 
 
+def by_class(text: str) -> dict[str, int | float]:
+    """ "cat=3,5=2"."""
+    found = amount_by_layer(text)
+    if not isinstance(found, dict):
+        raise click.BadParameter(f"must be CLASS=NUMBER with commas between, got {text!r}")
+    return found
+
+
 def across(text: str) -> str | Path:
     """A way to compare layers, or the file of a `DivergenceTable`."""
     if text in ACROSS:
@@ -237,6 +245,8 @@ PRUNE = on_model(
     option("--floor", amount_by_layer, "1", "components left in each layer at least, or LAYER=N,...", metavar="N"),
     LAYERS,
     option("--ignore", names, metavar="A,B,...", help="layers to leave whole"),
+    option("--classes", names, metavar="A,B,...", help="prune for these classes alone, names or indices"),
+    option("--protect", by_class, metavar="A=N,...", help="samples of class A count N times in --data"),
     option("--steps", click.IntRange(1, 1000), 1, "in N equal steps"),
     flag("--rescore", "score the model anew after each step; needs --data"),
     serves="; scores, criterion and repair come from it",

@@ -28,6 +28,7 @@ from discedit.common import files
 from discedit.common.tables import format_table
 from discedit.editing import AblateComponents, EraseDirections, LeastSquares
 from discedit.editing.prune import iterative_prune, prune
+from discedit.editing.specialise import specialise
 from discedit.editing.unlearn import METHODS, unlearn
 from discedit.evaluation.evaluate import evaluate
 from discedit.evaluation.relearning import Relearning
@@ -167,8 +168,11 @@ def _score_table(layers: Mapping[str, Any], names: Sequence[str]) -> str:
 def prune_command(options: Options, console: Console) -> Result:
     """Remove the least important components and repair what is left.
 
-    Exactly one budget: --ratio, --global-ratio, --threshold, --parameters or --macs.
+    Exactly one budget: --ratio, --global-ratio, --threshold, --parameters or --macs. With --classes the model is pruned
+    for these alone, and gives all others the logit -1e4.
     """
+    if options.classes and (options.scores is not None or options.data is None):
+        raise InputError("--classes: needs --data, of which scores are made where a criterion wants them.")
     given = _given_scores(options)
     if options.data is None and options.rescore:
         raise InputError("--rescore: needs --data, which was not given.")
@@ -177,12 +181,21 @@ def prune_command(options: Options, console: Console) -> Result:
     if job.example is None:
         raise InputError("--data: must be given, or --size, for inputs that show what hangs on what.")
     pairs = options.criterion in OVER_PAIRS
-    needed = given is not None or options.criterion in ("auto", *OF_SCORES)
-    scores = _scores_of(job, given, pairs=pairs) if needed else None
+    classes = job.classes(options.classes) if options.classes else []
+    needed = given is not None or options.criterion in (OF_SCORES if classes else ("auto", *OF_SCORES))
+    scores = _scores_of(job, given, pairs=pairs) if needed and not classes else None
     settings = chosen(options, "criterion", "repair", "layers", "components", "ignore")
     if options.criterion == "random":
         settings["criterion"] = Random(options.seed)
     settings |= {"example_inputs": job.example, "data": job.data, "budget": budget}
+    if options.protect:
+        settings["protect"] = job.protected(options.protect)
+    if classes:
+        of_classes = score(job.moments(job.model).of_classes(classes), pairs=pairs) if needed else None
+        settings |= {"steps": options.steps} if options.steps > 1 else {}
+        edit = specialise(job.model, of_classes, classes=classes, head="mask", **settings)
+        others = [cls for cls in range(job.num_classes) if cls not in classes]
+        return _finish(job, edit, None, apart={"left out": others}, classes=classes)
     if options.rescore:
         settings["rescore"] = lambda model: score(job.moments(model), pairs=pairs)
     if options.rescore or options.steps > 1:
@@ -232,7 +245,7 @@ def unlearn_command(options: Options, console: Console) -> Result:
         example_inputs=job.example,
         **chosen(options, "forget_accuracy", "retain_drop", "layers"),
     )
-    return _finish(job, edit, scores if given is None else None, classes=forget)
+    return _finish(job, edit, scores if given is None else None, apart={"forgotten": forget}, classes=forget)
 
 
 def _method(options: Options) -> str | EraseDirections | AblateComponents:
@@ -274,8 +287,14 @@ def _scores_of(job: Job, given: Scores | None, *, pairs: bool) -> Scores:
     return scores
 
 
-def _finish(job: Job, edit: Edit, computed: Scores | None, **results: Any) -> Result:
-    """Measures, writes and tells what an edit did, and writes scores that were computed for it."""
+def _finish(
+    job: Job, edit: Edit, computed: Scores | None, *, apart: Mapping[str, list[int]] | None = None, **results: Any
+) -> Result:
+    """Measures, writes and tells what an edit did, and writes scores that were computed for it.
+
+    Args:
+        apart: what became of some classes, in words -> which; their accuracy is told apart.
+    """
     kind, folder = job.console.command, job.folder
     if not edit.recipe.operations:
         raise NothingChangedError("the edit changes nothing, so nothing was written.")
@@ -300,7 +319,7 @@ def _finish(job: Job, edit: Edit, computed: Scores | None, **results: Any) -> Re
     _save_model(job, edit)
     measured = "accuracy: not measured, since there is no --test"
     if columns:
-        measured = format_table(accuracy_rows(columns, job.names(), results.get("classes", ())))
+        measured = format_table(accuracy_rows(columns, job.names(), apart or {}))
     return job.finish(f"{edit.summary()}\n\n{measured}", **results)
 
 

@@ -80,7 +80,7 @@ def demo_command(options: Options, console: Console) -> Result:
         }
     step(f"done; written to {options.out}: scores.png, scores and moments (.safetensors), recipes prune.json and "
          f"unlearn.json")  # fmt: skip
-    rows = accuracy_rows({title: found["accuracy"] for title, found in results.items()}, names, [forget])
+    rows = accuracy_rows({title: found["accuracy"] for title, found in results.items()}, names, {"forgotten": [forget]})
     for title, key in (("parameters", "parameters"), ("multiply-accumulates", "macs")):
         rows.append([title, *(f"{found[key]:,}" for found in results.values())])
     erased = f"Erased from {' and '.join(forgetful.recipe.settings['layers'])}. That is no guarantee of privacy."

@@ -59,14 +59,18 @@ class Job:
     def names(self) -> list[str]:
         return self.class_names or [str(cls) for cls in range(self.num_classes)]
 
-    def classes(self, wanted: list[str]) -> list[int]:
+    def protected(self, wanted: Mapping[str, float]) -> dict[int, float]:
+        """Of --protect, by index."""
+        return {cls: weight for name, weight in wanted.items() for cls in self.classes([name], "--protect")}
+
+    def classes(self, wanted: Iterable[str], argument: str = "--classes") -> list[int]:
         """Indices of classes that are named, or given as indices."""
         names = self.names()
         found = []
         for name in wanted:
             if name not in names and not (name.isascii() and name.isdigit() and int(name) < self.num_classes):
                 known = f"names ({', '.join(names[:20])}) or " if self.class_names else ""
-                raise InputError(f"--classes: must be {known}indices in 0..{self.num_classes - 1}, got {name!r}.")
+                raise InputError(f"{argument}: must be {known}indices in 0..{self.num_classes - 1}, got {name!r}.")
             found.append(names.index(name) if name in names else int(name))
         return list(dict.fromkeys(found))
 
@@ -246,9 +250,14 @@ def _told(options: Options, known: Preprocessing) -> str:
 
 
 def accuracy_rows(
-    columns: Mapping[str, Sequence[float]], names: Sequence[str], forgotten: Collection[int]
+    columns: Mapping[str, Sequence[float]], names: Sequence[str], apart: Mapping[str, Collection[int]]
 ) -> list[list[str]]:
-    """Accuracy by class of several models, in percent, and the means of all classes and of those to be kept."""
+    """Accuracy by class of several models, in percent, and the means of all classes and of those to be kept.
+
+    Args:
+        apart: what became of some classes, in words -> which.
+    """
+    words = {cls: word for word, classes in apart.items() for cls in classes}
     rows: list[list[str]] = [["test accuracy, %", *columns]]
 
     def row(title: str, classes: Sequence[int]) -> None:
@@ -256,9 +265,9 @@ def accuracy_rows(
         rows.append([title, *(f"{100 * float(mean):.2f}" for mean in means)])
 
     for cls, name in enumerate(names):
-        if len(names) <= 20 or cls in forgotten:
-            row(f"{name} (forgotten)" if cls in forgotten else name, [cls])
+        if len(names) <= 20 or cls in words:
+            row(f"{name} ({words[cls]})" if cls in words else name, [cls])
     row("mean of classes", range(len(names)))
-    if forgotten:
-        row("mean of the others", [cls for cls in range(len(names)) if cls not in forgotten])
+    if words:
+        row("mean of the others", [cls for cls in range(len(names)) if cls not in words])
     return rows

@@ -19,7 +19,7 @@ from discedit.graph.pruning_graph import Graph
 from discedit.model.forward import call, device_of, first_tensor, frozen_eval, to_device
 from discedit.recipes.operations import Slots
 from discedit.recipes.recipe import Edit, Recipe, compose_edits
-from discedit.repair.least_squares import Protected, output_error, repaired, take_back, warning_if_worse
+from discedit.repair.least_squares import Protected, output_error, output_of, repaired, take_back, warning_if_worse
 from discedit.selection.candidates import Candidates, why_not_editable
 from discedit.selection.ranking import (
     MEASURES,
@@ -407,7 +407,7 @@ def _without(model: nn.Module, edit: Edit, example_inputs: Any) -> Edit:
     inputs = graph.network.inputs
     with frozen_eval(edit.model):
         expected = first_tensor(call(edit.model, inputs))
-    if not output_error(expected, smaller.model, inputs) <= SAME:
+    if not output_error(expected, output_of(smaller.model, inputs)) <= SAME:
         raise ValueError(
             "unlearn: remove must not change what the zeroed model gives; here zeroed components still give "
             "something behind their activation, which is not 0 at 0."

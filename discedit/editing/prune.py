@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from discedit.common import validation
@@ -18,6 +20,8 @@ from discedit.model.sharded import unwrapped
 from discedit.model.size import count_macs, count_parameters, macs_of_weights
 from discedit.model.trace import ModelTrace
 from discedit.moments.calibration import batch_norms, calibrated, kept_back
+from discedit.moments.class_samples import class_samples, logits_of
+from discedit.recipes.damage import ClassDamage
 from discedit.recipes.divergences import DivergenceTable
 from discedit.recipes.recipe import Edit, Recipe, compose_edits, record
 from discedit.repair import batchnorm
@@ -72,9 +76,10 @@ BEST_BY_DIVERGENCE = "l2"  # where trials say how much goes from each layer (ben
 DEFAULTS = {"criterion": "auto", "repair": "auto", "components": COMPONENTS, "ignore": ()}  # of others, None
 
 
-class Shorthand(TypedDict, total=False):
-    """Budgets by their names: ``macs=0.5`` is ``budget=MaxMacs(0.5)``."""
+class Further(TypedDict, total=False):
+    """`protect`, and budgets by their names: ``macs=0.5`` is ``budget=MaxMacs(0.5)``."""
 
+    protect: Mapping[int, float]
     ratio: float | Mapping[str, float]
     global_ratio: float
     threshold: float
@@ -95,7 +100,7 @@ def prune(
     components: str | Iterable[str] = COMPONENTS,
     layers: Iterable[str] | None = None,
     ignore: Iterable[str] = (),
-    **shorthand: Unpack[Shorthand],
+    **further: Unpack[Further],
 ) -> Edit:
     """Remove components of a network; the result is a smaller, plain torch module, and the model is unchanged.
 
@@ -107,7 +112,7 @@ def prune(
         scores: from `discedit.score`; or importances, layer -> (rows of the layer,), higher = keep; or None for
             criteria that need none.
         example_inputs: a tensor, or a tuple or dict of arguments, that the model can run on.
-        data: batches (labels are not used) for the criterion and the repair.
+        data: batches for the criterion and the repair; labels serve `protect` alone.
         budget: `Ratio`, `GlobalRatio`, `Threshold`, `MaxParameters` or `MaxMacs`; or one of ``ratio=0.3``,
             ``global_ratio=``, ``threshold=``, ``parameters=`` and ``macs=`` in its place.
         criterion: of importance, "auto" or one of those in docs/pruning.md.
@@ -116,6 +121,7 @@ def prune(
         components: one or several of "filters", "neurons", "heads", "stream" (channels to which several layers add), or
             "all"; and "outputs": what the model gives beside its logits may lose channels.
         layers, ignore: names of layers to prune, by default all that can be; of layers to leave whole.
+        protect: class -> how often its samples count in all that is made of `data`, such as ``{3: 4.0}``; 1 for others.
 
     Returns:
         `Edit`. A target that cannot be met gives the smallest model that the limits allow, and a warning.
@@ -135,7 +141,7 @@ def prune(
         components=components,
         layers=layers,
         ignore=ignore,
-        **shorthand,
+        **further,
     )
     return _in_steps(model, scores, options, 1, None)
 
@@ -186,6 +192,7 @@ class _Options:
     components: tuple[str, ...]
     layers: list[str] | None
     ignore: list[str]
+    protect: Mapping[int, float] | None
 
     @classmethod
     def of(cls, **given: Any) -> _Options:
@@ -201,7 +208,19 @@ class _Options:
         known["components"] = kinds_of("prune", known["components"], (*KINDS, OUTPUTS))
         known["layers"] = None if layers is None else validation.names("prune", "layers", layers)
         known["ignore"] = validation.names("prune", "ignore", known["ignore"])
+        _check_protection(known["protect"], known["data"])
         return cls(**known)
+
+    def weighted(self, model: nn.Module) -> _Options:
+        """With data of which each class has as many samples as it counts."""
+        if self.protect is None or self.data is None:
+            return self
+        weights = torch.ones(logits_of("prune", model, self.example_inputs).shape[1], dtype=torch.float64)
+        for cls, weight in self.protect.items():
+            if not 0 <= cls < len(weights):
+                raise ValueError(f"prune: protect must name classes in 0..{len(weights) - 1}, got {cls!r}.")
+            weights[cls] = weight
+        return replace(self, data=class_samples("prune", model, self.data, weights, self.protect))
 
     def settled(self, candidates: Candidates) -> _Options:
         """With what "auto" stands for, checked with what there is."""
@@ -256,6 +275,20 @@ class _Options:
         return isinstance(budget_across(self.budget), MeasureDivergence)
 
 
+def _check_protection(protect: Any, data: Any) -> None:
+    if protect is None:
+        return
+    if not isinstance(protect, Mapping) or not protect:
+        raise ValueError(f"prune: protect must give classes a number above 0, got {protect!r}.")
+    for cls, weight in protect.items():
+        if validation.index(cls) is None or not validation.is_number(weight) or not 0 < weight < math.inf:
+            raise ValueError(
+                f"prune: protect must give class indices a finite number above 0, got {cls!r}: {weight!r}."
+            )
+    if data is None:
+        raise ValueError("prune: protect needs data, of which samples count more or less, got data=None.")
+
+
 class _Step(NamedTuple):
     edit: Edit
     choice: Choice
@@ -283,6 +316,7 @@ def _in_steps(
             f"raised {type(error).__name__}: {error}"
         ) from error
     size = count_parameters(model) if isinstance(budget, MaxParameters) else macs
+    options = options.weighted(model)
     done: list[_Step] = []
     for step in range(1, steps + 1):
         done.append(_once(current, candidates, options, Progress(step / steps, size, _lost(done))))
@@ -416,7 +450,7 @@ def _repair(
     inputs, further, trace = calibration
     readers, producers = dict(graph.consumers(choice.removed)), graph.producers(choice.removed)
     parts, held_out = kept_back(op, inputs, further)
-    with warning_if_worse(op, trace, edit.model, held_out):
+    with warning_if_worse(op, trace, edit.model, held_out) as outputs:
         if compensates:
             result = compensated(edit.model, readers, producers, trace, parts)
         else:
@@ -426,6 +460,9 @@ def _repair(
         if compensates and options.data is not None and batch_norms(edit.model):
             kept = {change.target: change.index for change in edit.recipe.operations if change.kind == "keep"}
             record(edit, *batchnorm.adapted(edit.model, trace.model, kept, options.data))
+    before, after = outputs
+    if before is not None and after is not None and before.ndim == 2 and before.shape == after.shape:
+        edit.damage = ClassDamage.of(before, after)
 
 
 def _lost(done: list[_Step]) -> dict[str, int]:
@@ -457,6 +494,8 @@ def _described(candidates: Candidates, options: _Options, choice: Choice, unjudg
         described["across"] = across if isinstance(across, str) else "divergence"
     if isinstance(criterion, Random):
         described["seed"] = criterion.seed
+    if options.protect:
+        described["protect"] = {str(cls): float(weight) for cls, weight in options.protect.items()}
     if unjudged:
         described["ranked_by_l2"] = unjudged
     return described if candidates.scores is None else {**described, **candidates.scores.settings}

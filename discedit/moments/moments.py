@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -161,15 +161,24 @@ class Moments(LayerStates[State]):
     def _like(self) -> Moments:
         return Moments(**self.settings, backend=self.backend)
 
-    def rows(self, which: slice) -> Moments:
+    def rows(self, which: slice | list[int]) -> Moments:
         """A copy with some of the classes alone, in their order."""
-        settings = self.settings | {"num_classes": len(range(self.num_classes)[which])}
+        number = len(range(self.num_classes)[which]) if isinstance(which, slice) else len(which)
+        settings = self.settings | {"num_classes": number}
         part = Moments(**settings, backend=self.backend)
         part.norms = dict(self.norms)
         for layer, state in self.items():
             sums = (tensor[..., which, :].clone() for tensor in state.tensors()[1:])
             part.layers[layer] = self._kind(state.count[which].clone(), *sums)
         return part
+
+    def of_classes(self, classes: Sequence[int]) -> Moments:
+        """A copy with some of the classes alone, in the order given: what tells these from each other.
+
+        Raises:
+            ValueError: classes that are none.
+        """
+        return self.rows(validation.classes("Moments.of_classes", classes, self.num_classes))
 
     def header(self) -> dict[str, Any]:
         return {

@@ -20,6 +20,7 @@ from discedit.common import files
 from discedit.common.tables import format_table
 from discedit.model.forward import outside_inference_mode
 from discedit.model.sharded import unwrapped
+from discedit.recipes.damage import ClassDamage
 from discedit.recipes.divergences import DivergenceTable
 from discedit.recipes.operations import (
     WITH_VALUES,
@@ -195,6 +196,8 @@ class Edit:
         skipped: layer name -> why it was left alone.
         widths: layer name -> number of its components before the edit.
         divergences: what `prune` spent its budget by, where layers compare so; else, and of several steps, None.
+        damage: what `prune` did to the answers of each class, on up to 128 samples that its repair was not fitted to;
+            None without such a repair, and of several steps. On data of one's own: `class_damage`.
     """
 
     model: nn.Module
@@ -206,6 +209,7 @@ class Edit:
     skipped: dict[str, str] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
     divergences: DivergenceTable | None = None
+    damage: ClassDamage | None = None
     # Parameter before the edit -> its name. Weak: an edit keeps no old model alive.
     _names: WeakTensorKeyDictionary = field(
         default_factory=WeakTensorKeyDictionary, init=False, repr=False, compare=False
@@ -253,6 +257,8 @@ class Edit:
         lines.append(f"parameters: {_change(self.parameters_before, self.parameters_after)}")
         if self.macs_before is not None and self.macs_after is not None:
             lines.append(f"multiply-accumulates: {_change(self.macs_before, self.macs_after)}")
+        if self.damage is not None:
+            lines.append(str(self.damage))
         return "\n".join(lines)
 
 

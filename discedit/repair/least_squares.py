@@ -539,17 +539,20 @@ def _named(held_out: HeldOut) -> str:
 @contextmanager
 def warning_if_worse(
     op: str, trace: ModelTrace, edited: nn.Module, held_out: HeldOut, *, instead: str = "repair='none'"
-) -> Iterator[None]:
+) -> Iterator[list[Tensor | None]]:
     """No silent harm: layers that are each made to give less error may together give more.
+
+    Gives a list, which at the end holds what the model gives for these samples, and what the edited one does.
 
     Args:
         instead: of the repair, what may do better.
     """
-    with frozen_eval(trace.model):
-        expected = first_tensor(call(trace.model, held_out.inputs))
-    before = output_error(expected, edited, held_out.inputs)
-    yield
-    after = output_error(expected, edited, held_out.inputs)
+    expected = output_of(trace.model, held_out.inputs)
+    before = output_error(expected, output_of(edited, held_out.inputs))
+    outputs: list[Tensor | None] = []
+    yield outputs
+    outputs += [expected, output_of(edited, held_out.inputs)]
+    after = output_error(*outputs)
     if not after <= WORSE * before + ROUNDING * torch.finfo(torch.float32).eps:
         warn(
             f"{op}: the repair brings the network's outputs no closer to those before: their relative squared error on "
@@ -558,10 +561,13 @@ def warning_if_worse(
         )
 
 
-def output_error(expected: Tensor | None, edited: nn.Module, inputs: Any) -> float:
+def output_of(model: nn.Module, inputs: Any) -> Tensor | None:
+    with frozen_eval(model):
+        return first_tensor(call(model, inputs))
+
+
+def output_error(expected: Tensor | None, found: Tensor | None) -> float:
     """Squared error of what an edited model gives over the squares of what is expected; 0 where there is none."""
-    with frozen_eval(edited):
-        found = first_tensor(call(edited, inputs))
     if expected is None or found is None or not found.is_floating_point() or found.shape != expected.shape:
         return 0.0
     expected = expected.double()
