@@ -11,7 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-from discedit import AblateComponents, Moments, Recipe, Scores, TopFraction, prune, report, score, unlearn, zoo
+from discedit import (
+    AblateComponents,
+    ClassDamage,
+    Moments,
+    Recipe,
+    Scores,
+    TopFraction,
+    prune,
+    report,
+    score,
+    unlearn,
+    zoo,
+)
 from discedit.model.size import accuracy_per_class
 from discedit.reporting import sections
 
@@ -321,6 +333,16 @@ def test_a_recipe_serves_as_well_as_an_edit(tmp_path, run):
     gone = sum(map(len, recipe.components.values()))
     assert f"{gone} of {sum(recipe.architecture[f'{k}.weight'][0] for k in recipe.components)} components" in text
     assert "multiply-accumulates" not in text
+
+
+def test_answers_that_change_are_told_class_by_class(tmp_path):
+    edit = Recipe("prune", {}, {}, {"weight": [2, 2]}, []).apply(torch.nn.Linear(2, 2, bias=False))
+    before = torch.eye(2)[[0, 0, 0, 1, 1]]
+    edit.damage = ClassDamage.of(before, torch.eye(2)[[0, 1, 1, 1, 0]])
+    scores = random_scores([3], 2)
+    path = report(tmp_path / "r.html", scores, edits={"pruned": edit}, class_names=["cat", "dog"])
+    text = re.sub(r"\s+", " ", Page(path).section("edits"))
+    assert re.search(r"3 of 5 answers change, .*; most of what was ?cat 2 of 3, ?dog 1 of 2", text)
 
 
 def test_a_recipe_without_components_says_so(tmp_path):

@@ -87,7 +87,10 @@ def test_scores_are_of_the_classes_alone(digits, digit_moments):
         ({"classes": range(10)}, "classes must name at least two classes, and not all 10"),
         ({"classes": [3, 10]}, "classes must be indices in 0..9, got 10"),
         ({"head": "keep"}, "head must be one of .*got 'keep'"),
-        ({"data": [(torch.zeros(4, 1, 8, 8), torch.full((4,), 3))]}, "data must hold samples of class 5, it holds none"),
+        (
+            {"data": [(torch.zeros(4, 1, 8, 8), torch.full((4,), 3))]},
+            "data must hold samples of class 5, it holds none",
+        ),
         ({"macs": 0.5}, "exactly one of"),
         ({"example_inputs": torch.zeros(1, 5)}, "example_inputs must be .* that the model can run on"),
     ],

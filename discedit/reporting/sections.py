@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from discedit.recipes.damage import ClassDamage
 from discedit.recipes.recipe import Edit, Recipe
 from discedit.scoring.scores import Scores
 
 STEPS = 21  # of the colour scale: 0, 0.05, ..., 1
 MOST_CLASSES = 40  # columns of a heat map, rows of a plot; more classes are grouped, or only the extremes shown
+MOST_DAMAGED = 5
 MOST_COLUMNS = 128  # of the picture of one layer's components
 EXTREMES = 12  # classes shown at either end where there are too many
 STRONGEST = 5  # components named for each layer
@@ -274,12 +276,26 @@ def edit(title: str, made: Edit | Recipe, scores: Scores, names: Names) -> dict[
         "forgotten": [names.classes[k] for k in forgotten(recipe, len(names.classes))],
         "directions": [(layer, names.layer(layer), bounds) for layer, bounds in apart.get("directions", {}).items()],
         "costs": [cost for cost in costs if None not in cost],
+        "damage": _damage(whole.damage, names) if whole and whole.damage else None,
         "reasons": {
             "Layers left alone": _by_reason(whole.skipped if whole else {}),
             "Layers not repaired": _by_reason(apart.get("unrepaired", {})),
         },
         "settings": table({name: value for name, value in recipe.settings.items() if name not in apart}),
         "changed": len({operation.target for operation in recipe.operations if operation.kind != "attribute"}),
+    }
+
+
+def _damage(damage: ClassDamage, names: Names) -> dict[str, Any]:
+    """How many answers change, and the classes that lose most."""
+    seen = damage.loss.nan_to_num(-math.inf)
+    order = [k for k in seen.argsort(descending=True, stable=True).tolist() if seen[k] > 0][:MOST_DAMAGED]
+    of_class = [names.classes[k] if len(seen) == len(names.classes) else str(k) for k in order]
+    lost = (damage.right_before - damage.right_after).tolist()
+    return {
+        "changed": int(damage.changed.sum()),
+        "samples": int(damage.samples.sum()),
+        "classes": [(of_class[i], lost[k], int(damage.samples[k])) for i, k in enumerate(order)],
     }
 
 
