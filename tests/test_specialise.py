@@ -81,7 +81,7 @@ def test_scores_are_of_the_classes_alone(digits, digit_moments):
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    ("given", "message"),
     [
         ({"classes": [3]}, "classes must name at least two classes, and not all 10, got \\[3\\]"),
         ({"classes": range(10)}, "classes must name at least two classes, and not all 10"),
@@ -164,7 +164,7 @@ def test_a_protected_class_loses_less(digits):
 
 
 @pytest.mark.parametrize(
-    "protect, message",
+    ("protect", "message"),
     [
         ({}, "protect must give classes a number above 0, got {}"),
         ([3], "protect must give classes a number above 0"),
@@ -186,14 +186,18 @@ def test_damage_counts_by_hand():
     after = torch.tensor([[3.0, 0], [0, 3], [0, 3], [3, 0], [3, 0]])
     damage = ClassDamage.of(before, after)
     assert damage.samples.tolist() == [2, 3] == damage.right_before.tolist()
-    assert damage.right_after.tolist() == [1, 1] and damage.changed.tolist() == [1, 2]
+    assert damage.right_after.tolist() == [1, 1]
+    assert damage.changed.tolist() == [1, 2]
     assert damage.loss.tolist() == pytest.approx([1 / 2, 2 / 3])
-    assert damage.worst_class == 1 and damage.flips == pytest.approx(3 / 5)
+    assert damage.worst_class == 1
+    assert damage.flips == pytest.approx(3 / 5)
     assert damage.spread == pytest.approx(1 / 12)
     labelled = ClassDamage.of(before, after, torch.tensor([0, 1, 1, 1, 1]))
-    assert labelled.right_before.tolist() == [1, 3] and labelled.right_after.tolist() == [1, 2]
+    assert labelled.right_before.tolist() == [1, 3]
+    assert labelled.right_after.tolist() == [1, 2]
     both = labelled.merged(labelled)
-    assert both.samples.tolist() == [2, 8] and both.flips == labelled.flips
+    assert both.samples.tolist() == [2, 8]
+    assert both.flips == labelled.flips
     assert "class 1 loses most, 2 of 3" in str(damage)
     assert damage.summary(["cat", "dog"]).splitlines()[1].startswith("dog")
 
@@ -205,4 +209,4 @@ def test_damage_of_other_models_is_refused(digits):
     with pytest.raises(ValueError, match="class_damage: data must give at least one sample"):
         class_damage(model, model, [])
     same = class_damage(model, model, [test])
-    assert same.flips == 0 and same.spread == 0
+    assert same.flips == same.spread == 0
