@@ -22,6 +22,7 @@ from discedit.moments.collect import collect_blocks, collect_moments
 from discedit.moments.moments import Moments
 from discedit.presets import preset
 from discedit.recipes.divergences import DivergenceTable
+from discedit.recipes.latencies import LatencyTable
 from discedit.recipes.recipe import Edit, Recipe
 from discedit.recipes.stack import Stack
 from discedit.reporting.report import report
@@ -30,6 +31,7 @@ from discedit.selection import (
     AboveDeviations,
     GlobalRatio,
     MaxDamage,
+    MaxLatency,
     MaxMacs,
     MaxParameters,
     MeasureDivergence,
@@ -51,8 +53,10 @@ __all__ = [
     "EraseDirections",
     "Evaluation",
     "GlobalRatio",
+    "LatencyTable",
     "LeastSquares",
     "MaxDamage",
+    "MaxLatency",
     "MaxMacs",
     "MaxParameters",
     "MeasureDivergence",

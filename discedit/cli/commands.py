@@ -167,7 +167,7 @@ def _score_table(layers: Mapping[str, Any], names: Sequence[str]) -> str:
 def prune_command(options: Options, console: Console) -> Result:
     """Remove the least important components and repair what is left.
 
-    Exactly one budget: --ratio, --global-ratio, --threshold, --parameters or --macs.
+    Exactly one budget: --ratio, --global-ratio, --threshold, --parameters, --macs or --latency.
     """
     given = _given_scores(options)
     if options.data is None and options.rescore:
@@ -295,6 +295,9 @@ def _finish(job: Job, edit: Edit, computed: Scores | None, **results: Any) -> Re
         computed.save(folder.file("scores.safetensors"))
     if edit.divergences is not None:
         edit.divergences.save(folder.file("divergences.safetensors"))
+    if edit.latencies is not None:
+        edit.latencies.save(folder.file("latencies.safetensors"))
+        results["latency"] = {"before": edit.latency_before, "after": edit.latency_after}
     edit.recipe.save(folder.file(f"{kind}.json"))
     folder.file(f"{kind}.values.safetensors")
     _save_model(job, edit)

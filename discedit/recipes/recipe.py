@@ -21,6 +21,7 @@ from discedit.common.tables import format_table
 from discedit.model.forward import outside_inference_mode
 from discedit.model.sharded import unwrapped
 from discedit.recipes.divergences import DivergenceTable
+from discedit.recipes.latencies import LatencyTable
 from discedit.recipes.operations import (
     WITH_VALUES,
     Operation,
@@ -195,6 +196,9 @@ class Edit:
         skipped: layer name -> why it was left alone.
         widths: layer name -> number of its components before the edit.
         divergences: what `prune` spent its budget by, where layers compare so; else, and of several steps, None.
+        latency_before, latency_after: milliseconds of a forward pass on the example inputs, measured in turns under
+            `MaxLatency`; else None.
+        latencies: what `MaxLatency` was spent by; else, and of several steps, None.
     """
 
     model: nn.Module
@@ -206,6 +210,9 @@ class Edit:
     skipped: dict[str, str] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
     divergences: DivergenceTable | None = None
+    latency_before: float | None = None
+    latency_after: float | None = None
+    latencies: LatencyTable | None = None
     # Parameter before the edit -> its name. Weak: an edit keeps no old model alive.
     _names: WeakTensorKeyDictionary = field(
         default_factory=WeakTensorKeyDictionary, init=False, repr=False, compare=False
@@ -253,6 +260,11 @@ class Edit:
         lines.append(f"parameters: {_change(self.parameters_before, self.parameters_after)}")
         if self.macs_before is not None and self.macs_after is not None:
             lines.append(f"multiply-accumulates: {_change(self.macs_before, self.macs_after)}")
+        if self.latency_before is not None and self.latency_after is not None:
+            change = 1 - self.latency_after / self.latency_before
+            lines.append(
+                f"latency: {self.latency_before:.3g} -> {self.latency_after:.3g} ms ({100 * change:.1f} % less)"
+            )
         return "\n".join(lines)
 
 
