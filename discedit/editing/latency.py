@@ -138,15 +138,16 @@ def measured_latencies(
     inputs = to_device(example_inputs, device)
     whole = _calls_of(model, inputs)
     changes, failed = _changes(graph, found, whole, inputs)
-    widths = {layer: len(found[layer].rows) for layer in changes}
-    varying, levels = _varying(whole, changes, widths)
-    half = {layer: min(numbers, key=lambda n: abs(2 * n - widths[layer])) for layer, numbers in levels.items()}
-    operations, _ = graph.plan({layer: range(number) for layer, number in half.items()})
+    half = {layer: _half(len(found[layer].rows)) for layer in changes}
+    operations, why = graph.plan({layer: range(number) for layer, number in half.items()})
+    failed |= why
+    widths = {layer: len(found[layer].rows) for layer in changes if layer not in why}
+    varying, levels = _varying(whole, {layer: changes[layer] for layer in widths}, widths)
     terms = _timed(varying, device)
     settings = {"samples": samples_in(inputs), "device": device.type, "threads": torch.get_num_threads()}
     whole_time, of_half = latencies(model, reduced(model, operations), inputs)
     table = LatencyTable(whole_time, 1.0, levels, terms, settings, architecture_of(model))
-    by_themselves = whole_time - table.latency(half)
+    by_themselves = whole_time - table.latency({layer: half[layer] for layer in levels})
     scale = max(0.0, whole_time - of_half) / by_themselves if by_themselves > 0 else 0.0
     # Never more than the whole takes.
     return replace(table, scale=min(scale, whole_time / (table.of_calls or 1.0))), failed
@@ -218,6 +219,11 @@ def _numbers(width: int, most: int) -> list[int]:
     return [0, *(width - stay for stay in range((width - 1) // step * step, 0, -step))]
 
 
+def _half(width: int) -> int:
+    """The one of them that is nearest to half, where there are few: then it is there where there are more."""
+    return min(_numbers(width, min(PER_AXIS.values())), key=lambda number: abs(2 * number - width))
+
+
 def _places(axis: _Direction, levels: Mapping[str, list[int]], number: int) -> list[int]:
     if len(axis) == 1:
         return levels[axis[0][0]]
@@ -237,6 +243,7 @@ def _timed(varying: Sequence[_Varying], device: torch.device) -> list[LatencyTer
     shown = sys.stderr.isatty()
     with (
         torch.no_grad(),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         tqdm(total=rounds * len(points), desc="latency", unit="call", delay=SHOWN_AFTER, disable=not shown) as bar,
     ):
         while done < rounds:
