@@ -329,10 +329,9 @@ def rows_of(log: Log, part: str, columns: list[str]) -> list[list[str]]:
     return found
 
 
-def markdown(log: Log) -> str:
-    """benchmarks/prune.md, from what was measured."""
-    machines = sorted({entry["machine"] for entry in log.entries.values()})
-    parts = [
+def sections(log: Log) -> list[tuple[str, str, list[str], list[list[str]]]]:
+    """Of benchmarks/prune.md: title, note, header and rows."""
+    return [
         (
             "With the defaults of `prune`",
             "Points of accuracy lost. Published without fine-tuning: iterative TVSPrune 9.9 and CHIP 10.2 points at "
@@ -388,10 +387,15 @@ def markdown(log: Log) -> str:
             rows_of_table(log),
         ),
     ]
+
+
+def markdown(log: Log) -> str:
+    """benchmarks/prune.md, from what was measured."""
+    machines = sorted({entry["machine"] for entry in log.entries.values()})
     text = (
         "# Structured pruning without training\n\nWritten by `python -m benchmarks.bench_prune --write`; do not edit.\n"
     )
-    for title, note, header, rows in parts:
+    for title, note, header, rows in sections(log):
         lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
         body = "\n".join(lines) if rows else "Not measured."
         text += f"\n## {title}\n\n{note}\n\n{body}\n"

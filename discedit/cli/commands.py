@@ -42,7 +42,7 @@ from discedit.recipes.recipe import Edit, Recipe
 from discedit.reporting.report import report
 from discedit.scoring.scores import OVER_PAIRS, Scores, score
 from discedit.selection import AboveDeviations, Limit, MaxDamage, MeasureDivergence, Random, TopFraction, TopK
-from discedit.selection.budget import BUDGETS, AcrossLayers, Budget
+from discedit.selection.budget import BUDGETS, AcrossLayers, Budget, MaxLatency
 from discedit.selection.importance import OF_SCORES
 
 GROUP_FAILURES = ("gloo", "nccl", "timed out", "connection", "peer")  # in messages of torch.distributed
@@ -208,6 +208,8 @@ def _budget(options: Options, console: Console) -> Budget:
         across = MeasureDivergence(trials=options.trials, progress=console.progress)
     if options.trials and not isinstance(across, MeasureDivergence):
         raise InputError("--trials: goes with --across divergence, which needs --data.")
+    if issubclass(kind, MaxLatency):
+        return kind(value, across=across, **limits, progress=console.progress)
     return kind(value, across=across, **limits)
 
 

@@ -122,12 +122,13 @@ def _calls_of(model: nn.Module, inputs: Any) -> list[_Call]:
 
 
 def measured_latencies(
-    op: str, graph: Graph, found: Mapping[str, Components], example_inputs: Any
+    op: str, graph: Graph, found: Mapping[str, Components], example_inputs: Any, *, progress: bool | None = None
 ) -> tuple[LatencyTable, dict[str, str]]:
     """Times each call of a forward pass on the example inputs at the widths that it may get.
 
     Args:
         found: layer -> its components.
+        progress: whether to show a bar; None: on a terminal.
 
     Returns:
         The table, and layers that it cannot hold, with reasons.
@@ -143,7 +144,7 @@ def measured_latencies(
     failed |= why
     widths = {layer: len(found[layer].rows) for layer in changes if layer not in why}
     varying, levels = _varying(whole, {layer: changes[layer] for layer in widths}, widths)
-    terms = _timed(varying, device)
+    terms = _timed(varying, device, sys.stderr.isatty() if progress is None else progress)
     settings = {"samples": samples_in(inputs), "device": device.type, "threads": torch.get_num_threads()}
     whole_time, of_half = latencies(model, reduced(model, operations), inputs)
     table = LatencyTable(whole_time, 1.0, levels, terms, settings, architecture_of(model))
@@ -231,7 +232,7 @@ def _places(axis: _Direction, levels: Mapping[str, list[int]], number: int) -> l
     return sorted({round(most * part / (number - 1)) for part in range(number)})
 
 
-def _timed(varying: Sequence[_Varying], device: torch.device) -> list[LatencyTerm]:
+def _timed(varying: Sequence[_Varying], device: torch.device, shown: bool) -> list[LatencyTerm]:
     """Each call at its places, all in turns."""
     from tqdm.auto import tqdm
 
@@ -240,7 +241,6 @@ def _timed(varying: Sequence[_Varying], device: torch.device) -> list[LatencyTer
     points = {(each.function, each.leaves): each for calls in at for each in calls.values()}
     shortest = dict.fromkeys(points, math.inf)
     rounds, start, done = MOST_ROUNDS, time.perf_counter(), 0
-    shown = sys.stderr.isatty()
     with (
         torch.no_grad(),
         torch.random.fork_rng([device] if device.type == "cuda" else []),

@@ -415,7 +415,7 @@ def _with_latencies(
     """With a table of this model, and the layers that it does not hold, with reasons."""
     table, architecture = budget.table, graph.network.slots.architecture
     if table is None:
-        table, failed = measured_latencies("prune", graph, found, inputs)
+        table, failed = measured_latencies("prune", graph, found, inputs, progress=budget.progress)
         return replace(budget, table=table), failed
     if table.architecture != architecture:
         raise ValueError(f"prune: table must be of this model, {table!r} is of one with other shapes.")

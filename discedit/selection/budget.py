@@ -242,10 +242,12 @@ class MaxLatency(SizeBudget):
 
     Attributes:
         table: of the same model and inputs, in place of measuring: `Edit.latencies` of another call.
+        progress: show a progress bar on stderr; by default only on a terminal.
     """
 
     _: KW_ONLY
     table: LatencyTable | None = None
+    progress: bool | None = None
 
     name, unit = "latency", "milliseconds"
 
