@@ -1,7 +1,7 @@
 """Structured pruning without training: every criterion, every repair, rivals, budgets, latency, time.
 
-    python -m benchmarks.bench_prune --parts goals few latency time --write    # the figures of the README: minutes
-    python -m benchmarks.bench_prune --parts read across table --write --plot  # what the defaults rest on: hours
+    python -m benchmarks.bench_prune --parts goals few latency budget time --write  # the figures of the README: minutes
+    python -m benchmarks.bench_prune --parts read across table --write --plot       # what the defaults rest on: hours
 
 Calibration on the first 2,500 training images, accuracy on 5,000 test images (mean over classes), no fine-tuning. What
 is measured is kept in benchmarks/prune.json, one entry per run with the commit that it was measured at, and
@@ -13,6 +13,8 @@ and the program ends with status 1.
 from __future__ import annotations
 
 import argparse
+import bisect
+import math
 import statistics
 from collections.abc import Sequence
 from functools import cache, partial
@@ -33,6 +35,8 @@ from benchmarks.rivals import chip, torch_pruning_importance, tvsprune
 from discedit import (
     DivergenceTable,
     Edit,
+    LatencyTable,
+    MaxLatency,
     MaxMacs,
     Random,
     Ratio,
@@ -57,7 +61,7 @@ RIVALS = ("chip", "tvsprune", "tp magnitude", "tp taylor", "tp hessian", "tp bn_
 # Published without fine-tuning: share of parameters removed -> points lost (TVSPrune and CHIP: tables of TVSPrune).
 PUBLISHED = {"resnet56": 0.123, "resnet20": 0.071}
 PER_CLASS = 64
-PARTS = ("goals", "few", "latency", "time", "read", "across", "table")
+PARTS = ("goals", "few", "latency", "budget", "time", "read", "across", "table")
 OF_READERS = ("energy", "reconstruction", "combined", "fidelity")
 OF_CLASSES = ("max", "mean", "min", "pairwise_min")
 PLACES = ("norm", "consumer")
@@ -135,7 +139,8 @@ class Bench:
     def prune(self, *, few: bool = False, **options: Any) -> Edit:
         """`discedit.prune` with its defaults, but for what is named."""
         options.setdefault("scores", self.scores())
-        return prune(self.model, example_inputs=self.example, data=self.few if few else self.train, **options)
+        options.setdefault("example_inputs", self.example)
+        return prune(self.model, data=self.few if few else self.train, **options)
 
 
 def outcome(bench: Bench, edit: Edit) -> dict[str, Any]:
@@ -223,6 +228,48 @@ def latency(bench: Bench, log: Log) -> None:
         log.measure(f"{bench.name}|latency|{ratio}|{round_to}", run)
 
 
+def latency_budget(bench: Bench, log: Log) -> None:
+    """A budget of latency, and the largest one of multiply-accumulates of which the table predicts no more."""
+    x = bench.train[0][0][:32]
+    divergences: DivergenceTable | None = None
+    latencies: LatencyTable | None = None
+
+    def measured(edit: Edit) -> dict[str, Any]:
+        time, spread, *_ = latency_ratio(bench.model, edit.model, x, 41)
+        share = predicted(edit) / latencies.whole if latencies else 1.0
+        return outcome(bench, edit) | {
+            "predicted": round(share, 3),
+            "time": round(time, 3),
+            "spread": round(spread, 3),
+        }
+
+    def predicted(edit: Edit) -> float:
+        gone = {layer: len(channels) for layer, channels in edit.recipe.components.items()}
+        return latencies.latency(gone) if latencies else math.inf
+
+    def by_latency(share: float) -> dict[str, Any]:
+        nonlocal divergences, latencies
+        budget = MaxLatency(share, across=divergences or "divergence", table=latencies)
+        edit = bench.prune(budget=budget, scores=None, example_inputs=x)
+        divergences, latencies = edit.divergences, edit.latencies
+        return measured(edit)
+
+    def by_macs(allowed: float) -> dict[str, Any]:
+        def spent(percent: int, repair: str) -> Edit:
+            budget = MaxMacs(percent / 100, across=divergences or "divergence")
+            return bench.prune(budget=budget, scores=None, repair=repair)
+
+        # What the table predicts rises with what may be left.
+        shares = range(2, 100, 2)
+        above = bisect.bisect_right(shares, allowed, key=lambda percent: predicted(spent(percent, "none")))
+        return measured(spent(shares[above - 1], "least_squares"))
+
+    for share in (0.9, 0.8, 0.7):
+        if found := log.measure(f"{bench.name}|budget|{share}|latency", partial(by_latency, share)):
+            allowed = (found["predicted"] + 5e-4) * (latencies.whole if latencies else math.inf)
+            log.measure(f"{bench.name}|budget|{share}|macs", partial(by_macs, allowed))
+
+
 def duration(bench: Bench, log: Log) -> None:
     """Scoring, choosing, repairing and shrinking, over a forward pass on the same images, in turns."""
 
@@ -282,10 +329,9 @@ def rows_of(log: Log, part: str, columns: list[str]) -> list[list[str]]:
     return found
 
 
-def markdown(log: Log) -> str:
-    """benchmarks/prune.md, from what was measured."""
-    machines = sorted({entry["machine"] for entry in log.entries.values()})
-    parts = [
+def sections(log: Log) -> list[tuple[str, str, list[str], list[list[str]]]]:
+    """Of benchmarks/prune.md: title, note, header and rows."""
+    return [
         (
             "With the defaults of `prune`",
             "Points of accuracy lost. Published without fine-tuning: iterative TVSPrune 9.9 and CHIP 10.2 points at "
@@ -300,6 +346,13 @@ def markdown(log: Log) -> str:
             "the share of multiply-accumulates left; milliseconds before and after.",
             ["model", "ratio", "round_to", "time", "spread", "macs", "ms"],
             rows_of(log, "latency", ["time", "spread", "macs", "ms"]),
+        ),
+        (
+            "Budgets of latency",
+            "`latency=` for a batch of 32 (divergence, least squares): what the table predicts, and what is measured "
+            "in turns with the whole model; then the largest `macs=`, in steps of 0.02, of which it predicts no more.",
+            ["model", "latency asked", "budget of", "predicted", "measured", "spread", "macs removed", "points lost"],
+            rows_of(log, "budget", ["predicted", "time", "spread", "macs removed", "drop"]),
         ),
         (
             "Time to score, choose, repair and shrink",
@@ -334,10 +387,15 @@ def markdown(log: Log) -> str:
             rows_of_table(log),
         ),
     ]
+
+
+def markdown(log: Log) -> str:
+    """benchmarks/prune.md, from what was measured."""
+    machines = sorted({entry["machine"] for entry in log.entries.values()})
     text = (
         "# Structured pruning without training\n\nWritten by `python -m benchmarks.bench_prune --write`; do not edit.\n"
     )
-    for title, note, header, rows in parts:
+    for title, note, header, rows in sections(log):
         lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
         body = "\n".join(lines) if rows else "Not measured."
         text += f"\n## {title}\n\n{note}\n\n{body}\n"
@@ -399,6 +457,7 @@ def main() -> None:
                     "read": read,
                     "across": partial(across, only=options.criteria),
                     "latency": latency,
+                    "budget": latency_budget,
                     "time": duration,
                 }
                 run[part](bench, log)

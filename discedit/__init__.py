@@ -25,6 +25,7 @@ from discedit.moments.moments import Moments
 from discedit.presets import preset
 from discedit.recipes.damage import ClassDamage
 from discedit.recipes.divergences import DivergenceTable
+from discedit.recipes.latencies import LatencyTable
 from discedit.recipes.recipe import Edit, Recipe
 from discedit.recipes.stack import Stack
 from discedit.reporting.report import report
@@ -33,6 +34,7 @@ from discedit.selection import (
     AboveDeviations,
     GlobalRatio,
     MaxDamage,
+    MaxLatency,
     MaxMacs,
     MaxParameters,
     MeasureDivergence,
@@ -55,8 +57,10 @@ __all__ = [
     "EraseDirections",
     "Evaluation",
     "GlobalRatio",
+    "LatencyTable",
     "LeastSquares",
     "MaxDamage",
+    "MaxLatency",
     "MaxMacs",
     "MaxParameters",
     "MeasureDivergence",

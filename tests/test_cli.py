@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import operations_of
 from safetensors.torch import load_file, save_file
 
 import discedit
 from discedit import (
     AblateComponents,
     GlobalRatio,
+    LatencyTable,
     LeastSquares,
     MaxMacs,
     ModHiFiU,
@@ -183,13 +185,15 @@ def test_prune_by_divergence_leaves_a_table_for_other_budgets(place, scored, tmp
         (["--parameters", "0.6"], {"parameters": 0.6}),
         (["--parameters", "40000"], {"parameters": 40000}),
         (["--macs", "0.5"], {"macs": 0.5}),
+        (["--latency", "0.7"], {"latency": 0.7}),
         (["--global-ratio", "0.2", "--across", "mean"], {"budget": GlobalRatio(0.2, across="mean")}),
         (["--threshold", "0.1", "--criterion", "max"], {"threshold": 0.1, "criterion": "max"}),
         (["--ratio", "0.3", "--criterion", "random", "--seed", "5"], {"ratio": 0.3, "criterion": Random(5)}),
     ],
 )
-def test_budgets_reach_the_library(place, scored, tmp_path, trained, digit_scores, budget, expected):
+def test_budgets_reach_the_library(place, scored, tmp_path, trained, digit_scores, budget, expected, monkeypatch):
     model, train, _ = trained
+    monkeypatch.setattr("discedit.editing.latency.stopwatch", operations_of)
     arguments = [
         "prune",
         *MODEL,
@@ -204,6 +208,10 @@ def test_budgets_reach_the_library(place, scored, tmp_path, trained, digit_score
     edit = discedit.prune(model, digit_scores, example_inputs=train.tensors[0][:1], **expected)
     assert Recipe.load(tmp_path / "prune.json").components == edit.recipe.components
     assert any(edit.recipe.components.values())
+    if "latency" in expected:
+        results = record_of(tmp_path)["results"]["latency"]
+        assert results == {"before": edit.latency_before, "after": edit.latency_after}
+        assert LatencyTable.load(tmp_path / "latencies.safetensors").layers == edit.latencies.layers
 
 
 def test_prune_in_steps_scores_anew(place, tmp_path, trained):

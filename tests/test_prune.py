@@ -469,7 +469,7 @@ def test_importances_that_are_no_tensors(net, wrong):
     [
         (
             {},
-            "exactly one of ratio, global_ratio, threshold, parameters, macs or budget must be given, got none of them",
+            "exactly one of ratio, global_ratio, threshold, parameters, macs, latency or budget must be given",
         ),
         ({"ratio": 0.5, "macs": 0.5}, "exactly one of .* must be given, got ratio=0.5, macs=0.5"),
         ({"ratio": {"conv9": 0.5}}, "ratio must name layers that scores holds, 'conv9' is none of"),

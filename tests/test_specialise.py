@@ -127,6 +127,9 @@ def test_a_head_that_is_not_one_layer_is_refused():
     with pytest.raises(ValueError, match="specialise: model must give the logits of a class by its row"):
         specialise(Scaled(), **options)
     no_bias = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4, bias=False))
+    with torch.no_grad():  # it takes samples for each class
+        no_bias[0].weight.copy_(torch.eye(5, 6))
+        no_bias[2].weight.copy_(torch.eye(4, 5))
     with pytest.raises(ValueError, match="head='mask' needs a head with a bias, '2' has none"):
         specialise(no_bias, head="mask", **options)
     assert specialise(no_bias, **options).model(x).shape == (40, 2)  # by its own answers, without labels

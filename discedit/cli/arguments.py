@@ -236,6 +236,7 @@ PRUNE = on_model(
     option("--threshold", NUMBER, help="components less important than this go"),
     option("--parameters", amount, metavar="N", help="parameters that may be left: a number, or a share below 1"),
     option("--macs", amount, metavar="N", help="the same for multiply-accumulates"),
+    option("--latency", amount, metavar="N", help="the same for milliseconds that one sample takes here"),
     option("--criterion", ("auto", *CRITERIA), "auto", "of importance"),
     option("--repair", REPAIRS, "auto", "what follows the removal"),
     option("--components", names, "filters,neurons,heads", f"all, or of {', '.join((*KINDS, OUTPUTS))}"),

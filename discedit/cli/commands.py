@@ -43,7 +43,7 @@ from discedit.recipes.recipe import Edit, Recipe
 from discedit.reporting.report import report
 from discedit.scoring.scores import OVER_PAIRS, Scores, score
 from discedit.selection import AboveDeviations, Limit, MaxDamage, MeasureDivergence, Random, TopFraction, TopK
-from discedit.selection.budget import BUDGETS, AcrossLayers, Budget
+from discedit.selection.budget import BUDGETS, AcrossLayers, Budget, MaxLatency
 from discedit.selection.importance import OF_SCORES
 
 GROUP_FAILURES = ("gloo", "nccl", "timed out", "connection", "peer")  # in messages of torch.distributed
@@ -168,8 +168,8 @@ def _score_table(layers: Mapping[str, Any], names: Sequence[str]) -> str:
 def prune_command(options: Options, console: Console) -> Result:
     """Remove the least important components and repair what is left.
 
-    Exactly one budget: --ratio, --global-ratio, --threshold, --parameters or --macs. With --classes the model is pruned
-    for these alone, and gives all others the logit -1e4.
+    Exactly one budget: --ratio, --global-ratio, --threshold, --parameters, --macs or --latency. With --classes the
+    model is pruned for these alone, and gives all others the logit -1e4.
     """
     if options.classes and (options.scores is not None or options.data is None):
         raise InputError("--classes: needs --data, of which scores are made where a criterion wants them.")
@@ -221,6 +221,8 @@ def _budget(options: Options, console: Console) -> Budget:
         across = MeasureDivergence(trials=options.trials, progress=console.progress)
     if options.trials and not isinstance(across, MeasureDivergence):
         raise InputError("--trials: goes with --across divergence, which needs --data.")
+    if issubclass(kind, MaxLatency):
+        return kind(value, across=across, **limits, progress=console.progress)
     return kind(value, across=across, **limits)
 
 
@@ -314,6 +316,9 @@ def _finish(
         computed.save(folder.file("scores.safetensors"))
     if edit.divergences is not None:
         edit.divergences.save(folder.file("divergences.safetensors"))
+    if edit.latencies is not None:
+        edit.latencies.save(folder.file("latencies.safetensors"))
+        results["latency"] = {"before": edit.latency_before, "after": edit.latency_after}
     edit.recipe.save(folder.file(f"{kind}.json"))
     folder.file(f"{kind}.values.safetensors")
     _save_model(job, edit)

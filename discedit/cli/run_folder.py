@@ -24,8 +24,9 @@ from discedit.common import files
 FILE = "run.json"
 VALUES = ("prune.values.safetensors", "unlearn.values.safetensors", "discedit.values.safetensors")
 # All that a run may leave, so that nothing else is ever replaced or deleted.
-NAMES = (FILE, "moments.safetensors", "scores.safetensors", "divergences.safetensors", "prune.json", "unlearn.json",
-         *VALUES, "model.safetensors", "config.json", "discedit.json", "report.html")  # fmt: skip
+NAMES = (FILE, "moments.safetensors", "scores.safetensors", "divergences.safetensors", "latencies.safetensors",
+         "prune.json", "unlearn.json", *VALUES, "model.safetensors", "config.json", "discedit.json",
+         "report.html")  # fmt: skip
 Result = tuple[dict[str, Any], str]  # what run.json holds, and what is shown
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from discedit.common import validation
 from discedit.common.warning import warn
 from discedit.editing.divergence import measured_divergences
+from discedit.editing.latency import latencies, measured_latencies
 from discedit.graph.pruning_graph import KINDS, Components, Graph
 from discedit.model.forward import outside_modes
 from discedit.model.sharded import unwrapped
@@ -23,6 +24,7 @@ from discedit.moments.calibration import batch_norms, calibrated, kept_back
 from discedit.moments.class_samples import class_samples, logits_of
 from discedit.recipes.damage import ClassDamage
 from discedit.recipes.divergences import DivergenceTable
+from discedit.recipes.latencies import LatencyTable
 from discedit.recipes.recipe import Edit, Recipe, compose_edits, record
 from discedit.repair import batchnorm
 from discedit.repair.compensation import compensated
@@ -33,6 +35,7 @@ from discedit.selection.budget import (
     Budget,
     Choice,
     Cost,
+    MaxLatency,
     MaxParameters,
     Progress,
     Ratio,
@@ -71,6 +74,7 @@ BEST_WITH = {
     "least_squares": "l1",
 }
 BEST_BY_DIVERGENCE = "l2"  # where trials say how much goes from each layer (benchmarks/prune.md)
+MISSED = 1.1  # what a model may take longer than was asked, before there is a warning
 
 
 DEFAULTS = {"criterion": "auto", "repair": "auto", "components": COMPONENTS, "ignore": ()}  # of others, None
@@ -85,6 +89,7 @@ class Further(TypedDict, total=False):
     threshold: float
     parameters: int | float
     macs: int | float
+    latency: float
 
 
 @outside_modes()
@@ -113,8 +118,8 @@ def prune(
             criteria that need none.
         example_inputs: a tensor, or a tuple or dict of arguments, that the model can run on.
         data: batches for the criterion and the repair; labels serve `protect` alone.
-        budget: `Ratio`, `GlobalRatio`, `Threshold`, `MaxParameters` or `MaxMacs`; or one of ``ratio=0.3``,
-            ``global_ratio=``, ``threshold=``, ``parameters=`` and ``macs=`` in its place.
+        budget: `Ratio`, `GlobalRatio`, `Threshold`, `MaxParameters`, `MaxMacs`, `MaxLatency`; or one of ``ratio=0.3``,
+            ``global_ratio=``, ``threshold=``, ``parameters=``, ``macs=`` and ``latency=`` in its place.
         criterion: of importance, "auto" or one of those in docs/pruning.md.
         repair: in closed form: "least_squares", "mean", "compensation", "batchnorm", "none"; "auto": "least_squares"
             when data is given, else "none".
@@ -315,12 +320,16 @@ def _in_steps(
             f"prune: example_inputs must be a tensor, or a tuple or dict of arguments, that the model can run on; it "
             f"raised {type(error).__name__}: {error}"
         ) from error
-    size = count_parameters(model) if isinstance(budget, MaxParameters) else macs
     options = options.weighted(model)
+    size: float | None = count_parameters(model) if isinstance(budget, MaxParameters) else macs
+    if isinstance(budget, MaxLatency):  # is known when the first step has measured it
+        size = None
     done: list[_Step] = []
     for step in range(1, steps + 1):
         done.append(_once(current, candidates, options, Progress(step / steps, size, _lost(done))))
         current = done[-1].edit.model
+        if isinstance(budget, MaxLatency) and (table := done[0].edit.latencies) is not None:
+            size, options = table.whole, replace(options, budget=replace(budget, table=None))
         if step < steps and rescore is None:
             candidates = candidates.left(done[-1].edit)
         elif step < steps and rescore is not None:
@@ -330,7 +339,22 @@ def _in_steps(
     _warn_of_what_is_left(done, budget)
     edit = done[0].edit if steps == 1 else _joined(model, done, budget, rescore is not None)
     edit.macs_before, edit.macs_after = macs, count_macs(edit.model, inputs)
+    if isinstance(budget, MaxLatency):
+        _note_latency(model, edit, budget, inputs)
     return edit
+
+
+def _note_latency(model: nn.Module, edit: Edit, budget: MaxLatency, inputs: Any) -> None:
+    """What the edit's model takes in truth, with a warning where it is more than was asked for."""
+    before, after = latencies(model, edit.model, inputs)
+    edit.latency_before, edit.latency_after = before, after
+    found = edit.recipe.settings["budget"]
+    found["measured"] = after
+    if found["met"] and after > MISSED * budget.target(before):
+        warn(
+            f"prune: latency: {budget.shown(budget.target(before))} asked of {budget.shown(before)}, "
+            f"{budget.shown(after)} measured: the table said {budget.shown(found['reached'])}."
+        )
 
 
 def _once(model: nn.Module, candidates: Candidates, options: _Options, progress: Progress) -> _Step:
@@ -380,6 +404,7 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     edit.widths = {layer: candidates.widths[layer] for layer in rows}
     across = budget_across(options.budget)
     edit.divergences = across if isinstance(across, DivergenceTable) else None
+    edit.latencies = options.budget.table if isinstance(options.budget, MaxLatency) else None
     graph.warn_of_unseen(choice.removed)
     return _Step(edit, choice)
 
@@ -397,21 +422,41 @@ def _compared(
     if not isinstance(budget, AcrossLayers):
         return options, importances, {}
     failed: dict[str, str] = {}
+    if isinstance(budget, MaxLatency):
+        budget, failed = _with_latencies(budget, graph, found, options.example_inputs)
+        found = {layer: parts for layer, parts in found.items() if layer not in failed}
     if across == "auto":
         across = "none" if options.criterion in SHARES and not unjudged else "rank"
     if isinstance(across, MeasureDivergence):
         # What cannot go is not worth a trial.
-        _, failed = graph.plan({layer: range(len(parts.rows) // 2) for layer, parts in found.items()})
+        _, why = graph.plan({layer: range(len(parts.rows) // 2) for layer, parts in found.items()})
+        failed |= why
         settings = {"criterion": _criterion_of(options), "components": list(options.components)}
         left = {layer: parts for layer, parts in found.items() if layer not in failed}
         across = measured_divergences("prune", across, graph, left, importances, calibration, settings)
     elif isinstance(across, DivergenceTable):
-        failed = {layer: "the table of divergences does not have it" for layer in found if layer not in across}
+        failed |= {layer: "the table of divergences does not have it" for layer in found if layer not in across}
     if isinstance(across, DivergenceTable):
         sizes = {layer: len(parts.rows) for layer, parts in found.items() if layer not in failed}
         check_table("prune", across, graph.network.slots.architecture, sizes)
         importances = {layer: across[layer].importances for layer in sizes}
     return replace(options, budget=replace(budget, across=across)), importances, failed
+
+
+def _with_latencies(
+    budget: MaxLatency, graph: Graph, found: Mapping[str, Components], inputs: Any
+) -> tuple[MaxLatency, dict[str, str]]:
+    """With a table of this model, and the layers that it does not hold, with reasons."""
+    table, architecture = budget.table, graph.network.slots.architecture
+    if table is None:
+        table, failed = measured_latencies("prune", graph, found, inputs, progress=budget.progress)
+        return replace(budget, table=table), failed
+    if table.architecture != architecture:
+        raise ValueError(f"prune: table must be of this model, {table!r} is of one with other shapes.")
+    for layer in table.layers.keys() & found.keys():
+        if table.layers[layer][-1] >= len(found[layer].rows):
+            raise ValueError(f"prune: table must be of the same components, layer {layer!r} has others.")
+    return budget, {layer: "the table of latencies does not have it" for layer in found if layer not in table.layers}
 
 
 def _check_some(graph: Graph, found: Mapping[str, Components], skipped: Mapping[str, str], options: _Options) -> None:
@@ -429,8 +474,10 @@ def _chosen(
     graph: Graph, values: dict[str, Tensor], found: Mapping[str, Components], options: _Options, progress: Progress
 ) -> Choice:
     """What goes."""
-    cost = None
-    if isinstance(options.budget, SizeBudget):
+    cost: Cost | LatencyTable | None = None
+    if isinstance(options.budget, MaxLatency):
+        cost = options.budget.table
+    elif isinstance(options.budget, SizeBudget):
         shapes = {tensor: tuple(parameter.shape) for tensor, parameter in graph.model.named_parameters()}
         footprints = {layer: [place for place in graph.footprint(layer) if place[0] in shapes] for layer in values}
         cost = Cost(footprints, shapes, *macs_of_weights(graph.model, options.example_inputs))

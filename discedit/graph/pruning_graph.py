@@ -140,6 +140,10 @@ class Graph:
         gone = self._removed(chosen)
         return self.check.reduced(gone) if self.check.across(gone) else None
 
+    def smaller(self, chosen: Mapping[str, Iterable[int]]) -> nn.Module:
+        """The model without components, which no trial has compared with hiding them, and which may not run."""
+        return self.check.reduced(self._removed(chosen))
+
     def plan(self, chosen: Mapping[str, Iterable[int]]) -> tuple[list[Operation], dict[str, str]]:
         """The operations that remove components, and the layers that must stay whole after all, with reasons.
 

@@ -22,6 +22,7 @@ from discedit.model.forward import outside_inference_mode
 from discedit.model.sharded import unwrapped
 from discedit.recipes.damage import ClassDamage
 from discedit.recipes.divergences import DivergenceTable
+from discedit.recipes.latencies import LatencyTable
 from discedit.recipes.operations import (
     WITH_VALUES,
     Operation,
@@ -198,6 +199,9 @@ class Edit:
         divergences: what `prune` spent its budget by, where layers compare so; else, and of several steps, None.
         damage: what `prune` did to the answers of each class, on up to 128 samples that its repair was not fitted to;
             None without such a repair, and of several steps. On data of one's own: `class_damage`.
+        latency_before, latency_after: milliseconds of a forward pass on the example inputs, measured in turns under
+            `MaxLatency`; else None.
+        latencies: what `MaxLatency` was spent by; else, and of several steps, None.
     """
 
     model: nn.Module
@@ -210,6 +214,9 @@ class Edit:
     widths: dict[str, int] = field(default_factory=dict)
     divergences: DivergenceTable | None = None
     damage: ClassDamage | None = None
+    latency_before: float | None = None
+    latency_after: float | None = None
+    latencies: LatencyTable | None = None
     # Parameter before the edit -> its name. Weak: an edit keeps no old model alive.
     _names: WeakTensorKeyDictionary = field(
         default_factory=WeakTensorKeyDictionary, init=False, repr=False, compare=False
@@ -259,6 +266,11 @@ class Edit:
             lines.append(f"multiply-accumulates: {_change(self.macs_before, self.macs_after)}")
         if self.damage is not None:
             lines.append(str(self.damage))
+        if self.latency_before is not None and self.latency_after is not None:
+            change = 1 - self.latency_after / self.latency_before
+            lines.append(
+                f"latency: {self.latency_before:.3g} -> {self.latency_after:.3g} ms ({100 * change:.1f} % less)"
+            )
         return "\n".join(lines)
 
 

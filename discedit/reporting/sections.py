@@ -253,6 +253,7 @@ def edit(title: str, made: Edit | Recipe, scores: Scores, names: Names) -> dict[
     costs = [
         ("parameters", whole.parameters_before, whole.parameters_after),
         ("multiply-accumulates", whole.macs_before, whole.macs_after),
+        ("milliseconds", *(time and round(time, 1) for time in (whole.latency_before, whole.latency_after))),
     ] if whole else []  # fmt: skip
     rows = []
     for layer, channels in recipe.components.items():

@@ -1,6 +1,6 @@
 """What goes: importances, budgets, rankings."""
 
-from discedit.selection.budget import Budget, GlobalRatio, MaxMacs, MaxParameters, Ratio, Threshold
+from discedit.selection.budget import Budget, GlobalRatio, MaxLatency, MaxMacs, MaxParameters, Ratio, Threshold
 from discedit.selection.divergence import MeasureDivergence
 from discedit.selection.importance import Random, importances
 from discedit.selection.ranking import AboveDeviations, Limit, MaxDamage, TopFraction, TopFractionOfEach, TopK
@@ -11,6 +11,7 @@ __all__ = [
     "GlobalRatio",
     "Limit",
     "MaxDamage",
+    "MaxLatency",
     "MaxMacs",
     "MaxParameters",
     "MeasureDivergence",

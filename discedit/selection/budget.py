@@ -14,7 +14,8 @@ from torch import Tensor
 
 from discedit.common import validation
 from discedit.recipes.divergences import DivergenceTable
-from discedit.selection.divergence import MeasureDivergence, least_divergence
+from discedit.recipes.latencies import LatencyTable
+from discedit.selection.divergence import Along, MeasureDivergence, least_divergence
 
 ACROSS = ("auto", "divergence", "none", "mean", "max", "rank")
 ROUNDING = 1 + 1e-12  # keeps 0.1 * 30 from becoming 4 for one ulp
@@ -47,7 +48,7 @@ class Budget(ABC):
             validation.positive_integer("prune", f"floor[{layer!r}]" if layer else "floor", least)
 
     @abstractmethod
-    def choice(self, order: _Order, cost: Cost | None, progress: Progress) -> Choice:
+    def choice(self, order: _Order, cost: Cost | LatencyTable | None, progress: Progress) -> Choice:
         """What goes; arguments as for `choose`."""
 
     def named(self) -> Iterator[tuple[str, str]]:
@@ -66,7 +67,7 @@ class Progress:
     """How far pruning in several steps has come."""
 
     share: float = 1.0  # of the whole way, at the end of the step, in (0, 1]
-    whole: float | None = None  # parameters or multiply-accumulates before the first step; None: of what is at hand
+    whole: float | None = None  # size or latency before the first step; None: of what is at hand
     lost: Mapping[str, int] = field(default_factory=dict)  # layer -> components that earlier steps have removed
 
 
@@ -87,7 +88,7 @@ class Ratio(Budget):
         for layer, share in self.value.items():
             _check_ratio(f"ratio[{layer!r}]", share)
 
-    def choice(self, order: _Order, cost: Cost | None, progress: Progress) -> Choice:
+    def choice(self, order: _Order, cost: Cost | LatencyTable | None, progress: Progress) -> Choice:
         counts = {}
         for layer, width in order.widths.items():
             share = self.value.get(layer, 0.0) if isinstance(self.value, Mapping) else self.value
@@ -108,7 +109,7 @@ class Threshold(Budget):
         if not validation.is_number(self.value) or math.isnan(self.value):
             raise ValueError(f"prune: threshold must be a number, got {self.value!r}.")
 
-    def choice(self, order: _Order, cost: Cost | None, progress: Progress) -> Choice:
+    def choice(self, order: _Order, cost: Cost | LatencyTable | None, progress: Progress) -> Choice:
         counts = {layer: int((values < float(self.value)).sum()) for layer, values in order.values.items()}
         return order.removal(self.name, sum(counts.values()), counts)
 
@@ -134,12 +135,14 @@ class AcrossLayers(Budget):
         if not isinstance(self.across, (MeasureDivergence, DivergenceTable)):
             validation.choice("prune", "across", self.across, ACROSS)
 
-    def prefix(self, order: _Order, cost: Callable[[Mapping[str, int]], float], room: float) -> dict[str, int]:
+    def prefix(
+        self, order: _Order, cost: Callable[[Mapping[str, int]], float], room: float, along: Along | None = None
+    ) -> dict[str, int]:
         """How many components go from each layer, the fewest that leave no more than there is room for; all that may
         where that is not enough."""
         if isinstance(self.across, DivergenceTable):
             curves = {layer: self.across[layer].curve() for layer in order.widths}
-            return least_divergence(curves, order.permitted(), cost, room)
+            return least_divergence(curves, order.permitted(), cost, room, along)
 
         def fits(length: int) -> bool:
             return cost(order.allowed(order.prefix(length))) <= room
@@ -158,7 +161,7 @@ class GlobalRatio(AcrossLayers):
         super().__post_init__()
         _check_ratio("global_ratio", self.value)
 
-    def choice(self, order: _Order, cost: Cost | None, progress: Progress) -> Choice:
+    def choice(self, order: _Order, cost: Cost | LatencyTable | None, progress: Progress) -> Choice:
         lost = sum(progress.lost.values())
         whole = sum(order.widths.values()) + lost
         asked = max(0, _share_of(self.value * progress.share, whole) - lost)
@@ -186,25 +189,33 @@ class SizeBudget(AcrossLayers):
                 f"prune: {self.name} must be an integer number of {self.unit} or a share in (0, 1), got {self.value!r}."
             )
 
-    def choice(self, order: _Order, cost: Cost | None, progress: Progress) -> Choice:
+    def choice(self, order: _Order, cost: Cost | LatencyTable | None, progress: Progress) -> Choice:
         measure: Callable[[Mapping[str, int]], float] = getattr(cost, self.name)
         present = measure({})
         whole = present if progress.whole is None else progress.whole
-        number = validation.index(self.value)
-        asked = math.floor(self.value * whole * ROUNDING) if number is None else number
+        asked = self.target(whole)
         if asked < whole:
-            asked = round(whole - (whole - asked) * progress.share)
+            left = whole - (whole - asked) * progress.share
+            asked = left if isinstance(asked, float) else round(left)
         room = min(asked, present) * ROUNDING
 
-        counts = self.prefix(order, measure, room)
+        counts = self.prefix(order, measure, room, getattr(cost, "along", None))
         reached = measure(counts)
         met = reached <= room
-        message = f"{self.name}: {asked:,} asked, {round(reached):,} reached"
+        message = f"{self.name}: {self.shown(asked)} asked, {self.shown(reached)} reached"
         if present <= room:
-            message = f"{self.name}: {asked:,} asked, {round(present):,} present: nothing has to go"
+            message = f"{self.name}: {self.shown(asked)} asked, {self.shown(present)} present: nothing has to go"
         elif not met:
             message += f": {order.at_floor(order.widths)}"
         return Choice(order.removed(counts), met, asked, reached, f"{message}.")
+
+    def target(self, whole: float) -> float:
+        """How much may be left of so much."""
+        number = validation.index(self.value)
+        return math.floor(self.value * whole * ROUNDING) if number is None else number
+
+    def shown(self, size: float) -> str:
+        return f"{round(size):,}"
 
 
 @dataclass(frozen=True)
@@ -221,12 +232,49 @@ class MaxMacs(SizeBudget):
     name, unit = "macs", "multiply-accumulates"
 
 
+@dataclass(frozen=True)
+class MaxLatency(SizeBudget):
+    """So long may a forward pass on `example_inputs` take, on the device and with the threads at hand: from 1 on
+    milliseconds, or a share in (0, 1) of what the whole model takes.
+
+    What the pass calls is timed at several widths, see `LatencyTable`. Few of these are faster than all larger ones
+    (kernels like multiples of 8 or 16, and dislike odd numbers), and a layer keeps one of them.
+
+    Attributes:
+        table: of the same model and inputs, in place of measuring: `Edit.latencies` of another call.
+        progress: show a progress bar on stderr; by default only on a terminal.
+    """
+
+    _: KW_ONLY
+    table: LatencyTable | None = None
+    progress: bool | None = None
+
+    name, unit = "latency", "milliseconds"
+
+    def __post_init__(self) -> None:
+        AcrossLayers.__post_init__(self)
+        if not validation.is_number(self.value) or not 0 < self.value < math.inf:
+            raise ValueError(
+                f"prune: latency must be a number of milliseconds from 1 on or a share in (0, 1), got {self.value!r}."
+            )
+        if self.table is not None:
+            validation.instance("prune", "table", self.table, LatencyTable, "a LatencyTable")
+
+    def target(self, whole: float) -> float:
+        return float(self.value) if self.value >= 1 else self.value * whole
+
+    def shown(self, size: float) -> str:
+        return f"{size:.3g} ms"
+
+
 def budget_across(budget: Budget) -> str | MeasureDivergence | DivergenceTable:
     """How a budget compares layers; "" where it does not."""
     return budget.across if isinstance(budget, AcrossLayers) else ""
 
 
-BUDGETS: dict[str, type[Budget]] = {kind.name: kind for kind in (Ratio, GlobalRatio, Threshold, MaxParameters, MaxMacs)}
+BUDGETS: dict[str, type[Budget]] = {
+    kind.name: kind for kind in (Ratio, GlobalRatio, Threshold, MaxParameters, MaxMacs, MaxLatency)
+}
 
 
 def budget_of(op: str, budget: Budget | None, given: Mapping[str, Any]) -> Budget:
@@ -252,7 +300,7 @@ class Choice:
 
     removed: dict[str, list[int]]  # layer -> indices in ascending order; of a layer that stays whole, none
     met: bool  # False where all that the limits let go was not enough. What `Budget.round_to` rounds away is no failure
-    asked: float  # how many may be left of `MaxParameters` and `MaxMacs`; of the others, how many components were to go
+    asked: float  # what may be left, of a `SizeBudget`; of the others, how many components were to go
     reached: float  # the same, as it is
     message: str  # the same in words, and why where it was not met
 
@@ -301,7 +349,7 @@ def choose(
     importances: Mapping[str, Tensor],
     budget: Budget,
     *,
-    cost: Cost | None = None,
+    cost: Cost | LatencyTable | None = None,
     few: Collection[str] = (),
     progress: Progress = Progress(),
 ) -> Choice:
@@ -314,7 +362,7 @@ def choose(
 
     Args:
         importances: layer -> (components,), floating point, compared in float64; higher = keep. May be infinite.
-        cost: what is left of the model, for `MaxParameters` and `MaxMacs`.
+        cost: what is left of the model, for `MaxParameters` and `MaxMacs`; for `MaxLatency` a table.
         few: layers whose components are few and large, such as heads: of these, `Ratio` removes the nearest number.
 
     Raises:
@@ -331,7 +379,8 @@ def choose(
                 f"at component {int(nan.nonzero()[0, 0])}."
             )
         values[layer] = normalised(layer, given.detach().double(), across).cpu()
-    return budget.choice(_Order(values, budget, few), cost, progress)
+    table = cost if isinstance(cost, LatencyTable) else None
+    return budget.choice(_Order(values, budget, few, table), cost, progress)
 
 
 def normalised(layer: str, values: Tensor, how: str) -> Tensor:
@@ -363,11 +412,19 @@ def normalised(layer: str, values: Tensor, how: str) -> Tensor:
 class _Order:
     """The components that the limits let go, in ascending order of importance, within and across layers."""
 
-    def __init__(self, values: Mapping[str, Tensor], budget: Budget, few: Collection[str]) -> None:
+    def __init__(
+        self, values: Mapping[str, Tensor], budget: Budget, few: Collection[str], latencies: LatencyTable | None = None
+    ) -> None:
         self.values, self.few, self.multiple = values, few, budget.round_to
         self.widths = {layer: len(of_layer) for layer, of_layer in values.items()}
         floors = budget.floor if isinstance(budget.floor, Mapping) else dict.fromkeys(self.widths, budget.floor)
         self.floor = {layer: floors.get(layer, 1) for layer in self.widths}
+        # Of some layers these numbers alone may go, ascending from 0.
+        self.numbers: dict[str, list[int]] = {}
+        if latencies is not None:
+            for layer, width in self.widths.items():
+                fast = [n for n in latencies.worthwhile(layer) if width - n >= self.floor[layer]]
+                self.numbers[layer] = [0, *(n for n in fast if n and (width - n) % self.multiple == 0)]
         self.most = self.allowed(self.widths)
         self.indices = {layer: of_layer.argsort(stable=True) for layer, of_layer in values.items()}
         lowest = [values[layer][self.indices[layer][:most]] for layer, most in self.most.items()]
@@ -389,6 +446,8 @@ class _Order:
             stay = max(self.widths[layer] - count, self.floor[layer])
             stay += -stay % self.multiple
             allowed[layer] = max(0, self.widths[layer] - stay)
+            if layer in self.numbers:
+                allowed[layer] = self.numbers[layer][bisect.bisect_right(self.numbers[layer], allowed[layer]) - 1]
         return allowed
 
     def permitted(self) -> dict[str, list[int]]:

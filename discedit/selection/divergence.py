@@ -20,6 +20,8 @@ LEAST_PRICE, MOST_PRICE = 1e-9, 1e12  # of the whole cost, in divergence
 TRIALS = 128
 LEAST_SAMPLES, MOST_SAMPLES, WORK = 64, 512, 1e13  # multiply-accumulates of all trials
 LEVELS = 5  # trials of a layer, at most: more told no more on CIFAR-10
+# What is saved of a cost where so many of a layer's components go, for several numbers, and of others what is given.
+Along = Callable[[Mapping[str, int], str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def least_divergence(
     permitted: Mapping[str, Sequence[int]],
     cost: Callable[[Mapping[str, int]], float],
     room: float,
+    along: Along | None = None,
 ) -> dict[str, int]:
     """How many components go from each layer so that the cost of what is left fits and the output diverges least.
 
@@ -103,6 +106,7 @@ def least_divergence(
         permitted: layer -> the numbers that may go, ascending, 0 first.
         cost: of what is left when so many go; never grows with them.
         room: for it. Where all that may go is not enough, all goes.
+        along: what one layer saves; by default a line.
     """
     most = {layer: numbers[-1] for layer, numbers in permitted.items()}
     if cost(most) > room:
@@ -111,21 +115,24 @@ def least_divergence(
     losses = {layer: curves[layer][those] for layer, those in numbers.items()}
     whole = cost({}) or 1.0
 
+    def line(gone: Mapping[str, int], layer: str, those: Tensor) -> Tensor:
+        return (cost({**gone, layer: 0}) - cost({**gone, layer: most[layer]})) / most[layer] * those
+
     def settled(price: float, start: Mapping[str, int]) -> dict[str, int]:
         gone = dict(start)
         for _ in range(ROUNDS):
             before = dict(gone)
             for layer, those in numbers.items():
                 if most[layer]:
-                    saved = (cost({**gone, layer: 0}) - cost({**gone, layer: most[layer]})) / most[layer]
-                    best = (losses[layer] - price * saved / whole * those).argmin()
+                    saved = (along or line)(gone, layer, those)
+                    best = (losses[layer] - price / whole * saved).argmin()
                     gone[layer] = int(those[best])
             if gone == before:
                 break
         return gone
 
     high = 1.0
-    found = settled(high, {})
+    found = settled(high, dict.fromkeys(curves, 0))
     while cost(found) > room and high < MOST_PRICE:
         high *= 8
         found = settled(high, found)
