@@ -393,7 +393,8 @@ def markdown(log: Log) -> str:
     """benchmarks/prune.md, from what was measured."""
     machines = sorted({entry["machine"] for entry in log.entries.values()})
     text = (
-        "# Structured pruning without training\n\nWritten by `python -m benchmarks.bench_prune --write`; do not edit.\n"
+        "# Structured pruning without training\n\nWritten by `python -m benchmarks.bench_prune --write`; do not edit. What "
+        "single classes lose is in [classes.md](classes.md).\n"
     )
     for title, note, header, rows in sections(log):
         lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
