@@ -1,7 +1,7 @@
 """Structured pruning without training: every criterion, every repair, rivals, budgets, latency, time.
 
     python -m benchmarks.bench_prune --parts goals few latency budget time --write  # the figures of the README: minutes
-    python -m benchmarks.bench_prune --parts read across table --write --plot       # what the defaults rest on: hours
+    python -m benchmarks.bench_prune --parts read across heads table --write --plot    # what defaults rest on: hours
 
 Calibration on the first 2,500 training images, accuracy on 5,000 test images (mean over classes), no fine-tuning. What
 is measured is kept in benchmarks/prune.json, one entry per run with the commit that it was measured at, and
@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import copy
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -47,6 +50,7 @@ from discedit import (
     score,
     zoo,
 )
+from discedit.editing import attention_basis
 from discedit.evaluation.evaluate import accuracy_per_class
 from discedit.model.size import count_macs
 
@@ -61,7 +65,7 @@ RIVALS = ("chip", "tvsprune", "tp magnitude", "tp taylor", "tp hessian", "tp bn_
 # Published without fine-tuning: share of parameters removed -> points lost (TVSPrune and CHIP: tables of TVSPrune).
 PUBLISHED = {"resnet56": 0.123, "resnet20": 0.071}
 PER_CLASS = 64
-PARTS = ("goals", "few", "latency", "budget", "time", "read", "across", "table")
+PARTS = ("goals", "few", "latency", "budget", "time", "read", "across", "heads", "table")
 OF_READERS = ("energy", "reconstruction", "combined", "fidelity")
 OF_CLASSES = ("max", "mean", "min", "pairwise_min")
 PLACES = ("norm", "consumer")
@@ -209,6 +213,69 @@ def across(bench: Bench, log: Log, only: Sequence[str] = ()) -> None:
             log.measure(f"{bench.name}|across|{criterion}|{how}|{left}", partial(run, how, left))
 
 
+INSIDE = {"qk": ["qk"], "vo": ["vo"], "both": ["qk", "vo"]}  # heads
+WHOLE = ["neurons", "heads"]
+
+
+def inside_heads(bench: Bench, log: Log) -> None:
+    """Dimensions within heads, in the basis where few of them count or, of each head, the axes of the largest weights;
+    and beside neurons and whole heads in one budget."""
+    if bench.name != "vit":
+        return
+    for ratio, (name, kinds), basis in product((0.5, 0.75), INSIDE.items(), ("balanced", "axes")):
+
+        def alone(ratio: float = ratio, kinds: list[str] = kinds, basis: str = basis) -> dict[str, Any]:
+            with along_axes(bench.model) if basis == "axes" else nullcontext(bench.model) as model:
+                options = {"example_inputs": bench.example, "data": bench.train, "components": kinds}
+                return outcome(bench, prune(model, ratio=ratio, **options))
+
+        log.measure(f"{bench.name}|heads|{name}|{basis}|ratio {ratio}", alone)
+    for name, kinds in (("neurons, heads", WHOLE), ("neurons, heads, qk, vo", [*WHOLE, *INSIDE["both"]])):
+        table: DivergenceTable | None = None
+
+        def together(left: float, kinds: list[str] = kinds) -> dict[str, Any]:
+            nonlocal table
+            given = {"budget": MaxMacs(left, across=table)} if table else {"macs": left}
+            edit = bench.prune(scores=None, components=kinds, **given)
+            table = edit.divergences
+            return outcome(bench, edit)
+
+        for left in (0.7, 0.5, 0.3):
+            log.measure(f"{bench.name}|heads|{name}|divergence|macs {left}", partial(together, left))
+
+
+@contextmanager
+def along_axes(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with the axes of each head in the order of the norms of their weights (of both sides, multiplied), in
+    which `prune` takes them meanwhile."""
+    sorted_model = copy.deepcopy(model)
+    for module in sorted_model.modules():
+        if {"q_proj", "k_proj", "v_proj", "o_proj"} <= {name for name, _ in module.named_children()}:
+            with torch.no_grad():
+                _sort_axes(module)
+
+    def as_they_are(first: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        eye = torch.eye(first.shape[-1], dtype=first.dtype).expand_as(first)
+        return eye, eye, torch.arange(first.shape[-1], 0, -1, dtype=first.dtype).expand(first.shape[:2])
+
+    with mock.patch.object(attention_basis, "balanced_pair", as_they_are):
+        yield sorted_model
+
+
+def _sort_axes(attention: Any) -> None:
+    heads = attention.num_attention_heads
+    for givers, last in ((("q_proj", "k_proj"), None), (("v_proj",), attention.o_proj)):
+        layers = [getattr(attention, name) for name in givers]
+        norms = [layer.weight.square().sum(1) for layer in layers] + ([last.weight.square().sum(0)] if last else [])
+        size = torch.stack(norms).prod(0).view(heads, -1)
+        order = size.argsort(1, descending=True) + size.shape[1] * torch.arange(heads)[:, None]
+        for layer in layers:
+            layer.weight.copy_(layer.weight[order.flatten()])
+            layer.bias.copy_(layer.bias[order.flatten()])
+        if last is not None:
+            last.weight.copy_(last.weight[:, order.flatten()])
+
+
 def latency(bench: Bench, log: Log) -> None:
     """Time of the smaller model over that of the whole one, in turns, beside the share of multiply-accumulates left."""
     x = bench.train[0][0][:64]
@@ -329,6 +396,17 @@ def rows_of(log: Log, part: str, columns: list[str]) -> list[list[str]]:
     return found
 
 
+def section_of_heads(log: Log) -> tuple[str, str, list[str], list[list[str]]]:
+    return (
+        "Dimensions within heads",
+        "Of queries and keys (`qk`) and of values (`vo`), least squares: half or three quarters of each layer's in "
+        "the basis where few of them count (`balanced`), and with the same repair those of each head's axes that "
+        "have the smallest weights (`axes`); and in one budget with neurons and heads.",
+        ["model", "components", "how", "budget", "parameters removed", "macs removed", "points lost"],
+        rows_of(log, "heads", ["parameters removed", "macs removed", "drop"]),
+    )
+
+
 def sections(log: Log) -> list[tuple[str, str, list[str], list[list[str]]]]:
     """Of benchmarks/prune.md: title, note, header and rows."""
     return [
@@ -375,6 +453,7 @@ def sections(log: Log) -> list[tuple[str, str, list[str], list[list[str]]]]:
             ["model", "criterion", "across", "macs left", "parameters removed", "points lost"],
             rows_of(log, "across", ["parameters removed", "drop"]),
         ),
+        section_of_heads(log),
         (
             "Every criterion and repair",
             "Points of accuracy lost when the same share of each layer goes. `tp`: importances of torch-pruning 1.6.1 "
@@ -393,8 +472,8 @@ def markdown(log: Log) -> str:
     """benchmarks/prune.md, from what was measured."""
     machines = sorted({entry["machine"] for entry in log.entries.values()})
     text = (
-        "# Structured pruning without training\n\nWritten by `python -m benchmarks.bench_prune --write`; do not edit. What "
-        "single classes lose is in [classes.md](classes.md).\n"
+        "# Structured pruning without training\n\nWritten by `python -m benchmarks.bench_prune --write`; do not edit. "
+        "What single classes lose is in [classes.md](classes.md).\n"
     )
     for title, note, header, rows in sections(log):
         lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
@@ -457,6 +536,7 @@ def main() -> None:
                     "table": partial(table, only=options.criteria),
                     "read": read,
                     "across": partial(across, only=options.criteria),
+                    "heads": inside_heads,
                     "latency": latency,
                     "budget": latency_budget,
                     "time": duration,

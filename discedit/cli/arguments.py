@@ -21,7 +21,7 @@ from discedit.editing.prune import OUTPUTS, REPAIRS
 from discedit.editing.row_operations import AROUND
 from discedit.editing.unlearn import METHODS
 from discedit.evaluation.evaluate import METRICS
-from discedit.graph.pruning_graph import KINDS
+from discedit.graph.pruning_graph import INNER, KINDS
 from discedit.moments.moments import READS
 from discedit.selection.budget import ACROSS
 from discedit.selection.importance import CRITERIA
@@ -239,7 +239,7 @@ PRUNE = on_model(
     option("--latency", amount, metavar="N", help="the same for milliseconds that one sample takes here"),
     option("--criterion", ("auto", *CRITERIA), "auto", "of importance"),
     option("--repair", REPAIRS, "auto", "what follows the removal"),
-    option("--components", names, "filters,neurons,heads", f"all, or of {', '.join((*KINDS, OUTPUTS))}"),
+    option("--components", names, "filters,neurons,heads", f"all, or of {', '.join((*KINDS, *INNER, OUTPUTS))}"),
     option("--across", across, "auto", f"how layers compare: {', '.join(ACROSS)}, or a file of divergences"),
     option("--trials", COUNT, help="of divergence, at most (default 128)"),
     option("--round-to", COUNT, 1, "what stays in a layer is a multiple of N"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discedit.graph.hiding import hide
+from discedit.graph.hiding import hide, zero_rows
 from discedit.graph.pruning_graph import Components, Graph
 from discedit.model.forward import call, device_of, first_tensor, frozen_eval, hooked, index_samples, map_tensors
 from discedit.model.replay import Replay
@@ -111,6 +111,12 @@ class _Trials:
         layout = _fastest_layout(self.trace.model, inputs[0])
         self.model, self.order = self.trace.model, self.trace.order
         self.readers = {layer: [name for name, _ in graph.consumers({layer: [0]})] for layer in layers}
+        # From which module on it is run again: the first that reads what goes, or gives queries, which nothing reads.
+        self.starts: dict[str, str] = {}
+        for layer, names in self.readers.items():
+            queries = [name.rpartition(".")[0] for name in graph.queries({layer: [0]})]
+            if names or queries:
+                self.starts[layer] = min([*names, *queries], key=self.order.__getitem__)
         wanted = {name for names in self.readers.values() for name in names if self._can_fit(name)}
         self.fits = fits_of(trace.model, wanted, inputs, trace)
         self.replays, self.samples = [], 0
@@ -130,8 +136,8 @@ class _Trials:
         self.size = sum(_divergence(torch.zeros_like(output), output) for output in self.expected)
 
     def in_order(self, layers: Mapping[str, Components]) -> list[str]:
-        """By what is run again: the first layer that reads what goes."""
-        return sorted(layers, key=lambda layer: min((self.order[name] for name in self.readers[layer]), default=0))
+        """By what is run again."""
+        return sorted(layers, key=lambda layer: self.order[self.starts[layer]] if layer in self.starts else 0)
 
     def _can_fit(self, name: str) -> bool:
         once = self.trace.runs.get(name) == 1
@@ -150,7 +156,7 @@ class _Trials:
             with frozen_eval(across):
                 found = [first_tensor(call(across, replay.inputs)) for replay in self.replays]
             outputs = [output for output in found if output is not None]
-        elif self.readers[layer]:
+        elif layer in self.starts:
             with self._repaired(layer, gone):
                 outputs = self._outputs()
         else:
@@ -161,8 +167,7 @@ class _Trials:
     @contextmanager
     def _repaired(self, layer: str, gone: list[int]) -> Iterator[None]:
         """The copy with components hidden from the layers that read them, which are fitted to what is left."""
-        readers = self.graph.consumers({layer: gone})
-        start = min((name for name, _ in readers), key=self.order.__getitem__)
+        readers, start = self.graph.consumers({layer: gone}), self.starts[layer]
         with frozen_eval(self.model):
             for replay in self.replays:
                 if replay.start != start:
@@ -173,7 +178,8 @@ class _Trials:
             for name, channels in readers:
                 if name in self.fits:
                     self._fit(repairs, name, channels)
-            with hooked([hide(self.model.get_submodule(name), channels) for name, channels in hidden]):
+            handles = [hide(self.model.get_submodule(name), channels) for name, channels in hidden]
+            with hooked(handles), zero_rows(self.model, self.graph.queries({layer: gone})):
                 yield
         finally:
             for name in repairs.layers:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from discedit.common import validation
 from discedit.common.warning import warn
+from discedit.editing.attention_basis import balanced
 from discedit.editing.divergence import measured_divergences
 from discedit.editing.latency import latencies, measured_latencies
-from discedit.graph.pruning_graph import KINDS, Components, Graph
+from discedit.graph.pruning_graph import INNER, KINDS, Components, Graph
 from discedit.model.forward import outside_modes
 from discedit.model.sharded import unwrapped
 from discedit.model.size import count_macs, count_parameters, macs_of_weights
@@ -25,7 +26,7 @@ from discedit.moments.class_samples import class_samples, logits_of
 from discedit.recipes.damage import ClassDamage
 from discedit.recipes.divergences import DivergenceTable
 from discedit.recipes.latencies import LatencyTable
-from discedit.recipes.recipe import Edit, Recipe, compose_edits, record
+from discedit.recipes.recipe import Edit, Recipe, compose_edits, copied, record
 from discedit.repair import batchnorm
 from discedit.repair.compensation import compensated
 from discedit.repair.least_squares import repaired, take_back, warning_if_worse
@@ -124,7 +125,9 @@ def prune(
         repair: in closed form: "least_squares", "mean", "compensation", "batchnorm", "none"; "auto": "least_squares"
             when data is given, else "none".
         components: one or several of "filters", "neurons", "heads", "stream" (channels to which several layers add), or
-            "all"; and "outputs": what the model gives beside its logits may lose channels.
+            "all"; and of "qk", "vo" (dimensions within heads: of queries and keys, of values and what reads them, in
+            the basis where few of them count, which needs data) and "outputs": what the model gives beside its logits
+            may lose channels.
         layers, ignore: names of layers to prune, by default all that can be; of layers to leave whole.
         protect: class -> how often its samples count in all that is made of `data`, such as ``{3: 4.0}``; 1 for others.
 
@@ -182,7 +185,10 @@ def iterative_prune(
         validation.instance(op, "rescore", rescore, Callable, "a function of a model")  # type: ignore[arg-type]
     if rescore is not None and steps == 1:
         raise ValueError(f"{op}: rescore needs steps above 1, got steps=1.")
-    return _in_steps(model, scores, _Options.of(example_inputs=example_inputs, **options), steps, rescore)
+    checked = _Options.of(example_inputs=example_inputs, **options)
+    if steps > 1 and checked.inner:
+        raise ValueError(f"{op}: components={checked.inner[0]!r} needs steps=1, got steps={steps}.")
+    return _in_steps(model, scores, checked, steps, rescore)
 
 
 @dataclass(frozen=True)
@@ -210,7 +216,13 @@ class _Options:
         # It is read by the criterion, by the repair and in every step, and an iterator ends after the first.
         known["data"] = list(data) if isinstance(data, Iterator) else data
         known["budget"] = budget_of("prune", known["budget"], given)
-        known["components"] = kinds_of("prune", known["components"], (*KINDS, OUTPUTS))
+        known["components"] = kinds_of("prune", known["components"], (*KINDS, *INNER, OUTPUTS))
+        inner = [kind for kind in INNER if kind in known["components"]]
+        if inner and data is None:
+            raise ValueError(
+                f"prune: components={inner[0]!r} needs data to find the basis in which dimensions of heads go, got "
+                "data=None."
+            )
         known["layers"] = None if layers is None else validation.names("prune", "layers", layers)
         known["ignore"] = validation.names("prune", "ignore", known["ignore"])
         _check_protection(known["protect"], known["data"])
@@ -275,6 +287,17 @@ class _Options:
         return replace(budget, across=across) if isinstance(budget, AcrossLayers) else budget
 
     @property
+    def inner(self) -> tuple[str, ...]:
+        """Kinds of dimensions within heads."""
+        return tuple(kind for kind in INNER if kind in self.components)
+
+    @property
+    def takes_samples(self) -> bool:
+        """Whether something is estimated on samples."""
+        estimates = self.repair in SAMPLED or self.criterion in OF_CONSUMERS
+        return estimates or self.measures or bool(self.inner)
+
+    @property
     def measures(self) -> bool:
         """Whether trials measure what layers are worth."""
         return isinstance(budget_across(self.budget), MeasureDivergence)
@@ -311,8 +334,9 @@ def _in_steps(
     current = model = unwrapped(model)
     budget, inputs = options.budget, options.example_inputs
     candidates = Candidates.of("prune", model, scores)
-    options.settled(candidates)
-    candidates.chosen("prune", options.layers)
+    if not options.inner:  # whose names are not known yet
+        options.settled(candidates)
+        candidates.chosen("prune", options.layers)
     try:
         macs = count_macs(model, inputs)
     except Exception as error:  # of the model, whatever it is
@@ -358,26 +382,27 @@ def _note_latency(model: nn.Module, edit: Edit, budget: MaxLatency, inputs: Any)
 
 
 def _once(model: nn.Module, candidates: Candidates, options: _Options, progress: Progress) -> _Step:
-    op, options = "prune", options.settled(candidates)
-    known = candidates.chosen(op, options.layers)
+    op, whole = "prune", model
+    model = copied(model) if options.inner else model  # to which the basis of heads is written
     graph = Graph(op, model, options.example_inputs, keep_outputs=OUTPUTS not in options.components)
-    # Scores leave the head out; without them it would be a candidate, and its components are the classes.
-    whole = [*options.ignore, *([graph.trace.head] if candidates.unscored and options.layers is None else [])]
-    chosen = [layer for layer in known if layer not in whole]
-    heads = {layer for layer in chosen if isinstance(model.get_submodule(layer), nn.MultiheadAttention)}
-    skipped = why_not_editable(graph.network.slots, (layer for layer in chosen if layer not in heads))
-    found, unfit = graph.find([layer for layer in chosen if layer not in skipped], options.components)
-    skipped |= unfit
+    inside, unfit = graph.look_inside(options.inner) if options.inner else ({}, {})
+    candidates = candidates.beside({**inside, **dict.fromkeys(unfit, 0)})
+    options = options.settled(candidates)
+    chosen, found, skipped = _found(candidates, options, graph, unfit)
     inputs: Any = None
     further: Any = None
     trace = ModelTrace(model)
-    samples = options.repair in SAMPLED
-    if options.data is not None and (samples or options.measures or options.criterion in OF_CONSUMERS):
-        inputs, trace, further = calibrated(op, trace, options.data, further=samples)
+    if options.data is not None and options.takes_samples:
+        inputs, trace, further = calibrated(op, trace, options.data, further=options.repair in SAMPLED)
     values: dict[str, Tensor] = {}
     unjudged: dict[str, str] = {}
     if not isinstance(budget_across(options.budget), DivergenceTable):
-        values, unjudged = component_importances(candidates, options.criterion, graph, found, inputs, trace)
+        layers = {layer: parts for layer, parts in found.items() if layer not in inside}
+        values, unjudged = component_importances(candidates, options.criterion, graph, layers, inputs, trace)
+    inner = [layer for layer in found if layer in inside]
+    basis = balanced(op, graph, inner, inputs or (), around_mean=options.repair != "none")
+    graph.write(basis.tensors(inner))
+    values |= basis.importances
     options, values, failed = _compared(options, graph, found, values, unjudged, (inputs, trace))
     skipped |= {layer: why for layer, why in failed.items() if layer in chosen}
     found = {layer: parts for layer, parts in found.items() if layer not in failed}
@@ -398,7 +423,11 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
         found = {layer: parts for layer, parts in found.items() if layer not in failed}
     rows = {layer: sorted(r for i in choice.removed[layer] for r in parts.rows[i]) for layer, parts in found.items()}
     settings = _described(candidates, options, choice, unjudged)
-    edit = Recipe("prune", settings, rows, graph.network.slots.architecture, operations).apply(model)
+    moved = [name for name in basis.parts if choice.removed.get(name)]
+    graph.write(basis.tensors(moved))  # where nothing goes, all stays as it was
+    changes, tensors = basis.operations(moved)
+    recipe = Recipe("prune", settings, rows, graph.network.slots.architecture, [*changes, *operations], tensors)
+    edit = recipe.apply(whole)
     _repair(edit, graph, choice, options, (inputs, further, trace))
     edit.skipped = {layer: skipped[layer] for layer in chosen if layer in skipped}
     edit.widths = {layer: candidates.widths[layer] for layer in rows}
@@ -407,6 +436,26 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     edit.latencies = options.budget.table if isinstance(options.budget, MaxLatency) else None
     graph.warn_of_unseen(choice.removed)
     return _Step(edit, choice)
+
+
+def _found(
+    candidates: Candidates, options: _Options, graph: Graph, unfit: Mapping[str, str]
+) -> tuple[list[str], dict[str, Components], dict[str, str]]:
+    """The layers to look at, the components of those that have some, and why others have none.
+
+    Args:
+        unfit: attention whose heads cannot lose dimensions, with the reason.
+    """
+    known = candidates.chosen("prune", options.layers)
+    # Scores leave the head out; without them it would be a candidate, and its components are the classes.
+    whole = [*options.ignore, *([graph.trace.head] if candidates.unscored and options.layers is None else [])]
+    chosen = [layer for layer in known if layer not in whole]
+    skipped = {layer: unfit[layer] for layer in chosen if layer in unfit}
+    layers = (layer for layer in chosen if layer not in skipped and layer not in graph.inner)
+    edited = (layer for layer in layers if not isinstance(graph.model.get_submodule(layer), nn.MultiheadAttention))
+    skipped |= why_not_editable(graph.network.slots, edited)
+    found, without = graph.find([layer for layer in chosen if layer not in skipped], options.components)
+    return chosen, found, skipped | without
 
 
 def _compared(
@@ -478,9 +527,12 @@ def _chosen(
     if isinstance(options.budget, MaxLatency):
         cost = options.budget.table
     elif isinstance(options.budget, SizeBudget):
-        shapes = {tensor: tuple(parameter.shape) for tensor, parameter in graph.model.named_parameters()}
-        footprints = {layer: [place for place in graph.footprint(layer) if place[0] in shapes] for layer in values}
-        cost = Cost(footprints, shapes, *macs_of_weights(graph.model, options.example_inputs))
+        shapes: dict[str, tuple[int, ...]] = {
+            tensor: tuple(parameter.shape) for tensor, parameter in graph.model.named_parameters()
+        }
+        macs, others = macs_of_weights(graph.model, options.example_inputs)
+        footprints = graph.footprints_of(values, shapes, macs)
+        cost = Cost(footprints, shapes, macs, others)
     heads = {layer for layer, components in found.items() if components.kind == "heads"}
     return choose(values, options.budget, cost=cost, few=heads, progress=progress)
 
@@ -496,6 +548,7 @@ def _repair(
     op, compensates = "prune", options.repair == "compensation"
     inputs, further, trace = calibration
     readers, producers = dict(graph.consumers(choice.removed)), graph.producers(choice.removed)
+    readers |= {name: [] for name in graph.behind_queries(choice.removed) if name not in readers}
     parts, held_out = kept_back(op, inputs, further)
     with warning_if_worse(op, trace, edit.model, held_out) as outputs:
         if compensates:

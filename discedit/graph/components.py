@@ -31,8 +31,8 @@ class Components:
     Attributes:
         layer: the layer that the scores name.
         kind: "filters" (of a convolution), "neurons" (of a linear layer), "heads" (of attention), "stream" (channels to
-            which several layers add).
-        rows: for each component the output rows of `layer` that make it up.
+            which several layers add); "qk", "vo" (dimensions within heads: of queries and keys, of values).
+        rows: for each component the output rows of `layer` that make it up; of dimensions within heads, its number.
         layers: all layers that produce these channels, `layer` among them.
         followers: other layers whose rows go with them: depthwise convolutions, queries and keys of heads.
     """

@@ -26,7 +26,7 @@ from discedit.model.trace import width_of
 _Probe = tuple[Key, int]  # one of the channels there
 _Reached = Mapping[_Probe, Mapping[str, list[int]]]  # and the input channels of layers that it reaches
 _JOINT = ("all_head_size", "attn_dim", "inner_dim", "val_attn_dim")  # attributes that are the heads' width together
-_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads")  # and that count them
+COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads")  # and that count them
 _SHAPES = re.compile("(Unsafe)?(View|Reshape|Flatten|Transpose|Permute|Squeeze|Unsqueeze|Clone)")
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of a MultiheadAttention
 
@@ -284,7 +284,7 @@ class HeadFinder:
 
 
 def head_attributes(network: Network, heads: Heads, gone: int) -> dict[tuple[str, str], tuple[Any, Any]]:
-    """Counts of heads and their joint width, kept by the attention's module or those in it."""
+    """Counts of heads and their joint width, in the attention's module or those in it; without so many channels."""
     names = [name for name, role in heads.members[0] if not isinstance(role, int)]
     common = innermost_module([*names, f"{heads.place}."] if heads.layer == heads.place else names)
     count = len(heads.members)
@@ -307,7 +307,7 @@ def head_attributes(network: Network, heads: Heads, gone: int) -> dict[tuple[str
 def _count_of_heads(module: nn.Module) -> int:
     if isinstance(module, nn.MultiheadAttention) and why_not_explicit(module):
         return 0
-    counts = [vars(module).get(name) for name in _COUNTS]
+    counts = [vars(module).get(name) for name in COUNTS]
     return next((count for count in counts if type(count) is int and count > 1), 0)
 
 

@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from discedit.graph.heads import Heads
+from discedit.graph.inner_dimensions import Projections
 from discedit.graph.network import OUTPUT, Key, Members, Network, channel_axis, groups_of, kept_indices
 from discedit.graph.removal import operations_of
 from discedit.model.forward import call, frozen_eval, hooked, map_tensors, tensors_in
@@ -47,10 +49,18 @@ class RemovalCheck:
     def __init__(self, network: Network, heads: Sequence[Heads], doubtful: Mapping[str, Mapping[str, str]]) -> None:
         self.network, self.heads, self.doubtful = network, heads, doubtful
         self.trains = network.trace.training is not None
+        self.plain: list[Projections] = []  # attention whose heads can lose dimensions
 
     def operations(self, gone: Mapping[Key, list[int]]) -> list[Operation]:
         """What removes channels."""
-        return operations_of(self.network, self.heads, gone)
+        return operations_of(self.network, self.heads, gone, self.plain)
+
+    def queries(self, gone: Mapping[Key, list[int]]) -> dict[str, list[int]]:
+        """Tensors of queries, with the rows that go: with zeros there, neither they nor their keys count."""
+        found: dict[str, list[int]] = {}
+        for projections in self.plain:
+            found |= projections.queries(self.network.model, gone)
+        return found
 
     def trial(self, gone: Mapping[Key, list[int]]) -> tuple[list[Operation], str]:
         """The operations that remove channels, and what is wrong with them; nothing is, when it is empty."""
@@ -78,7 +88,9 @@ class RemovalCheck:
 
     def reduced(self, gone: Mapping[Key, list[int]]) -> nn.Module:
         """A smaller model; it shares the parameters that stay whole."""
-        return reduced(self.network.original, self.operations(gone))
+        # With the numbers that modules keep of channels, where it does not run without.
+        operations, _ = self.trial(gone)
+        return reduced(self.network.original, operations or self.operations(gone))
 
     def reshapes(self, part: Members) -> str:
         """Which output of the model one component less would change the shape of; empty when none."""
@@ -94,7 +106,7 @@ class RemovalCheck:
         """A smaller model, what it gives, and the shapes that some modules in it read, call by call; None where the
         first argument is no tensor."""
         # Of the model that is hidden from too: both give the same digits where they do the same.
-        smaller = reduced(self._reference.model, operations)
+        smaller = reduced(self.reference.model, operations)
         shapes: dict[str, list[Any]] = {name: [] for name in names}
 
         def note(seen: list[Any], _: nn.Module, args: tuple[Any, ...]) -> None:
@@ -102,7 +114,7 @@ class RemovalCheck:
 
         modules = ((smaller.get_submodule(name), seen) for name, seen in shapes.items())
         with hooked([module.register_forward_pre_hook(partial(note, seen)) for module, seen in modules]):
-            return smaller, _outputs(smaller, self._reference.inputs, self.trains), shapes
+            return smaller, _outputs(smaller, self.reference.inputs, self.trains), shapes
 
     def _difference(
         self, removed: Mapping[str, Tensor], hidden: Mapping[str, Tensor], gone: Mapping[Key, list[int]]
@@ -112,14 +124,14 @@ class RemovalCheck:
             tensor = self._left_of(place, whole, removed[place].shape, gone)
             if tensor is None:
                 return self.network.reshaped(place)
-            if not is_close(tensor, removed[place], self._reference.tolerance) and place not in self._random:
+            if not is_close(tensor, removed[place], self.reference.tolerance) and place not in self._random:
                 which = "" if place == self.network.main else f" (the model's {place} differs)"
                 return f"removing its channels is not the same as hiding them from the layers that read them{which}"
         return ""
 
     def _reshapes(self, after: Mapping[str, Tensor]) -> str:
         """Which output is another than the model's in its shape; empty when none."""
-        before = self._reference.outputs
+        before = self.reference.outputs
         changed = [p for p in before if p not in after or (self.network.stays(p) and before[p].shape != after[p].shape)]
         return self.network.reshaped(changed[0]) if changed or len(before) != len(after) else ""
 
@@ -132,7 +144,7 @@ class RemovalCheck:
             narrowed: what works across channels, as norms do: its name, its twin in the smaller model, which works on
                 the channels that are left, these, and the shapes that the twin read.
         """
-        model, handles = self._reference.model, []
+        model, handles = self.reference.model, []
         for (name, role), lost in gone.items():
             if role == "in":
                 handles.append(hide(model.get_submodule(name), lost))
@@ -140,8 +152,8 @@ class RemovalCheck:
             module = model.get_submodule(name)
             narrow = _narrowing(module, smaller, lost, iter(shapes))
             handles.append(module.register_forward_hook(narrow, with_kwargs=True))
-        with hooked(handles):
-            return _outputs(model, self._reference.inputs, self.trains)
+        with hooked(handles), zero_rows(model, self.queries(gone)):
+            return _outputs(model, self.reference.inputs, self.trains)
 
     def across(self, gone: Mapping[Key, list[int]]) -> dict[str, list[int]]:
         """Modules that may normalise across the channels that they lose, with these: norms, and what has no parts."""
@@ -193,7 +205,7 @@ class RemovalCheck:
         ]
 
     @cached_property
-    def _reference(self) -> _Reference:
+    def reference(self) -> _Reference:
         network = self.network
         try:
             # In float64, where what is the same differs by rounding alone, far below 1e-9. A model that insists on its
@@ -207,7 +219,7 @@ class RemovalCheck:
     @cached_property
     def _random(self) -> set[str]:
         """Outputs in train mode that chance changes, so that their values show nothing."""
-        first, second = (_outputs(self._reference.model, self._reference.inputs, True, seed) for seed in (0, 1))
+        first, second = (_outputs(self.reference.model, self.reference.inputs, True, seed) for seed in (0, 1))
         same = {place for place, tensor in first.items() if is_close(tensor, second.get(place), 1e-9)}
         return {place for place in first if place.endswith(IN_TRAINING) and place not in same}
 
@@ -251,6 +263,24 @@ def hide(module: nn.Module, channels: list[int]) -> RemovableHandle:
         return (*map(without, args[:several]), *args[several:]), named
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@contextmanager
+def zero_rows(model: nn.Module, rows: Mapping[str, list[int]]) -> Iterator[None]:
+    """With zeros in some rows of parameters."""
+    saved = []
+    with torch.no_grad():
+        for name, those in rows.items():
+            tensor, index = model.get_parameter(name), torch.tensor(those)
+            index = index.to(tensor.device)
+            saved.append((tensor, index, tensor[index]))
+            tensor[index] = 0
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, index, values in saved:
+                tensor[index] = values
 
 
 def _narrowing(module: nn.Module, smaller: nn.Module, gone: list[int], shapes: Iterator[Any]) -> Any:

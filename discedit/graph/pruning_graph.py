@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from discedit.common.warning import warn
@@ -19,12 +20,13 @@ from discedit.graph.components import ChannelGroups, Components
 from discedit.graph.dependencies import Untraceable
 from discedit.graph.heads import HeadFinder
 from discedit.graph.hiding import RemovalCheck
+from discedit.graph.inner_dimensions import INNER, Footprint, InnerFinder, Projections, in_pieces
 from discedit.graph.network import OPAQUE, OUTPUT, Key, Members, Network
 from discedit.model.functional import why_not_explicit
 from discedit.model.trace import IN_TRAINING, width_of
 from discedit.recipes.operations import Operation
 
-__all__ = ["KINDS", "Components", "Graph"]
+__all__ = ["INNER", "KINDS", "Components", "Graph", "Projections"]
 
 KINDS = ("filters", "neurons", "heads", "stream")
 _READ = ("in_channels", "in_features", "num_features", "num_channels", "input_size", "embed_dim")  # how many are read
@@ -52,8 +54,38 @@ class Graph:
         heads, self.unclear = HeadFinder(self.network, self.groups.problem).find()
         self.heads = {found.layer: found for found in heads}
         self.check = RemovalCheck(self.network, heads, self.groups.doubtful)
+        self.inner: dict[str, tuple[Projections, str]] = {}  # name -> attention, and the kind of its dimensions
         self.inspected: dict[str, tuple[Components | None, str]] = {}
-        self.footprints: dict[str, list[tuple[str, int, int]]] = {}
+        self.footprints: dict[str, list[Footprint]] = {}
+
+    def look_inside(self, kinds: Iterable[str]) -> tuple[dict[str, int], dict[str, str]]:
+        """Dimensions within heads, which then are components like others.
+
+        Args:
+            kinds: of `INNER`.
+
+        Returns:
+            How many there are by name, and why attention has none that can go.
+        """
+        reference, finder = self.check.reference, InnerFinder(self.network, list(self.heads.values()), self.unclear)
+        self.check.plain, why = finder.find(reference.model, reference.inputs, min(reference.tolerance, 1e-4))
+        modules = dict(self.model.named_modules())
+        for projections in self.check.plain:
+            for kind in kinds:
+                if (name := projections.named(kind)) in modules:
+                    why[projections.place] = f"it has a layer that is called {kind} already"
+                elif projections.width(kind) > 1:
+                    self.inner[name] = projections, kind
+        widths = {name: projections.width(kind) for name, (projections, kind) in self.inner.items()}
+        return widths, {f"{place}.{kind}".lstrip("."): reason for place, reason in why.items() for kind in kinds}
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Other values for parameters of the model, with which it is the same function."""
+        with torch.no_grad():
+            for name, values in tensors.items():
+                self.model.get_parameter(name).copy_(values)
+        if tensors:  # made of the values before
+            vars(self.check).pop("reference", None)
 
     def find(self, layers: Iterable[str], kinds: Iterable[str]) -> tuple[dict[str, Components], dict[str, str]]:
         """What can be removed, as far as the trace tells, from these layers.
@@ -104,6 +136,16 @@ class Graph:
         removed = self._removed(chosen)
         return [(name, gone) for (name, role), gone in removed.items() if role == "in" and name in self.network.order]
 
+    def queries(self, chosen: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
+        """Tensors that give queries, with the rows that go with dimensions of heads. No layer reads these; with zeros
+        there they are hidden, and so are their keys."""
+        return self.check.queries(self._removed({layer: chosen[layer] for layer in self.inner if layer in chosen}))
+
+    def behind_queries(self, chosen: Mapping[str, Iterable[int]]) -> list[str]:
+        """The layers that read what attention makes of queries and keys that lose dimensions."""
+        losing = [self.inner[layer] for layer, gone in chosen.items() if layer in self.inner and list(gone)]
+        return [projections.heads.reader for projections, kind in losing if kind == "qk"]
+
     def producers(self, chosen: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
         """The layers that lose output rows with the components and run in eval mode, each with these rows."""
         removed = self._removed(chosen)
@@ -122,7 +164,7 @@ class Graph:
         places = {f"{name}.weight": self.network.own(name) for name in parts.layers}
         return {weight: [part[place] for part in members] for weight, place in places.items()}
 
-    def footprint(self, layer: str) -> list[tuple[str, int, int]]:
+    def footprint(self, layer: str) -> list[Footprint]:
         """What one component of a layer takes from each parameter and buffer that shrinks with it.
 
         Returns:
@@ -133,6 +175,20 @@ class Graph:
             keeps = [o for o in self.check.operations(self._removed({layer: [0]})) if o.kind == "keep"]
             self.footprints[layer] = [(o.target, o.dim, shapes[o.target][o.dim] - len(o.index)) for o in keeps]
         return self.footprints[layer]
+
+    def footprints_of(
+        self, layers: Iterable[str], shapes: dict[str, tuple[int, ...]], macs: dict[str, float]
+    ) -> dict[str, list[Footprint]]:
+        """What a component of each layer takes from the tensors that have shapes. Where attention loses heads and
+        dimensions of heads, its tensors are in pieces then, in `shapes` and `macs` as well."""
+        found = {layer: [place for place in self.footprint(layer) if place[0] in shapes] for layer in layers}
+        kinds: dict[str, tuple[Projections, list[str]]] = {}
+        for layer in found:
+            if layer in self.inner:
+                projections, kind = self.inner[layer]
+                kinds.setdefault(projections.place, (projections, []))[1].append(kind)
+        in_pieces(kinds.values(), self.model, shapes, found, macs)
+        return found
 
     def without(self, chosen: Mapping[str, Iterable[int]]) -> nn.Module | None:
         """The model without components, where norms run across them; None where it is the model with these hidden from
@@ -242,8 +298,11 @@ class Graph:
         """Everything that goes with the components, in the order in which it runs."""
         gone: dict[Key, set[int]] = {}
         for layer, indices in chosen.items():
-            is_heads = self._found(layer).kind == "heads"
-            members = self.heads[layer].members if is_heads else self.groups.members_of(layer)
+            kind = self._found(layer).kind
+            if kind in INNER:
+                members = self.inner[layer][0].members(kind)
+            else:
+                members = self.heads[layer].members if kind == "heads" else self.groups.members_of(layer)
             for index in indices:
                 for key, rows in members[index].items():
                     gone.setdefault(key, set()).update(rows)
@@ -265,6 +324,10 @@ class Graph:
         return self.inspected[layer]
 
     def _classify(self, layer: str) -> tuple[Components | None, str]:
+        if layer in self.inner:
+            projections, kind = self.inner[layer]
+            dimensions = tuple((index,) for index in range(projections.width(kind)))
+            return Components(layer, kind, dimensions, (layer,)), ""
         module = self.network.model.get_submodule(layer)
         if isinstance(module, nn.MultiheadAttention):
             return self._classify_multihead(layer, module)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from discedit.graph.heads import Heads, head_attributes
+from discedit.graph.inner_dimensions import Projections
 from discedit.graph.network import Key, Network, is_depthwise, kept_indices
 from discedit.model import attention
 from discedit.model.trace import width_of
@@ -23,12 +24,18 @@ _WIDTHS = {
 }
 
 
-def operations_of(network: Network, heads: Sequence[Heads], removed: Mapping[Key, list[int]]) -> list[Operation]:
+def operations_of(
+    network: Network,
+    heads: Sequence[Heads],
+    removed: Mapping[Key, list[int]],
+    plain: Sequence[Projections] = (),
+) -> list[Operation]:
     """What removes channels.
 
     Args:
         heads: of all attention whose heads can go.
         removed: where channels go, and which.
+        plain: attention whose heads can lose dimensions.
     """
     keeps: list[Operation] = []
     changes: _Changes = {}
@@ -52,6 +59,9 @@ def operations_of(network: Network, heads: Sequence[Heads], removed: Mapping[Key
     for name in sides:
         if isinstance(network.original.get_submodule(name), nn.MultiheadAttention):
             changes |= _forward_changes(network, name, {"reader": "out_proj"})
+    for projections in plain:
+        if projections.is_partly(removed):
+            changes |= _forward_changes(network, projections.place, projections.spec)
     return keeps + [
         Operation("attribute", module, name=attribute, before=before, value=value)
         for (module, attribute), (before, value) in changes.items()
@@ -101,8 +111,11 @@ def _width_changes(network: Network, name: str, lost: Mapping[str, list[int]]) -
 def _changes_of_attention(network: Network, heads: Sequence[Heads], removed: Mapping[Key, list[int]]) -> _Changes:
     changes: _Changes = {}
     for one in heads:
-        if (one.reader, "in") in removed:
-            changes |= head_attributes(network, one, len(removed[one.reader, "in"]))
+        if read := {*removed.get((one.reader, "in"), ())}:
+            whole = sum(
+                read.issuperset(part[one.reader, "in"]) for part in one.members
+            )  # heads, not dimensions of them
+            changes |= head_attributes(network, one, whole * one.width)
         layers = {name for name, role in one.members[0] if role == "out"}
         # Without channels of its input, its width is no longer that of all heads either.
         if one.spec is not None and any(key[1] == "in" and key[0] in (one.reader, *layers) for key in removed):
@@ -120,7 +133,10 @@ def _forward_changes(network: Network, name: str, spec: dict[str, Any]) -> _Chan
                 # 0: neither relu nor gelu, so that its fast path, which knows one width alone, is not taken.
                 if isinstance(layer, nn.TransformerEncoderLayer) and layer.activation_relu_or_gelu:
                     changes[inner, "activation_relu_or_gelu"] = (layer.activation_relu_or_gelu, 0)
-    changes[name, "forward"] = (attention.forward_of(network.original.get_submodule(name)), spec)
+    before = attention.forward_of(network.original.get_submodule(name))
+    if before is not None and "scale" in before:  # of dimensions that went before
+        spec = before
+    changes[name, "forward"] = (before, spec)
     return changes
 
 

@@ -13,7 +13,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from discedit.model.functional import attend, class_of, why_not_explicit
+from discedit.model.plain_attention import is_plain, plain_attention
 
 _WINDOWS = "torchvision.models.swin_transformer.ShiftedWindowAttention"  # and V2
 _SIZES = {"reshape", "view", "unflatten", "split", "split_with_sizes"}  # methods that are given widths
@@ -79,9 +80,9 @@ def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def width_of_heads(module: nn.Module, reader: str) -> int:
-    """How many channels the layer that reads the heads of a module reads."""
-    layer: Any = module.get_submodule(reader)
-    return int(layer.weight.shape[1])
+    """How many channels the layer that reads the heads of a module reads; 0 where it stands elsewhere."""
+    layer: Any = module.get_submodule(reader) if reader else None
+    return int(layer.weight.shape[1]) if reader else 0
 
 
 def forward_of(module: nn.Module) -> dict[str, Any] | None:
@@ -95,12 +96,15 @@ def set_forward(module: nn.Module, spec: dict[str, Any] | None) -> None:
     Raises:
         ValueError: the module lacks a layer of which the spec speaks, or its forward cannot be followed.
     """
-    layers = [] if spec is None else [*spec.get("layers", ()), spec["reader"]]
+    layers = [] if spec is None else [*spec.get("layers", ()), spec["reader"], *spec.get("behind", ())]
     known = dict(module.named_modules())
     if missing := [layer for layer in layers if layer not in known]:
         raise ValueError(
             f"Recipe: the attention {type(module).__name__} must have a layer {missing[0]!r}, it has none."
         )
+    wanted = [spec["count"], spec["dropout"]] if spec is not None and is_plain(spec) else []
+    if missing := [attribute for attribute in wanted if attribute and not hasattr(module, attribute)]:
+        raise ValueError(f"Recipe: the attention {type(module).__name__} must have {missing[0]!r}, it has none.")
     base = class_of(module)
     # What was made for the widths before.
     module.__dict__.pop("_narrow", None)
@@ -132,16 +136,18 @@ def spec_of(
     """
     if "forward" in module.__dict__:
         raise Untraceable("its forward is not that of its class")
+    before = forward_of(module)
     if isinstance(module, nn.MultiheadAttention):
         if why := why_not_explicit(module):
             raise Untraceable(why)
-        return {"reader": reader}
+        return before or {"reader": reader}
+    if is_plain(before):
+        return None
     if f"{class_of(module).__module__}.{class_of(module).__name__}".startswith(_WINDOWS):
         return {"reader": reader}
     tensors = [value for value in given.values() if isinstance(value, Tensor)]
     if not tensors:
         raise Untraceable("it is called without a tensor")
-    before = forward_of(module)
     spec = {
         "layers": layers,
         "reader": reader,
@@ -218,7 +224,9 @@ def is_spec(value: Any) -> bool:
     """Whether a value of a file can be what `spec_of` gives."""
     if not isinstance(value, dict) or not isinstance(value.get("reader"), str):
         return False
-    if set(value) == {"reader"}:
+    if set(value) <= {"reader", "scale"}:
+        return type(value.get("scale", 1.0)) is float
+    if is_plain(value):
         return True
     kinds = {"layers": list, "reader": str, "whole": int, "given": dict, "ndim": int, "channels_last": bool}
     return (
@@ -276,8 +284,12 @@ class _Tuple(fx.Proxy):
 
 def _forwards(module: nn.Module, spec: Mapping[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """A module's forward in train and in eval mode."""
-    if "layers" not in spec:
-        forward = attend if isinstance(module, nn.MultiheadAttention) else shifted_windows
+    forward: Callable[..., Any]
+    if "layers" not in spec or is_plain(spec):
+        forward = partial(plain_attention, plain=spec)
+        if "layers" not in spec:
+            attends = isinstance(module, nn.MultiheadAttention)
+            forward = partial(attend, scale=spec.get("scale")) if attends else shifted_windows
         return forward, forward
     return _Narrowed(module, spec, training=True).forward, _Narrowed(module, spec, training=False).forward
 

@@ -120,12 +120,14 @@ def attend(
     is_causal: bool = False,
     *,
     batch_first: bool | None = None,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What `torch.nn.MultiheadAttention` gives, for any number of heads of any width, with its layers called.
 
     Args:
         module: with `num_heads`; the width of its heads is that of its projections over their number.
         batch_first: in place of the module's own.
+        scale: of products, by default one over the root of the width of queries.
         Others: as torch has them; an attn_mask of three axes has one entry per sample and head.
     """
     batched = query.ndim == 3
@@ -136,10 +138,14 @@ def attend(
     elif not first:
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     separate = module.in_proj_weight is None
-    biases = (None, None, None) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    values = module.out_proj.weight.shape[1]
     weights: Sequence[Tensor] = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     if not separate:
-        weights = module.in_proj_weight.chunk(3)
+        queries = (len(module.in_proj_weight) - values) // 2  # as wide as keys, but perhaps not as values
+        weights = torch.split(module.in_proj_weight, [queries, queries, values])
+    biases: Sequence[Tensor | None] = (None, None, None)
+    if module.in_proj_bias is not None:
+        biases = torch.split(module.in_proj_bias, [len(weight) for weight in weights])
     q, k, v = (
         torch.unflatten(functional.linear(x, weight, bias), -1, (module.num_heads, -1)).transpose(1, 2)
         for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
@@ -153,17 +159,39 @@ def attend(
     shares: Tensor | None = None
     if need_weights:
         # Scaled before the product, as torch does where it gives the weights.
-        products = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        products = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
         shares = (products if mask is None else products + mask).softmax(-1)
         shares = functional.dropout(shares, dropout) if dropout else shares
         mixed = shares @ v
         shares = shares.mean(1) if average_attn_weights else shares
     else:
-        mixed = functional.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+        mixed = attention_of_widths(q, k, v, mask, dropout, causal, scale=scale)
     output: Tensor = module.out_proj(mixed.transpose(1, 2).flatten(2))
     if not batched:
         return output.squeeze(0), None if shares is None else shares.squeeze(0)
     return output if first else output.transpose(0, 1), shares
+
+
+def attention_of_widths(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """`scaled_dot_product_attention`; the narrower of queries (and keys) and values get zeros, since torch's fast
+    kernels know one width alone: without them it took twice as long as with (197 positions, on the CPU)."""
+    width, of_queries, of_values = max(q.shape[-1], v.shape[-1]), q.shape[-1], v.shape[-1]
+    if of_queries < width:
+        scale = of_queries**-0.5 if scale is None else scale
+        q, k = (functional.pad(x, (0, width - of_queries)) for x in (q, k))
+    if of_values < width:
+        v = functional.pad(v, (0, width - of_values))
+    mixed = functional.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale)
+    return mixed[..., :of_values] if of_values < width else mixed
 
 
 def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:

@@ -42,6 +42,11 @@ def macs_of_weights(model: nn.Module, example_inputs: Any) -> tuple[dict[str, fl
         weight = module._parameters.get("weight") if isinstance(module, (_ConvNd, nn.Linear)) else None
         if weight is not None:
             found[names[weight]] = found.get(names[weight], 0.0) + counted.get(f"{root}.{name}", 0) / 2
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            # Its projections are no modules: as many positions as its output projection sees, in self-attention.
+            whole, last = (counted.get(f"{root}.{part}", 0) / 2 for part in (name, f"{name}.out_proj"))
+            positions = last / max(module.out_proj.weight.numel(), 1)
+            found[names[module.in_proj_weight]] = min(positions * module.in_proj_weight.numel(), whole - last)
     return found, counted["Global"] / 2 - sum(found.values())
 
 

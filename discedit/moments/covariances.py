@@ -89,7 +89,7 @@ def fits_of(
 
     handles = [model.get_submodule(name).register_forward_hook(partial(read, name)) for name in once]
     with hooked(handles), frozen_eval(model):
-        for batch in inputs:
+        for batch in inputs if once else ():
             call(model, batch)
     return {name: (sums.pop(name).fit(), channels[name]) for name in once}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,10 @@ class Candidates:
                     f"{layer!r} has {what}."
                 )
         return cls({layer: len(values) for layer, values in scores.items()}, importances=scores, rows=rows)
+
+    def beside(self, more: Mapping[str, int]) -> Candidates:
+        """With components that belong to no layer: name -> how many."""
+        return replace(self, widths={**self.widths, **more}, rows={**self.rows, **more})
 
     @property
     def unscored(self) -> bool:
