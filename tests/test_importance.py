@@ -485,7 +485,7 @@ def test_the_default_is_what_is_best_with_the_repair():
     scores, options = scores_of(model, ["0"], seed=1), {"ratio": 0.5, "example_inputs": batches[0]}
     lowest = sorted(model[0].weight.abs().sum((1, 2, 3)).argsort()[:3].tolist())
     edit = prune(model, scores, **options)
-    assert edit.recipe.settings["criterion"] == "l1"
+    assert edit.recipe.settings["criterion"] == "l2"
     assert edit.recipe.components["0"] == lowest
     for repair, criterion in BEST_WITH.items():
         edit = prune(model, scores, data=batches, repair=repair, **options)

@@ -74,6 +74,7 @@ BEST_WITH = {
     "compensation": "reconstruction",
     "least_squares": "l1",
 }
+WITHOUT_DATA = "l2"  # (benchmarks/prune.md, repair "none")
 BEST_BY_DIVERGENCE = "l2"  # where trials say how much goes from each layer (benchmarks/prune.md)
 MISSED = 1.1  # what a model may take longer than was asked, before there is a warning
 
@@ -263,7 +264,7 @@ class _Options:
                 )
             criterion = None
         elif criterion == "auto" and self.data is None:
-            criterion = "l1"
+            criterion = WITHOUT_DATA
         elif criterion == "auto":
             criterion = BEST_WITH[repair] if isinstance(budget, Ratio) else "reconstruction"
             if isinstance(budget_across(budget), MeasureDivergence):
