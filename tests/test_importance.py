@@ -483,7 +483,7 @@ def test_the_default_is_what_is_best_with_the_repair():
     model = NETS["convolution"][0]().eval()
     batches = [seeded(20, 3, 8, 8, seed=seed) for seed in range(3)]
     scores, options = scores_of(model, ["0"], seed=1), {"ratio": 0.5, "example_inputs": batches[0]}
-    lowest = sorted(model[0].weight.abs().sum((1, 2, 3)).argsort()[:3].tolist())
+    lowest = sorted(model[0].weight.square().sum((1, 2, 3)).argsort()[:3].tolist())
     edit = prune(model, scores, **options)
     assert edit.recipe.settings["criterion"] == "l2"
     assert edit.recipe.components["0"] == lowest
@@ -496,7 +496,7 @@ def test_the_default_is_what_is_best_with_the_repair():
     edit = prune(model, data=batches, threshold=0.2, **given)
     assert edit.recipe.settings["criterion"] == "reconstruction"
     for budget in ({"global_ratio": 0.5}, {"parameters": 0.7}, {"macs": 0.7}):
-        expected = {"least_squares": ("l2", "divergence"), "mean": ("reconstruction", "none"), "none": ("l1", "rank")}
+        expected = {"least_squares": ("l2", "divergence"), "mean": ("reconstruction", "none"), "none": ("l2", "rank")}
         for repair, settings in expected.items():
             data = {} if repair == "none" else {"data": batches}
             edit = prune(model, repair=repair, **given, **data, **budget)
