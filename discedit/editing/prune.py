@@ -111,33 +111,31 @@ def prune(
 ) -> Edit:
     """Remove components of a network; the result is a smaller, plain torch module, and the model is unchanged.
 
-    The least important go with all that hangs on them. Each removal must be the same function as hiding the components
-    from the layers that read them; layers where it is not stay whole, and `Edit.skipped` says why.
+    The least important go with all that hangs on them. A removal must equal hiding the components from the layers that
+    read them; layers where it does not stay whole, and `Edit.skipped` says why.
 
     Args:
         model: the model that `scores` came from.
-        scores: from `discedit.score`; or importances, layer -> (rows of the layer,), higher = keep; or None for
-            criteria that need none.
+        scores: from `discedit.score`; or importances, layer -> (rows of the layer,), higher = keep; or None.
         example_inputs: a tensor, or a tuple or dict of arguments, that the model can run on.
         data: batches for the criterion and the repair; labels serve `protect` alone.
         budget: `Ratio`, `GlobalRatio`, `Threshold`, `MaxParameters`, `MaxMacs`, `MaxLatency`; or one of ``ratio=0.3``,
             ``global_ratio=``, ``threshold=``, ``parameters=``, ``macs=`` and ``latency=`` in its place.
         criterion: of importance, "auto" or one of those in docs/pruning.md.
-        repair: in closed form: "least_squares", "mean", "compensation", "batchnorm", "none"; "auto": "least_squares"
-            when data is given, else "none".
-        components: one or several of "filters", "neurons", "heads", "stream" (channels to which several layers add), or
-            "all"; and of "qk", "vo" (dimensions within heads: of queries and keys, of values and what reads them, in
-            the basis where few of them count, which needs data) and "outputs": what the model gives beside its logits
-            may lose channels.
+        repair: in closed form: "least_squares", "mean", "compensation", "batchnorm", "none"; "auto": the first with
+            data, else "none".
+        components: of "filters", "neurons", "heads", "stream" (channels to which several layers add), or "all" of
+            these; of "qk", "vo" (dimensions within heads, which need data); and "outputs" (what the model gives beside
+            its logits may lose channels).
         layers, ignore: names of layers to prune, by default all that can be; of layers to leave whole.
-        protect: class -> how often its samples count in all that is made of `data`, such as ``{3: 4.0}``; 1 for others.
+        protect: class -> how often its samples count in what is made of `data`, ``{3: 4.0}``; 1 for others.
 
     Returns:
         `Edit`. A target that cannot be met gives the smallest model that the limits allow, and a warning.
 
     Raises:
-        ValueError: no budget or several; a value out of range; scores of another model; a layer in `layers` that cannot
-            be pruned, or nothing that can; a criterion or repair without what it needs; a model that does not run.
+        ValueError: no budget or several; a value out of range; scores of another model; a layer in `layers` that
+            cannot be pruned, or none that can; a criterion or repair without what it needs; a model that does not run.
 
     Source: Murti and Bhattacharyya, DISCEDIT, NeurIPS 2024 (criterion="min", repair="none"); others: docs/pruning.md.
     """
