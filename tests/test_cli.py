@@ -230,6 +230,32 @@ def test_prune_in_steps_scores_anew(place, tmp_path, trained):
     assert same_scores(Scores.load(tmp_path / "scores.safetensors"), scores_of(model))
 
 
+def test_prune_for_some_classes_and_protecting_others(place, tmp_path, trained, capsys):
+    model, train, test = trained
+    given = ["prune", *with_data(place), "--test", str(place / "test.npz"), "--ratio", "0.5"]
+    assert main([*given, "--classes", "eight,3", "--criterion", "max", "--out", str(tmp_path / "two")]) == 0
+    shown = capsys.readouterr().out
+    assert "seven (left out)" in shown
+    assert "eight (left out)" not in shown
+    options = {"example_inputs": train.tensors[0][:1], "data": list(zoo.batches(train)), "ratio": 0.5}
+    moments = discedit.collect_moments(model, zoo.batches(train), 10)
+    scores = discedit.score(moments.of_classes([8, 3]))
+    edit = discedit.specialise(model, scores, classes=[8, 3], criterion="max", head="mask", **options)
+    again = Recipe.load(tmp_path / "two" / "prune.json").apply(model).model
+    assert torch.equal(again(test.tensors[0]), edit.model(test.tensors[0]))
+    assert main([*given, "--protect", "eight=3,5=2.5", "--out", str(tmp_path / "held")]) == 0
+    assert Recipe.load(tmp_path / "held" / "prune.json").settings["protect"] == {"8": 3.0, "5": 2.5}
+    assert "answers that change" in capsys.readouterr().out
+    for more, message in {
+        ("--classes", "8,twelve"): "--classes: must be names",
+        ("--protect", "ten=2"): "--protect: must be names",
+        ("--protect", "ten"): "must be CLASS=NUMBER",
+        ("--classes", "8,3", "--scores", str(place)): "--classes: needs --data",
+    }.items():
+        assert main([*given, *more, "--out", str(tmp_path / "none")]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_prune_by_fidelity_needs_no_scores(place, tmp_path, trained):
     model, train, _ = trained
     arguments = [

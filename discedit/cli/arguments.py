@@ -121,9 +121,9 @@ def amount_by_layer(text: str) -> Any:
 
 def by_class(text: str) -> dict[str, int | float]:
     """ "cat=3,5=2"."""
-    found = amount_by_layer(text)
-    if not isinstance(found, dict):
+    if not all("=" in part for part in text.split(",")):
         raise click.BadParameter(f"must be CLASS=NUMBER with commas between, got {text!r}")
+    found: dict[str, int | float] = amount_by_layer(text)
     return found
 
 
