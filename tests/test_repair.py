@@ -720,3 +720,18 @@ def test_what_rounding_alone_explains_is_no_error():
     options = {"ratio": 0.25, "example_inputs": batches[0], "layers": ["one"], "criterion": "max"}
     edit = prune(model, scores, data=batches, repair="least_squares", **options)
     assert "unrepaired" not in edit.recipe.settings
+
+
+@pytest.mark.parametrize("repair", ["least_squares", "mean", "compensation"])
+def test_a_depthwise_convolution_with_one_channel_left_is_still_one(repair):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 6, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
+    ).eval()  # fmt: skip
+    x = torch.randn(64, 3, 6, 6)
+    edit = prune(net, example_inputs=x[:2], data=[x], ratio={"0": 0.99}, repair=repair)
+    assert edit.model[3].weight.shape == (1, 1, 3, 3)
+    kept = next(i for i in range(8) if i not in edit.recipe.components["0"])
+    assert torch.equal(edit.model[3].weight[0], net[3].weight[kept])

@@ -213,3 +213,4 @@ def test_damage_of_other_models_is_refused(digits):
         class_damage(model, model, [])
     same = class_damage(model, model, [test])
     assert same.flips == same.spread == 0
+    assert str(same).endswith("(0.0 %); no class loses any")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from discedit.common import validation
-from discedit.model.forward import checked_labels, device_of, outside_modes, to_device, unpack_batch
+from discedit.model.forward import checked_labels, device_of, outside_modes, unpack_batch
 from discedit.model.sharded import unwrapped
 from discedit.moments.class_samples import logits_of
 from discedit.recipes.damage import ClassDamage
@@ -36,7 +36,7 @@ def class_damage(model: nn.Module, edited: nn.Module, data: Iterable[Any]) -> Cl
     for index, batch in enumerate(data):
         inputs, given = unpack_batch(OP, batch, index, device_of(model), labels_needed=False, argument="data")
         before = logits_of(OP, model, inputs)
-        after = logits_of(OP, edited, to_device(inputs, device_of(edited)))
+        after = logits_of(OP, edited, inputs)
         if before.shape != after.shape:
             raise ValueError(
                 f"{OP}: edited must give logits of shape {validation.shape_of(before)} as the model does, of batch "

@@ -18,6 +18,7 @@ from discedit.model.forward import (
     first_tensor,
     frozen_eval,
     index_samples,
+    to_device,
     unpack_batch,
 )
 from discedit.moments.calibration import SAMPLES, batch_size_of, concat_batches, fits, held_out_of
@@ -72,7 +73,7 @@ def logits_of(op: str, model: nn.Module, inputs: Any) -> Tensor:
         ValueError: it gives something else.
     """
     with frozen_eval(model):
-        logits = first_tensor(call(model, inputs))
+        logits = first_tensor(call(model, to_device(inputs, device_of(model))))
     if logits is None or logits.ndim != 2:
         found = "no tensor" if logits is None else f"shape {validation.shape_of(logits)}"
         raise ValueError(f"{op}: model must give logits of shape (samples, classes), it gives {found}.")

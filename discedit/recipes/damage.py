@@ -76,10 +76,8 @@ class ClassDamage:
     def __str__(self) -> str:
         worst, total = self.worst_class, int(self.samples.sum())
         lost = int(self.right_before[worst] - self.right_after[worst])
-        return (
-            f"answers that change: {int(self.changed.sum()):,} of {total:,} ({100 * self.flips:.1f} %); class {worst} "
-            f"loses most, {lost} of {int(self.samples[worst])}"
-        )
+        most = f"class {worst} loses most, {lost} of {int(self.samples[worst])}" if lost > 0 else "no class loses any"
+        return f"answers that change: {int(self.changed.sum()):,} of {total:,} ({100 * self.flips:.1f} %); {most}"
 
     def summary(self, names: Sequence[str] = ()) -> str:
         """A table of the classes that lose most, with their names where given."""

@@ -175,7 +175,9 @@ def _to_fit(
     names: list[str] = []
     layers = {name for name, module in after.model.named_modules() if is_layer(module)}
     for name in dropwhile(lambda name: name not in consumers, trace.in_order(layers | set(consumers))):
-        why = "it runs more than once per forward pass" if trace.runs[name] > 1 else after.why_not_fitted(name)
+        # Of a depthwise convolution with one channel left only the model before knows that it is one.
+        why = after.why_not_fitted(name) or trace.why_not_read(name)
+        why = "it runs more than once per forward pass" if trace.runs[name] > 1 else why
         if not why and name not in ignore:
             names.append(name)
         elif name in consumers and name not in ignore:

@@ -281,7 +281,8 @@ def budget_of(op: str, budget: Budget | None, given: Mapping[str, Any]) -> Budge
     """The budget itself, or the one that an argument of its name stands for."""
     for name in given:
         if name not in BUDGETS:
-            raise TypeError(f"{op}() got an unexpected keyword argument {name!r}; budgets are {', '.join(BUDGETS)}.")
+            hint = "specialise takes classes" if name == "classes" else f"budgets are {', '.join(BUDGETS)}"
+            raise TypeError(f"{op}() got an unexpected keyword argument {name!r}; {hint}.")
     asked: dict[str, Any] = {name: value for name, value in {"budget": budget, **given}.items() if value is not None}
     if len(asked) != 1:
         found = ", ".join(f"{name}={value!r}" for name, value in asked.items()) or "none of them"
