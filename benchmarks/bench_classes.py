@@ -158,8 +158,13 @@ def rows_of_specialised(log: Log) -> list[list[str]]:
 
 def rows_of(log: Log, part: str) -> list[list[str]]:
     columns = ("left", "mean", "worst", "spread", "flips")
+    shown = sorted({cls for protection in PROTECTIONS for cls in protection}) if part == "protect" else []
     return [
-        [*key.split("|")[1:], *(str(entry[column]) for column in columns)]
+        [
+            *key.split("|")[1:],
+            *(str(entry[column]) for column in columns),
+            *(str(entry["losses"][cls]) for cls in shown),
+        ]
         for key, entry in log.entries.items()
         if key.startswith(f"{part}|")
     ]
@@ -183,7 +188,7 @@ def markdown(log: Log) -> str:
             "At half of the multiply-accumulates, samples of some classes counting twice or four times; as many go "
             "from each layer as without. Points lost: mean over classes, in the class that loses most, and their "
             "standard deviation over classes; share of all test images whose answer changes.",
-            ["model", "macs", "protect", *losses],
+            ["model", "macs", "protect", *losses, "class 3", "class 5"],
             rows_of(log, "protect"),
         ),
         (
