@@ -185,8 +185,8 @@ def markdown(log: Log) -> str:
         ),
         (
             "Protected classes",
-            "At half of the multiply-accumulates, samples of some classes counting twice or four times; as many go "
-            "from each layer as without. Points lost: mean over classes, in the class that loses most, and their "
+            "At half of the multiply-accumulates, samples of some classes counting twice or four times; as many "
+            "go from each layer as without. Points lost: mean over classes, in the class that loses most, and their "
             "standard deviation over classes; share of all test images whose answer changes.",
             ["model", "macs", "protect", *losses, "class 3", "class 5"],
             rows_of(log, "protect"),
