@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -34,6 +35,11 @@ Images = NDArray[np.uint8]
 LAST = 5000
 SHAPES = {"cifar10": (32, 32, 3), "fashion": (28, 28)}
 SAMPLES = {"train": {"cifar10": 50_000, "fashion": 60_000}, "test": {"cifar10": 10_000, "fashion": 10_000}}
+# SHA-256 of all images of CIFAR-10, then all labels, a byte each.
+DIGESTS = {
+    "train": "f912919bdea371136f1aa4feed6beeca728015a5f08b1899a29c932a7e30be2b",
+    "test": "8193b3fbce55bec361cd1b8fd4880cb1649832dc4d6de6da1e7a21847a4843aa",
+}
 # What DISCEDIT_DATA has of each part, all of it from the part's beginning.
 SHARED = {
     ("cifar10", "train"): "cifar10_train_batch1.npz",
@@ -80,12 +86,12 @@ def fashion_training() -> TensorDataset:
 
 
 def _cifar10(part: str) -> TensorDataset:
-    images, labels = _load("cifar10", part)
+    images, labels = load("cifar10", part)
     return TensorDataset(zoo.cifar10_inputs(images), labels)
 
 
 def _fashion(part: str) -> TensorDataset:
-    images, labels = _load("fashion", part)
+    images, labels = load("fashion", part)
     return TensorDataset(fashion_inputs(images), labels)
 
 
@@ -94,7 +100,8 @@ def fashion_inputs(images: Tensor) -> Tensor:
     return images[:, None].float().div_(255).sub_(0.2860).div_(0.3530)
 
 
-def _load(name: str, part: str) -> tuple[Tensor, Tensor]:
+def load(name: str, part: str) -> tuple[Tensor, Tensor]:
+    """Images as they are, uint8, and labels, int64, of a part that `file_of` names."""
     path = file_of(name, part)
     if not path.is_file():
         raise FileNotFoundError(
@@ -152,6 +159,11 @@ def make(name: str, source: Path) -> list[Path]:
     for part in ("test", "train"):
         images, labels = {"cifar10": read_cifar10, "fashion": read_fashion}[name](source, part)
         _check(source, images, labels, (SAMPLES[part][name], *SHAPES[name]))
+        digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+        if name == "cifar10" and digest != DIGESTS[part]:
+            raise ValueError(
+                f"held_out: {part} images in {source} must have the SHA-256 {DIGESTS[part]}, got {digest}."
+            )
         shared = zoo.data_folder() / SHARED[name, part]
         if shared.is_file():
             with np.load(shared, allow_pickle=False) as archive:

@@ -116,9 +116,24 @@ def cifar10(part: str, *, limit: int | None = None) -> TensorDataset:
     names = {"train": "cifar10_train_batch1.npz", "test": "cifar10_test_first5000.npz"}
     if part not in names:
         raise ValueError(f"cifar10: part must be 'train' or 'test', got {part!r}.")
-    with np.load(_file(names[part]), allow_pickle=False) as archive:
-        images, labels = archive["images"][:limit], archive["labels"][:limit]
-    return TensorDataset(cifar10_inputs(torch.from_numpy(images)), torch.from_numpy(labels.astype(np.int64)))
+    images, labels = cifar10_images(_file(names[part]))
+    return TensorDataset(cifar10_inputs(images[:limit]), labels[:limit])
+
+
+def cifar10_images(path: str | Path) -> tuple[Tensor, Tensor]:
+    """Images, uint8 (n, 32, 32, 3), and labels, int64, of a file of arrays that has them as `images` and `labels`."""
+    with np.load(path, allow_pickle=False) as archive:
+        return torch.from_numpy(archive["images"]), torch.from_numpy(archive["labels"].astype(np.int64))
+
+
+def cifar10_augmented(images: Tensor) -> Tensor:
+    """`cifar10_inputs` of images that are mirrored, or not, and moved by up to four pixels each way, black behind."""
+    number = len(images)
+    there = torch.arange(32).expand(number, 32)
+    rows = torch.randint(9, (number, 1)) + there
+    columns = torch.randint(9, (number, 1)) + torch.where(torch.rand(number, 1) < 0.5, there, there.flip(1))
+    padded = F.pad(images, (0, 0, 4, 4, 4, 4))
+    return cifar10_inputs(padded[torch.arange(number)[:, None, None], rows[:, :, None], columns[:, None]])
 
 
 def cifar10_inputs(images: Tensor) -> Tensor:

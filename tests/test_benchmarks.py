@@ -1,12 +1,17 @@
 """The benchmarks still run, on as little data as shows it."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
-from benchmarks import bench_cifar, bench_prune
+from benchmarks import bench_cifar, bench_finetune, bench_prune
 from benchmarks._common import Log
+from discedit import zoo
 
 
 @pytest.mark.slow
@@ -48,6 +53,48 @@ def test_bench_prune_measures_once_and_writes_what_it_measured(cifar, monkeypatc
     assert all(text.count(f"| resnet20 | tp lamp | {how} |") == 2 for how in ("divergence", "rank", "none"))
     bench_prune.plot(again)
     assert (tmp_path / "prune.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_bench_finetune_trains_what_each_method_left(cifar, monkeypatch, tmp_path):
+    with np.load(zoo.data_folder() / "cifar10_train_batch1.npz") as archive:
+        images, labels = (torch.from_numpy(archive[part][:192]) for part in ("images", "labels"))
+    test = TensorDataset(*(part[:100] for part in cifar[2].tensors))
+    monkeypatch.setattr(bench_finetune, "LEFT", {"resnet20": (0.7,)})
+    monkeypatch.setattr(bench_finetune, "RATES", (0.001,))
+    bench = bench_finetune.Bench("resnet20", (images, labels.long()), test)
+    log = Log(tmp_path / "finetune.json")
+    bench_finetune.rates(bench, log, "resnet20", held_back=64)
+    settings = {"left": None, "methods": bench_finetune.METHODS, "original": True, "how": ["labels"], "seeds": [0]}
+    bench_finetune.epochs(bench, log, "resnet20", Namespace(**settings))
+    assert not log.failed
+    assert len(log.entries) == 1 + 2 * 6
+    left = {method: log.entries[f"resnet20|0.7|{method}|before"] for method in bench_finetune.METHODS}
+    assert all(0.6 < entry["parameters left"] <= 0.7 for entry in left.values())
+    assert left["ours"]["accuracy"] > left["l1"]["accuracy"]
+    for how in bench_finetune.HOW:  # both kinds of numbers give the same
+        half, whole = (bench.epoch("l1", 0.7, how, 0, number=number) for number in ("bfloat16", "float32"))
+        assert abs(half["accuracy"] - whole["accuracy"]) <= 6
+        assert whole["accuracy"] > left["l1"]["accuracy"]
+    text = bench_finetune.markdown(log)
+    assert text.count("| resnet20 |") == 6 + 1
+    assert text.count("| not measured |") == 6  # distillation
+
+
+def test_augmented_images_are_crops_of_the_padded_ones_or_mirrored():
+    images = torch.randint(256, (64, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    padded = torch.zeros(64, 40, 40, 3, dtype=torch.uint8)
+    padded[:, 4:36, 4:36] = images
+    torch.manual_seed(0)
+    seen = set()
+    for given, image in zip(zoo.cifar10_augmented(images), padded, strict=True):
+        crops = image.unfold(0, 32, 1).unfold(1, 32, 1).permute(0, 1, 3, 4, 2).reshape(-1, 32, 32, 3)
+        inputs = torch.cat([zoo.cifar10_inputs(crops), zoo.cifar10_inputs(crops.flip(2))])
+        [found] = (inputs == given).flatten(1).all(1).nonzero()
+        seen.add(int(found))
+    assert min(seen) < 81 <= max(seen)
+    assert len(seen) > 40
 
 
 @pytest.mark.parametrize("name", ["prune.json", "unlearn.json"])

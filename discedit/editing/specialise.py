@@ -17,12 +17,15 @@ from discedit.model.size import count_macs
 from discedit.model.trace import ModelTrace, components_in
 from discedit.moments.class_samples import class_samples, logits_of
 from discedit.moments.data_pass import asked_by
+from discedit.recipes.divergences import DivergenceTable
 from discedit.recipes.operations import Operation, Slots
 from discedit.recipes.recipe import Edit, Recipe, architecture_of, compose_edits
 from discedit.scoring.scores import Scores
+from discedit.selection.budget import BUDGETS, budget_across, budget_of
 from discedit.selection.candidates import why_not_editable
 
 HEADS = ("remove", "mask")
+BEST_BY_DIVERGENCE = "reconstruction"  # of few classes it loses less than norms (benchmarks/classes.md)
 MASKED = -1e4  # the logit of a class that is left out: below all others, and finite in half precision
 COUNTS = ("num_classes", "num_labels")  # attributes of models that count the classes
 OP = "specialise"
@@ -53,7 +56,8 @@ def specialise(
             own predictions say what a sample is of.
         head: "remove": the logits are of `classes`, (samples, len(classes)); "mask": they are of all classes still,
             with -1e4 for the others.
-        options: a budget and further arguments of `prune`.
+        options: a budget and further arguments of `prune`, or of `iterative_prune` with `steps`. Without scores the
+            criterion of budgets across layers is "reconstruction".
 
     Returns:
         One `Edit` for both, on the model given. Its `divergences` may be spent again, for the same classes.
@@ -77,13 +81,20 @@ def specialise(
         )
     if head == "mask" and getattr(model.get_submodule(layer), "bias", None) is None:
         raise ValueError(f"{OP}: head='mask' needs a head with a bias, {layer!r} has none; head='remove' needs none.")
+    with asked_by(OP, "prune"):
+        budget = budget_of(
+            OP, options.pop("budget", None), {name: options.pop(name) for name in BUDGETS & options.keys()}
+        )
+    across = budget_across(budget)
+    if scores is None and across and not isinstance(across, DivergenceTable):
+        options.setdefault("criterion", BEST_BY_DIVERGENCE)
     narrowed = _narrowed(model, layer, chosen, example_inputs)
     weights = torch.zeros(number, dtype=torch.float64).index_fill(0, torch.tensor(chosen), 1.0)
     found = class_samples(OP, model, data, weights, chosen)
     samples = [(inputs, torch.tensor([chosen.index(label) for label in labels])) for inputs, labels in found]
     with asked_by(OP, "prune"):
         run = iterative_prune if "steps" in options else prune
-        pruned = run(narrowed.model, scores, example_inputs=example_inputs, data=samples, **options)
+        pruned = run(narrowed.model, scores, example_inputs=example_inputs, data=samples, budget=budget, **options)
     edit = compose_edits(model, [narrowed, pruned], inplace=False)
     edit.recipe.settings |= pruned.recipe.settings | {"head": head}
     edit.divergences, edit.damage = pruned.divergences, pruned.damage
