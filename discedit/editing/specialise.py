@@ -82,9 +82,8 @@ def specialise(
     if head == "mask" and getattr(model.get_submodule(layer), "bias", None) is None:
         raise ValueError(f"{OP}: head='mask' needs a head with a bias, {layer!r} has none; head='remove' needs none.")
     with asked_by(OP, "prune"):
-        budget = budget_of(
-            OP, options.pop("budget", None), {name: options.pop(name) for name in BUDGETS & options.keys()}
-        )
+        named = {name: options.pop(name) for name in BUDGETS & options.keys()}
+        budget = budget_of("prune", options.pop("budget", None), named)
     across = budget_across(budget)
     if scores is None and across and not isinstance(across, DivergenceTable):
         options.setdefault("criterion", BEST_BY_DIVERGENCE)
