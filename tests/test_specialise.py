@@ -54,6 +54,11 @@ def test_the_masked_head_gives_the_same_logits_and_never_another_class(digits):
     assert set(logits.argmax(1).tolist()) <= {3, 5, 8}
     others = [0, 1, 2, 4, 6, 7, 9]
     assert bool((logits[:, others] == -1e4).all())
+    assert whole.damage.samples[[8, 3, 5]].tolist() == narrow.damage.samples.tolist()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert sum(len(group["params"]) for group in whole.optimizer(optimizer).param_groups) == len(
+        list(model.parameters())
+    )
     back = whole.recipe.undo(whole.model)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in back.state_dict().items())
 

@@ -27,6 +27,15 @@ from discedit.selection.candidates import why_not_editable
 HEADS = ("remove", "mask")
 BEST_BY_DIVERGENCE = "reconstruction"  # of few classes it loses less than norms (benchmarks/classes.md)
 MASKED = -1e4  # the logit of a class that is left out: below all others, and finite in half precision
+MEASURED = (
+    "macs_after",
+    "skipped",
+    "divergences",
+    "damage",
+    "latency_before",
+    "latency_after",
+    "latencies",
+)  # of an edit
 COUNTS = ("num_classes", "num_labels")  # attributes of models that count the classes
 OP = "specialise"
 
@@ -96,15 +105,14 @@ def specialise(
         pruned = run(narrowed.model, scores, example_inputs=example_inputs, data=samples, budget=budget, **options)
     edit = compose_edits(model, [narrowed, pruned], inplace=False)
     edit.recipe.settings |= pruned.recipe.settings | {"head": head}
-    edit.divergences, edit.damage = pruned.divergences, pruned.damage
-    edit.macs_before = count_macs(model, example_inputs)
     if head == "mask":
-        masked = _masked(edit.recipe, narrowed.recipe, layer, chosen)
-        edit = replace(masked.apply(model), **{name: getattr(edit, name) for name in _MEASURED})
+        edit = _masked(edit.recipe, narrowed.recipe, layer, chosen).apply(model)
+        pruned.damage = pruned.damage and pruned.damage.renumbered(chosen, number)
+    for name in MEASURED:
+        setattr(edit, name, getattr(pruned, name))
+    edit.widths = {layer: number, **pruned.widths}
+    edit.macs_before = count_macs(model, example_inputs)
     return edit
-
-
-_MEASURED = ("macs_before", "macs_after", "skipped", "widths", "divergences", "damage")
 
 
 def _head_of(model: nn.Module, example_inputs: Any) -> str:

@@ -51,6 +51,12 @@ class ClassDamage:
         mine, theirs = vars(self), vars(other)
         return type(self)(**{name: mine[name] + theirs[name] for name in mine})
 
+    def renumbered(self, classes: Sequence[int], number: int) -> Self:
+        """With the class at place i as class ``classes[i]`` of so many; the others have no samples."""
+        places = torch.tensor(classes)
+        found = {name: values.new_zeros(number).index_copy(0, places, values) for name, values in vars(self).items()}
+        return type(self)(**found)
+
     @property
     def loss(self) -> Tensor:
         """Share of each class's samples that are answered rightly before, less the same after: (classes,), float64, NaN
