@@ -48,7 +48,7 @@ def test_bench_prune_measures_once_and_writes_what_it_measured(cifar, monkeypatc
     text = bench_prune.markdown(again)
     drop = log.entries["resnet20|combined|least_squares|0.6"]["drop"]
     assert f"{drop:.1f} |" in next(line for line in text.splitlines() if "| combined |" in line)
-    assert text.count("Not measured.") == 3  # latency, budgets of it, and time
+    assert text.count("Not measured.") == 4  # latency, budgets of it, time, and dimensions within heads
     assert text.count("| resnet20 | least_squares | max | consumer |") == 2
     assert all(text.count(f"| resnet20 | tp lamp | {how} |") == 2 for how in ("divergence", "rank", "none"))
     bench_prune.plot(again)
