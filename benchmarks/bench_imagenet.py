@@ -140,9 +140,9 @@ def main() -> None:
         (HERE / "imagenet.md").write_text(
             "# ResNet-50 on ImageNet, pruned without training\n\nWritten by `python -m benchmarks.bench_imagenet "
             "--write`; do not edit.\n\nLeast squares on 1,000 training images; accuracy on 650 validation images "
-            f"({before:.2f} % before; standard error 1.5 points). Budgets by divergence, trials on 49 "
-            "images, of the rows at 63d7ab7 on 64; a ratio is the same share of each layer. Seconds from images in memory to the pruned model; of "
-            "budgets after the first, with the table of divergences that is there.\n\n"
+            f"({before:.2f} % before; standard error 1.5 points). Budgets by divergence, trials on 49 images, of "
+            "the rows at 63d7ab7 on 64; a ratio is the same share of each layer. Seconds from images in memory "
+            "to the pruned model; of budgets after the first, with the table of divergences that is there.\n\n"
             + "\n".join(lines)
             + f"\n\nMeasured on: {machines}.\n"
         )
