@@ -181,9 +181,7 @@ def _see(sums: _Sums, letter: str, read: Any, module: nn.Module, args: tuple[Any
     else:
         x = args[0] if args else kwargs["input"]
     found: Tensor = read(x.detach())  # (..., positions, heads, width)
-    if (
-        letter == "k"
-    ):  # what all keys of a sample share adds the same to all of a query's logits: softmax is blind to it
+    if letter == "k":  # what all keys of a sample share shifts all logits of a query: softmax is blind to it
         found = found - found.mean(-3, keepdim=True)
     sums.add(found.flatten(0, -3))
 

@@ -17,7 +17,7 @@ from discedit.editing.attention_basis import balanced
 from discedit.editing.divergence import measured_divergences
 from discedit.editing.latency import latencies, measured_latencies
 from discedit.graph.pruning_graph import INNER, KINDS, Components, Graph
-from discedit.model.forward import outside_modes
+from discedit.model.forward import outside_modes, running_examples
 from discedit.model.sharded import unwrapped
 from discedit.model.size import count_macs, count_parameters, macs_of_weights
 from discedit.model.trace import ModelTrace
@@ -336,13 +336,8 @@ def _in_steps(
     if not options.inner:  # whose names are not known yet
         options.settled(candidates)
         candidates.chosen("prune", options.layers)
-    try:
+    with running_examples("prune"):
         macs = count_macs(model, inputs)
-    except Exception as error:  # of the model, whatever it is
-        raise ValueError(
-            f"prune: example_inputs must be a tensor, or a tuple or dict of arguments, that the model can run on; it "
-            f"raised {type(error).__name__}: {error}"
-        ) from error
     options = options.weighted(model)
     size: float | None = count_parameters(model) if isinstance(budget, MaxParameters) else macs
     if isinstance(budget, MaxLatency):  # is known when the first step has measured it

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from discedit.common import validation
 from discedit.editing.prune import iterative_prune, prune
-from discedit.model.forward import outside_modes
+from discedit.model.forward import outside_modes, running_examples
 from discedit.model.sharded import unwrapped
 from discedit.model.size import count_macs
 from discedit.model.trace import ModelTrace, components_in
@@ -117,13 +117,8 @@ def specialise(
 
 def _head_of(model: nn.Module, example_inputs: Any) -> str:
     """The layer whose rows are the classes."""
-    try:
+    with running_examples(OP):
         head = ModelTrace.of(model, example_inputs).head
-    except Exception as error:  # of the model, whatever it is
-        raise ValueError(
-            f"{OP}: example_inputs must be a tensor, or a tuple or dict of arguments, that the model can run on; it "
-            f"raised {type(error).__name__}: {error}"
-        ) from error
     why = "there is none such" if head is None else why_not_editable(Slots(model), [head]).get(head)
     if head is None or why:
         where = "" if head is None else f" {head!r}"

@@ -112,9 +112,8 @@ def _changes_of_attention(network: Network, heads: Sequence[Heads], removed: Map
     changes: _Changes = {}
     for one in heads:
         if read := {*removed.get((one.reader, "in"), ())}:
-            whole = sum(
-                read.issuperset(part[one.reader, "in"]) for part in one.members
-            )  # heads, not dimensions of them
+            # Heads, not dimensions of them.
+            whole = sum(read.issuperset(part[one.reader, "in"]) for part in one.members)
             changes |= head_attributes(network, one, whole * one.width)
         layers = {name for name, role in one.members[0] if role == "out"}
         # Without channels of its input, its width is no longer that of all heads either.

@@ -256,6 +256,18 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
+@contextmanager
+def running_examples(op: str) -> Iterator[None]:
+    """What a model raises on the example inputs is an error of theirs."""
+    try:
+        yield
+    except Exception as error:  # of the model, whatever it is
+        raise ValueError(
+            f"{op}: example_inputs must be a tensor, or a tuple or dict of arguments, that the model can run on; it "
+            f"raised {type(error).__name__}: {error}"
+        ) from error
+
+
 def first_tensor(output: Any) -> Tensor | None:
     """The tensor of a module's output: itself, its `logits`, or the first of a tuple or mapping."""
     if isinstance(output, Tensor):

@@ -44,7 +44,7 @@ def class_samples(
     each = max(1.0, (SAMPLES + held_out_of(SAMPLES)) / float(weights.sum()))  # of a class with weight 1
     quota = Quota({cls: int(number) for cls, number in enumerate((each * weights).ceil()) if number})
     batches: list[tuple[Any, Tensor]] = []
-    for inputs, labels in _labelled(op, model, data, len(weights)):
+    for inputs, labels in labelled(op, model, data, len(weights)):
         if len(places := quota.take(labels)):
             batches.append((index_samples(inputs, places, len(labels)), labels[places]))
         if quota.full():
@@ -80,13 +80,20 @@ def logits_of(op: str, model: nn.Module, inputs: Any) -> Tensor:
     return logits
 
 
-def _labelled(op: str, model: nn.Module, data: Iterable[Any], number: int) -> Iterator[tuple[Any, Tensor]]:
-    """Inputs on the model's device, and a class for each sample, on the CPU."""
+def labelled(
+    op: str, model: nn.Module, data: Iterable[Any], number: int, *, predicted: bool = True
+) -> Iterator[tuple[Any, Tensor]]:
+    """Inputs on the model's device, and a class for each sample, on the CPU.
+
+    Args:
+        number: of classes there are.
+        predicted: whether data without labels have the model's own answers.
+    """
     device = device_of(model)
     for index, batch in enumerate(data):
-        inputs, given = unpack_batch(op, batch, index, device, labels_needed=False, argument="data")
+        inputs, given = unpack_batch(op, batch, index, device, labels_needed=not predicted, argument="data")
         samples = batch_size_of(op, inputs)
-        if not samples:
+        if given is None and not samples:  # not every model runs on none
             continue
         own = given is None
         labels = logits_of(op, model, inputs).argmax(1) if own else checked_labels(op, given, number, index)

@@ -14,12 +14,9 @@ from discedit.common import validation
 from discedit.model.forward import (
     Quota,
     call,
-    checked_labels,
-    device_of,
     frozen_eval,
     hooked,
     index_samples,
-    unpack_batch,
 )
 from discedit.model.size import accuracy_per_class
 from discedit.model.trace import FEW, ModelTrace
@@ -33,6 +30,7 @@ from discedit.moments.calibration import (
     held_out_of,
     kept_back,
 )
+from discedit.moments.class_samples import labelled
 
 MEANS = 256  # samples that means are taken over
 KEPT = {"forget": 1024, "retain": 4096}  # samples that are held in memory, as many of each class
@@ -56,16 +54,7 @@ class ForgetRetainSplit:
         self._apart: dict[str, tuple[list[Any], HeldOut]] = {}
         self._means: dict[Any, dict[str, Tensor]] = {}
         found: dict[str, list[tuple[Any, Tensor]]] = {"forget": [], "retain": []}
-        device = device_of(model)
-        for index, batch in enumerate(data):
-            inputs, given = unpack_batch(op, batch, index, device, labels_needed=True, argument="data")
-            labels = checked_labels(op, given, num_classes, index).cpu().long()
-            samples = batch_size_of(op, inputs)
-            if samples != len(labels):
-                raise ValueError(
-                    f"{op}: data must give one label per sample, batch {index} has {samples} samples and {len(labels)} "
-                    f"labels."
-                )
+        for inputs, labels in labelled(op, model, data, num_classes, predicted=False):
             # The first of each class, however the data are sorted: so many in all would be of the first classes alone.
             wanted = quota.take(labels)
             among = torch.isin(labels[wanted], torch.tensor(forget))

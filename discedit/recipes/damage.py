@@ -70,9 +70,15 @@ class ClassDamage:
         return float(seen.std(correction=0)) if len(seen) else 0.0
 
     @property
+    def worst_first(self) -> list[int]:
+        """The classes that have samples, in the order of what they lose."""
+        order = self.loss.nan_to_num(-torch.inf).argsort(descending=True, stable=True).tolist()
+        return [cls for cls in order if self.samples[cls]]
+
+    @property
     def worst_class(self) -> int:
         """The class that loses most."""
-        return int(self.loss.nan_to_num(-torch.inf).argmax())
+        return self.worst_first[0]
 
     @property
     def flips(self) -> float:
@@ -88,8 +94,9 @@ class ClassDamage:
     def summary(self, names: Sequence[str] = ()) -> str:
         """A table of the classes that lose most, with their names where given."""
         rows = [["class", "samples", "right before", "right after", "changed"]]
-        for cls in self.loss.nan_to_num(-torch.inf).argsort(descending=True, stable=True)[:MOST_ROWS].tolist():
-            if self.samples[cls]:
-                numbers = (self.samples, self.right_before, self.right_after, self.changed)
-                rows.append([names[cls] if names else str(cls), *(str(int(number[cls])) for number in numbers)])
+        numbers = (self.samples, self.right_before, self.right_after, self.changed)
+        rows += [
+            [names[cls] if names else str(cls), *(str(int(number[cls])) for number in numbers)]
+            for cls in self.worst_first[:MOST_ROWS]
+        ]
         return f"{format_table(rows)}\n{self}"

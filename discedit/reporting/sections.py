@@ -289,9 +289,8 @@ def edit(title: str, made: Edit | Recipe, scores: Scores, names: Names) -> dict[
 
 def _damage(damage: ClassDamage, names: Names) -> dict[str, Any]:
     """How many answers change, and the classes that lose most."""
-    seen = damage.loss.nan_to_num(-math.inf)
-    order = [k for k in seen.argsort(descending=True, stable=True).tolist() if seen[k] > 0][:MOST_DAMAGED]
-    of_class = [names.classes[k] if len(seen) == len(names.classes) else str(k) for k in order]
+    order = [k for k in damage.worst_first[:MOST_DAMAGED] if damage.loss[k] > 0]
+    of_class = [names.classes[k] if len(damage.loss) == len(names.classes) else str(k) for k in order]
     lost = (damage.right_before - damage.right_after).tolist()
     return {
         "changed": int(damage.changed.sum()),
