@@ -265,11 +265,15 @@ def test_no_more_samples_than_the_limit(monkeypatch):
 
 def test_no_more_samples_than_the_memory_allows(monkeypatch):
     """The largest feature map of `net` has 4 floats."""
+    batches = [seeded(4, 3, seed=n) for n in range(20)]
     monkeypatch.setattr(module, "MEMORY", 5 * module.MAPS * 4 * 4)
-    assert len(calibration("prune", net(), [seeded(4, 3, seed=n) for n in range(5)])[0]) == 5
+    parts = calibration("prune", net(), batches)
+    assert torch.equal(torch.cat(parts), torch.cat(batches)[: 5 * module.HELD_OUT])
+    assert max(map(len, parts)) <= 5  # side by side with none
     monkeypatch.setattr(module, "MEMORY", 1)
-    (inputs,) = calibration("prune", net(), [seeded(4, 3)])
-    assert torch.equal(inputs, seeded(4, 3)[:1])
+    parts = calibration("prune", net(), batches)
+    assert torch.equal(torch.cat(parts), torch.cat(batches)[: module.HELD_OUT])
+    assert {len(part) for part in parts} == {1}
 
 
 @pytest.mark.parametrize("op", ["prune", "unlearn"])
@@ -297,6 +301,32 @@ def test_parts_of_one_size_in_order(monkeypatch):
     assert all(torch.equal(part["scale"], torch.ones(2)) for part in parts)
     monkeypatch.setattr(module, "PARTS", 2)
     assert [len(part) for part in calibration("prune", net(), [whole[:7]])] == [4, 3]
+
+
+class Viewed(nn.Module):
+    """Takes its maps for contiguous ones."""
+
+    def __init__(self, *, views):
+        super().__init__()
+        self.one, self.two, self.views = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 16, 5), views
+
+    def forward(self, x):
+        maps = self.one(x).relu()
+        return self.two(maps.view(len(x), -1) if self.views else maps.flatten(1))
+
+
+def test_maps_lie_as_the_model_allows():
+    """On CPUs with channels last, unless the model makes views that only the other layout allows."""
+    x = seeded(40, 3, 4, 4)
+    for views in (False, True):
+        model = Viewed(views=views).eval()
+        (inputs,) = calibration("prune", model, [x])
+        assert torch.equal(inputs, x)
+        assert inputs.is_contiguous(memory_format=torch.channels_last) is not views
+        torch.testing.assert_close(model(inputs), model(x))
+        assert model.one.weight.is_contiguous()
+    (inputs,) = calibration("prune", nn.Flatten(), [x])
+    assert inputs.is_contiguous()
 
 
 def test_sums_of_parts_are_sums_of_all():

@@ -165,34 +165,6 @@ def test_trials_change_nothing_and_agree_with_a_run_of_the_whole(net, images):
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
 
 
-class Viewed(nn.Module):
-    """Takes its maps for contiguous ones."""
-
-    def __init__(self, *, views):
-        super().__init__()
-        self.one, self.two, self.views = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 16, 5), views
-
-    def forward(self, x):
-        maps = self.one(x).relu()
-        return self.two(maps.view(len(x), -1) if self.views else maps.flatten(1))
-
-
-def test_maps_lie_as_the_model_allows():
-    torch.manual_seed(0)
-    plain, x = Viewed(views=False).eval(), torch.randn(400, 3, 4, 4)
-    viewed = copy.deepcopy(plain)
-    viewed.views = True
-    both = [trials(net, x, ["one"], samples=400) for net in (plain, viewed)]
-    last = [found.replays[0].inputs.is_contiguous(memory_format=torch.channels_last) for found in both]
-    assert last == [True, False]
-    for found in both:
-        torch.testing.assert_close(torch.cat(found.expected), plain(x))
-    one, other = (found.divergence("one", [1, 2]) for found in both)
-    assert one > 0.01
-    assert one == pytest.approx(other, rel=1e-4)
-    assert plain.one.weight.is_contiguous()
-
-
 def test_channels_under_a_layer_norm_are_removed_not_hidden():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)).eval()

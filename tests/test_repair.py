@@ -313,6 +313,76 @@ def test_an_output_that_is_added_and_read_elsewhere(first, images, no_ridge):
     assert error(edit.model, model, x) < 1e-4
 
 
+class Downsampled(nn.Module):
+    """A block whose shortcut has a layer, which runs while the output that it is added to waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv1 = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.conv2, self.down = nn.Conv2d(8, 6, 3, stride=2, padding=1), nn.Conv2d(6, 6, 1, stride=2)
+        self.last, self.head = nn.Conv2d(6, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = (self.conv2(self.conv1(x).relu()) + self.down(x)).relu()
+        return self.head(self.last(x).relu().mean((2, 3)))
+
+
+LATE = {
+    "downsampled": (Downsampled, {"stem": [3], "conv1": [3], "last": [3]}),
+    "read before the sum": (lambda: ReadTwice(True), {"conv1": [3]}),
+    "read after it": (lambda: ReadTwice(False), {"conv1": [3]}),
+}
+
+
+@pytest.mark.parametrize("begin", range(6))
+@pytest.mark.parametrize(("make", "gone"), LATE.values(), ids=LATE)
+def test_samples_that_begin_late_find_the_first_layers_repaired(make, gone, begin, images, no_ridge, monkeypatch):
+    """Wherever that is: from a layer on that runs before another is added, and between two fits of one as well."""
+    batches, x = images
+    torch.manual_seed(0)
+    model = make().eval()
+    for layer in gone:
+        duplicated(model, layer, 0, 3)
+    seen, add = {}, least_squares.Sums.add
+
+    def counted(sums, positions, x, y):
+        seen[positions.layer] = seen.get(positions.layer, 0) + 1
+        add(sums, positions, x, y)
+
+    def late(trace, layers, samples):
+        return [set(trace.in_order(layers)[begin if part else 0 :]) for part in range(len(samples))]
+
+    monkeypatch.setattr(calibration, "MAP", 1)
+    monkeypatch.setattr(least_squares, "beginnings", late)
+    monkeypatch.setattr(least_squares.Sums, "add", counted)
+    edit = without(model, gone, batches)
+    plain = error(without(model, gone, batches, repair="none").model, model, x)
+    assert error(edit.model, model, x) < 0.01 * plain
+    first, *_, last = seen.values()  # one that is read before it is added is fitted twice
+    assert (first >= calibration.PARTS) is (begin == 0)
+    assert (last >= calibration.PARTS) is (begin < len(seen))
+
+
+def test_layers_that_read_small_maps_are_fitted_to_samples_that_large_ones_have_no_room_for(monkeypatch):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 5)).eval()
+    x = data(3, 8, 8)
+    samples, largest = torch.cat(x)[:160], 6 * 8 * 8 * 4
+    monkeypatch.setattr(calibration, "MEMORY", 20 * calibration.MAPS * largest)
+    edit = without(model, {"3": [1, 6]}, x)
+    with torch.no_grad():
+        read, given = edit.model[:6](samples), model(samples) - model[6].bias
+    sums = least_squares.Sums()
+    sums.add(positions.Positions(model[6], None), read, given)
+    kept = model[6].weight.detach().view(5, 8, 4)[:, [0, 2, 3, 4, 5, 7]].flatten(1).double()
+    expected = least_squares.ridge_regression("prune", sums.fit(), kept, least_squares.RIDGE)
+    torch.testing.assert_close(edit.model[6].weight.detach().double(), expected, rtol=1e-4, atol=1e-5)
+    first = without(model, {"3": [1, 6]}, [samples[:20]])
+    assert float((first.model[6].weight - edit.model[6].weight).detach().abs().max()) > 1e-2
+
+
 class WithActivation(nn.BatchNorm2d):
     def forward(self, x):
         return super().forward(x).relu()

@@ -24,7 +24,7 @@ from discedit.model.forward import call, first_tensor, frozen_eval, hooked
 from discedit.model.functional import LayersCalled
 from discedit.model.layers import as_its_class, input_of
 from discedit.model.trace import ModelTrace, is_layer
-from discedit.moments.calibration import SAMPLES
+from discedit.moments.calibration import SAMPLES, beginnings
 from discedit.moments.covariances import OTHERS, GroupSums
 from discedit.ops import fisher_bound
 from discedit.recipes.operations import Operation, Slots
@@ -82,16 +82,16 @@ def erased(
     sums = {layer: GroupSums(len(classes)) for layer in layers}
     # Each part of the samples runs in a thread of its own, over the same hooks.
     place = threading.local()
-    whole = torch.cat([labels for _, labels in parts])
-    number = torch.stack([(whole == cls).sum() for cls in classes])
+    number = _of_classes(torch.cat([labels for _, labels in parts]), classes)
     if not bool(number.all()):
         cls = classes[int(number.argmin())]
         raise ValueError(f"unlearn: data must hold samples of every class to forget, it holds none of class {cls}.")
-    right = torch.zeros(len(classes), dtype=torch.float64)
+    right, ran = torch.zeros(2, len(classes), dtype=torch.float64)
 
     def enter(layer: str, module: nn.Module, arguments: Any) -> None:
-        sums[layer].add(module, arguments[0], place.groups, len(parts), place.seed)
-        place.pause(layer)
+        if layer in sums:  # a part that begins late finds the first layers edited
+            sums[layer].add(module, arguments[0], place.groups, len(parts), place.seed)
+            place.pause(layer)
 
     def run(inputs: Any, labels: Tensor, seed: int, pause: Pause) -> None:
         place.seed, place.pause, place.groups = seed, pause, torch.full_like(labels, OTHERS)
@@ -102,15 +102,26 @@ def erased(
         if logits is None or logits.ndim != 2:
             found = "none" if logits is None else f"shape {validation.shape_of(logits)}"
             raise ValueError(f"unlearn: model must give logits (samples, classes) to erase directions, got {found}.")
-        hit = labels[logits.argmax(1).cpu() == labels]
-        right.add_(torch.stack([(hit == cls).sum() for cls in classes]))
+        right.add_(_of_classes(labels[logits.argmax(1).cpu() == labels], classes))
+        ran.add_(_of_classes(labels, classes))
 
     handles = [edited.get_submodule(layer).register_forward_pre_hook(partial(enter, layer)) for layer in layers]
     works = [partial(run, inputs, labels, seed) for seed, (inputs, labels) in enumerate(parts)]
+    forgets = [int(labels[0]) in classes for _, labels in parts]
+    places: dict[int, set[str]] = {}
+    for kind in (True, False):
+        those = [part for part, forget in enumerate(forgets) if forget is kind]
+        places |= zip(those, beginnings(trace, layers, [len(parts[part][1]) for part in those]), strict=True)
     with hooked(handles), frozen_eval(edited):
-        in_lockstep("unlearn", works, lambda layer: _edit(trace, layer, sums.pop(layer), scale, result))
-    result.forgotten = float((right / number).mean())
+        edit = partial(_edit, trace, scale=scale, result=result)
+        in_lockstep("unlearn", works, lambda layer: edit(layer, sums.pop(layer)), lambda i, layer: layer in places[i])
+    result.forgotten = float((right / ran).mean())
     return result
+
+
+def _of_classes(labels: Tensor, classes: Sequence[int]) -> Tensor:
+    """How many samples there are of each."""
+    return torch.stack([(labels == cls).sum() for cls in classes])
 
 
 def _edit(trace: ModelTrace, name: str, sums: GroupSums, scale: float, result: Erased) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from discedit.graph.hiding import hide, zero_rows
 from discedit.graph.pruning_graph import Components, Graph
-from discedit.model.forward import call, device_of, first_tensor, frozen_eval, hooked, index_samples, map_tensors
+from discedit.model.forward import call, first_tensor, frozen_eval, hooked, index_samples
 from discedit.model.replay import Replay
 from discedit.model.size import count_macs
 from discedit.model.trace import ModelTrace
@@ -108,7 +108,6 @@ class _Trials:
         self, op: str, graph: Graph, layers: list[str], inputs: Sequence[Any], trace: ModelTrace, samples: int
     ) -> None:
         self.op, self.graph, self.trace = op, graph, trace.of_copy(copied(trace.model))
-        layout = _fastest_layout(self.trace.model, inputs[0])
         self.model, self.order = self.trace.model, self.trace.order
         self.readers = {layer: [name for name, _ in graph.consumers({layer: [0]})] for layer in layers}
         # From which module on it is run again: the first that reads what goes, or gives queries, which nothing reads.
@@ -124,7 +123,7 @@ class _Trials:
             size = batch_size_of(op, part)
             if self.samples < samples:
                 few = min(size, samples - self.samples)
-                self.replays.append(Replay(self.trace, _in_layout(layout, index_samples(part, slice(few), size))))
+                self.replays.append(Replay(self.trace, index_samples(part, slice(few), size)))
                 self.samples += few
         self.expected = self._outputs()
         if len(self.expected) < len(self.replays):
@@ -199,23 +198,6 @@ class _Trials:
         fitted[:, kept] = ridge_regression(self.op, some, matrix[:, kept], RIDGE)
         repairs.set(name, f"{name}.weight", fitted.view_as(module.weight))
         repairs.shift(name, self.trace, (matrix - fitted) @ moments.mean_x)
-
-
-def _fastest_layout(model: Any, inputs: Any) -> torch.memory_format:
-    """Of maps, in which the model's weights are then as well: on CPUs convolutions run faster on channels_last
-    (docs/notes.md), but some models make views of maps that only the other layout allows."""
-    layout = torch.channels_last
-    if device_of(model).type == "cpu" and any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        model.to(memory_format=layout)
-        with suppress(RuntimeError), frozen_eval(model):
-            call(model, _in_layout(layout, index_samples(inputs, slice(1), batch_size_of("prune", inputs))))
-            return layout
-        model.to(memory_format=torch.contiguous_format)
-    return torch.contiguous_format
-
-
-def _in_layout(layout: torch.memory_format, inputs: Any) -> Any:
-    return map_tensors(inputs, lambda x: x.contiguous(memory_format=layout) if x.ndim == 4 else x)
 
 
 def _divergence(expected: Tensor, output: Tensor) -> float:

@@ -5,6 +5,7 @@ Which channels can be removed together is for pruning alone: see the room `graph
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -186,6 +187,18 @@ class ModelTrace:
         """Whether other modules run in train mode, or run more or less often, or other outputs come out."""
         other = self.training
         return other is not None and (other.runs, other.outputs) != (self.runs, self.outputs)
+
+    def largest_from(self) -> dict[str, int]:
+        """Layer -> as `largest`, of what is there from its run on: of what it and the layer before it give, and of
+        what runs later."""
+        elements = {name: shape.numel() for name, shape in self.given.items()}
+        unit = self.largest / max(elements.values(), default=1)
+        most, found = 0, {}
+        for name in reversed(self.runs):
+            most = found[name] = max(most, elements.get(name, 0))
+        layers = [name for name in self.runs if is_layer(self.model.get_submodule(name))]
+        before = [next(iter(self.runs), ""), *layers]
+        return {name: math.ceil(unit * found[other]) for other, name in zip(before, layers, strict=False)}
 
     def in_order(self, names: Iterable[str]) -> list[str]:
         """Those that ran, in the order in which they first began."""

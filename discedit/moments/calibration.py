@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,14 +13,23 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from discedit.common import validation
-from discedit.model.forward import first_tensor, index_samples, map_tensors, unpack_batch
+from discedit.model.forward import (
+    call,
+    first_tensor,
+    frozen_eval,
+    index_samples,
+    map_tensors,
+    samples_in,
+    unpack_batch,
+)
 from discedit.model.trace import ModelTrace
 
 SAMPLES = 1024  # at most this many are looked at
 HELD_OUT = 8  # of so many samples one is kept back, for a check of what was made of the others
-PARTS = 8  # in which they run, at most: each has threads of its own, and changing over takes time
+PARTS = 8  # in which they run: each has threads of its own, and changing over takes time
+LATE = 2  # times as many, where some of them have to begin late
 MAP = 3 * 2**23  # bytes of the largest map of a part: of more, the memory would be given back and asked for each time
-MEMORY = 4 * 2**30  # bytes that the feature maps of all samples may take at once
+MEMORY = 4 * 2**30  # bytes that the feature maps of samples may take at once
 MAPS = 6  # as large as the largest that a network holds at one moment
 
 
@@ -28,7 +39,8 @@ def calibrated(
     """The first samples of `data` on the model's device, in equal parts, and the trace: one without a pass yet is made
     anew on the first.
 
-    At most `SAMPLES`, and no more than `MEMORY` allows. Ends at a batch that does not fit the others.
+    At most `SAMPLES`, and no more than `HELD_OUT` times as many as `MEMORY` has room for side by side, of which some
+    then begin late (`beginnings`). Ends at a batch that does not fit the others.
 
     With `further`, also a batch of the samples behind those, from the same pass over `data`, which may be shuffled anew
     in each; otherwise, and where there are none, None.
@@ -44,7 +56,7 @@ def calibrated(
             continue
         if not taken:
             trace = trace if trace.runs else ModelTrace.of(trace.model, inputs)
-            limit = max(1, min(SAMPLES, MEMORY // (MAPS * trace.largest)))
+            limit = min(SAMPLES, HELD_OUT * room_for(trace.largest))
             most = limit + (held_out_of(limit) if further else 0)
         elif not fits(taken[0], inputs):
             break
@@ -55,13 +67,27 @@ def calibrated(
             break
     if not taken:
         raise ValueError(f"{op}: data must give at least one sample, it gave none.")
-    whole, samples = concat_batches(taken, batch_size_of(op, taken[0])), min(total, limit)
+    whole = _in_fastest_layout(trace, concat_batches(taken, batch_size_of(op, taken[0])))
+    samples = min(total, limit)
     # On the CPU large maps are fetched from the system anew for every layer (docs/notes.md, Moments); torch's
     # allocator for GPUs keeps their memory.
-    parts = 1 if device.type != "cpu" else min(PARTS, samples, -(-samples * trace.largest // MAP))
+    parts = 1 if device.type != "cpu" else min(PARTS, -(-samples * trace.largest // MAP))
+    parts = min(samples, parts if samples <= room_for(trace.largest) else LATE * PARTS)
     rest = total - samples
     behind = concat_batches([index_samples(whole, slice(samples, samples + rest), total)], rest) if rest else None
     return _in_parts(whole, total, samples, parts), trace, behind
+
+
+def _in_fastest_layout(trace: ModelTrace, inputs: Any) -> Any:
+    """On CPUs convolutions run faster on channels_last, and patches lie together (docs/notes.md); but some models make
+    views of maps that only the other layout allows."""
+    if trace.device.type != "cpu" or not any(isinstance(module, nn.Conv2d) for module in trace.model.modules()):
+        return inputs
+    laid_out = map_tensors(inputs, lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
+    with suppress(RuntimeError), frozen_eval(trace.model):
+        call(trace.model, index_samples(laid_out, slice(1), samples_in(inputs)))
+        return laid_out
+    return inputs
 
 
 def _in_parts(inputs: Any, total: int, samples: int, parts: int) -> list[Any]:
@@ -69,6 +95,22 @@ def _in_parts(inputs: Any, total: int, samples: int, parts: int) -> list[Any]:
     each = -(-samples // parts)
     starts = range(0, samples, each)
     return [index_samples(inputs, slice(start, min(start + each, samples)), total) for start in starts]
+
+
+def room_for(largest: int) -> int:
+    """How many samples may be held at once, with the bytes of the largest map of one."""
+    return max(1, MEMORY // (MAPS * largest))
+
+
+def beginnings(trace: ModelTrace, layers: Iterable[str], samples: Sequence[int]) -> list[set[str]]:
+    """Where parts of so many samples may begin to be held, side by side with those before them, for the layers from
+    there on: late parts where maps have become smaller, so that wide layers, which are fitted to small maps, see them
+    all. None of them may give nothing: then there is no room for that part."""
+    largest = trace.largest_from()
+    rooms = {layer: room_for(largest[layer]) for layer in layers}
+    together = accumulate(samples)
+    # There is always room for one.
+    return [{layer for layer, room in rooms.items() if not part or n <= room} for part, n in enumerate(together)]
 
 
 def held_out_of(samples: int) -> int:

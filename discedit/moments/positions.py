@@ -60,15 +60,15 @@ class Positions:
         self._pixels: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
 
     @classmethod
-    def drawn(cls, layer: nn.Module, output: Tensor, seed: int, parts: int = 1) -> Positions:
-        """Of this output, as many as a least squares fit needs where the samples come in so many parts.
+    def drawn(cls, layer: nn.Module, output: Tensor, seed: int, parts: float = 1) -> Positions:
+        """Of this output, as many as a least squares fit needs where all samples are so many times these.
 
         The same for the same layer and number of samples, whatever the number of its channels.
         """
         unknowns = unknowns_of(layer)
         rows = max(LEAST_PER_UNKNOWN * unknowns, min(ROWS_PER_UNKNOWN * unknowns, WORK / unknowns**2))
         samples, places, _ = flattened(layer, output).shape
-        each = min(places, -(-int(-(-rows // parts)) // samples))
+        each = min(places, math.ceil(math.ceil(rows / parts) / samples))
         return cls(layer, sample_positions("per sample", (places,), each, seed, samples).to(output.device))
 
     def chunks(self, samples: int, places: int, entries: int) -> Iterator[slice]:

@@ -28,7 +28,7 @@ from discedit.common.warning import warn
 from discedit.model.forward import TensorNotes, call, first_tensor, frozen_eval
 from discedit.model.functional import LayersCalled
 from discedit.model.trace import ModelTrace, is_layer
-from discedit.moments.calibration import PARTS, HeldOut, scale_of
+from discedit.moments.calibration import PARTS, HeldOut, batch_size_of, beginnings, scale_of
 from discedit.moments.covariances import LayerMoments, Sums
 from discedit.moments.positions import Positions, matrix_of
 from discedit.recipes.recipe import Edit, record
@@ -128,10 +128,19 @@ def repaired(
         after.has_affine_norm(name)  # found out before there are hooks
     sums: dict[str, Sums] = {}
     guards: dict[str, Sums] = {}
+    # To be fitted; among them those that are fitted before they run and again before their output is added; and of
+    # these the ones that have run since.
+    left, twice, between = dict.fromkeys(names), set[str](), set[str]()
 
     def fit(name: str) -> None:
         """Gives a layer new weights when all passes have come to it."""
         layer: Any = edited.get_submodule(name)
+        if name in twice:
+            twice.remove(name)
+            between.add(name)
+        else:
+            between.discard(name)
+            del left[name]
         moments, guard = sums.pop(name).fit(), guards.pop(name, None)
         matrix, keep = matrix_of(layer).double(), (ablated or {}).get(name, [])
         if weights:
@@ -145,19 +154,31 @@ def repaired(
         missing[keep] = 0
         result.shift(name, after, missing)
 
-    works = []
+    def run(
+        batch: Any, sums: dict[str, Sums], seeds: Mapping[str, int], parts: Mapping[str, float], pause: Pause
+    ) -> None:
+        """A part through the whole model, and then through the smaller one, side by side with the other parts, so that
+        each layer is fitted on all of them; those that begin late find the first layers fitted."""
+        targets = {name: _Target(removed.get(name, ()), seeds[name], parts[name]) for name in left}
+        with torch.no_grad(), LayersCalled(trace.model), _Before(trace, targets):  # this thread has modes of its own
+            call(trace.model, batch)
+        twice.update(name for name, target in targets.items() if target.shared and target.added is not None)
+        after_pass = _After(after, targets, sums, pause)
+        with torch.no_grad(), LayersCalled(edited), after_pass:
+            call(edited, batch)
+        assert not after_pass.waiting, f"their outputs were never added: {list(after_pass.waiting)}"
+
+    works, places = [], []
+    for parts, found, first in ((inputs, sums, 0), (protected.inputs, guards, PARTS * len(names))):
+        sizes = [batch_size_of(op, batch) for batch in parts]
+        begins = beginnings(trace, names, sizes)
+        together = {name: sum(n for n, at in zip(sizes, begins, strict=True) if name in at) for name in names}
+        for part, batch in enumerate(parts):
+            seeds = {name: first + PARTS * i + part for i, name in enumerate(names)}  # another draw for each part
+            works.append(partial(run, batch, found, seeds, {name: together[name] / sizes[part] for name in names}))
+        places += begins
     with frozen_eval(trace.model), frozen_eval(edited):
-        for part, batch in enumerate([*inputs, *protected.inputs]):
-            protects = part >= len(inputs)
-            parts = len(protected.inputs if protects else inputs)
-            seed = part + (PARTS * len(names) - len(inputs) if protects else 0)  # another draw for each part
-            targets = {name: _Target(removed.get(name, ()), PARTS * i + seed, parts) for i, name in enumerate(names)}
-            # The whole model runs a part at a time; the smaller one runs all parts side by side, so that each layer is
-            # fitted on all of them.
-            with _Before(trace, targets):
-                call(trace.model, batch)
-            works.append(partial(_pass_after, batch, targets, after, guards if protects else sums))
-        in_lockstep(op, works, fit)
+        in_lockstep(op, works, fit, lambda work, layer: layer in places[work] and not between)
     return result
 
 
@@ -208,22 +229,13 @@ def ridge_regression(op: str, fit: LayerMoments, weights: Tensor, ridge: float, 
         ridge *= 10
 
 
-def _pass_after(
-    batch: Any, targets: Mapping[str, _Target], trace: ModelTrace, sums: dict[str, Sums], pause: Pause
-) -> None:
-    after = _After(trace, targets, sums, pause)
-    with torch.no_grad(), LayersCalled(after.model), after:  # this thread has modes of its own
-        call(after.model, batch)
-    assert not after.waiting, f"their outputs were never added: {list(after.waiting)}"
-
-
 @dataclass
 class _Target:
     """What a layer is to give at some positions, and what then is added to it."""
 
     gone: Collection[int]  # the outputs that the layer has lost
     seed: int  # of the draw of positions, and parts that samples come in
-    parts: int
+    parts: float
     positions: Positions = field(init=False)
     rows: Tensor = field(init=False)  # without its bias
     behind: Tensor = field(init=False)  # behind its norm, if there is one
@@ -380,7 +392,7 @@ class _After(ActivationTracker):
     def before(self, name: str, x: Tensor) -> None:
         target = self.targets[name]
         if target.added is None or target.shared:
-            self._fit(name, x, target.rows)
+            self._fit(name, x, target.rows, last=target.added is None)
         if target.added is not None:
             self.waiting[name] = x
 
@@ -394,12 +406,15 @@ class _After(ActivationTracker):
             scale = scale_of(norm)
             useful = scale.abs() > LEAST_SCALE * scale.abs().max()
             missing = torch.where(useful, missing / scale, 0.0)
-        self._fit(name, x, target.rows + missing)
+        self._fit(name, x, target.rows + missing, last=True)
         output.copy_(self.behind(name, self.repeat(name, x)))  # in place, as whatever holds it must see
         self.forget(name)
 
-    def _fit(self, name: str, x: Tensor, target: Tensor) -> None:
-        self.sums.setdefault(name, Sums()).add(self.targets[name].positions, x, target)
+    def _fit(self, name: str, x: Tensor, rows: Tensor, *, last: bool) -> None:
+        target = self.targets[name]
+        self.sums.setdefault(name, Sums()).add(target.positions, x, rows)
+        if last:  # memory for those that begin late
+            target.rows, target.added = rows[:0], None
         self.pause(name)
 
 

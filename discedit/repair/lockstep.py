@@ -55,30 +55,44 @@ class _Pass(threading.Thread):
         self.back.acquire()
 
 
-def in_lockstep(op: str, works: Sequence[Callable[[Pause], None]], meet: Callable[[Any], None]) -> None:
+def in_lockstep(
+    op: str,
+    works: Sequence[Callable[[Pause], None]],
+    meet: Callable[[Any], None],
+    begins: Callable[[int, Any], bool] = lambda work, place: True,
+) -> None:
     """Runs functions one at a time, each in a thread of its own, from one pause to the next.
 
     Args:
         works: each is given `pause`, which it calls with the name of the place where it waits for the others.
         meet: called with that name when all wait there.
+        begins: whether a function that has not begun, by its number, now does, to come to the place where the others
+            wait. Asked of all but the first, which shows where that is.
 
     Raises:
         RuntimeError: they do not come to the same places. Whatever one of them or `meet` raises.
     """
     passes = [_Pass(work) for work in works]
+    going = passes[:1]
     try:
-        while True:
+        while going:
+            place = None
             # Always in this order: sums over the parts are the same bits in every run.
-            for one in passes:
+            for number, one in enumerate(passes):
+                if one not in going:
+                    if not begins(number, place):
+                        continue
+                    going.append(one)
                 one.resume()
                 if one.error is not None:
                     raise one.error
-            if all(one.done for one in passes):
+                place = passes[0].place
+            if all(one.done for one in going):
                 return
-            places = {one.place for one in passes}
+            places = {one.place for one in going}
             if len(places) > 1:
                 raise RuntimeError(f"{op}: the model must do the same for every sample, it comes to {places}.")
-            meet(places.pop())
+            meet(place)
     finally:
         for one in passes:
             if not one.done:
