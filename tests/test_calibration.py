@@ -268,11 +268,11 @@ def test_no_more_samples_than_the_memory_allows(monkeypatch):
     batches = [seeded(4, 3, seed=n) for n in range(20)]
     monkeypatch.setattr(module, "MEMORY", 5 * module.MAPS * 4 * 4)
     parts = calibration("prune", net(), batches)
-    assert torch.equal(torch.cat(parts), torch.cat(batches)[: 5 * module.HELD_OUT])
+    assert torch.equal(torch.cat(parts), torch.cat(batches)[: 5 * module.ROOMS])
     assert max(map(len, parts)) <= 5  # side by side with none
     monkeypatch.setattr(module, "MEMORY", 1)
     parts = calibration("prune", net(), batches)
-    assert torch.equal(torch.cat(parts), torch.cat(batches)[: module.HELD_OUT])
+    assert torch.equal(torch.cat(parts), torch.cat(batches)[: module.ROOMS])
     assert {len(part) for part in parts} == {1}
 
 

@@ -15,6 +15,8 @@ from discedit.editing import divergence
 from discedit.model.forward import frozen_eval
 from discedit.model.replay import Replay
 from discedit.model.trace import ModelTrace
+from discedit.moments import calibration
+from discedit.moments.calibration import HeldOut
 from discedit.recipes.divergences import LayerDivergence
 from discedit.selection.divergence import least_divergence
 
@@ -126,7 +128,28 @@ def test_a_replay_leaves_modules_alone_that_somebody_hooks(net, images):
 def trials(net, images, layers, **options):
     graph = discedit.graph.pruning_graph.Graph("prune", net, images)
     trace = ModelTrace.of(net, images)
-    return divergence._Trials("prune", graph, layers, [images[:16], images[16:]], trace, options.get("samples", 24))
+    held_out = HeldOut(images[:1], 1, apart=False)
+    parts = [images[:16], images[16:]]
+    return divergence._Trials("prune", graph, layers, parts, held_out, trace, options.get("samples", 24))
+
+
+def test_trials_run_on_samples_that_no_fit_has_seen(net, monkeypatch):
+    """Also where there are more samples than memory has room for at once."""
+    x = torch.randn(160, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(calibration, "MEMORY", 30 * calibration.MAPS * ModelTrace.of(net, x).largest)
+    fitted, ran, fits_of, replay = [], [], divergence.fits_of, divergence.Replay
+
+    def fits(model, names, inputs, trace):
+        fitted.extend(inputs)
+        return fits_of(model, names, inputs, trace)
+
+    monkeypatch.setattr(divergence, "fits_of", fits)
+    monkeypatch.setattr(divergence, "Replay", lambda trace, inputs: ran.append(inputs) or replay(trace, inputs))
+    edit = prune(net, example_inputs=x[:1], data=x.split(40), budget=MaxMacs(0.7, across=MeasureDivergence(samples=10)))
+    assert edit.recipe.settings["budget"]["met"]
+    samples = calibration.ROOMS * 30
+    assert torch.equal(torch.cat(fitted), x[:samples])
+    assert torch.equal(torch.cat(ran), x[samples : samples + 10])
 
 
 def test_a_trial_is_the_model_with_its_consumer_fitted_to_what_is_left(net, images):

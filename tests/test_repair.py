@@ -369,7 +369,7 @@ def test_layers_that_read_small_maps_are_fitted_to_samples_that_large_ones_have_
     layers = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 5)).eval()
     x = data(3, 8, 8)
-    samples, largest = torch.cat(x)[:160], 6 * 8 * 8 * 4
+    samples, largest = torch.cat(x)[: 20 * calibration.ROOMS], 6 * 8 * 8 * 4
     monkeypatch.setattr(calibration, "MEMORY", 20 * calibration.MAPS * largest)
     edit = without(model, {"3": [1, 6]}, x)
     with torch.no_grad():

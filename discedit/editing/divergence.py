@@ -18,7 +18,7 @@ from discedit.model.forward import call, first_tensor, frozen_eval, hooked, inde
 from discedit.model.replay import Replay
 from discedit.model.size import count_macs
 from discedit.model.trace import ModelTrace
-from discedit.moments.calibration import batch_size_of
+from discedit.moments.calibration import HeldOut, batch_size_of, kept_back
 from discedit.moments.covariances import LayerMoments, fits_of
 from discedit.moments.positions import matrix_of, unknowns_of
 from discedit.recipes.divergences import DivergenceTable, LayerDivergence
@@ -36,7 +36,7 @@ def measured_divergences(
     graph: Graph,
     found: Mapping[str, Components],
     importances: Mapping[str, Tensor],
-    calibration: tuple[Sequence[Any], ModelTrace],
+    calibration: tuple[Sequence[Any], Any, ModelTrace],
     settings: dict[str, Any],
 ) -> DivergenceTable:
     """A trial for each layer and level, with the layers that read what goes repaired, each by itself.
@@ -44,16 +44,18 @@ def measured_divergences(
     Args:
         found: layer -> its components.
         importances: layer -> (components,).
-        calibration: inputs in parts, and the trace of the model.
+        calibration: inputs in parts, further ones or None, as of `calibrated`, and the trace of the model.
         settings: what they were made with, for the table.
     """
     from tqdm.auto import tqdm
 
-    inputs, trace = calibration
+    *inputs, trace = calibration
     levels = how.levels(len(found))
-    one = index_samples(inputs[0], slice(1), batch_size_of(op, inputs[0]))
+    # Trials run on samples that no fit has seen, as far as they go: wide layers are fitted to few rows for each input.
+    parts, held_out = kept_back(op, *inputs)
+    one = index_samples(parts[0], slice(1), batch_size_of(op, parts[0]))
     samples = how.samples_of(levels * len(found), count_macs(trace.model, one))
-    trials = _Trials(op, graph, list(found), inputs, trace, samples)
+    trials = _Trials(op, graph, list(found), parts, held_out, trace, samples)
     settings = settings | {"samples": trials.samples, "levels": levels, "outputs": trials.size}
     table = DivergenceTable({}, settings, architecture_of(trace.model))
     if how.path is not None and Path(how.path).is_file():
@@ -105,7 +107,14 @@ class _Trials:
     """A copy of a model in which one layer at a time loses components."""
 
     def __init__(
-        self, op: str, graph: Graph, layers: list[str], inputs: Sequence[Any], trace: ModelTrace, samples: int
+        self,
+        op: str,
+        graph: Graph,
+        layers: list[str],
+        inputs: Sequence[Any],
+        held_out: HeldOut,
+        trace: ModelTrace,
+        samples: int,
     ) -> None:
         self.op, self.graph, self.trace = op, graph, trace.of_copy(copied(trace.model))
         self.model, self.order = self.trace.model, self.trace.order
@@ -119,7 +128,7 @@ class _Trials:
         wanted = {name for names in self.readers.values() for name in names if self._can_fit(name)}
         self.fits = fits_of(trace.model, wanted, inputs, trace)
         self.replays, self.samples = [], 0
-        for part in inputs:
+        for part in [*([held_out.inputs] if held_out.apart else []), *inputs]:
             size = batch_size_of(op, part)
             if self.samples < samples:
                 few = min(size, samples - self.samples)

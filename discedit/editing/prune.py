@@ -397,7 +397,7 @@ def _once(model: nn.Module, candidates: Candidates, options: _Options, progress:
     basis = balanced(op, graph, inner, inputs or (), around_mean=options.repair != "none")
     graph.write(basis.tensors(inner))
     values |= basis.importances
-    options, values, failed = _compared(options, graph, found, values, unjudged, (inputs, trace))
+    options, values, failed = _compared(options, graph, found, values, unjudged, (inputs, further, trace))
     skipped |= {layer: why for layer, why in failed.items() if layer in chosen}
     found = {layer: parts for layer, parts in found.items() if layer not in failed}
     if isinstance(options.budget, Threshold):  # of another criterion's importances it would mean something else
@@ -458,7 +458,7 @@ def _compared(
     found: Mapping[str, Components],
     importances: dict[str, Tensor],
     unjudged: Mapping[str, str],
-    calibration: tuple[Any, ModelTrace],
+    calibration: tuple[Any, Any, ModelTrace],
 ) -> tuple[_Options, dict[str, Tensor], dict[str, str]]:
     """With what layers compare by; the importances, which a table has; and layers that must then stay whole."""
     budget, across = options.budget, budget_across(options.budget)

@@ -28,6 +28,8 @@ SAMPLES = 1024  # at most this many are looked at
 HELD_OUT = 8  # of so many samples one is kept back, for a check of what was made of the others
 PARTS = 8  # in which they run: each has threads of its own, and changing over takes time
 LATE = 2  # times as many, where some of them have to begin late
+# Times as many as there is room for; more cost a ResNet-50 more time than they bring it (docs/notes.md).
+ROOMS = 3
 MAP = 3 * 2**23  # bytes of the largest map of a part: of more, the memory would be given back and asked for each time
 MEMORY = 4 * 2**30  # bytes that the feature maps of samples may take at once
 MAPS = 6  # as large as the largest that a network holds at one moment
@@ -39,8 +41,8 @@ def calibrated(
     """The first samples of `data` on the model's device, in equal parts, and the trace: one without a pass yet is made
     anew on the first.
 
-    At most `SAMPLES`, and no more than `HELD_OUT` times as many as `MEMORY` has room for side by side, of which some
-    then begin late (`beginnings`). Ends at a batch that does not fit the others.
+    At most `SAMPLES`, and no more than `ROOMS` times as many as `MEMORY` has room for side by side, of which some then
+    begin late (`beginnings`). Ends at a batch that does not fit the others.
 
     With `further`, also a batch of the samples behind those, from the same pass over `data`, which may be shuffled anew
     in each; otherwise, and where there are none, None.
@@ -56,7 +58,7 @@ def calibrated(
             continue
         if not taken:
             trace = trace if trace.runs else ModelTrace.of(trace.model, inputs)
-            limit = min(SAMPLES, HELD_OUT * room_for(trace.largest))
+            limit = min(SAMPLES, ROOMS * room_for(trace.largest))
             most = limit + (held_out_of(limit) if further else 0)
         elif not fits(taken[0], inputs):
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def fits_of(
     once = [name for name in trace.in_order(names) if trace.runs[name] == 1]
     sums = {name: Sums() for name in once}
     channels: dict[str, int] = {}
-    seeds = {name: iter(range(PARTS * i, PARTS * (i + 1))) for i, name in enumerate(once)}
+    seeds = {name: count(PARTS * i) for i, name in enumerate(once)}
 
     def read(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         positions = Positions.drawn(module, output, next(seeds[name]), len(inputs))
