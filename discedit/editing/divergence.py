@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from discedit.selection.divergence import MeasureDivergence
 
 # Inputs of a layer that are fitted in trials, at most: a system of so many takes seconds.
 MOST_UNKNOWNS = 8192
+FITTED = 256  # samples that they are fitted to, at least, where there are so many: more tell no more (docs/notes.md)
 
 
 def measured_divergences(
@@ -126,7 +128,9 @@ class _Trials:
             if names or queries:
                 self.starts[layer] = min([*names, *queries], key=self.order.__getitem__)
         wanted = {name for names in self.readers.values() for name in names if self._can_fit(name)}
-        self.fits = fits_of(trace.model, wanted, inputs, trace)
+        together = accumulate(batch_size_of(op, part) for part in inputs)
+        few = 1 + sum(total < FITTED for total in together)
+        self.fits = fits_of(trace.model, wanted, inputs[:few], trace)
         self.replays, self.samples = [], 0
         for part in [*([held_out.inputs] if held_out.apart else []), *inputs]:
             size = batch_size_of(op, part)

@@ -109,7 +109,7 @@ def beginnings(trace: ModelTrace, layers: Iterable[str], samples: Sequence[int])
     there on: late parts where maps have become smaller, so that wide layers, which are fitted to small maps, see them
     all. None of them may give nothing: then there is no room for that part."""
     largest = trace.largest_from()
-    rooms = {layer: room_for(largest[layer]) for layer in layers}
+    rooms = {layer: room_for(largest.get(layer, trace.largest)) for layer in layers}
     together = accumulate(samples)
     # There is always room for one.
     return [{layer for layer, room in rooms.items() if not part or n <= room} for part, n in enumerate(together)]
