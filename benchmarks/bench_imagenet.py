@@ -15,6 +15,7 @@ import csv
 import io
 import time
 import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks._common import Log
 from benchmarks.rivals import chip
-from discedit import MaxMacs, MaxParameters, MeasureDivergence, Ratio, prune, zoo
+from discedit import MaxMacs, MaxParameters, MeasureDivergence, Ratio, prune, specialise, zoo
 from discedit.model.size import count_macs, count_parameters
 from discedit.selection import Budget
 
@@ -41,6 +42,9 @@ BUDGETS: dict[str, Budget] = {
 }
 # The same share of each layer by other criteria, repaired in the same way or not at all.
 OTHERS = ("l1", "energy", "reconstruction", "CHIP")
+DOGS = range(151, 269)
+DOGS_LEFT = 0.5  # of the multiply-accumulates
+OF_DOGS = ("images", "accuracy", "as the whole", "seconds")
 IMAGES_OF_CHIP = 16  # singular values of every channel: of 640 images, as published, they take hours
 COLUMNS = ("macs left", "parameters left", "points lost", "outputs' error", "seconds")
 
@@ -135,11 +139,50 @@ def independence(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return chip(model, inner, [x], readers=readers, images=len(x))
 
 
+def among_dogs(
+    model: nn.Module, calibration: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], how: MeasureDivergence
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Networks for the dogs alone, from their 118 images, and for all classes, from images of all."""
+    (x, y), own = calibration, torch.tensor(DOGS)
+    among = torch.isin(test[1], own)
+    images, labels = test[0][among], test[1][among] - DOGS.start
+    whole = logits_of(model, images)[:, own]
+
+    def found(logits: Tensor, start: float) -> dict[str, Any]:
+        agree = float((logits.argmax(1) == whole.argmax(1)).double().mean())
+        return {
+            "images": len(images),
+            "accuracy": round(accuracy(logits, labels), 1),
+            "as the whole": round(100 * agree, 1),
+            "seconds": round(time.perf_counter() - start),
+        }
+
+    def alone() -> dict[str, Any]:
+        start, budget = time.perf_counter(), MaxMacs(DOGS_LEFT)
+        batches = list(zip(x.split(50), y.split(50), strict=True))
+        edit = specialise(model, classes=list(DOGS), example_inputs=x[:2], data=batches, budget=budget)
+        return found(logits_of(edit.model, images), start)
+
+    def of_all() -> dict[str, Any]:
+        start, budget = time.perf_counter(), MaxMacs(DOGS_LEFT, across=how)
+        edit = prune(model, example_inputs=x[:2], data=x.split(50), budget=budget)
+        return found(logits_of(edit.model, images)[:, own], start)
+
+    runs = {"whole network": lambda: found(whole, time.perf_counter()), "specialised": alone, "for all classes": of_all}
+    return {f"dogs, {name}": run for name, run in runs.items()}
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--budgets", nargs="*", choices=BUDGETS, default=list(BUDGETS))
     parser.add_argument("--others", nargs="*", choices=OTHERS, default=list(OTHERS))
+    parser.add_argument("--dogs", action="store_true", help="networks for the breeds of dogs alone")
     parser.add_argument("--table", type=Path, help="of divergences: to go on from")
     parser.add_argument("--write", action="store_true", help="write benchmarks/imagenet.md")
     options = parser.parse_args()
@@ -148,7 +191,8 @@ def main() -> None:
     missing = model.load_state_dict(load_file(options.weights), strict=False)
     if missing.unexpected_keys or not all("num_batches" in name for name in missing.missing_keys):
         raise ValueError(f"bench_imagenet: --weights must be those of get_resnet50.py, got other names: {missing}")
-    x, test = images("imagenet_sample_1000.zip")[0], images("imagenet_val_650.zip")
+    calibration, test = images("imagenet_sample_1000.zip"), images("imagenet_val_650.zip")
+    x = calibration[0]
     logits = logits_of(model, test[0])
     before = accuracy(logits, test[1])
     print(f"{before:.2f} % before", flush=True)
@@ -164,9 +208,11 @@ def main() -> None:
         if (criterion, repair) != ("l1", "least_squares"):  # the default
             name = f"ratio 0.3, {criterion}, {'no repair' if repair == 'none' else 'least squares'}"
             log.measure(name, partial(run, model, Ratio(0.3), x, test, logits, repair=repair, **how_chosen))
+    for name, measure in among_dogs(model, calibration, test, how).items() if options.dogs else ():
+        log.measure(name, measure)
     if options.write:
-        rows = [[name, *(str(entry[column]) for column in COLUMNS)] for name, entry in log.entries.items()]
-        lines = ["| " + " | ".join(line) + " |" for line in (["budget", *COLUMNS], ["---"] * 6, *rows)]
+        pruned = [[name, *map(entry.get, COLUMNS)] for name, entry in log.entries.items() if COLUMNS[0] in entry]
+        dogs = [[name, *map(entry.get, OF_DOGS)] for name, entry in log.entries.items() if OF_DOGS[0] in entry]
         machines = "; ".join(sorted({entry["machine"] for entry in log.entries.values()}))
         (HERE / "imagenet.md").write_text(
             "# ResNet-50 on ImageNet, pruned without training\n\nWritten by `python -m benchmarks.bench_imagenet "
@@ -176,7 +222,12 @@ def main() -> None:
             "which chance moves less. Budgets by divergence; a ratio is the same share of each layer, by `l1` and "
             f"repaired unless said otherwise; CHIP on {IMAGES_OF_CHIP} images. Seconds from images in memory to the "
             "pruned model; of budgets by divergence after the first, with the table that is there.\n\n"
-            + "\n".join(lines)
+            + table(("budget", *COLUMNS), pruned)
+            + "\n\n## Networks for some classes alone\n\nThe 118 breeds of dogs: `specialise` with their 118 images, "
+            f"and `prune` for all classes, of which the dogs' logits count; {DOGS_LEFT} of the multiply-accumulates. "
+            "Accuracy among them in %, and the share of answers that are the whole network's; a standard error is some "
+            "5 points. With 10 classes there would be ten images, fewer than a fit can use.\n\n"
+            + table(("network", *OF_DOGS), dogs)
             + f"\n\nMeasured on: {machines}.\n"
         )
     log.end("bench_imagenet")

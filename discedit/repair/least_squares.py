@@ -414,7 +414,7 @@ class _After(ActivationTracker):
         target = self.targets[name]
         self.sums.setdefault(name, Sums()).add(target.positions, x, rows)
         if last:  # memory for those that begin late
-            target.rows, target.added = rows[:0], None
+            target.rows, target.added = rows.new_empty(0), None
         self.pause(name)
 
 

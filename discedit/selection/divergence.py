@@ -18,7 +18,7 @@ ROUNDS = 8  # of choices of all layers in turn, in which they settle: two or thr
 HALVINGS = 24  # of the interval in which the logarithm of the price of a unit of cost lies
 LEAST_PRICE, MOST_PRICE = 1e-9, 1e12  # of the whole cost, in divergence
 TRIALS = 128
-LEAST_SAMPLES, MOST_SAMPLES, WORK = 24, 512, 1e13  # multiply-accumulates of all trials
+LEAST_SAMPLES, MOST_SAMPLES, WORK = 24, 512, 5e12  # multiply-accumulates of all trials
 LEVELS = 5  # trials of a layer, at most: more told no more on CIFAR-10
 # What is saved of a cost where so many of a layer's components go, for several numbers, and of others what is given.
 Along = Callable[[Mapping[str, int], str, Tensor], Tensor]
