@@ -33,7 +33,7 @@ class MeasureDivergence:
 
     Attributes:
         samples: of the data that trials run on, at most; by default 512, or fewer, but no fewer than 24, where all
-            trials together would take more than 1e13 multiply-accumulates: some minutes on two cores.
+            trials together would take more than 5e12 multiply-accumulates: minutes on two cores.
         trials: in all, at most, shared equally by the layers, at least one for each; by default 128, or one for each
             layer where there are more.
         path: of a file for the table, which is written after each layer; what it holds already, of the same model and
