@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -57,10 +57,28 @@ THEIRS: dict[str, Callable[[], Any]] = {
 }
 
 
-def pruned(bench: Bench, criterion: str, ratio: float) -> nn.Module:
+def within_blocks(model: nn.Module) -> list[str]:
+    """All but the last convolution of each block of a ResNet."""
+    blocks = [(name, block) for name, block in model.named_modules() if name]
+    return [f"{name}.conv{i}" for name, block in blocks for i in (1, 2) if hasattr(block, f"conv{i + 1}")]
+
+
+class Known(Protocol):
+    """A network with its data: calibration batches of images and labels, and accuracy in percent."""
+
+    model: nn.Module
+    train: Sequence[Any]
+    example: Any
+
+    def before(self) -> float: ...
+    def accuracy(self, model: nn.Module) -> float: ...
+    def scores(self) -> Any: ...
+
+
+def pruned(bench: Known, criterion: str, ratio: float) -> nn.Module:
     """A copy of the model after one step of BasePruner."""
     model = copy.deepcopy(bench.model)
-    inner = [name for name, _ in model.named_modules() if name.endswith(".conv1")]
+    inner = within_blocks(model)
     others = [m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and name not in inner]
     chosen: Any
     if criterion in OF_DATA:
@@ -81,7 +99,7 @@ def pruned(bench: Bench, criterion: str, ratio: float) -> nn.Module:
     return model.eval()
 
 
-def outcome(bench: Bench, model: nn.Module) -> dict[str, Any]:
+def outcome(bench: Known, model: nn.Module) -> dict[str, Any]:
     """Points of accuracy lost, by repair."""
     lost = {"none": bench.before() - bench.accuracy(model)}
     update_bn(bench.train, model)

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks._common import Log
+from benchmarks.bench_embed import REPAIRS, outcome, pruned, within_blocks
 from benchmarks.rivals import chip
 from discedit import MaxMacs, MaxParameters, MeasureDivergence, Ratio, prune, specialise, zoo
 from discedit.model.size import count_macs, count_parameters
@@ -44,7 +45,8 @@ BUDGETS: dict[str, Budget] = {
 OTHERS = ("l1", "energy", "reconstruction", "CHIP")
 DOGS = range(151, 269)
 DOGS_LEFT = 0.5  # of the multiply-accumulates
-OF_DOGS = ("images", "accuracy", "as the whole", "seconds")
+IN_PRUNER = ("energy", "reconstruction", "magnitude l1", "magnitude l2", "lamp", "bn_scale", "taylor", "random")
+OF_DOGS = ("images", "accuracy", "as the whole")
 IMAGES_OF_CHIP = 16  # singular values of every channel: of 640 images, as published, they take hours
 COLUMNS = ("macs left", "parameters left", "points lost", "outputs' error", "seconds")
 
@@ -133,10 +135,27 @@ def run(
 
 def independence(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """CHIP's importances of the layers within the blocks."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    inner = [name for name in layers if name.endswith(("conv1", "conv2")) and "." in name]
+    inner = within_blocks(model)
     readers = {name: name[:-1] + str(int(name[-1]) + 1) for name in inner}
     return chip(model, inner, [x], readers=readers, images=len(x))
+
+
+class Known:
+    """What `bench_embed` asks of a network and its data."""
+
+    def __init__(self, model: nn.Module, calibration: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
+        self.model, self.test, self.example = model, test, calibration[0][:1]
+        self.train = list(zip(*(tensor.split(50) for tensor in calibration), strict=True))
+        self._before = self.accuracy(model)
+
+    def before(self) -> float:
+        return self._before
+
+    def accuracy(self, model: nn.Module) -> float:
+        return accuracy(logits_of(model, self.test[0]), self.test[1])
+
+    def scores(self) -> Any:
+        raise ValueError("bench_imagenet: one image a class gives no scores.")
 
 
 def among_dogs(
@@ -182,6 +201,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--budgets", nargs="*", choices=BUDGETS, default=list(BUDGETS))
     parser.add_argument("--others", nargs="*", choices=OTHERS, default=list(OTHERS))
+    parser.add_argument("--pruner", nargs="*", choices=IN_PRUNER, default=[], help="importances in torch-pruning's")
     parser.add_argument("--dogs", action="store_true", help="networks for the breeds of dogs alone")
     parser.add_argument("--table", type=Path, help="of divergences: to go on from")
     parser.add_argument("--write", action="store_true", help="write benchmarks/imagenet.md")
@@ -210,9 +230,15 @@ def main() -> None:
             log.measure(name, partial(run, model, Ratio(0.3), x, test, logits, repair=repair, **how_chosen))
     for name, measure in among_dogs(model, calibration, test, how).items() if options.dogs else ():
         log.measure(name, measure)
+    known = Known(model, calibration, test) if options.pruner else None
+    for criterion in options.pruner:
+        name = f"torch-pruning, {criterion}"
+        log.measure(name, lambda criterion=criterion: outcome(known, pruned(known, criterion, 0.3)))
     if options.write:
-        pruned = [[name, *map(entry.get, COLUMNS)] for name, entry in log.entries.items() if COLUMNS[0] in entry]
-        dogs = [[name, *map(entry.get, OF_DOGS)] for name, entry in log.entries.items() if OF_DOGS[0] in entry]
+        entries = {name: entry | ({} if name in BUDGETS else {"seconds": ""}) for name, entry in log.entries.items()}
+        budgets = [[name, *map(entry.get, COLUMNS)] for name, entry in entries.items() if COLUMNS[0] in entry]
+        dogs = [[name, *map(entry.get, OF_DOGS)] for name, entry in entries.items() if OF_DOGS[0] in entry]
+        embedded = [[name, *map(entry.get, REPAIRS)] for name, entry in entries.items() if REPAIRS[0] in entry]
         machines = "; ".join(sorted({entry["machine"] for entry in log.entries.values()}))
         (HERE / "imagenet.md").write_text(
             "# ResNet-50 on ImageNet, pruned without training\n\nWritten by `python -m benchmarks.bench_imagenet "
@@ -221,13 +247,18 @@ def main() -> None:
             "points), and the squared error of the logits there, as a share of their squares around their mean, "
             "which chance moves less. Budgets by divergence; a ratio is the same share of each layer, by `l1` and "
             f"repaired unless said otherwise; CHIP on {IMAGES_OF_CHIP} images. Seconds from images in memory to the "
-            "pruned model; of budgets by divergence after the first, with the table that is there.\n\n"
-            + table(("budget", *COLUMNS), pruned)
+            "pruned model; of budgets by divergence after the first, with the table that is there; of "
+            "others they were measured beside other work, and are left out.\n\n"
+            + table(("budget", *COLUMNS), budgets)
             + "\n\n## Networks for some classes alone\n\nThe 118 breeds of dogs: `specialise` with their 118 images, "
             f"and `prune` for all classes, of which the dogs' logits count; {DOGS_LEFT} of the multiply-accumulates. "
             "Accuracy among them in %, and the share of answers that are the whole network's; a standard error is some "
             "5 points. With 10 classes there would be ten images, fewer than a fit can use.\n\n"
             + table(("network", *OF_DOGS), dogs)
+            + "\n\n## In torch-pruning's pruner\n\nAs in [embed.md](embed.md), 0.3 of each layer within the blocks: "
+            "points lost as pruned, and with batch norms re-estimated on the 1,000 images. `energy` is what "
+            "`DiscEditImportance.from_data` gives.\n\n"
+            + table(("importance", "as pruned", "batch norms re-estimated"), embedded)
             + f"\n\nMeasured on: {machines}.\n"
         )
     log.end("bench_imagenet")
