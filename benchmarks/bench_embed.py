@@ -208,7 +208,7 @@ def markdown(log: Log) -> str:
         "all importances. `energy` and `reconstruction` are `DiscEditImportance.from_data`, on the first 1,024 of "
         "these images without their labels; `max`, `mean` and `min` are reductions of scores over classes. `random`: "
         "one draw. LAMP orders a layer as the squared magnitude does. Batch norms: re-estimated on the 2,500 "
-        "images.\n\n"
+        "images. A ResNet-50 on ImageNet: imagenet.md.\n\n"
         f"{table(['model', 'importance', *columns], rows_of_points(log))}\n\n"
         "## Where ours lose\n\n"
         "The best of ours, as far as they are measured, and of theirs, and how many of theirs lose fewer points than "
