@@ -304,28 +304,33 @@ def test_parts_of_one_size_in_order(monkeypatch):
 
 
 class Viewed(nn.Module):
-    """Takes its maps for contiguous ones."""
-
-    def __init__(self, *, views):
+    def __init__(self, how):
         super().__init__()
-        self.one, self.two, self.views = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 16, 5), views
+        self.one, self.two, self.how = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 16, 5), how
 
     def forward(self, x):
         maps = self.one(x).relu()
-        return self.two(maps.view(len(x), -1) if self.views else maps.flatten(1))
+        if self.how == "view":
+            return self.two(maps.view(len(x), -1))
+        if self.how == "strides":
+            return self.two(maps.as_strided((len(x), 8 * 16), (8 * 16, 1)))
+        assert self.how != "contiguous" or x.is_contiguous()
+        return self.two(maps.flatten(1))
 
 
-def test_maps_lie_as_the_model_allows():
+@pytest.mark.parametrize("how", ["flatten", "view", "strides", "contiguous"])
+def test_maps_lie_as_the_model_allows(how):
     """On CPUs with channels last, unless the model makes views that only the other layout allows."""
-    x = seeded(40, 3, 4, 4)
-    for views in (False, True):
-        model = Viewed(views=views).eval()
-        (inputs,) = calibration("prune", model, [x])
-        assert torch.equal(inputs, x)
-        assert inputs.is_contiguous(memory_format=torch.channels_last) is not views
-        torch.testing.assert_close(model(inputs), model(x))
-        assert model.one.weight.is_contiguous()
-    (inputs,) = calibration("prune", nn.Flatten(), [x])
+    x, model = seeded(40, 3, 4, 4), Viewed(how).eval()
+    (inputs,) = calibration("prune", model, [x])
+    assert torch.equal(inputs, x)
+    assert inputs.is_contiguous(memory_format=torch.channels_last) is (how == "flatten")
+    torch.testing.assert_close(model(inputs), model(x))
+    assert model.one.weight.is_contiguous()
+
+
+def test_inputs_of_a_model_without_convolutions_lie_as_they_did():
+    (inputs,) = calibration("prune", nn.Flatten(), [seeded(40, 3, 4, 4)])
     assert inputs.is_contiguous()
 
 

@@ -456,6 +456,25 @@ def test_what_is_not_finite_is_named(value, place):
     assert not any(module._forward_pre_hooks for module in edited.modules())
 
 
+def test_samples_that_begin_late_find_the_first_layers_edited(monkeypatch):
+    """As if the first layer were edited with the first parts alone, and then the second with all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, CLASSES)).double().eval()
+    x, labels = samples((6,), number=180)
+    forgets = labels == 2
+    parts = [(x[chosen].double(), labels[chosen]) for chosen in (~forgets, forgets)]
+    parts = [(x[half::2], labels[half::2]) for x, labels in parts for half in (0, 1)]
+    first = erase(model, ["2"], [parts[0], parts[2]], [2])[0]
+    expected = erase(first, ["4"], parts, [2])[0]
+    late = [{"2", "4"}, {"4"}]
+    monkeypatch.setattr(concept_erasure, "beginnings", lambda trace, layers, samples: late[: len(samples)])
+    edited, made = erase(model, ["2", "4"], parts, [2])
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(edited.state_dict()[name], tensor, msg=name)
+    right = (expected(x.double()).argmax(1) == labels)[forgets]
+    assert made.forgotten == pytest.approx(float(right.double().mean()))
+
+
 def test_data_without_a_class_to_forget_and_models_without_logits():
     model, x, labels = reader("linear")
     with pytest.raises(ValueError, match="data must hold samples of every class to forget, it holds none of class 4"):

@@ -82,7 +82,13 @@ def erased(
     sums = {layer: GroupSums(len(classes)) for layer in layers}
     # Each part of the samples runs in a thread of its own, over the same hooks.
     place = threading.local()
-    number = _of_classes(torch.cat([labels for _, labels in parts]), classes)
+    forgets = [int(labels[0]) in classes for _, labels in parts]
+    places: dict[int, set[str]] = {}
+    for kind in (True, False):
+        those = [part for part, forget in enumerate(forgets) if forget is kind]
+        places |= zip(those, beginnings(trace, layers, [len(parts[part][1]) for part in those]), strict=True)
+    first = [labels for part, (_, labels) in enumerate(parts) if places[part].issuperset(layers)]
+    number = _of_classes(torch.cat(first), classes)
     if not bool(number.all()):
         cls = classes[int(number.argmin())]
         raise ValueError(f"unlearn: data must hold samples of every class to forget, it holds none of class {cls}.")
@@ -107,11 +113,6 @@ def erased(
 
     handles = [edited.get_submodule(layer).register_forward_pre_hook(partial(enter, layer)) for layer in layers]
     works = [partial(run, inputs, labels, seed) for seed, (inputs, labels) in enumerate(parts)]
-    forgets = [int(labels[0]) in classes for _, labels in parts]
-    places: dict[int, set[str]] = {}
-    for kind in (True, False):
-        those = [part for part, forget in enumerate(forgets) if forget is kind]
-        places |= zip(those, beginnings(trace, layers, [len(parts[part][1]) for part in those]), strict=True)
     with hooked(handles), frozen_eval(edited):
         edit = partial(_edit, trace, scale=scale, result=result)
         in_lockstep("unlearn", works, lambda layer: edit(layer, sums.pop(layer)), lambda i, layer: layer in places[i])

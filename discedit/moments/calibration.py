@@ -22,6 +22,7 @@ from discedit.model.forward import (
     samples_in,
     unpack_batch,
 )
+from discedit.model.layers import is_close
 from discedit.model.trace import ModelTrace
 
 SAMPLES = 1024  # at most this many are looked at
@@ -82,13 +83,15 @@ def calibrated(
 
 def _in_fastest_layout(trace: ModelTrace, inputs: Any) -> Any:
     """On CPUs convolutions run faster on channels_last, and patches lie together (docs/notes.md); but some models make
-    views of maps that only the other layout allows."""
+    views of maps that only the other layout allows, or that then show other numbers: one sample shows it."""
     if trace.device.type != "cpu" or not any(isinstance(module, nn.Conv2d) for module in trace.model.modules()):
         return inputs
     laid_out = map_tensors(inputs, lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
-    with suppress(RuntimeError), frozen_eval(trace.model):
-        call(trace.model, index_samples(laid_out, slice(1), samples_in(inputs)))
-        return laid_out
+    size = samples_in(inputs)
+    with suppress(Exception), frozen_eval(trace.model):
+        one, other = (first_tensor(call(trace.model, index_samples(x, slice(1), size))) for x in (inputs, laid_out))
+        if is_close(one, other):
+            return laid_out
     return inputs
 
 
@@ -107,7 +110,7 @@ def room_for(largest: int) -> int:
 def beginnings(trace: ModelTrace, layers: Iterable[str], samples: Sequence[int]) -> list[set[str]]:
     """Where parts of so many samples may begin to be held, side by side with those before them, for the layers from
     there on: late parts where maps have become smaller, so that wide layers, which are fitted to small maps, see them
-    all. None of them may give nothing: then there is no room for that part."""
+    all. Empty for a part that there is room for nowhere."""
     largest = trace.largest_from()
     rooms = {layer: room_for(largest.get(layer, trace.largest)) for layer in layers}
     together = accumulate(samples)
