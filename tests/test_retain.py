@@ -121,7 +121,7 @@ def cut_short(cut, order, monkeypatch):
     if cut == "samples":
         monkeypatch.setattr(calibration, "SAMPLES", 45)
     else:
-        monkeypatch.setattr(calibration, "MEMORY", calibration.MAPS * 64 * 64 * 4 * 45)
+        monkeypatch.setattr(calibration, "MEMORY", calibration.MAPS * 64 * 64 * 4 * 45 // calibration.ROOMS)
     labels = torch.arange(200) % 10 if order == "mixed" else torch.arange(10).repeat_interleave(20)
     parts = ForgetRetainSplit("op", MODEL, numbered(labels, [7, 30]), [3], 10).labelled("retain", 180)
     given = torch.cat([given for _, given in parts])
