@@ -14,7 +14,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -170,6 +170,13 @@ class Log:
         """Of a program, with status 1 if a run failed."""
         if self.failed:
             raise SystemExit(f"{program}: {len(self.failed)} runs failed: {', '.join(self.failed)}")
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Of pages that are written from what was measured."""
+    cells = list(rows)
+    lines = [header, ["---"] * len(header), *cells]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) if cells else "Not measured."
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks._common import Log
+from benchmarks._common import Log, markdown_table
 from benchmarks.bench_prune import MODELS, Bench
 from discedit import (
     ClassDamage,
@@ -200,9 +200,7 @@ def markdown(log: Log) -> str:
     ]
     text = "# Pruning and single classes\n\nWritten by `python -m benchmarks.bench_classes --write`; do not edit.\n"
     for title, note, header, rows in parts:
-        lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
-        body = "\n".join(lines) if rows else "Not measured."
-        text += f"\n## {title}\n\n{note}\n\n{body}\n"
+        text += f"\n## {title}\n\n{note}\n\n{markdown_table(header, rows)}\n"
     return text + "\nMeasured on: " + "; ".join(machines) + ".\n"
 
 

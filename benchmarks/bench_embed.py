@@ -33,7 +33,7 @@ from torch.optim.swa_utils import update_bn
 from torch_pruning import importance
 from torch_pruning.pruner import BasePruner
 
-from benchmarks._common import Log
+from benchmarks._common import Log, markdown_table
 from benchmarks.bench_prune import Bench
 from benchmarks.rivals import differentiate
 from discedit.integrations.torch_pruning import DiscEditImportance
@@ -156,11 +156,6 @@ def run_example(path: Path, seconds: int, which: str, arguments: Sequence[str] =
     return lines[-1].removeprefix("embed_example: ") if lines else f"failed: process ended with {run.returncode}"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else "Not measured."
-
-
 def rows_of_points(log: Log) -> list[list[str]]:
     rows = []
     for model, criterion in product(MODELS, (*OURS, *THEIRS)):
@@ -209,12 +204,12 @@ def markdown(log: Log) -> str:
         "these images without their labels; `max`, `mean` and `min` are reductions of scores over classes. `random`: "
         "one draw. LAMP orders a layer as the squared magnitude does. Batch norms: re-estimated on the 2,500 "
         "images. A ResNet-50 on ImageNet: imagenet.md.\n\n"
-        f"{table(['model', 'importance', *columns], rows_of_points(log))}\n\n"
+        f"{markdown_table(['model', 'importance', *columns], rows_of_points(log))}\n\n"
         "## Where ours lose\n\n"
         "The best of ours, as far as they are measured, and of theirs, and how many of theirs lose fewer points than "
         "what is recommended of ours (`energy`). The pruner does not repair weights: `discedit.prune` does (prune.md), "
         "and `repair_pruned` afterwards.\n\n"
-        + table(
+        + markdown_table(
             ["model", "repair", "ratio", "best of ours", "best of theirs", "better than ours, energy"],
             rows_of_places(log),
         )
@@ -234,7 +229,7 @@ def markdown(log: Log) -> str:
     )
     known = json.loads(EXAMPLES.read_text()) if EXAMPLES.is_file() else {}
     rows = [[name, entry["ours"], entry.get("as it is", "")] for name, entry in sorted(known.items())]
-    text += table(["script", "with ours", "as it is"], rows)
+    text += markdown_table(["script", "with ours", "as it is"], rows)
     return text + "\n\nMeasured on " + "; ".join(machines) + ".\n"
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks._common import Log, seconds
+from benchmarks._common import Log, markdown_table, seconds
 from benchmarks.bench_prune import Bench, outcome
 from benchmarks.networks import build
 from discedit.fidelity import (
@@ -226,8 +226,7 @@ def markdown(log: Log) -> str:
     ]
     text = "# Fidelity\n\nWritten by `python -m benchmarks.bench_fidelity --write`; do not edit.\n"
     for title, note, header, rows in parts:
-        lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
-        text += f"\n## {title}\n\n{note}\n\n" + ("\n".join(lines) if rows else "Not measured.") + "\n"
+        text += f"\n## {title}\n\n{note}\n\n{markdown_table(header, rows)}\n"
     return text + "\nMeasured on: " + "; ".join(machines) + ".\n"
 
 

@@ -27,7 +27,7 @@ from torch.utils.data import TensorDataset
 
 import benchmarks._vision  # noqa: F401  (before torch-pruning)
 from benchmarks import held_out
-from benchmarks._common import Log
+from benchmarks._common import Log, markdown_table
 from benchmarks.rivals import chip
 from discedit import Edit, MaxParameters, importances, preset, prune, zoo
 from discedit.model.size import count_macs, count_parameters
@@ -256,9 +256,7 @@ def markdown(log: Log) -> str:
         "cross entropy at temperature 4. Training in bfloat16 (autocast), for speed.\n"
     )
     for title, note, header, rows in parts:
-        lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
-        body = "\n".join(lines) if rows else "Not measured."
-        text += f"\n## {title}\n\n{note}\n\n{body}\n"
+        text += f"\n## {title}\n\n{note}\n\n{markdown_table(header, rows)}\n"
     return text + "\nMeasured on: " + "; ".join(sorted({e["machine"] for e in log.entries.values()})) + ".\n"
 
 

@@ -15,7 +15,7 @@ import csv
 import io
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks._common import Log
+from benchmarks._common import Log, markdown_table
 from benchmarks.bench_embed import REPAIRS, outcome, pruned, within_blocks
 from benchmarks.rivals import chip
 from discedit import MaxMacs, MaxParameters, MeasureDivergence, Ratio, prune, specialise, zoo
@@ -191,11 +191,6 @@ def among_dogs(
     return {f"dogs, {name}": run for name, run in runs.items()}
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True)
@@ -249,16 +244,16 @@ def main() -> None:
             f"repaired unless said otherwise; CHIP on {IMAGES_OF_CHIP} images. Seconds from images in memory to the "
             "pruned model; of budgets by divergence after the first, with the table that is there; of "
             "others they were measured beside other work, and are left out.\n\n"
-            + table(("budget", *COLUMNS), budgets)
+            + markdown_table(("budget", *COLUMNS), budgets)
             + "\n\n## Networks for some classes alone\n\nThe 118 breeds of dogs: `specialise` with their 118 images, "
             f"and `prune` for all classes, of which the dogs' logits count; {DOGS_LEFT} of the multiply-accumulates. "
             "Accuracy among them in %, and the share of answers that are the whole network's; a standard error is some "
             "5 points. With 10 classes there would be ten images, fewer than a fit can use.\n\n"
-            + table(("network", *OF_DOGS), dogs)
+            + markdown_table(("network", *OF_DOGS), dogs)
             + "\n\n## In torch-pruning's pruner\n\nAs in [embed.md](embed.md), 0.3 of each layer within the blocks: "
             "points lost as pruned, and with batch norms re-estimated on the 1,000 images. `energy` is what "
             "`DiscEditImportance.from_data` gives.\n\n"
-            + table(("importance", "as pruned", "batch norms re-estimated"), embedded)
+            + markdown_table(("importance", "as pruned", "batch norms re-estimated"), embedded)
             + f"\n\nMeasured on: {machines}.\n"
         )
     log.end("bench_imagenet")

@@ -32,7 +32,7 @@ from torch.utils.data import TensorDataset
 
 import benchmarks._vision  # noqa: F401  (before transformers)
 from benchmarks import held_out
-from benchmarks._common import Log, paired_ratio, seconds
+from benchmarks._common import Log, markdown_table, paired_ratio, seconds
 from benchmarks.latency import latency_ratio
 from benchmarks.rivals import chip, torch_pruning_importance, tvsprune
 from discedit import (
@@ -476,9 +476,7 @@ def markdown(log: Log) -> str:
         "What single classes lose is in [classes.md](classes.md).\n"
     )
     for title, note, header, rows in sections(log):
-        lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
-        body = "\n".join(lines) if rows else "Not measured."
-        text += f"\n## {title}\n\n{note}\n\n{body}\n"
+        text += f"\n## {title}\n\n{note}\n\n{markdown_table(header, rows)}\n"
     return text + "\nMeasured on: " + "; ".join(machines) + ".\n"
 
 

@@ -822,11 +822,6 @@ def signed(value: float | None) -> str:
     return MISSING if value is None else f"{value:+.2f}"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 INTRODUCTION = """# Unlearning one class
 
 Written by `python -m benchmarks.bench_unlearn --write` from unlearn.json; do not edit.
@@ -918,7 +913,7 @@ def section(entries: Entries, model: str) -> str:
     for key, title, note, header, rows in parts:
         # Said once for the whole table, where nothing of it was measured.
         there = any(name.startswith(f"{model}|{key}|") for name in entries)
-        body = table(header, rows) if there else "Not measured."
+        body = _common.markdown_table(header, rows) if there else "Not measured."
         text += f"\n### {title}\n" + (f"\n{note}\n" if note else "") + f"\n{body}\n"
     return text
 
@@ -934,7 +929,7 @@ def markdown(entries: Entries) -> str:
     )
     header = ["model", "setting", "goal", "measured", ""]
     text += "\n## Goals\n\nMeans over the classes of each row; the time is the median.\n\n"
-    text += (table(header, rows_of_goals(entries, models)) if models else "Not measured.") + "\n"
+    text += (_common.markdown_table(header, rows_of_goals(entries, models)) if models else "Not measured.") + "\n"
     for model in models:
         text += section(entries, model)
     return text + "\nMeasured on: " + ("; ".join(machines) or "nothing yet") + ".\n"

@@ -51,10 +51,10 @@ def measured_divergences(
     """
     from tqdm.auto import tqdm
 
-    *inputs, trace = calibration
+    inputs, further, trace = calibration
     levels = how.levels(len(found))
     # Trials run on samples that no fit has seen, as far as they go: wide layers are fitted to few rows for each input.
-    parts, held_out = kept_back(op, *inputs)
+    parts, held_out = kept_back(op, inputs, further)
     one = index_samples(parts[0], slice(1), batch_size_of(op, parts[0]))
     samples = how.samples_of(levels * len(found), count_macs(trace.model, one))
     trials = _Trials(op, graph, list(found), parts, held_out, trace, samples)

@@ -86,13 +86,16 @@ def _in_fastest_layout(trace: ModelTrace, inputs: Any) -> Any:
     views of maps that only the other layout allows, or that then show other numbers: one sample shows it."""
     if trace.device.type != "cpu" or not any(isinstance(module, nn.Conv2d) for module in trace.model.modules()):
         return inputs
-    laid_out = map_tensors(inputs, lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
-    size = samples_in(inputs)
+
+    def laid_out(x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+    one = index_samples(inputs, slice(1), samples_in(inputs))
+    same = False
     with suppress(Exception), frozen_eval(trace.model):
-        one, other = (first_tensor(call(trace.model, index_samples(x, slice(1), size))) for x in (inputs, laid_out))
-        if is_close(one, other):
-            return laid_out
-    return inputs
+        given, other = (first_tensor(call(trace.model, x)) for x in (one, map_tensors(one, laid_out)))
+        same = is_close(given, other)
+    return map_tensors(inputs, laid_out) if same else inputs
 
 
 def _in_parts(inputs: Any, total: int, samples: int, parts: int) -> list[Any]:
